@@ -1,0 +1,73 @@
+# Everything a newcomer needs: `make` lists the targets, each works from a fresh clone.
+# Needs Python 3.11 or newer, make, git and a C compiler; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo dev test test-all check format bench clean
+
+help: ## show this list
+	@printf 'tether: preference training with a reference model you can hold\n\n'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\n  PYTHON=python3.12 make demo     another interpreter for the first install (now: %s)\n' '$(PYTHON)'
+	@printf '  make test ARGS="-k store -x"    more arguments for pytest\n'
+
+demo: $(VENV)/.installed-demo ## install, then train a tiny model from nothing and show the result
+	$(BIN)/tether demo $(ARGS)
+
+dev: $(VENV)/.installed-dev ## install with everything that development needs
+	@:
+
+test: dev ## run the tests, except the slow ones and those for a GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: dev ## run all tests, slow ones too; GPU tests are skipped where there is no GPU
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+check: dev ## lint, formatting, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: dev ## run every benchmarks/bench_*.py, one after the other
+	@set -e; found=0; \
+	for script in benchmarks/bench_*.py; do \
+		[ -e "$$script" ] || continue; \
+		found=1; printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(ARGS); \
+	done; \
+	[ $$found = 1 ] || printf 'No benchmark to run: there is no benchmarks/bench_*.py yet.\n'
+
+clean: ## remove the virtual environment, caches and what the demo wrote
+	rm -rf $(VENV) build dist out tether-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- installing -------------------------------------------------------------------------------
+
+# A half-made environment would be taken for a whole one next time, so it is removed.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { printf '%s\n' \
+		'tether was asked to make a virtual environment with "$(PYTHON)".' \
+		'There is no such command on this machine.' \
+		'Install Python 3.11 or newer, or name yours: make PYTHON=/path/to/python3.11 <target>' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { printf '%s\n' \
+		"tether was asked to make a virtual environment with $(PYTHON), which is $$($(PYTHON) --version 2>&1)." \
+		'tether needs Python 3.11 or newer.' \
+		'Name a newer one: make PYTHON=python3.11 <target>' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed-demo

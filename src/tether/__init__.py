@@ -1,0 +1,47 @@
+"""Tether: preference training (DPO and its family) with the reference model as a first-class thing.
+
+from tether import DPOConfig, DPOTrainer
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tether.config import DPOConfig as DPOConfig
+    from tether.reference import AdapterReference as AdapterReference
+    from tether.reference import FrozenReference as FrozenReference
+    from tether.reference import MovingReference as MovingReference
+    from tether.reference import Reference as Reference
+    from tether.reference import ReferenceIdentity as ReferenceIdentity
+    from tether.reference import StoredReference as StoredReference
+    from tether.scoring import score as score
+    from tether.store import LogProbStore as LogProbStore
+    from tether.trainer import DPOTrainer as DPOTrainer
+    from tether.types import PairBatch as PairBatch
+    from tether.types import ResponseLogProbs as ResponseLogProbs
+
+__version__ = "0.1.0"
+
+# Loaded when first used: `tether --help` should not wait for torch and transformers.
+_HOMES = {
+    "DPOConfig": "tether.config",
+    "DPOTrainer": "tether.trainer",
+    "AdapterReference": "tether.reference",
+    "FrozenReference": "tether.reference",
+    "MovingReference": "tether.reference",
+    "Reference": "tether.reference",
+    "ReferenceIdentity": "tether.reference",
+    "StoredReference": "tether.reference",
+    "score": "tether.scoring",
+    "LogProbStore": "tether.store",
+    "PairBatch": "tether.types",
+    "ResponseLogProbs": "tether.types",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tether' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

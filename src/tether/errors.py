@@ -1,0 +1,49 @@
+"""The exceptions of Tether.
+
+Each carries three parts - what was asked, why it cannot be, what to write instead - and is also the builtin a
+caller would expect (`ValueError` for bad input, `RuntimeError` for a broken state).
+This module knows nothing else of the package.
+"""
+
+
+class TetherError(Exception):
+    """An error in three parts.
+
+    Args:
+        asked: What the caller asked for, or what was found.
+        why: Why it cannot be.
+        instead: What to write or do instead.
+    """
+
+    def __init__(self, asked: str, why: str, instead: str) -> None:
+        super().__init__(asked, why, instead)
+        self.asked = asked
+        self.why = why
+        self.instead = instead
+
+    def __str__(self) -> str:
+        return f"{self.asked}\n  Why not: {self.why}\n  Instead: {self.instead}"
+
+
+class ConfigurationError(TetherError, ValueError):
+    """An option, or a combination of options, that cannot be honoured. Raised at construction."""
+
+
+class DataError(TetherError, ValueError):
+    """A row that cannot be trained on. Names the row."""
+
+
+class ReferenceModelError(TetherError, ValueError):
+    """A reference that is not, or cannot be, the one that was meant."""
+
+
+class ResumeError(TetherError, ValueError):
+    """A checkpoint that does not belong to this trainer."""
+
+
+class MissingLogProbsError(TetherError, LookupError):
+    """A stored reference was asked for a response it does not hold, and has no source to compute it."""
+
+
+class StoreError(TetherError, RuntimeError):
+    """The log-prob store cannot be read or written safely."""

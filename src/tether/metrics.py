@@ -1,0 +1,89 @@
+"""What a run reports of its pairs: rewards, margins, accuracies, log-probs and token statistics.
+
+Everything is a sum and a weight per pair, kept on the device; one transfer per log. Knows no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tether.types import PairBatch, PairScores, ResponseLogProbs
+
+# A metric of a micro-batch: what to add up for each pair, and what to divide the total by.
+PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
+
+
+def pair_metrics(
+    batch: PairBatch,
+    scores: PairScores,
+    losses: Float[Tensor, " pairs"],
+    beta: float,
+    policy: ResponseLogProbs,
+) -> PairMetrics:
+    """Every metric of a micro-batch, under TRL's names.
+
+    Token statistics are included when the policy's scoring brought them.
+    """
+    chosen_rewards = beta * scores.chosen_logratios.detach()
+    rejected_rewards = beta * scores.rejected_logratios.detach()
+    per_pair = {
+        "loss": losses.detach(),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": chosen_rewards > rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": scores.policy_chosen.detach(),
+        "logps/rejected": scores.policy_rejected.detach(),
+    }
+    one = torch.ones_like(losses, dtype=torch.float32)
+    metrics = {name: (value.float(), one) for name, value in per_pair.items()}
+    return metrics | _token_metrics(batch, scores, policy)
+
+
+def _token_metrics(batch: PairBatch, scores: PairScores, policy: ResponseLogProbs) -> PairMetrics:
+    if policy.statistics is None:
+        return {}
+
+    def per_pair(values: Tensor) -> tuple[Tensor, Tensor]:
+        return batch.of_responses(torch.segment_reduce(values.float(), "sum", offsets=policy.offsets))
+
+    chosen_tokens, rejected_tokens = scores.chosen_lengths.float(), scores.rejected_lengths.float()
+    chosen_entropy, rejected_entropy = per_pair(policy.statistics.entropy)
+    chosen_logit, rejected_logit = per_pair(policy.statistics.mean_logit)
+    chosen_hits, _ = per_pair(policy.statistics.is_top1)
+    return {
+        "entropy": (chosen_entropy + rejected_entropy, chosen_tokens + rejected_tokens),
+        "logits/chosen": (chosen_logit, chosen_tokens),
+        "logits/rejected": (rejected_logit, rejected_tokens),
+        "mean_token_accuracy": (chosen_hits, chosen_tokens),
+    }
+
+
+class MetricSums:
+    """Running totals of `PairMetrics` on the device; `means` is the only transfer."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, metrics: PairMetrics) -> None:
+        """Adds the pairs of a micro-batch."""
+        for name, (values, weights) in metrics.items():
+            total = torch.stack([values.sum(), weights.sum()]).double()
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> dict[str, float]:
+        """The weighted mean of each metric, and an empty slate.
+
+        Args:
+            reduce: Sums a tensor over the processes.
+        """
+        if not self._totals:
+            return {}
+        names = sorted(self._totals)
+        totals = reduce(torch.stack([self._totals[name] for name in names])).tolist()
+        self._totals.clear()
+        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}

@@ -1,0 +1,136 @@
+"""Policies, reference models and tokenizers: from what a user passes to objects in memory.
+
+Knows transformers and PEFT; knows no data and no training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tether.errors import ConfigurationError
+
+# Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
+_DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> PreTrainedModel | PeftModel:
+    """A causal language model from a path or name; an instance is passed through.
+
+    As in TRL, the dtype is float32 unless `init_kwargs` says otherwise: weights that train in bf16 lose small steps.
+    """
+    if not isinstance(model, str):
+        if init_kwargs:
+            raise ConfigurationError(
+                asked="`model_init_kwargs` together with a model that is already an instance.",
+                why="They are arguments of `from_pretrained`, which is not called for an instance.",
+                instead="Load the instance with them yourself, or pass the model's path or name.",
+            )
+        return model
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    dtype = options.pop("dtype", "float32")
+    options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **options)
+    return loaded
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel | PeftModel, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, from the model's folder if none is given; without a pad token it pads with EOS."""
+    if tokenizer is None:
+        name = getattr(model.config, "_name_or_path", "")
+        if not name:
+            raise ConfigurationError(
+                asked="No `processing_class` was given.",
+                why="The model was made in memory, so there is no folder to load its tokenizer from.",
+                instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigurationError(
+            asked=f"`processing_class` is a {type(tokenizer).__name__}.",
+            why="Rows are text, and only a tokenizer turns text into token ids.",
+            instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`).",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """Wraps the model with a fresh adapter, if one is asked for."""
+    if peft_config is None:
+        return model
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigurationError(
+            asked=f"`peft_config` is a {type(peft_config).__name__}.",
+            why="It says which adapter to put on the model.",
+            instead="Pass a PEFT config, such as `peft.LoraConfig(...)`.",
+        )
+    if isinstance(model, PeftModel):
+        raise ConfigurationError(
+            asked="`peft_config` together with a model that already has an adapter.",
+            why="It is not clear whether the first adapter belongs to the reference.",
+            instead="Leave `peft_config` out to go on training the adapter, or merge it first "
+            "(`model = model.merge_and_unload()`) to start a new one on top.",
+        )
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout to 0: modules, and the numbers that attention and layers keep."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_NUMBERS:
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+
+
+def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a reference to which the policy's token ids mean something else.
+
+    An embedding padded to another size is fine; ids that do not fit are not, and neither is a tokenizer in the
+    reference's own folder that gives the same tokens other ids.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    embeddings: Any = ref_model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if largest >= rows:
+        _refuse_vocabulary(f"The tokenizer's largest id is {largest}, and the reference embeds {rows} tokens")
+    own = _own_vocabulary(ref_model)
+    if own is None:
+        return
+    differing = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
+    if differing:
+        token = differing[0]
+        _refuse_vocabulary(
+            f"{len(differing)} tokens have other ids there ({token!r}: {tokenizer.get_vocab()[token]} for the policy, "
+            f"{own[token]} for the reference)"
+        )
+
+
+def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | None:
+    name = getattr(ref_model.config, "_name_or_path", "")
+    if not name:
+        return None
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError, KeyError):  # weights without a tokenizer beside them
+        return None
+    return vocabulary
+
+
+def _refuse_vocabulary(why: str) -> None:
+    raise ConfigurationError(
+        asked="The reference model has another vocabulary than the policy.",
+        why=f"{why}: both must read the same token ids.",
+        instead="Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
+    )

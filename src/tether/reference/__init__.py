@@ -1,0 +1,20 @@
+"""References: where `pi_ref` comes from. One contract, one file per kind."""
+
+from tether.reference.adapter import AdapterReference
+from tether.reference.base import Reference
+from tether.reference.build import ReferenceOptions, build_reference
+from tether.reference.frozen import FrozenReference
+from tether.reference.identity import ReferenceIdentity
+from tether.reference.moving import MovingReference
+from tether.reference.stored import StoredReference
+
+__all__ = [
+    "AdapterReference",
+    "FrozenReference",
+    "MovingReference",
+    "Reference",
+    "ReferenceIdentity",
+    "ReferenceOptions",
+    "StoredReference",
+    "build_reference",
+]

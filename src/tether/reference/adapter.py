@@ -1,0 +1,201 @@
+"""`AdapterReference`: the policy's own base, seen with its adapter off, or with the adapter it started from.
+
+The one home of PEFT's adapter mechanics. Holds no second set of base weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any, TypeGuard
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.reference.identity import ReferenceIdentity, digest_weights, num_bytes
+from tether.scoring import SCORING_VERSION
+from tether.types import PairBatch, ResponseLogProbs
+
+
+def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Whether a model is wrapped by PEFT."""
+    return isinstance(model, PeftModel)
+
+
+class AdapterReference(Reference):
+    """The implicit reference: the policy without what training adds to it.
+
+    A *fresh* adapter, whose initial delta is exactly zero, is simply switched off. An adapter that already changes
+    the base (a continued one, PiSSA, random prompts) is kept as a frozen copy of its tensors. Either way, tensors
+    that train and still reach the forward (trained biases, say) are swapped for frozen copies around the pass, in
+    place and by pointer: no weight is moved, and PEFT never has to hold a second adapter.
+
+    Must be built before the first optimizer step. A pass must come before the policy's forward of the same step,
+    because that forward's graph refers to the policy's tensors.
+
+    Args:
+        policy: The PEFT model that trains.
+        autocast_dtype: Run under autocast with this dtype, as the policy does.
+    """
+
+    def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None) -> None:
+        self._policy = policy
+        self._autocast_dtype = autocast_dtype
+        self._num_passes = 0
+        trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self._adapter_off = has_zero_delta(policy)
+        kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
+        self._frozen = [(parameter, parameter.detach().clone()) for parameter in kept.values()]
+        self._identity = ReferenceIdentity(
+            kind="adapter",
+            weights=self._digest(),
+            compute_dtype=compute_dtype_name(policy, autocast_dtype),
+            scoring_version=SCORING_VERSION,
+        )
+
+    def _digest(self) -> str:
+        base = self._policy.get_base_model()
+        tensors = base_tensors(base)
+        if self._adapter_off:
+            return digest_weights(tensors, base.config)
+        state = {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
+        configs = {
+            name: {k: v for k, v in asdict(config).items() if k not in ("base_model_name_or_path", "inference_mode")}
+            for name, config in self._policy.peft_config.items()
+        }
+        return digest_weights({**tensors, **state}, base.config, extra=configs)
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        return self._identity
+
+    @property
+    def num_passes(self) -> int:
+        return self._num_passes
+
+    @property
+    def adapter_is_off(self) -> bool:
+        """Whether the reference is the base with its adapter off (else: the adapter as it was at the start)."""
+        return self._adapter_off
+
+    @property
+    def extra_bytes(self) -> int:
+        return num_bytes(frozen for _, frozen in self._frozen)
+
+    @contextmanager
+    def in_policy(self) -> Iterator[None]:
+        off = adapter_off(self._policy) if self._adapter_off else nullcontext()
+        with off, self._exchanged():
+            yield
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        self._num_passes += 1
+        with self.in_policy():
+            return score_without_gradient(self._policy, batch, self._autocast_dtype)
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        trained = [parameter.data for parameter, _ in self._frozen]
+        for parameter, frozen in self._frozen:
+            parameter.data = frozen.to(parameter.device)
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(self._frozen, trained, strict=True):
+                parameter.data = data
+
+
+@contextmanager
+def adapter_off(policy: PeftModel) -> Iterator[None]:
+    """PEFT's `disable_adapter`, with every `requires_grad` as it was afterwards and without its advice on biases.
+
+    Trained biases stay in force under it; `AdapterReference` exchanges them.
+    """
+    trains = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
+        with policy.disable_adapter():
+            yield
+    for parameter, flag in trains:
+        parameter.requires_grad_(flag)
+
+
+def has_zero_delta(policy: PeftModel) -> bool:
+    """Whether the adapter, as it is now, changes nothing: its logits equal the base's, bit for bit.
+
+    Looked at from two sides, because a probe may miss what it does not touch (an unrouted expert, a token's
+    embedding): every factor pair of LoRA has a zero factor, and a forward with the adapter on equals one with it off.
+    """
+    if not all(_is_zero_pair(module) for module in policy.modules() if isinstance(module, BaseTunerLayer)):
+        return False
+    if any(config.is_prompt_learning for config in policy.peft_config.values()):
+        return False
+    probe = _probe_ids(policy)
+    with torch.no_grad(), evaluation_mode(policy):
+        with_adapter = policy(input_ids=probe, use_cache=False).logits
+        with adapter_off(policy):
+            without = policy(input_ids=probe, use_cache=False).logits
+    return torch.equal(with_adapter, without)
+
+
+def base_tensors(base: nn.Module) -> dict[str, Tensor]:
+    """The base model's weights and persistent buffers under the names they had before PEFT wrapped its layers."""
+    adapter_prefixes: list[str] = []
+    renamed: list[tuple[str, str]] = []
+    for path, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            renamed.append((f"{path}.base_layer.", f"{path}."))
+            names = (*module.adapter_layer_names, *module.other_param_names)
+            adapter_prefixes += [f"{path}.{name}." for name in names] + [f"{path}.lora_magnitude_vector."]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            renamed.append((f"{path}.original_module.", f"{path}."))
+            adapter_prefixes += [f"{path}.modules_to_save.", f"{path}.token_adapter."]
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if any(name.startswith(prefix) for prefix in adapter_prefixes) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        # Innermost wrapper first: a trained-tokens wrapper may sit inside a tuner layer.
+        for wrapped, plain in sorted(renamed, key=lambda pair: -len(pair[0])):
+            name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def _is_zero_pair(layer: BaseTunerLayer) -> bool:
+    for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for adapter in layer.active_adapters:
+            factors = [getattr(layer, name, {}) for name in (first, second)]
+            if all(adapter in factor for factor in factors):
+                weights = [getattr(factor[adapter], "weight", factor[adapter]) for factor in factors]
+                if all(bool(weight.any()) for weight in weights):
+                    return False
+    return True
+
+
+def _reaching_forward(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The trainable tensors that still change the forward with the adapter off; one backward finds them."""
+    probe = _probe_ids(policy)
+    with torch.enable_grad(), evaluation_mode(policy), adapter_off(policy):
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        logits = policy(input_ids=probe, use_cache=False).logits
+        if not logits.requires_grad:
+            return {}
+        grads: Any = torch.autograd.grad(logits.float().sum(), list(trainable.values()), allow_unused=True)
+    return {name: p for (name, p), grad in zip(trainable.items(), grads, strict=True) if grad is not None}
+
+
+def _probe_ids(policy: PeftModel) -> Tensor:
+    embeddings: Any = policy.get_base_model().get_input_embeddings()  # type: ignore[operator]
+    vocab_size = int(embeddings.weight.shape[0])
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    ids = torch.randint(vocab_size, (2, 16), generator=generator)
+    return ids.to(next(policy.parameters()).device)

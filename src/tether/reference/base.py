@@ -1,0 +1,128 @@
+"""The contract of every reference: who it is, what it says of a batch, and its life around training.
+
+The trainer calls these methods on whatever reference it holds and never asks which kind it is. Implementations are
+final; behaviour is added by wrapping (`StoredReference`, `MovingReference`), not by overriding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tether.errors import ReferenceModelError
+from tether.reference.identity import ReferenceIdentity
+from tether.scoring import score
+from tether.types import PairBatch, ResponseLogProbs
+
+BatchSource = Callable[[], Iterable[PairBatch]]
+
+
+class Reference(ABC):
+    """What `pi_ref` says of a batch.
+
+    The one question is `log_probs`. Around it: `prepare` runs before training with the batches that will be asked
+    for, `advance` after every optimizer step, `save` and `load` with every checkpoint, `release` when the weights
+    are no longer needed. Each does nothing unless the reference has something to do.
+    """
+
+    @property
+    @abstractmethod
+    def identity(self) -> ReferenceIdentity:
+        """Who this reference is; constant over its life."""
+
+    @abstractmethod
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        """Per-token log-probabilities of every response under the reference.
+
+        Without gradient and without dropout; leaves the policy's mode, active adapter, `requires_grad`, hooks and
+        random state as they were.
+
+        Args:
+            batch: The pairs, on any device.
+
+        Returns:
+            Values in nats, fp32, on the device of the batch, in its order of responses.
+        """
+
+    @property
+    @abstractmethod
+    def num_passes(self) -> int:
+        """Batches a model was really run for."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of weights held beyond the policy's own."""
+        return 0
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The reference's own model, if it has one apart from the policy."""
+        return None
+
+    def in_policy(self) -> AbstractContextManager[None]:
+        """While open, the policy's own forward computes what the reference computes.
+
+        Raises:
+            ReferenceModelError: If the reference is not the policy in another state.
+        """
+        raise ReferenceModelError(
+            asked="The policy was to act as its own reference (`null_ref_context`).",
+            why=f"This reference ({self.identity.kind}) has weights of its own; the policy's are not among them.",
+            instead="Ask the reference itself: `trainer.reference.log_probs(batch)`, or `trainer.ref_model`.",
+        )
+
+    def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
+        """Called before training (and before evaluating a new set) with the batches that will be asked for."""
+        return None
+
+    def advance(self, step: int) -> bool:
+        """Called after optimizer step `step` (counted from 1). Returns whether the reference moved."""
+        return False
+
+    def save(self, folder: Path) -> None:
+        """Writes the state that the user's own inputs do not determine."""
+        return None
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote."""
+        return None
+
+    def release(self) -> None:
+        """Gives up weights that are not needed, or not true, once training starts."""
+        return None
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()`, and every module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def score_without_gradient(model: nn.Module, batch: PairBatch, autocast_dtype: torch.dtype | None) -> ResponseLogProbs:
+    """One scoring pass as every reference makes it: no gradient, no dropout, the policy's autocast.
+
+    `no_grad` rather than inference mode: inference tensors break a later training forward of sharded weights.
+    """
+    device = next(model.parameters()).device
+    autocast: Any = torch.autocast(device.type, autocast_dtype) if autocast_dtype is not None else nullcontext()
+    with torch.no_grad(), evaluation_mode(model), autocast:
+        log_probs = score(model, batch)
+    return ResponseLogProbs(log_probs.values.to(batch.device), log_probs.offsets.to(batch.device))
+
+
+def compute_dtype_name(model: nn.Module, autocast_dtype: torch.dtype | None) -> str:
+    """Dtype in which the model's products run, as identity records it."""
+    dtype = autocast_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,111 @@
+"""From the flat options of a run to one reference object: the only place that chooses a kind.
+
+Knows every kind of reference; knows no trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tether.errors import ConfigurationError
+from tether.reference.adapter import AdapterReference, is_adapter_model
+from tether.reference.base import Reference
+from tether.reference.frozen import FrozenReference
+from tether.reference.moving import MovingReference
+from tether.reference.stored import StoredReference
+from tether.store import LogProbStore
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What a run says of its reference.
+
+    Attributes:
+        precompute: Score every row once before training and read the answers from a store.
+        streaming: Some rows are only known when they are read; the store is then filled on the way.
+        store_path: The store's file; None for the default place.
+        sync: The reference follows the policy (TR-DPO).
+        alpha: Weight of the policy in each sync.
+        sync_steps: Optimizer steps between syncs.
+        dtype: Dtype of an explicit reference's weights; None for the policy's.
+        autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
+        device: Where a reference with weights of its own lives; None for where they are.
+    """
+
+    precompute: bool = False
+    streaming: bool = False
+    store_path: Path | None = None
+    sync: bool = False
+    alpha: float = 0.6
+    sync_steps: int = 512
+    dtype: torch.dtype | None = None
+    autocast_dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+
+def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
+    """The reference of a run, from the policy as it is now.
+
+    Args:
+        policy: The unwrapped policy, before its first optimizer step.
+        ref_model: A model named by the user as the reference; None for the initial policy.
+        options: The run's options.
+
+    Raises:
+        ConfigurationError: If the options contradict each other or the model.
+    """
+    _check(policy, ref_model, options)
+    source = _source(policy, ref_model, options)
+    match source, options:
+        case _, ReferenceOptions(precompute=True):
+            return StoredReference(LogProbStore(options.store_path), source, release_when_filled=not options.streaming)
+        case FrozenReference(), ReferenceOptions(sync=True):
+            return MovingReference(source, lambda: policy, alpha=options.alpha, every=options.sync_steps)
+        case _:
+            return source
+
+
+def _source(
+    policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions
+) -> FrozenReference | AdapterReference:
+    dtype, autocast_dtype, device = options.dtype, options.autocast_dtype, options.device
+    if ref_model is not None:
+        return FrozenReference.of_other_model(
+            ref_model, policy, moves=options.sync, dtype=dtype, autocast_dtype=autocast_dtype, device=device
+        )
+    if is_adapter_model(policy):
+        return AdapterReference(policy, autocast_dtype=autocast_dtype)
+    if options.precompute and not options.streaming and dtype is None:
+        return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype)
+    return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype)
+
+
+def _check(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> None:
+    if ref_model is policy:
+        raise ConfigurationError(
+            asked="`ref_model` is the same object as `model`.",
+            why="The reference would train with the policy, and every reward would be 0.",
+            instead="Leave `ref_model` out: the reference is then the initial policy.",
+        )
+    if options.sync and options.precompute:
+        raise ConfigurationError(
+            asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
+            why="Log-probs computed before training are stale once the reference has moved.",
+            instead="Set one of the two to False.",
+        )
+    if options.sync and is_adapter_model(policy):
+        raise ConfigurationError(
+            asked="`sync_ref_model=True` with a PEFT model.",
+            why="Averaging an adapter in weight space is not there yet; averaging its factors would be another rule.",
+            instead="Train the full model, or set `sync_ref_model=False`.",
+        )
+    if options.dtype is not None and ref_model is None and is_adapter_model(policy):
+        raise ConfigurationError(
+            asked="`ref_dtype` with a PEFT model and no `ref_model`.",
+            why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
+            instead="Leave `ref_dtype` out, or pass `ref_model`.",
+        )

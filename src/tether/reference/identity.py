@@ -1,0 +1,117 @@
+"""Who a reference is: a digest of everything that changes its answers.
+
+Knows tensors and configs, no kind of reference. Weights are digested by name, shape, dtype and content; a name is
+the one that the plain model uses, so that a base under an adapter and the same base alone are one identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tether.errors import ReferenceModelError
+
+# Entries of a model config that do not change what the model computes.
+_COSMETIC = frozenset(
+    """
+    _name_or_path architectures transformers_version dtype torch_dtype use_cache return_dict tokenizer_class prefix
+    pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id id2label label2id problem_type
+    output_hidden_states output_attentions output_router_logits router_aux_loss_coef keys_to_ignore_at_inference
+    chunk_size_feed_forward is_encoder_decoder task_specific_params finetuning_task _attn_implementation
+    _attn_implementation_autoset initializer_range initializer_factor attention_dropout hidden_dropout resid_pdrop
+    embd_pdrop attn_pdrop dropout activation_dropout layerdrop hidden_dropout_prob attention_probs_dropout_prob
+    classifier_dropout summary_first_dropout
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """What tells one reference from another.
+
+    Attributes:
+        kind: `frozen`, `adapter` or `moving`; for people, not part of `digest`.
+        weights: Digest of the weights that matter and of the config that shapes the forward.
+        compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
+        scoring_version: Version of the scoring engine.
+    """
+
+    kind: str
+    weights: str
+    compute_dtype: str
+    scoring_version: int
+
+    @property
+    def digest(self) -> str:
+        """By this a store files log-probs: equal exactly when the same numbers would be computed."""
+        parts = (self.weights, self.compute_dtype, self.scoring_version)
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def digest_weights(tensors: Mapping[str, Tensor], config: Any, extra: Any = None) -> str:
+    """Digest of named tensors and of the config that shapes the forward.
+
+    Args:
+        tensors: Weights and persistent buffers, under the plain model's names.
+        config: The transformers config.
+        extra: Anything else that changes the answer (the adapter's configuration), as JSON-able data.
+
+    Raises:
+        ReferenceModelError: If a weight is NaN or infinite; names it.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    total.update(json.dumps([_forward_config(config), extra], sort_keys=True, default=str).encode())
+    names = sorted(tensors)
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        for name, digest in zip(names, pool.map(lambda name: _digest_tensor(name, tensors[name]), names), strict=True):
+            total.update(f"{name}:".encode() + digest)
+    return total.hexdigest()
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a plain model, each storage once."""
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: state[name].detach() for name in first.values()}
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind some tensors."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _digest_tensor(name: str, tensor: Tensor) -> bytes:
+    tensor = tensor.detach()
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ReferenceModelError(
+            asked=f"The model's weight `{name}` has NaN or infinite values.",
+            why="Every log-probability made from it would be NaN, for the policy and for the reference.",
+            instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 overflow).",
+        )
+    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _forward_config(config: Any) -> dict[str, Any]:
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): strip(entry) for key, entry in value.items() if key not in _COSMETIC}
+        return value
+
+    stripped = strip(config.to_dict())
+    assert isinstance(stripped, dict)
+    return stripped

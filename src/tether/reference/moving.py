@@ -1,0 +1,134 @@
+"""`MovingReference`: TR-DPO, a reference that follows the policy.
+
+Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint, leaves the
+arithmetic to `averaging`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tether.errors import ResumeError
+from tether.reference.averaging import soft_update, soft_update_with_residual
+from tether.reference.base import Reference
+from tether.reference.frozen import FrozenReference
+from tether.reference.identity import ReferenceIdentity, num_bytes
+from tether.types import PairBatch, ResponseLogProbs
+
+_TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
+
+
+class MovingReference(Reference):
+    """`pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref` every `every` optimizer steps.
+
+    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. The step counted is the optimizer's, and the update comes
+    after it. Tensors are matched by name; what the policy does not train is shared with it and needs no update.
+
+    Args:
+        source: A reference that owns a copy of every weight the policy trains.
+        policy: Gives the unwrapped policy when a sync is due.
+        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
+        every: Optimizer steps between syncs.
+    """
+
+    def __init__(self, source: FrozenReference, policy: Callable[[], nn.Module], *, alpha: float, every: int) -> None:
+        module = source.module
+        assert module is not None
+        self._source, self._policy = source, policy
+        self._alpha, self._every = alpha, every
+        trained = {name for name, parameter in policy().named_parameters() if parameter.requires_grad}
+        self._tensors = {name: p for name, p in module.named_parameters() if name in trained}
+        self._tensors |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}  # type: ignore[misc]
+        self._residuals = {
+            name: torch.zeros_like(tensor, requires_grad=False)
+            for name, tensor in self._tensors.items()
+            if tensor.dtype in (torch.bfloat16, torch.float16) and alpha not in (0.0, 1.0)
+        }
+        self._num_syncs = 0
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        """The source's, as it was at the start: what has moved since is in the checkpoint."""
+        return replace(self._source.identity, kind="moving")
+
+    @property
+    def num_passes(self) -> int:
+        return self._source.num_passes
+
+    @property
+    def num_syncs(self) -> int:
+        """How often the reference has moved."""
+        return self._num_syncs
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._source.extra_bytes + num_bytes(self._residuals.values())
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._source.module
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        return self._source.log_probs(batch)
+
+    def advance(self, step: int) -> bool:
+        if step % self._every:
+            return False
+        policy = self._policy()
+        current: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                self._sync(name, tensor.data, current[name].detach())
+        self._num_syncs += 1
+        return True
+
+    def _sync(self, name: str, reference: Tensor, policy: Tensor) -> None:
+        residual = self._residuals.get(name)
+        if residual is None:
+            reference.copy_(soft_update(reference, policy, self._alpha))
+        else:
+            moved, carried = soft_update_with_residual(reference, residual, policy, self._alpha)
+            reference.copy_(moved)
+            residual.copy_(carried)
+
+    def save(self, folder: Path) -> None:
+        state = {f"weight.{name}": t.detach() for name, t in self._tensors.items()}
+        state |= {f"residual.{name}": t for name, t in self._residuals.items()}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _TENSORS)
+        (folder / _SCHEDULE).write_text(json.dumps(self._schedule() | {"num_syncs": self._num_syncs}))
+
+    def load(self, folder: Path) -> None:
+        if not (folder / _SCHEDULE).is_file():
+            raise ResumeError(
+                asked=f"Resuming with `sync_ref_model=True` from {folder.parent}.",
+                why="That checkpoint holds no moving reference, so the average reached there is lost.",
+                instead="Resume from a checkpoint of a run with `sync_ref_model=True` (and without "
+                "`save_only_model=True`), or start a new run from its weights.",
+            )
+        saved = json.loads((folder / _SCHEDULE).read_text())
+        if {key: saved[key] for key in self._schedule()} != self._schedule():
+            raise ResumeError(
+                asked=f"Resuming with the sync schedule {self._schedule()}.",
+                why=f"The checkpoint {folder.parent} was made with another one: {saved}.",
+                instead="Use the checkpoint's `ref_model_mixup_alpha` and `ref_model_sync_steps`, or start a new run.",
+            )
+        tensors = load_file(folder / _TENSORS)
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.data.copy_(tensors[f"weight.{name}"])
+            for name, residual in self._residuals.items():
+                residual.copy_(tensors[f"residual.{name}"])
+        self._num_syncs = int(saved["num_syncs"])
+
+    def _schedule(self) -> dict[str, float]:
+        return {"alpha": self._alpha, "every": self._every}
+
+    def release(self) -> None:
+        """Nothing: a moving reference is needed to the end."""

@@ -1,0 +1,19 @@
+"""Reference log-probs on disk: scored once, found by what was computed, never served when in doubt."""
+
+from tether.store.exchange import export_parquet, import_parquet, merge, prune
+from tether.store.key import KEY_BYTES, content_key
+from tether.store.log_prob_store import LogProbStore, StoredIdentity, default_store_path
+from tether.store.salvage import salvage
+
+__all__ = [
+    "KEY_BYTES",
+    "LogProbStore",
+    "StoredIdentity",
+    "content_key",
+    "default_store_path",
+    "export_parquet",
+    "import_parquet",
+    "merge",
+    "prune",
+    "salvage",
+]

@@ -1,0 +1,202 @@
+"""Log-probs in and out of a store: Parquet files, other stores, and what is left of a damaged one.
+
+Everything streams, in batches of records. A store holds hashes, not tokens: files have `key` and `log_probs`.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tether.errors import StoreError
+from tether.store.key import KEY_BYTES
+from tether.store.log_prob_store import LogProbStore
+from tether.store.record import LogProbs
+
+_BATCH_SIZE = 1024
+_METADATA = b"tether"
+_COLUMNS = [
+    ("key", pa.binary(KEY_BYTES)),
+    ("log_probs", pa.list_(pa.field("element", pa.float32(), nullable=False))),
+]
+
+
+def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: str) -> int:
+    """Writes the records of one reference to a Parquet file, in the order of their keys.
+
+    Args:
+        store: Where they are.
+        path: The file to write; replaced, in one step, if it is there.
+        identity: Digest of the reference; kept in the file's metadata with the description.
+
+    Returns:
+        The number of records written.
+
+    Raises:
+        StoreError: If the store holds nothing of that reference, or a file can't be read or written.
+    """
+    if store.count(identity) == 0:
+        raise StoreError(
+            asked=f"an export of the reference {identity} from {store.path}",
+            why="the store holds no record of it",
+            instead="choose one of " + (", ".join(i.digest for i in store.identities()) or "(the store is empty)"),
+        )
+    about = {"format": 1, "identity": identity, "description": store.describe(identity)}
+    schema = pa.schema(_COLUMNS, metadata={_METADATA: json.dumps(about).encode()})
+    target = Path(path).expanduser().absolute()
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    num_records = 0
+    try:
+        with pq.ParquetWriter(unfinished, schema) as writer:
+            for batch in store.batches(identity, batch_size=_BATCH_SIZE):
+                writer.write_batch(_to_arrow(batch, schema))
+                num_records += len(batch)
+        os.replace(unfinished, target)
+    except (OSError, pa.ArrowException) as error:
+        raise _cannot("writing", target, error) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return num_records
+
+
+def import_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: str | None = None) -> int:
+    """Puts the records of a Parquet file into a store; of two for a key the longer stays.
+
+    Args:
+        store: Where to put them.
+        path: A file with the columns `key` (16 bytes) and `log_probs` (list of float).
+        identity: Digest of the reference, needed when the file doesn't say it.
+
+    Returns:
+        The number of records that the store didn't have, or had shorter.
+
+    Raises:
+        StoreError: If the file isn't such a file, belongs to another reference than `identity`, or holds a
+            value that is not finite (the batches before it stay).
+    """
+    source = Path(path).expanduser().absolute()
+    try:
+        with pq.ParquetFile(source) as file:
+            owner, description = _read_owner(file.schema_arrow, source, identity)
+            num_added = 0
+            for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=["key", "log_probs"]):
+                keys, values = _from_arrow(batch, source)
+                num_added += _add(store, owner, keys, values, description)
+            return num_added
+    except (OSError, pa.ArrowException) as error:
+        raise _cannot("reading", source, error) from error
+
+
+def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
+    """Puts every record of another store into this one; the other may be in use, and is not changed.
+
+    Args:
+        into: The store that grows.
+        other_path: The file of the other store.
+
+    Returns:
+        The number of records that `into` didn't have, or had shorter.
+
+    Raises:
+        StoreError: If the other is this store, or either can't be read or written (what was merged stays).
+    """
+    source = Path(other_path).expanduser().absolute()
+    if source.exists() and os.path.samefile(source, into.path):
+        raise StoreError(
+            asked=f"merging {source} into itself",
+            why="both paths name one file",
+            instead="name the other store's file",
+        )
+    num_added = 0
+    with LogProbStore(source, read_only=True) as other:
+        for identity in other.digests():
+            description = other.describe(identity)
+            for batch in other.batches(identity, batch_size=_BATCH_SIZE):
+                keys, values = [key for key, _ in batch], [value for _, value in batch]
+                num_added += _add(into, identity, keys, values, description)
+    return num_added
+
+
+def prune(store: LogProbStore, *, identity: str | None = None, older_than: timedelta | None = None) -> int:
+    """Removes records and gives the space back.
+
+    Args:
+        store: The store that shrinks.
+        identity: Digest of the reference whose records go; `None` means any.
+        older_than: Only references that were not used (put or read, exact to a day) for this long.
+
+    Returns:
+        The number of records removed.
+
+    Raises:
+        StoreError: If neither is given, or the store can't be written.
+    """
+    if identity is None and older_than is None:
+        raise StoreError(
+            asked=f"pruning {store.path} of everything",
+            why="that would throw away every score, and is likelier a slip than a wish",
+            instead="name an `identity` or an age (`older_than`); to remove the whole store delete its file",
+        )
+    latest = None if older_than is None else datetime.now(UTC) - older_than
+    return sum(
+        store.remove(known)
+        for known, last_used in store.digests().items()
+        if identity in (None, known) and (latest is None or last_used < latest)
+    )
+
+
+def _add(
+    store: LogProbStore,
+    identity: str,
+    keys: Sequence[bytes],
+    values: Sequence[LogProbs],
+    description: Mapping[str, Any] | None,
+) -> int:
+    """Puts what the store lacks; returns how many."""
+    lacking = store.missing(identity, keys, [len(value) for value in values], verify=True)
+    store.put(identity, [keys[i] for i in lacking], [values[i] for i in lacking], description=description)
+    return len(lacking)
+
+
+def _to_arrow(batch: Sequence[tuple[bytes, LogProbs]], schema: pa.Schema) -> pa.RecordBatch:
+    offsets = np.cumsum([0, *(len(value) for _, value in batch)], dtype=np.int32)
+    flat = np.concatenate([np.empty(0, np.float32), *(value for _, value in batch)])
+    keys = pa.array([key for key, _ in batch], pa.binary(KEY_BYTES))
+    log_probs = pa.ListArray.from_arrays(offsets, flat, type=schema.field("log_probs").type)
+    return pa.record_batch([keys, log_probs], schema=schema)
+
+
+def _from_arrow(batch: pa.RecordBatch, source: Path) -> tuple[list[bytes], list[LogProbs]]:
+    log_probs = batch.column("log_probs")
+    if batch.column("key").null_count or log_probs.null_count or log_probs.flatten().null_count:
+        raise _not_ours(source, "it has empty cells", "leave rows without log-probs out")
+    flat = log_probs.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    ends = np.cumsum(log_probs.value_lengths().to_numpy())[:-1]
+    return batch.column("key").to_pylist(), np.split(flat, ends)
+
+
+def _read_owner(schema: pa.Schema, source: Path, identity: str | None) -> tuple[str, Mapping[str, Any] | None]:
+    """Whose log-probs the file holds, and what is said of it."""
+    if not {"key", "log_probs"} <= set(schema.names):
+        raise _not_ours(source, f"its columns are {schema.names}", "give it columns `key` and `log_probs`")
+    about = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
+    owner = about.get("identity", identity)
+    if owner is None:
+        raise _not_ours(source, "it doesn't say whose log-probs it holds", "pass `identity`")
+    if identity not in (None, owner):
+        raise _not_ours(source, f"it holds log-probs of {owner}, not of {identity}", "leave `identity` out")
+    return owner, about.get("description")
+
+
+def _not_ours(source: Path, why: str, instead: str) -> StoreError:
+    return StoreError(asked=f"an import from {source}", why=why, instead=instead)
+
+
+def _cannot(doing: str, path: Path, error: Exception) -> StoreError:
+    return StoreError(f"{doing} the Parquet file {path}", str(error), "check path, permissions and disk space")

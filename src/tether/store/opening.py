@@ -1,0 +1,174 @@
+"""Opens a store file: to write, to read, or on a disk that can't be written at all.
+
+Knows SQLite's modes and journals; must not know records or processes.
+"""
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+from tether.errors import StoreError
+from tether.store import schema
+from tether.store.location import is_on_network
+from tether.store.sqlite_errors import in_three_parts, is_busy
+
+PATIENCE_SECONDS = 60.0  # how long to wait for another process that writes
+_CACHE_KIB = 32_000
+
+
+def open_to_write(path: Path) -> sqlite3.Connection:
+    """A connection to the store at `path`, which is created if it isn't there; raises StoreError."""
+    with in_three_parts("opening", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        db = _connect(path, "rwc")
+        try:
+            _patiently_prepare(db, path)
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that can't change the store at `path`; raises StoreError."""
+    if not path.is_file() or path.stat().st_size == 0:
+        raise StoreError(
+            asked=f"the log-prob store {path}, read only",
+            why="there is no store in that place",
+            instead="check the path, or open it without `read_only` to start a new store",
+        )
+    with in_three_parts("opening", path):
+        db = _connect_to_read(path)
+        try:
+            schema.check(db, path)
+            if schema.is_older(db):
+                raise StoreError(
+                    asked=f"the log-prob store {path}, read only",
+                    why="it has an older format, which is brought up to date when it is opened for writing",
+                    instead="open it once without `read_only`",
+                )
+            db.execute("PRAGMA query_only = ON")
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+def open_damaged(path: Path) -> sqlite3.Connection:
+    """A connection to read what can be read of a damaged store; raises StoreError if it is no store."""
+    with in_three_parts("opening", path):
+        db = _connect_to_read(path, is_damaged=True)
+        db.execute("PRAGMA query_only = ON")
+    return db
+
+
+def copy_database(db: sqlite3.Connection, path: Path) -> None:
+    """Copies what `db` sees at this moment to the file `path`, which appears when it is whole."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with in_three_parts("copying to", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            copy = sqlite3.connect(unfinished)
+            try:
+                db.backup(copy)
+            finally:
+                copy.close()
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}",
+        uri=True,
+        timeout=PATIENCE_SECONDS,
+        isolation_level=None,  # transactions are ours
+        check_same_thread=False,  # calls are made under a lock
+    )
+    db.text_factory = _decode
+    db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    return db
+
+
+def _decode(text: bytes) -> str:
+    return text.decode(errors="replace")  # a damaged value must not stop the rows beside it
+
+
+def _patiently_prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Changing the journal fails at once when another process has the file: try until patience ends."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return _prepare(db, path)
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    if schema.is_empty(db):
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that `prune` can give space back; must come first
+    else:
+        schema.check(db, path)  # before anything is changed: the file may be another program's
+    _choose_journal(db, path)
+    if schema.is_empty(db) or schema.is_older(db):
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            if schema.is_empty(db):  # asked again: another process may have been first
+                schema.create(db)
+            schema.check(db, path)
+            schema.migrate(db)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+def _choose_journal(db: sqlite3.Connection, path: Path) -> None:
+    """A write-ahead log where it works (readers never wait), else a rollback one."""
+    wanted = "delete" if is_on_network(path) else "wal"
+    (journal,) = db.execute("PRAGMA journal_mode").fetchone()
+    if journal != wanted:
+        try:
+            (journal,) = db.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+        except sqlite3.OperationalError as error:
+            if is_busy(error):
+                raise
+            (journal,) = db.execute("PRAGMA journal_mode = delete").fetchone()
+    # A killed process loses nothing under either; NORMAL is also safe against power loss in WAL mode only.
+    db.execute(f"PRAGMA synchronous = {'NORMAL' if journal == 'wal' else 'FULL'}")
+
+
+def _connect_to_read(path: Path, *, is_damaged: bool = False) -> sqlite3.Connection:
+    """In the ordinary way where the folder can be written (SQLite keeps files beside a store in use)."""
+    writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    db = _connect(path, "rw" if writable else "ro")
+    try:
+        if is_damaged:
+            db.execute("PRAGMA writable_schema = ON")  # goes on where the file is shorter than it says
+        schema.is_empty(db)
+    except sqlite3.OperationalError as error:
+        db.close()
+        if writable or "unable to open" not in str(error):
+            raise
+        _refuse_unfinished(path)
+        db = _connect(path, "ro&immutable=1")  # nobody can write here: read the file as it lies
+    return db
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """The file alone isn't the whole store while a journal lies beside it."""
+    for suffix in ("-wal", "-journal"):
+        journal = path.with_name(path.name + suffix)
+        if journal.exists() and journal.stat().st_size > 0:
+            raise StoreError(
+                asked=f"the log-prob store {path}, read only",
+                why=f"its last writes are in {journal.name}, and this folder may not be written to join them",
+                instead="open it once where its folder can be written, or copy both files to such a folder",
+            )

@@ -1,0 +1,82 @@
+"""Saves what is left of a damaged store file.
+
+Knows that any page may be unreadable; must not know why.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tether.store.log_prob_store import LogProbStore
+from tether.store.opening import open_damaged
+from tether.store.record import Record, RecordCodec, unpack
+from tether.store.sqlite_errors import in_three_parts, is_damage
+
+_BATCH_SIZE = 1024
+_SMALLEST_ROW_BYTES = 32  # no record of the table is smaller: bounds how many rows a file can hold
+
+
+def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
+    """Puts every intact record of a damaged store into another one; the damaged file is not changed.
+
+    Each record is proven by its checksum, so nothing wrong can come over.
+
+    Args:
+        damaged_path: The damaged file; no process should be writing to it.
+        into: A fresh store, or any other.
+
+    Returns:
+        The number of intact records that were found.
+
+    Raises:
+        StoreError: If the file is no SQLite file at all, or `into` can't be written.
+    """
+    path = Path(damaged_path).expanduser().absolute()
+    db = open_damaged(path)
+    try:
+        with in_three_parts("reading", path):
+            return _move_records(db, into)
+    finally:
+        db.close()
+
+
+def _move_records(db: sqlite3.Connection, into: LogProbStore) -> int:
+    codecs = {row_id: (digest, RecordCodec(digest)) for row_id, digest in _rows(db, "identities", "id, digest")}
+    waiting: dict[str, list[Record]] = {digest: [] for digest, _ in codecs.values()}
+    num_found = 0
+    for _, owner, *columns in _rows(db, "records", "id, identity, key, num_tokens, checksum, log_probs"):
+        digest, codec = codecs.get(owner, ("", None))
+        record = Record(*columns)
+        if codec is not None and codec.is_intact(record):
+            num_found += 1
+            waiting[digest].append(record)
+            if len(waiting[digest]) == _BATCH_SIZE:
+                _put(into, digest, waiting[digest])
+    for digest, records in waiting.items():
+        _put(into, digest, records)
+    return num_found
+
+
+def _put(into: LogProbStore, digest: str, records: list[Record]) -> None:
+    into.put(digest, [record.key for record in records], [unpack(record) for record in records])
+    records.clear()
+
+
+def _rows(db: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table that can be read; steps over those that can't, in steps that grow very slowly."""
+    (num_pages,) = db.execute("PRAGMA page_count").fetchone()
+    (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
+    last, highest, num_failures = 0, num_pages * page_bytes // _SMALLEST_ROW_BYTES, 0
+    while last < highest:
+        try:
+            for row in db.execute(f"SELECT {columns} FROM {table} NOT INDEXED WHERE id > ? ORDER BY id", (last,)):
+                last, num_failures = row[0], 0
+                yield row
+            return
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            num_failures += 1
+            last += 1 + num_failures // 1000

@@ -1,0 +1,81 @@
+"""The tables of a store file, their version, and how an older version becomes this one (see FORMAT.md).
+
+Knows SQL; must not know arrays, files or processes.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from tether.errors import StoreError
+
+APPLICATION_ID = 0x54455448  # "TETH", in the file's header: tells a store from any other SQLite file
+SCHEMA_VERSION = 1
+
+# Identity ids are never used twice (AUTOINCREMENT): a record can't come to belong to another reference.
+_TABLES = (
+    """CREATE TABLE identities (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        digest TEXT NOT NULL UNIQUE,
+        description TEXT,
+        created REAL NOT NULL,
+        last_used REAL NOT NULL)""",
+    """CREATE TABLE records (
+        id INTEGER PRIMARY KEY,
+        identity INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        num_tokens INTEGER NOT NULL,
+        checksum BLOB NOT NULL,
+        log_probs BLOB NOT NULL)""",
+    "CREATE UNIQUE INDEX records_by_key ON records (identity, key)",
+)
+# _MIGRATIONS[n] turns version n into n + 1, within the caller's transaction.
+_MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
+
+
+def is_empty(db: sqlite3.Connection) -> bool:
+    """Whether the file holds nothing at all: not a store, and nobody else's database."""
+    (num_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return bool(num_tables == 0 and _read(db, "application_id") == 0 and _read(db, "user_version") == 0)
+
+
+def check(db: sqlite3.Connection, path: Path) -> None:
+    """Raises StoreError if the file is another program's database, or a store newer than this program."""
+    if _read(db, "application_id") != APPLICATION_ID:
+        raise StoreError(
+            asked=f"the log-prob store {path}",
+            why="this SQLite file belongs to another program; it was not changed",
+            instead="choose another path for the store",
+        )
+    version = _read(db, "user_version")
+    if version > SCHEMA_VERSION or (version < SCHEMA_VERSION and version not in _MIGRATIONS):
+        raise StoreError(
+            asked=f"the log-prob store {path} of format version {version}",
+            why=f"this version of tether reads format version {SCHEMA_VERSION}; the file was not changed",
+            instead="use the version of tether that wrote it (or a newer one), or another path for the store",
+        )
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Makes the tables of an empty file, within the caller's transaction."""
+    for statement in _TABLES:
+        db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def is_older(db: sqlite3.Connection) -> bool:
+    """Whether `migrate` has something to do."""
+    return _read(db, "user_version") < SCHEMA_VERSION
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Brings a checked store to this version, within the caller's transaction."""
+    for version in range(_read(db, "user_version"), SCHEMA_VERSION):
+        _MIGRATIONS[version](db)
+        db.execute(f"PRAGMA user_version = {version + 1}")
+
+
+def _read(db: sqlite3.Connection, pragma: str) -> int:
+    (value,) = db.execute(f"PRAGMA {pragma}").fetchone()
+    return int(value)

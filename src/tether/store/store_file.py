@@ -1,0 +1,109 @@
+"""One process's hold on a store file: opened on first use, one user at a time, let go of before every fork.
+
+Knows processes and transactions; must not know what is in the tables.
+"""
+
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tether.errors import StoreError
+from tether.store.opening import open_to_read, open_to_write
+from tether.store.sqlite_errors import in_three_parts
+
+
+class StoreFile:
+    """The SQLite file of a store.
+
+    Args:
+        path: The file, absolute.
+        read_only: Whether writing is refused.
+    """
+
+    def __init__(self, path: Path, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._db: sqlite3.Connection | None = None
+        self._inode = 0
+        self._closed = False
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read with; every statement sees one moment of the store."""
+        with _in_use, in_three_parts("reading", self.path):
+            yield self._connection()
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A connection within one transaction: all of the body is written, or nothing."""
+        if self.read_only:
+            raise StoreError(
+                asked=f"writing to the log-prob store {self.path}",
+                why="it was opened with `read_only=True`",
+                instead="open it without `read_only`",
+            )
+        with _in_use, in_three_parts("writing to", self.path):
+            db = self._connection()
+            try:
+                db.execute("BEGIN IMMEDIATE")  # waits here for other writers, never halfway
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Lets go of the file for good."""
+        with _in_use:
+            self._closed = True
+            self.disconnect()
+
+    def disconnect(self) -> None:
+        """Lets go of the file until the next use."""
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreError(
+                asked=f"using the log-prob store {self.path}",
+                why="it was closed",
+                instead="open it again with `LogProbStore(path)`",
+            )
+        if self._db is not None and not self._is_in_place():
+            self.disconnect()  # the file was removed or replaced: rows written to the old one would be lost
+        if self._db is None:
+            self._db = open_to_read(self.path) if self.read_only else open_to_write(self.path)
+            self._inode = self.path.stat().st_ino
+            _open_files.add(self)
+        return self._db
+
+    def _is_in_place(self) -> bool:
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+
+# A connection carried across a fork shares file locks with its parent, and either process's close can cut off
+# the other's writes; a lock held by another thread would never be let go in the child. So every fork happens
+# while no store is in use and no file is open; both sides open again when they need to.
+_in_use = threading.RLock()
+_open_files: "weakref.WeakSet[StoreFile]" = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    _in_use.acquire()
+    for file in list(_open_files):
+        file.disconnect()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_in_use.release, after_in_child=_in_use.release)

@@ -1,0 +1,179 @@
+"""The statements that read and write rows of a store, a bounded number at a time.
+
+Knows SQL; must not know files, arrays or what makes a record intact.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from tether.store.record import Record
+
+_KEYS_AT_ONCE = 500  # below the smallest limit on variables in one SQLite statement (999)
+_COLUMNS = "key, num_tokens, checksum, log_probs"
+_OF_IDENTITY = "identity = (SELECT id FROM identities WHERE digest = ?)"
+
+
+@dataclass(frozen=True)
+class StoredIdentity:
+    """What a store holds of one reference.
+
+    Args:
+        digest: Digest of the reference.
+        description: What the reference is, as it was said when its first records were put.
+        num_records: Number of responses.
+        num_tokens: Number of response tokens over all of them.
+        size_bytes: Size of its keys, checksums and values, without SQLite's overhead.
+        created: When the first record was put (UTC).
+        last_used: When records were last put or read (UTC), exact to a day.
+    """
+
+    digest: str
+    description: Mapping[str, Any] | None
+    num_records: int
+    num_tokens: int
+    size_bytes: int
+    created: datetime
+    last_used: datetime
+
+
+def read_lengths(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Key and number of tokens of those `keys` that have a record."""
+    for some, marks in _in_chunks(keys):
+        yield from db.execute(
+            f"SELECT key, num_tokens FROM records WHERE {_OF_IDENTITY} AND key IN ({marks})",
+            (identity, *some),
+        )
+
+
+def read_records(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -> Iterator[Record]:
+    """The records of those `keys` that have one, unproven."""
+    for some, marks in _in_chunks(keys):
+        rows = db.execute(
+            f"SELECT {_COLUMNS} FROM records WHERE {_OF_IDENTITY} AND key IN ({marks})", (identity, *some)
+        )
+        yield from map(Record._make, rows)
+
+
+def read_page(db: sqlite3.Connection, identity: str, after: bytes, limit: int) -> list[Record]:
+    """Up to `limit` records with keys above `after`, in the order of their keys, unproven."""
+    rows = db.execute(
+        f"SELECT {_COLUMNS} FROM records WHERE {_OF_IDENTITY} AND key > ? ORDER BY key LIMIT ?",
+        (identity, after, limit),
+    )
+    return list(map(Record._make, rows))
+
+
+def read_keys(db: sqlite3.Connection, identity: str) -> Iterator[bytes]:
+    """All keys of an identity, in order."""
+    for (key,) in db.execute(f"SELECT key FROM records WHERE {_OF_IDENTITY} ORDER BY key", (identity,)):
+        yield key
+
+
+def use_identity(db: sqlite3.Connection, identity: str, description: Mapping[str, Any] | None, now: float) -> int:
+    """The row id of an identity, added if it is new, and marked as used at `now` (seconds since 1970)."""
+    said = None if description is None else json.dumps(dict(description), sort_keys=True, default=str)
+    db.execute(
+        "INSERT INTO identities (digest, description, created, last_used) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (digest) DO UPDATE SET last_used = excluded.last_used,"
+        " description = coalesce(description, excluded.description)",
+        (identity, said, now, now),
+    )
+    (row_id,) = db.execute("SELECT id FROM identities WHERE digest = ?", (identity,)).fetchone()
+    return int(row_id)
+
+
+def touch_identity(db: sqlite3.Connection, identity: str, now: float) -> None:
+    """Marks an identity, if it is there, as used at `now` (seconds since 1970)."""
+    db.execute("UPDATE identities SET last_used = ? WHERE digest = ?", (now, identity))
+
+
+def read_description(db: sqlite3.Connection, identity: str) -> dict[str, Any] | None:
+    """What was said of an identity; None if nothing was, or if it isn't there."""
+    row = db.execute("SELECT description FROM identities WHERE digest = ?", (identity,)).fetchone()
+    return _parse(row[0]) if row else None
+
+
+def read_digests(db: sqlite3.Connection) -> list[tuple[str, datetime]]:
+    """Digest and time of last use of every identity."""
+    rows = db.execute("SELECT digest, last_used FROM identities ORDER BY id")
+    return [(digest, _moment(last_used)) for digest, last_used in rows]
+
+
+def write_records(db: sqlite3.Connection, owner: int, records: Iterable[Record]) -> None:
+    """Writes records of the identity with row id `owner`, over those that have the same key."""
+    db.executemany(
+        f"INSERT INTO records (identity, {_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
+        " ON CONFLICT (identity, key) DO UPDATE SET num_tokens = excluded.num_tokens,"
+        " checksum = excluded.checksum, log_probs = excluded.log_probs",
+        ((owner, *record) for record in records),
+    )
+
+
+def delete_records(db: sqlite3.Connection, identity: str, keys: Iterable[bytes]) -> None:
+    """Removes the records of `keys`."""
+    db.executemany(f"DELETE FROM records WHERE {_OF_IDENTITY} AND key = ?", ((identity, key) for key in keys))
+
+
+def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
+    """Removes up to `limit` records of an identity, and the identity when none is left; returns how many."""
+    removed = db.execute(
+        f"DELETE FROM records WHERE id IN (SELECT id FROM records WHERE {_OF_IDENTITY} LIMIT ?)",
+        (identity, limit),
+    ).rowcount
+    if removed < limit:
+        db.execute("DELETE FROM identities WHERE digest = ?", (identity,))
+    return removed
+
+
+def give_space_back(db: sqlite3.Connection) -> None:
+    """Shortens the file by the pages that hold nothing."""
+    db.execute("PRAGMA incremental_vacuum").fetchall()  # one step a page
+
+
+def count_records(db: sqlite3.Connection, identity: str | None) -> int:
+    """Number of records, of one identity or of all."""
+    if identity is None:
+        row = db.execute("SELECT count(*) FROM records").fetchone()
+    else:
+        row = db.execute(f"SELECT count(*) FROM records WHERE {_OF_IDENTITY}", (identity,)).fetchone()
+    return int(row[0])
+
+
+def read_identities(db: sqlite3.Connection) -> list[StoredIdentity]:
+    """Every identity, in the order in which they came."""
+    rows = db.execute(
+        "SELECT digest, description, count(key), coalesce(sum(num_tokens), 0),"
+        " coalesce(sum(length(key) + length(checksum) + length(log_probs)), 0), created, last_used"
+        " FROM identities LEFT JOIN records ON records.identity = identities.id"
+        " GROUP BY identities.id ORDER BY identities.id"
+    )
+    return [
+        StoredIdentity(digest, _parse(said), num_records, num_tokens, size_bytes, *map(_moment, times))
+        for digest, said, num_records, num_tokens, size_bytes, *times in rows
+    ]
+
+
+def _parse(description: str | None) -> dict[str, Any] | None:
+    """The description that was said; None if nothing was, or if it is damaged (no number depends on it)."""
+    try:
+        said = json.loads(description or "null")
+    except (TypeError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _moment(seconds: float) -> datetime:
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (TypeError, ValueError, OverflowError, OSError) as error:
+        raise sqlite3.DatabaseError(f"a time is malformed: {seconds!r}") from error
+
+
+def _in_chunks(keys: Sequence[bytes]) -> Iterator[tuple[Sequence[bytes], str]]:
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        some = keys[start : start + _KEYS_AT_ONCE]
+        yield some, ",".join("?" * len(some))

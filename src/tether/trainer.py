@@ -1,0 +1,398 @@
+"""`DPOTrainer`: the training loop of transformers with a reference in it.
+
+Orchestrates; decides nothing about references (`reference.build` does), losses or scoring.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+
+from tether.config import DPOConfig
+from tether.data import PairCollator, PairDataset, batch_of, num_pairs_tensor, tokenize_pairs
+from tether.errors import ConfigurationError, ResumeError
+from tether.losses import LOSSES
+from tether.metrics import MetricSums, pair_metrics
+from tether.models import add_adapter, check_vocabulary, disable_dropout, load_model, load_tokenizer
+from tether.reference import Reference, ReferenceOptions, build_reference
+from tether.scoring import score
+from tether.types import PairBatch, PairScores
+
+logger = logging.getLogger(__name__)
+
+Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
+
+
+class DPOTrainer(Trainer):
+    """Trains a language model on preference pairs against a reference.
+
+    Direct Preference Optimization, Rafailov et al. 2023, arXiv 2305.18290. Takes TRL's arguments; which reference is
+    used follows from the flags:
+
+    ====================================  =================================================================
+    flags                                 reference
+    ====================================  =================================================================
+    (none)                                a frozen copy of the policy as it is now
+    `ref_model=...`                       that model
+    `peft_config=...` or a `PeftModel`    the policy's own base with the adapter off (or as it started)
+    `precompute_ref_log_probs=True`       any of these, scored once before training and kept on disk
+    `sync_ref_model=True`                 a copy that follows the policy (TR-DPO)
+    ====================================  =================================================================
+
+    Args:
+        model: The policy: a path or name, a `PreTrainedModel`, or a `PeftModel`.
+        ref_model: The reference model, or a path to one; by default the policy as it is now.
+        args: The options; by default `DPOConfig` with an output folder named after the model.
+        train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`.
+        eval_dataset: The same, or a dict of named sets.
+        processing_class: The tokenizer; by default the one beside the model.
+        callbacks: Further `transformers.TrainerCallback`s.
+        optimizers: An optimizer and a scheduler of your own.
+        peft_config: Puts a fresh adapter on the model.
+
+    Raises:
+        ConfigurationError: For options that contradict each other or the model.
+        DataError: For a row that is not a preference pair.
+
+    Example:
+        >>> trainer = DPOTrainer(model, args=DPOConfig(output_dir="out"), train_dataset=pairs,
+        ...                      processing_class=tokenizer)   # doctest: +SKIP
+        >>> trainer.train()                                    # doctest: +SKIP
+    """
+
+    # `compute_loss` already divides by the pairs of the whole optimizer step.
+    loss_is_scaled_for_ga = True
+
+    reference: Reference
+    args: DPOConfig
+    model: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
+        args: DPOConfig | None = None,
+        *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = args or DPOConfig(_default_output_dir(model))
+        _refuse_data_parallel(args)
+        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
+        policy = add_adapter(load_model(model, init_kwargs, args.trust_remote_code), peft_config)
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
+        tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        if ref_model is not None:
+            check_vocabulary(ref_model, tokenizer)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        self._tokenizer = tokenizer
+        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._num_train_tokens = 0
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # a batch is one object; it cannot be cut into slices
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=PairCollator(args.max_length, args.truncation_mode),
+            train_dataset=self._tokenized(_as_dataset(train_dataset), "train", args),
+            eval_dataset=self._tokenized_sets(eval_dataset, args),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
+            self.model.enable_input_require_grads()
+        self.reference = build_reference(self.model, ref_model, self._reference_options())
+        self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
+        self.model.add_model_tags(["tether", "dpo"])
+        self.add_callback(_AdvanceReference(self))
+
+    # ---- the reference -------------------------------------------------------------------------------------------
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's own model, or None where it has none apart from the policy."""
+        return self.reference.module
+
+    def null_ref_context(self) -> AbstractContextManager[None]:
+        """While open, the policy computes what the reference computes (adapter models)."""
+        return self.reference.in_policy()
+
+    def _reference_options(self) -> ReferenceOptions:
+        args = self.args
+        sets = self._named_sets({"train": self.train_dataset}, self.eval_dataset)
+        return ReferenceOptions(
+            precompute=args.precompute_ref_log_probs,
+            streaming=any(isinstance(dataset, IterableDataset) for dataset in sets.values()),
+            store_path=Path(args.ref_store) if args.ref_store else None,
+            sync=args.sync_ref_model,
+            alpha=args.ref_model_mixup_alpha,
+            sync_steps=args.ref_model_sync_steps,
+            dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
+            autocast_dtype=args.autocast_dtype,
+            device=self.args.device,
+        )
+
+    def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
+        batches = {
+            name: lambda dataset=dataset: self._this_process_batches(dataset)
+            for name, dataset in sets.items()
+            if isinstance(dataset, Dataset)
+        }
+        self.reference.prepare(batches, show_progress=not self.args.disable_tqdm and self.is_local_process_zero())
+        self.accelerator.wait_for_everyone()
+
+    def _this_process_batches(self, dataset: Dataset) -> Iterable[PairBatch]:
+        """Every n-th batch of the set, n the number of processes: together they see each row once."""
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        rows = dataset.select_columns(list(_TOKEN_COLUMNS))
+        starts = range(self.args.process_index * size, len(rows), size * self.args.world_size)
+        parts = [list(range(start, min(start + size, len(rows)))) for start in starts]
+        loader = DataLoader(rows, batch_sampler=parts, collate_fn=self.data_collator)
+        return _SizedBatches(loader, self.args.device)
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _tokenized(self, dataset: PairDataset, name: str, args: DPOConfig) -> PairDataset:
+        if set(_TOKEN_COLUMNS) <= set(dataset.column_names or ()):
+            return dataset
+        with args.main_process_first(desc=f"tokenizing the {name} set"):
+            return tokenize_pairs(
+                dataset,
+                self._tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+
+    def _tokenized_sets(self, sets: Rows | Mapping[str, Rows] | None, args: DPOConfig) -> Any:
+        if sets is None:
+            return None
+        if isinstance(sets, Mapping):
+            return {name: self._tokenized(_as_dataset(dataset), name, args) for name, dataset in sets.items()}
+        return self._tokenized(_as_dataset(sets), "eval", args)
+
+    @staticmethod
+    def _named_sets(named: Mapping[str, Any], sets: Any) -> dict[str, Any]:
+        if sets is None:
+            return dict(named)
+        return {**named, **(sets if isinstance(sets, Mapping) else {"eval": sets})}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(_TOKEN_COLUMNS)
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch: its share of the mean over all pairs of the optimizer step.
+
+        The reference is asked before the policy, whose graph must see the policy's tensors (see AdapterReference).
+        """
+        batch = batch_of(inputs)
+        sums = self._train_sums if self.model.training else self._eval_sums
+        reference = self.reference.log_probs(batch)
+        policy = score(model, batch, statistics=not self.model.training or self._logs_after_this_step())
+        scores = PairScores.of(batch, policy, reference)
+        weights = self.args.loss_weights or [1.0] * len(self.args.loss_type)
+        parts = [
+            weight * LOSSES[name](scores, self.args.loss_options)
+            for name, weight in zip(self.args.loss_type, weights, strict=True)
+        ]
+        losses = torch.stack(parts).sum(0)
+        sums.add(pair_metrics(batch, scores, losses, self.args.beta, policy))
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:  # gradients are averaged over processes, and this is a sum over this process's pairs
+            self._num_train_tokens += batch.num_sequence_tokens()
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """Pairs of the whole optimizer step: all micro-batches of all processes."""
+        if not batch_samples:
+            return None
+        counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
+        total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
+        return total
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        if self.args.logging_strategy == IntervalStrategy.STEPS:
+            every = self.state.logging_steps or self.args.logging_steps
+            return step % max(1, int(every)) == 0 or (step == 1 and self.args.logging_first_step)
+        return self.args.logging_strategy == IntervalStrategy.EPOCH
+
+    # ---- reports -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means = self._train_sums.means(self._sum_over_processes)
+            means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
+            logs |= means | {"num_tokens": self._sum_tokens()}
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._eval_sums = MetricSums()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        means = self._eval_sums.means(self._sum_over_processes)
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluates the sets given at construction, or new ones (rows of text, or tokenized)."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenized_sets(eval_dataset, self.args)
+            if eval_dataset is not self.eval_dataset:
+                self._prepare_reference(self._named_sets({}, eval_dataset))
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
+    def _sum_over_processes(self, totals: Tensor) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(totals, reduction="sum")
+        return reduced
+
+    def _sum_tokens(self) -> float:
+        return self._sum_over_processes(torch.tensor(float(self._num_train_tokens), device=self.args.device)).item()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            folder = Path(output_dir) / _REFERENCE_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "identity.json").write_text(json.dumps(self.reference.identity.describe(), indent=2))
+            self.reference.save(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            folder = Path(checkpoint) / _REFERENCE_FOLDER
+            _check_same_reference(folder, self.reference)
+            self.reference.load(folder)
+
+
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_REFERENCE_FOLDER = "reference"
+
+
+class _AdvanceReference(TrainerCallback):
+    """Tells the reference of each finished optimizer step."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.reference.advance(state.global_step)
+
+
+class _SizedBatches:
+    """The batches of a loader on a device, with a length for the progress bar."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+        self._loader, self._device = loader, device
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Any:
+        return (batch_of(inputs).to(self._device) for inputs in self._loader)
+
+
+def _check_same_reference(folder: Path, reference: Reference) -> None:
+    path = folder / "identity.json"
+    if not path.is_file():
+        raise ResumeError(
+            asked=f"Resuming from {folder.parent}.",
+            why="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
+            instead="Resume from a checkpoint written by Tether without `save_only_model=True`, or start a new run.",
+        )
+    saved, own = json.loads(path.read_text()), reference.identity.describe()
+    if saved != own:
+        differing = [name for name in own if saved.get(name) != own[name]]
+        raise ResumeError(
+            asked=f"Resuming from {folder.parent} with another reference.",
+            why=f"It differs in {', '.join(differing)}: the checkpoint has "
+            f"{ {name: saved.get(name) for name in differing} }, this trainer { ({n: own[n] for n in differing}) }.",
+            instead="Build the trainer from the same initial model (not from the checkpoint's weights) and with the "
+            "same reference options, or start a new run.",
+        )
+
+
+def _refuse_data_parallel(args: DPOConfig) -> None:
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            asked=f"{args.n_gpu} GPUs are visible to one process.",
+            why="Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates "
+            "the reference at every step.",
+            instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
+            "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
+        )
+
+
+def _as_dataset(rows: Rows | None) -> PairDataset:
+    if isinstance(rows, Dataset | IterableDataset):
+        return rows
+    if isinstance(rows, list):
+        return Dataset.from_list(rows)
+    raise ConfigurationError(
+        asked=f"A set of pairs was given as {type(rows).__name__}.",
+        why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
+        instead="Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`.",
+    )
+
+
+def _default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"

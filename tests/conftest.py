@@ -1,0 +1,54 @@
+"""Settings that hold for every test, and the fixtures that several files share.
+
+The environment is set before torch and transformers are imported. TETHER_TYPECHECK=0 switches off the
+checking of shapes and types (jaxtyping with beartype) in the modules named below; it is on otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_DISABLED"] = "true"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+CHECKED_MODULES = ["tether.types", "tether.losses", "tether.scoring"]
+ROOT = Path(__file__).resolve().parent.parent
+
+if os.environ.get("TETHER_TYPECHECK", "1") != "0":
+    jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def tether_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty TETHER_HOME for each test, so that none reads or writes the user's store."""
+    home = tmp_path_factory.mktemp("tether-home")
+    monkeypatch.setenv("TETHER_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data beside the repository; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the data folder ../shared/data beside the repository, which is not here")
+    return folder
