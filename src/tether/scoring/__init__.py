@@ -1,7 +1,7 @@
 """Scores responses under a language model: one engine for the policy and for every reference."""
 
 from tether.scoring.head import LogitTransform, token_log_probs
-from tether.scoring.layout import ScoringRows, padded_rows
+from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.score import SCORING_VERSION, score
 
-__all__ = ["SCORING_VERSION", "LogitTransform", "ScoringRows", "padded_rows", "score", "token_log_probs"]
+__all__ = ["SCORING_VERSION", "LogitTransform", "ScoringRows", "packed_rows", "padded_rows", "score", "token_log_probs"]

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tether.scoring.attention import lengths_tensor
 from tether.types import PairBatch
+
+_Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,57 @@ class ScoringRows:
     targets: Int[Tensor, " tokens"]
 
 
+def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
+    """One row for the whole batch, each prompt once: `prompt_0 response_0 response_1 prompt_1 response_2 ...`.
+
+    Positions start again after the prompt for each of its responses; `packed_lengths` tells the attention which
+    tokens belong together.
+
+    Args:
+        batch: The batch, on the model's device.
+        router_weights: Weigh each token, in the attention mask, by how many sequences of the padded layout it
+            stands for: a router's load-balancing loss then equals the padded one.
+    """
+    members: list[list[int]] = [[] for _ in batch.prompt_lengths]
+    for response, group in enumerate(batch.response_group):
+        members[group].append(response)
+    prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
+    response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
+    source: list[_Places] = []
+    positions: list[_Places] = []
+    columns: list[_Places] = []
+    start = 0
+    for group, responses in enumerate(members):
+        prompt_length = batch.prompt_lengths[group]
+        source.append(_run(prompt_starts[group], prompt_length))
+        positions.append(_run(0, prompt_length))
+        last_of_prompt, start = start + prompt_length - 1, start + prompt_length
+        for response in responses:
+            length = batch.response_lengths[response]
+            source.append(_run(response_starts[response], length))
+            positions.append(_run(prompt_length, length))
+            column = _run(start - 1, length)
+            column[0] = last_of_prompt
+            columns.append(column)
+            start += length
+    device = batch.device
+    tokens = torch.cat([batch.prompt_ids, batch.response_ids])
+    inputs: dict[str, Any] = {
+        "input_ids": tokens[_tensor(source, device)][None],
+        "position_ids": _tensor(positions, device)[None],
+        "packed_lengths": lengths_tensor(
+            [
+                (batch.prompt_lengths[group], [batch.response_lengths[response] for response in responses])
+                for group, responses in enumerate(members)
+            ]
+        ),
+    }
+    if router_weights:
+        inputs["attention_mask"] = _sequence_counts(batch, members).to(device)[None]
+    column = _tensor(columns, device)
+    return ScoringRows(inputs, start, torch.zeros_like(column), column, batch.response_ids)
+
+
 def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
     """One row per response, `prompt response` padded on the right: the layout every causal model understands.
 
@@ -42,35 +99,50 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
         pad_token_id: What fills the rows; masked, so that it reaches no result.
     """
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
-    response_starts = list(accumulate(batch.response_lengths, initial=0))
-    source: list[list[int]] = []
-    row: list[int] = []
-    column: list[int] = []
-    lengths: list[int] = []
-    num_prompt_tokens = batch.prompt_ids.shape[0]
+    response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
+    lengths = [
+        batch.prompt_lengths[group] + length
+        for group, length in zip(batch.response_group, batch.response_lengths, strict=True)
+    ]
+    gather = np.zeros((batch.num_responses, max(lengths)), dtype=np.int64)
+    mask = np.zeros_like(gather)
+    rows: list[_Places] = []
+    columns: list[_Places] = []
     for response, (group, length) in enumerate(zip(batch.response_group, batch.response_lengths, strict=True)):
         prompt_length = batch.prompt_lengths[group]
-        first = num_prompt_tokens + response_starts[response]
-        source.append([*range(prompt_starts[group], prompt_starts[group + 1]), *range(first, first + length)])
-        row += [response] * length
-        column += range(prompt_length - 1, prompt_length + length - 1)
-        lengths.append(prompt_length + length)
-    width = max(lengths)
-    gather = torch.zeros(len(source), width, dtype=torch.int64)
-    mask = torch.zeros(len(source), width, dtype=torch.int64)
-    for index, places in enumerate(source):
-        gather[index, : len(places)] = torch.tensor(places)
-        mask[index, : len(places)] = 1
+        gather[response, :prompt_length] = _run(prompt_starts[group], prompt_length)
+        gather[response, prompt_length : prompt_length + length] = _run(response_starts[response], length)
+        mask[response, : prompt_length + length] = 1
+        rows.append(np.full(length, response))
+        columns.append(_run(prompt_length - 1, length))
     device = batch.device
-    gather, mask = gather.to(device), mask.to(device)
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])
+    attention_mask = torch.from_numpy(mask).to(device)
+    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[torch.from_numpy(gather).to(device)]
     return ScoringRows(
-        inputs={
-            "input_ids": torch.where(mask.bool(), tokens[gather], pad_token_id),
-            "attention_mask": mask,
-        },
-        width=width,
-        row=torch.tensor(row, device=device),
-        column=torch.tensor(column, device=device),
+        inputs={"input_ids": tokens.where(attention_mask.bool(), pad_token_id), "attention_mask": attention_mask},
+        width=max(lengths),
+        row=_tensor(rows, device),
+        column=_tensor(columns, device),
         targets=batch.response_ids,
     )
+
+
+def _sequence_counts(batch: PairBatch, members: list[list[int]]) -> Int[Tensor, " row"]:
+    """How many (pair, side) sequences each token of the packed row stands for."""
+    uses = [0] * batch.num_responses
+    for response in (*batch.chosen, *batch.rejected):
+        uses[response] += 1
+    counts: list[int] = []
+    for group, responses in enumerate(members):
+        counts += [sum(uses[response] for response in responses)] * batch.prompt_lengths[group]
+        for response in responses:
+            counts += [uses[response]] * batch.response_lengths[response]
+    return torch.tensor(counts)
+
+
+def _run(start: int, length: int) -> _Places:
+    return np.arange(start, start + length)
+
+
+def _tensor(runs: list[_Places], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(runs)).to(device)

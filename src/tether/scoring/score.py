@@ -1,26 +1,37 @@
 """The one engine that scores responses, for the policy and for every reference, so that they agree by construction.
 
-Knows layouts and heads; does not know whether it scores a policy or a reference.
+Chooses the layout and the head; does not know whether it scores a policy or a reference.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tether.scoring.head import has_known_head, judge_head, scoring_head, token_statistics
-from tether.scoring.layout import ScoringRows, padded_rows
+from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of
+from tether.scoring.head import base_model_of, has_known_head, judge_head, scoring_head, token_statistics
+from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
+from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, offsets_of
 
 # Part of every reference's identity: raised when a change here alters the numbers beyond rounding.
 SCORING_VERSION = 1
 
+Layout = Literal["auto", "packed", "padded"]
+
 
 def score(
-    model: nn.Module, batch: PairBatch, *, statistics: bool = False, auxiliary_loss: bool = False
+    model: nn.Module,
+    batch: PairBatch,
+    *,
+    statistics: bool = False,
+    auxiliary_loss: bool = False,
+    layout: Layout = "auto",
 ) -> ResponseLogProbs:
     """Per-token log-probabilities of every response of the batch under `model`.
 
@@ -32,8 +43,10 @@ def score(
         model: A causal language model, plain or wrapped (PEFT, DDP, `torch.compile`). Its mode, hooks and weights
             are left as they are: dropout is active if the caller left it in training mode.
         batch: The pairs. Moved to the model's device if it is elsewhere.
-        statistics: Also return entropy, mean logit and top-1 hits of each token (one more pass over the head).
+        statistics: Also return entropy, mean logit and top-1 hits of each token.
         auxiliary_loss: Also return the model's router loss, for mixtures of experts.
+        layout: `packed` (one row, each prompt once) and `padded` (one row per response) give the same numbers;
+            `auto` packs where the model's family is proven, or proves it first.
 
     Returns:
         Values in nats, fp32, in the batch's order of responses; with gradient if the caller's mode records one.
@@ -43,39 +56,80 @@ def score(
         >>> chosen, rejected = batch.of_responses(log_probs.sums())  # doctest: +SKIP
     """
     batch = batch.to(next(model.parameters()).device)
-    rows = padded_rows(batch)
-    options: dict[str, Any] = {"output_router_logits": True} if auxiliary_loss else {}
-    values, found, outputs = _run(model, rows, statistics, options)
+    packed = layout == "packed" or (layout == "auto" and can_pack(model))
+    rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
+    answer = _run(model, rows, statistics, auxiliary_loss)
     return ResponseLogProbs(
-        values=values,
+        values=answer.values,
         offsets=offsets_of(batch.response_lengths, batch.device),
-        statistics=found,
-        auxiliary_loss=getattr(outputs, "aux_loss", None) if auxiliary_loss else None,
+        statistics=answer.statistics,
+        auxiliary_loss=answer.outputs.aux_loss if auxiliary_loss else None,
     )
 
 
-def _run(
-    model: nn.Module, rows: ScoringRows, statistics: bool, options: dict[str, Any]
-) -> tuple[Float[Tensor, " tokens"], TokenStatistics | None, Any]:
-    verdict = has_known_head(model)
-    if verdict is False:
-        return _run_with_logits(model, rows, statistics, options)
-    with scoring_head(model, rows, statistics) as request:
-        outputs = model(**rows.inputs, **options, use_cache=False)
-    if request.log_probs is None:  # the model did not call its output projection
-        return _run_with_logits(model, rows, statistics, options)
-    if verdict is None and not judge_head(model, request.log_probs, outputs):
-        return _run_with_logits(model, rows, statistics, options)
-    return request.log_probs.flatten(), request.statistics, outputs
+def can_pack(model: nn.Module) -> bool:
+    """Whether packed rows give a model's own log-probs; compares the layouts once for families not known yet."""
+    base = base_model_of(model)
+    known = known_to_pack(model, base)
+    if known is not None:
+        return known
+    batch = probe_batch(base)
+    generator = torch.Generator().manual_seed(1)
+    shuffled = torch.randperm(len(batch.prompt_ids), generator=generator).to(batch.device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            padded = score(model, batch, layout="padded").values
+            elsewhere = replace(batch, prompt_ids=batch.prompt_ids[shuffled])
+            other_context = score(model, elsewhere, layout="padded").values
+            packed = score(model, batch, layout="packed").values
+    except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError) as error:
+        return remember(base, False, f"its attention cannot be packed ({error})")
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return remember(
+        base, layouts_agree(packed, padded, other_context), "its attention gives other numbers on packed rows"
+    )
 
 
-def _run_with_logits(
-    model: nn.Module, rows: ScoringRows, statistics: bool, options: dict[str, Any]
-) -> tuple[Float[Tensor, " tokens"], TokenStatistics | None, Any]:
+class _Answer(NamedTuple):
+    values: Float[Tensor, " tokens"]
+    statistics: TokenStatistics | None
+    outputs: Any
+
+
+def _run(model: nn.Module, rows: ScoringRows, statistics: bool, auxiliary_loss: bool) -> _Answer:
+    options: dict[str, Any] = {"use_cache": False}
+    if auxiliary_loss:
+        options["output_router_logits"] = True
+    base = base_model_of(model)
+    is_packed = "packed_lengths" in rows.inputs
+    attention = packed_attention_of(base, keep=_replays_forward(model)) if is_packed else nullcontext()
+    with attention:
+        verdict = has_known_head(model)
+        if verdict is not False:
+            with scoring_head(model, rows, statistics) as request:
+                outputs = model(**rows.inputs, **options)
+            answered = request.log_probs is not None
+            if answered and (verdict or judge_head(model, request.log_probs, outputs)):  # type: ignore[arg-type]
+                return _Answer(request.log_probs.flatten(), request.statistics, outputs)  # type: ignore[union-attr]
+        outputs = model(**rows.inputs, **options)
+    return _answer_of_logits(outputs, rows, statistics)
+
+
+def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> _Answer:
     """The fallback for heads that are not a projection and a known transform: full logits, from the model itself."""
-    outputs = model(**rows.inputs, **options, use_cache=False)
-    logits = outputs.logits
+    logits: Tensor = outputs.logits
     selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)].float()
     values = selected.log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
     found = token_statistics(selected, rows.targets, lambda part: part, logits.shape[-1]) if statistics else None
-    return torch.as_tensor(values), found, outputs
+    return _Answer(values, found, outputs)
+
+
+def _replays_forward(model: nn.Module) -> bool:
+    """Whether activation checkpointing will run layers again during the backward."""
+    return torch.is_grad_enabled() and any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )

@@ -1,0 +1,365 @@
+"""Exact attention over a packed row: every response attends to its prompt and to itself, and to nothing else.
+
+Registered with transformers' public attention interfaces; nothing is patched. The row's structure travels as one
+small tensor of lengths, so that checkpointing can replay it and `torch.compile` need not look inside. Knows
+tensors; knows no pairs, no models beyond their config.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_PREFIX = "tether_packed+"
+_scoring_packed: ContextVar[bool] = ContextVar("scoring_packed", default=False)
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """The model's attention does something that a packed row cannot honour; the padded layout can."""
+
+
+class Group(NamedTuple):
+    """Where one prompt and its responses stand in a packed row."""
+
+    start: int
+    prompt_length: int
+    response_lengths: list[int]
+
+
+def lengths_tensor(groups: list[tuple[int, list[int]]]) -> Int[Tensor, " entries"]:
+    """The structure of a row as one tensor on the host: for each group its prompt's, then its responses' lengths."""
+    flat: list[int] = []
+    for prompt_length, response_lengths in groups:
+        flat += [prompt_length, len(response_lengths), *response_lengths]
+    return torch.tensor(flat, dtype=torch.int64)
+
+
+def _groups(lengths: Tensor) -> Iterator[Group]:
+    flat = lengths.tolist()
+    place = start = 0
+    while place < len(flat):
+        prompt_length, count = flat[place], flat[place + 1]
+        responses = flat[place + 2 : place + 2 + count]
+        yield Group(start, prompt_length, responses)
+        place += 2 + count
+        start += prompt_length + sum(responses)
+
+
+@contextmanager
+def packed_attention_of(model: nn.Module, keep: bool) -> Iterator[None]:
+    """While open, the model's attention understands packed rows; plain calls go on as before.
+
+    Args:
+        model: The base causal language model.
+        keep: Leave it so. Activation checkpointing runs the attention again during the backward, after scoring.
+    """
+    config: Any = model.config
+    plain = config._attn_implementation
+    if not plain.startswith(_PREFIX):
+        config._attn_implementation = _register(plain)
+    token = _scoring_packed.set(True)
+    try:
+        yield
+    finally:
+        _scoring_packed.reset(token)
+        if not keep and not plain.startswith(_PREFIX):
+            config._attn_implementation = plain
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Takes off what `packed_attention_of(..., keep=True)` left on."""
+    config: Any = model.config
+    if (config._attn_implementation or "").startswith(_PREFIX):
+        config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
+
+
+def _register(plain: str) -> str:
+    name = _PREFIX + plain
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, partial(_attend, plain))
+        AttentionMaskInterface.register(name, partial(_mask_unless_packed, plain))
+    return name
+
+
+def _mask_unless_packed(plain: str, *args: Any, **kwargs: Any) -> Any:
+    masks = AttentionMaskInterface()
+    if _scoring_packed.get() or plain not in masks:
+        return None
+    return masks[plain](*args, **kwargs)
+
+
+def _attend(
+    plain: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_lengths: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls for each layer: packed rows here, everything else as the model would have it."""
+    if packed_lengths is None:
+        usual = AttentionInterface()
+        if plain in usual:
+            return usual[plain](module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    if kwargs.get("s_aux") is not None or not getattr(module, "is_causal", True):
+        raise UnsupportedAttentionError("attention sinks and bidirectional attention need the padded layout")
+    scale = kwargs.get("scaling")
+    result = packed_attention(
+        query,
+        key,
+        value,
+        packed_lengths,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        dropout=kwargs.get("dropout") or 0.0,
+    )
+    return result, None
+
+
+def packed_attention(
+    query: Float[Tensor, "1 heads row size"],
+    key: Float[Tensor, "1 key_heads row size"],
+    value: Float[Tensor, "1 key_heads row value_size"],
+    lengths: Int[Tensor, " entries"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "1 row heads value_size"]:
+    """Attention of a packed row; equals ordinary causal attention over `prompt + response`, for each response.
+
+    Args:
+        query, key, value: Of the whole row; fewer key than query heads share keys (grouped-query attention).
+        lengths: The row's structure, from `lengths_tensor`.
+        scale: Factor on the scores.
+        window: Each query sees at most this many positions, its own included.
+        softcap: Scores are `softcap * tanh(score / softcap)`.
+        dropout: Probability of dropping an attention weight.
+
+    Returns:
+        Heads behind positions, as transformers' attention functions return it.
+    """
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if kind == "cpu" and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
+        output, _ = _packed_flash(query, key, value, lengths, scale, window or 0)
+        return output
+    return _packed_pairwise(query, key, value, lengths, scale, window, softcap, dropout)
+
+
+# --- one sequence after the other, through autograd: any device, softcap and dropout ---------------------------------
+
+
+@torch.compiler.disable
+def _packed_pairwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    sizes = [size for group in _groups(lengths) for size in (group.prompt_length, *group.response_lengths)]
+    # `split`, not slices: the backward of a slice fills a tensor of the whole row with zeros.
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    outputs = []
+    place = 0
+    for group in _groups(lengths):
+        prompt, place = place, place + 1
+        for number in range(len(group.response_lengths)):
+            # The prompt's own queries go with the first response.
+            q = torch.cat([queries[prompt], queries[place]], 2) if number == 0 else queries[place]
+            k, v = (torch.cat([parts[prompt], parts[place]], 2) for parts in (keys, values))
+            outputs.append(_attend_at_end(q, k, v, scale, window, softcap, dropout))
+            place += 1
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _attend_at_end(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
+) -> Tensor:
+    """Causal attention of the last `query.shape[2]` positions of a sequence."""
+    grouped = query.shape[1] != key.shape[1]
+    square = query.shape[2] == key.shape[2]
+    if softcap is None and square and (window is None or window >= key.shape[2]):
+        return scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    first = key.shape[2] - query.shape[2]
+    mask = _allowed(first, query.shape[2], 0, key.shape[2], window, query.device)
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+def _allowed(
+    first_query: int, num_queries: int, first_key: int, num_keys: int, window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys each query may see, by their positions in the sequence."""
+    queries = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
+    keys = torch.arange(first_key, first_key + num_keys, device=device)[None, :]
+    allowed = keys <= queries
+    return allowed if window is None else allowed & (keys > queries - window)
+
+
+# --- CPU: flash attention in parts, as one opaque operator ----------------------------------------------------------
+#
+# A row is covered by square causal parts (prompt + first response; each further response by itself) and by
+# rectangles (a further response's queries over its prompt's keys). The two parts of a further response are merged by
+# their log-sum-exps: out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse), lse = logaddexp(lse_a, lse_b). The flash
+# backward needs only the merged out and lse to be exact for each part.
+
+
+class _Part(NamedTuple):
+    queries: slice
+    keys: slice
+    causal: bool
+    mask: Tensor | None
+    merges: bool  # adds to what an earlier part gave these queries
+
+
+def _parts(lengths: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Part]:
+    for start, prompt_length, response_lengths in _groups(lengths):
+        end = start + prompt_length
+        for number, length in enumerate(response_lengths):
+            if number == 0:
+                whole = slice(start, end + length)
+                yield _part(whole, whole, 0, 0, window, dtype)
+            else:
+                queries = slice(end, end + length)
+                yield _part(queries, queries, prompt_length, prompt_length, window, dtype)
+                prompt = slice(start, start + prompt_length)
+                yield _part(queries, prompt, prompt_length, 0, window, dtype)._replace(merges=True)
+            end += length
+
+
+def _part(queries: slice, keys: slice, first_query: int, first_key: int, window: int, dtype: torch.dtype) -> _Part:
+    num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+    if not window or first_query + num_queries - first_key <= window:
+        return _Part(queries, keys, first_query == first_key, None, False)
+    allowed = _allowed(first_query, num_queries, first_key, num_keys, window, torch.device("cpu"))
+    # Finite, so that a query that sees nothing of a part has a (vanishing) log-sum-exp rather than NaN.
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min / 2)
+    return _Part(queries, keys, False, mask[None, None], False)
+
+
+@torch.library.custom_op("tether::packed_attention", mutates_args=(), device_types="cpu")
+def _packed_flash(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Output (1, row, heads, size) and log-sum-exp (1, row, heads)."""
+    _, heads, row, size = query.shape
+    output = query.new_empty(1, row, heads, size)
+    normalizer = query.new_empty(1, row, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    for part in _parts(lengths, window, query.dtype):
+        out, lse = _flash(
+            query[:, :, part.queries],
+            key[:, :, part.keys],
+            value[:, :, part.keys],
+            0.0,
+            part.causal,
+            attn_mask=part.mask,
+            scale=scale,
+        )
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
+        if part.merges:
+            before_out, before = output[:, part.queries], normalizer[:, part.queries]
+            total = torch.logaddexp(before, lse)
+            out = before_out * (before - total).exp()[..., None] + out * (lse - total).exp()[..., None]
+            lse = total
+        output[:, part.queries] = out
+        normalizer[:, part.queries] = lse
+    return output, normalizer
+
+
+@torch.library.custom_op("tether::packed_attention_backward", mutates_args=(), device_types="cpu")
+def _packed_flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    normalizer: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Laid out as transformers lays out its projections, so that what follows needs no copy.
+    grads = [
+        torch.zeros_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format)
+        for tensor in (query, key, value)
+    ]
+    grad, output, normalizer = (tensor.transpose(1, 2) for tensor in (grad, output, normalizer))
+    for part in _parts(lengths, window, query.dtype):
+        pieces = _flash_backward(
+            grad[:, :, part.queries],
+            query[:, :, part.queries],
+            key[:, :, part.keys],
+            value[:, :, part.keys],
+            output[:, :, part.queries],
+            normalizer[:, :, part.queries],
+            0.0,
+            part.causal,
+            attn_mask=part.mask,
+            scale=scale,
+        )
+        for total, piece, place in zip(grads, pieces, (part.queries, part.keys, part.keys), strict=True):
+            total[:, place] += piece.transpose(1, 2)
+    query_grad, key_grad, value_grad = (total.transpose(1, 2) for total in grads)
+    return query_grad, key_grad, value_grad
+
+
+@_packed_flash.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    _, heads, row, size = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(1, row, heads, size), query.new_empty(1, row, heads, dtype=dtype)
+
+
+@_packed_flash_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    empty = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)]
+    query_grad, key_grad, value_grad = (tensor.transpose(1, 2) for tensor in empty)
+    return query_grad, key_grad, value_grad
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, lengths, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, lengths, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, lengths, output, normalizer = ctx.saved_tensors
+    grads = _packed_flash_backward(grad, query, key, value, output, normalizer, lengths, ctx.scale, ctx.window)
+    return (*grads, None, None, None)
+
+
+_packed_flash.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,104 @@
+"""Which layout a model is scored in: packed where that is proven equal, padded everywhere else.
+
+Knows model families and how to compare the two layouts.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from tether.types import PairBatch, Response
+
+logger = logging.getLogger(__name__)
+
+# Families whose packed log-probs and gradients the tests prove equal to separate forwards (docs/models.md).
+PROVEN_FAMILIES = frozenset(
+    {
+        "cohere2",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "opt",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+    }
+)
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def known_to_pack(model: nn.Module, base: nn.Module) -> bool | None:
+    """Whether a model is scored packed; None while an unknown family has not been compared yet."""
+    configs = getattr(model, "peft_config", {})
+    if any(config.is_prompt_learning for config in configs.values()):
+        return False  # virtual tokens would stand in front of the first prompt only
+    if base in _packs:
+        return _packs[base]
+    if _is_proven(base):
+        _packs[base] = True
+    return _packs.get(base)
+
+
+def remember(base: nn.Module, packs: bool, why: str = "") -> bool:
+    """Keeps the verdict on a model; says once, with the reason, that it falls back."""
+    if not packs and _packs.get(base) is not False:
+        logger.warning(
+            "%s is scored in the padded layout (one row per response), which is right but slower: %s.",
+            type(base).__name__,
+            why,
+        )
+    _packs[base] = packs
+    return packs
+
+
+def probe_batch(base: nn.Module) -> PairBatch:
+    """Pairs that tell the layouts apart: a shared prompt, several groups, rows longer than any attention window."""
+    config: Any = base.config
+    text: Any = config.get_text_config()
+    reaches = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    longest = max([reach for reach in reaches if isinstance(reach, int)], default=0)
+    limit = getattr(text, "max_position_embeddings", None) or 1 << 20
+    length = min(longest + 8, limit - 16) if longest else 12
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(embeddings.weight.shape[0], (count,), generator=generator).tolist())
+
+    first, second = ids(length), ids(7)
+    pairs = [(first, 9, 5), (first, 9, 3), (second, 4, 8)]
+    batch = [(Response(prompt, ids(chosen)), Response(prompt, ids(rejected))) for prompt, chosen, rejected in pairs]
+    return PairBatch.of_pairs(batch).to(embeddings.weight.device)
+
+
+def layouts_agree(packed: torch.Tensor, padded: torch.Tensor, other_context: torch.Tensor) -> bool:
+    """Whether two scorings of the same tokens differ by rounding only.
+
+    The yardstick is what another context would change: a freshly made model hardly looks at its context, so an
+    absolute tolerance would let a wrong mask pass.
+    """
+    gap = (packed - padded).abs().mean()
+    effect = (other_context - padded).abs().mean()
+    share = 1e-2 if packed.dtype == torch.float32 else 0.1
+    return bool(torch.isfinite(packed).all() and gap <= share * effect)
+
+
+def _is_proven(base: nn.Module) -> bool:
+    config: Any = base.config
+    if config.model_type not in PROVEN_FAMILIES or not type(base).__module__.startswith("transformers.models."):
+        return False
+    # GPT-2 has a second attention of its own behind this flag.
+    return not getattr(config, "reorder_and_upcast_attn", False)
