@@ -113,15 +113,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls for each layer: packed rows here, everything else as the model would have it."""
     if packed_lengths is None:
-        usual = AttentionInterface()
-        if plain in usual:
-            return usual[plain](module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        # "eager" is not in the registry: each model file has its own.
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        usual: Any = AttentionInterface().get_interface(plain, own)  # type: ignore[arg-type]
+        result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
+        return result
     if kwargs.get("s_aux") is not None or not getattr(module, "is_causal", True):
         raise UnsupportedAttentionError("attention sinks and bidirectional attention need the padded layout")
     scale = kwargs.get("scaling")
-    result = packed_attention(
+    output = packed_attention(
         query,
         key,
         value,
@@ -131,7 +131,7 @@ def _attend(
         softcap=kwargs.get("softcap"),
         dropout=kwargs.get("dropout") or 0.0,
     )
-    return result, None
+    return output, None
 
 
 def packed_attention(
@@ -162,9 +162,10 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cpu" and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
-        output, _ = _packed_flash(query, key, value, lengths, scale, window or 0)
-        return output
-    return _packed_pairwise(query, key, value, lengths, scale, window, softcap, dropout)
+        output: Tensor = _packed_flash(query, key, value, lengths, scale, window or 0)[0]
+    else:
+        output = _packed_pairwise(query, key, value, lengths, scale, window, softcap, dropout)
+    return output
 
 
 # --- one sequence after the other, through autograd: any device, softcap and dropout ---------------------------------
@@ -313,10 +314,7 @@ def _packed_flash_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Laid out as transformers lays out its projections, so that what follows needs no copy.
-    grads = [
-        torch.zeros_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format)
-        for tensor in (query, key, value)
-    ]
+    grads = _like_projections(query, key, value)
     grad, output, normalizer = (tensor.transpose(1, 2) for tensor in (grad, output, normalizer))
     for part in _parts(lengths, window, query.dtype):
         pieces = _flash_backward(
@@ -332,9 +330,18 @@ def _packed_flash_backward(
             scale=scale,
         )
         for total, piece, place in zip(grads, pieces, (part.queries, part.keys, part.keys), strict=True):
-            total[:, place] += piece.transpose(1, 2)
+            if part.merges:
+                total[:, place] += piece.transpose(1, 2)
+            else:  # the one causal part that covers these positions comes first
+                total[:, place] = piece.transpose(1, 2)
     query_grad, key_grad, value_grad = (total.transpose(1, 2) for total in grads)
     return query_grad, key_grad, value_grad
+
+
+def _like_projections(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    return [
+        torch.empty_like(part.transpose(1, 2), memory_format=torch.contiguous_format) for part in (query, key, value)
+    ]
 
 
 @_packed_flash.register_fake
@@ -346,7 +353,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, 
 
 @_packed_flash_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    empty = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)]
+    empty = _like_projections(query, key, value)
     query_grad, key_grad, value_grad = (tensor.transpose(1, 2) for tensor in empty)
     return query_grad, key_grad, value_grad
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from tether.scoring.layout import ScoringRows
 from tether.types import TokenStatistics
 
-# Logits held at a time: 2**24 fp32 values are 64 MB. Large enough that the products run at full speed, small
-# enough to disappear beside a model.
-LOGITS_PER_CHUNK = 2**24
+# Logits held at a time. On a CPU small enough to stay in the cache between the product that makes them and the passes
+# that read them; on an accelerator large enough that launching kernels costs nothing beside them (256 MB in fp32).
+LOGITS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**26}
+TOKENS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class LogitTransform:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def backward(self, transformed: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with respect to the raw logits, given the transformed ones."""
+    def slope(self, transformed: Tensor) -> Tensor | None:
+        """Derivative by the raw logits, given the transformed ones; None where it is 1 everywhere."""
         if self.softcap is not None:
-            grad = grad * (1 - (transformed / self.softcap) ** 2)
-        return grad * self.scale if self.scale != 1.0 else grad
+            return self.scale * (1 - (transformed / self.softcap) ** 2)
+        return torch.full_like(transformed[:, :1], self.scale).expand_as(transformed) if self.scale != 1.0 else None
 
     @classmethod
     def of(cls, model: nn.Module) -> LogitTransform:
@@ -60,6 +61,13 @@ class LogitTransform:
         return cls(scale / float(divisor) if divisor else scale, float(softcap) if softcap else None)
 
 
+class TokenScores(NamedTuple):
+    """What a head says of each target: its log-probability, and (when asked for) what only logging needs."""
+
+    log_probs: Float[Tensor, " tokens"]
+    statistics: TokenStatistics | None
+
+
 def token_log_probs(
     hidden: Float[Tensor, "tokens hidden"],
     targets: Int[Tensor, " tokens"],
@@ -67,9 +75,9 @@ def token_log_probs(
     bias: Float[Tensor, " vocab"] | None = None,
     transform: LogitTransform | None = None,
 ) -> Float[Tensor, " tokens"]:
-    """Log-probability of each target under its hidden state, projected in chunks.
+    """Log-probability of each target under its hidden state; the vocabulary is scanned in tiles.
 
-    Means, with logits of at most `LOGITS_PER_CHUNK` values alive at a time, forward and backward::
+    Means, with at most `LOGITS_AT_A_TIME` logits alive, forward and backward::
 
         logits = transform((hidden @ weight.T + bias).float())
         return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
@@ -80,88 +88,163 @@ def token_log_probs(
     Returns:
         Log-probabilities in nats, fp32.
     """
-    result: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, transform or LogitTransform())
-    return result
+    return token_scores(hidden, targets, weight, bias, transform).log_probs
+
+
+def token_scores(
+    hidden: Float[Tensor, "tokens hidden"],
+    targets: Int[Tensor, " tokens"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None = None,
+    transform: LogitTransform | None = None,
+    *,
+    statistics: bool = False,
+) -> TokenScores:
+    """`token_log_probs`, and in the same sweep what only logging needs."""
+    transform = transform or LogitTransform()
+    log_probs, *found = _TokenLogProbs.apply(hidden, weight, bias, targets, transform, statistics)
+    return TokenScores(log_probs, TokenStatistics(*found) if statistics else None)
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Chunked log-softmax of a linear head; the backward recomputes each chunk's logits."""
+    """Log-softmax of a linear head at one target per position; the backward makes each tile's logits again.
+
+    With a frozen head (LoRA), `d log p_y / d hidden = W_y - sum_v p_v W_v` needs nothing from above: the forward
+    sums it up along the way, as attention over the vocabulary, and the backward is one scaling.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
-    ) -> Tensor:
-        dtype = _product_dtype(hidden)
-        product_weight = weight.to(dtype)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        statistics: bool,
+    ) -> tuple[Tensor, ...]:
+        head = _Head(weight.to(_product_dtype(hidden)), bias, transform)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        # With a frozen head (LoRA), d log p_y / d hidden = W_y - p W needs no gradient from above: it is made here
-        # from the logits at hand, and the backward is one scaling.
-        eager_hidden_grad = wants_hidden and not wants_weight and not wants_bias
-        log_probs, normalizers, grads = [], [], []
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[part].to(dtype), product_weight, bias, transform)
-            normalizer = logits.logsumexp(-1)
-            log_probs.append(logits.gather(-1, targets[part, None])[:, 0] - normalizer)
-            normalizers.append(normalizer)
-            if eager_hidden_grad:
-                grad = _logit_grad(logits, normalizer, targets[part], transform)
-                grads.append((grad.to(dtype) @ product_weight).to(hidden.dtype))
-        ctx.transform, ctx.dtype, ctx.eager = transform, dtype, eager_hidden_grad
-        if eager_hidden_grad:
-            ctx.save_for_backward(torch.cat(grads) if grads else hidden)
+        ctx.head_is_frozen = wants_hidden and not wants_weight and not wants_bias
+        parts = [
+            _scan(head, hidden[part], targets[part], gradient=ctx.head_is_frozen, statistics=statistics)
+            for part in _runs(hidden.shape[0], TOKENS_AT_A_TIME)
+        ]
+        log_probs, normalizer, gradient, *found = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.transform, ctx.dtype = transform, head.weight.dtype
+        if ctx.head_is_frozen:
+            ctx.save_for_backward(gradient.to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers) if normalizers else hidden)
-        return torch.cat(log_probs) if log_probs else hidden.new_zeros(0, dtype=torch.float32)
+            ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.mark_non_differentiable(*found)
+        return (log_probs, *found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,) = grads
-        if ctx.eager:
-            (unit,) = ctx.saved_tensors
-            return (unit * upstream[:, None]).to(unit.dtype), None, None, None, None
-        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        upstream = grads[0]
+        if ctx.head_is_frozen:
+            (gradient,) = ctx.saved_tensors
+            return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        head = _Head(weight.to(ctx.dtype), bias, ctx.transform)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        product_weight = weight.to(ctx.dtype)
-        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            inputs = hidden[part].to(ctx.dtype)
-            logits = _logits(inputs, product_weight, bias, ctx.transform)
-            grad = _logit_grad(logits, normalizers[part], targets[part], ctx.transform)
-            grad *= upstream[part, None]
-            if bias_grad is not None:
-                bias_grad += grad.sum(0)
-            product_grad = grad.to(ctx.dtype)
-            if hidden_grad is not None:
-                hidden_grad[part] = product_grad @ product_weight
-            if wants_weight:
-                _accumulate_product(weight_grad, product_grad.T, inputs)
-        return (
-            hidden_grad,
-            weight_grad.to(weight.dtype) if wants_weight else None,
-            bias_grad.to(bias.dtype) if bias_grad is not None else None,
-            None,
-            None,
-        )
+        inputs = hidden.to(ctx.dtype)
+        hidden_grad = torch.zeros_like(hidden, dtype=normalizer.dtype) if wants_hidden else None
+        weight_grad = torch.empty_like(weight) if wants_weight else None
+        bias_grad = torch.empty_like(bias) if wants_bias else None
+        parts = list(_runs(hidden.shape[0], TOKENS_AT_A_TIME))
+        for tile in head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)):
+            for number, part in enumerate(parts):
+                logits = head.logits(inputs[part], tile)
+                slope = head.transform.slope(logits)
+                grad = logits.sub_(normalizer[part, None]).exp_().mul_(-upstream[part, None])
+                _add_at_targets(grad, targets[part], tile, upstream[part])
+                if slope is not None:
+                    grad *= slope
+                product_grad = grad.to(ctx.dtype)
+                if hidden_grad is not None:
+                    _add_product(hidden_grad[part], product_grad, head.weight[tile])
+                if weight_grad is not None:
+                    _set_or_add_product(weight_grad[tile], product_grad.T, inputs[part], first=number == 0)
+                if bias_grad is not None:
+                    _set_or_add(bias_grad[tile], grad.sum(0), first=number == 0)
+        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None
 
 
-def token_statistics(
-    hidden: Float[Tensor, "tokens hidden"],
-    targets: Int[Tensor, " tokens"],
-    project: Callable[[Tensor], Tensor],
-    vocab_size: int,
-) -> TokenStatistics:
-    """Entropy, mean logit and top-1 hits of each position, in chunks and without gradient."""
-    entropy, mean_logit, is_top1 = [], [], []
+@dataclass(frozen=True)
+class _Head:
+    """A linear head and its transform, projected one tile of the vocabulary at a time."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+
+    def tiles(self, num_tokens: int) -> Iterator[slice]:
+        limit = LOGITS_AT_A_TIME.get(self.weight.device.type, LOGITS_AT_A_TIME["cuda"])
+        return _runs(self.weight.shape[0], max(1, limit // max(1, num_tokens)))
+
+    def logits(self, inputs: Tensor, tile: slice) -> Tensor:
+        """Transformed logits of a tile, in fp32 or better; the caller's to overwrite."""
+        bias = None if self.bias is None else self.bias[tile].to(inputs.dtype)
+        logits = nn.functional.linear(inputs, self.weight[tile], bias)
+        return self.transform(logits.to(_wide(logits.dtype)))
+
+
+def _scan(head: _Head, hidden: Tensor, targets: Tensor, *, gradient: bool, statistics: bool) -> tuple[Tensor, ...]:
+    """One sweep over the vocabulary with a running maximum, as flash attention has it.
+
+    Returns log-probs, normalizers (log-sum-exps), the gradient with respect to `hidden` (empty unless asked for),
+    and the three statistics if asked for.
+    """
+    inputs = hidden.to(head.weight.dtype)
+    wide, num_tokens = _wide(inputs.dtype), hidden.shape[0]
+    largest = hidden.new_full((num_tokens,), float("-inf"), dtype=wide)
+    total, target, weighted, plain = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(4))
+    expectation = hidden.new_zeros(hidden.shape if gradient else (0, 0), dtype=wide)
+    target_slope = hidden.new_ones(num_tokens, dtype=wide)
+    top = torch.zeros_like(targets)
+    for tile in head.tiles(num_tokens):
+        logits = head.logits(inputs, tile)
+        slope = head.transform.slope(logits) if gradient else None
+        here, column = _places(targets, tile)
+        target = torch.where(here, logits.gather(-1, column)[:, 0], target)
+        tile_largest, tile_top = logits.max(-1) if statistics else (logits.amax(-1), top)
+        if statistics:
+            top = torch.where(tile_largest > largest, tile_top + tile.start, top)
+            plain += logits.sum(-1)
+        before, largest = largest, torch.maximum(largest, tile_largest)
+        shrink = (before - largest).exp_()
+        if statistics:
+            weighted = weighted * shrink + (logits * (logits - largest[:, None]).exp_()).sum(-1)
+        shares = logits.sub_(largest[:, None]).exp_()
+        total = total * shrink + shares.sum(-1)
+        if gradient:
+            if slope is not None:
+                target_slope = torch.where(here, slope.gather(-1, column)[:, 0], target_slope)
+                shares *= slope
+            expectation *= shrink[:, None]
+            _add_product(expectation, shares.to(inputs.dtype), head.weight[tile])
+    normalizer = largest + total.log()
+    if gradient:
+        expectation = target_slope[:, None] * head.weight[targets] - expectation / total[:, None]
+    found: tuple[Tensor, ...] = ()
+    if statistics:
+        found = (normalizer - weighted / total, plain / head.weight.shape[0], top == targets)
+    return (target - normalizer, normalizer, expectation, *found)
+
+
+def logits_scores(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], statistics: bool
+) -> TokenScores:
+    """The same from logits at hand, for heads that are more than a projection."""
+    logits = logits.to(_wide(logits.dtype))
+    every = logits.log_softmax(-1)
+    log_probs = every.gather(-1, targets[:, None])[:, 0]
+    if not statistics:
+        return TokenScores(log_probs, None)
     with torch.no_grad():
-        for part in _chunks(hidden.shape[0], vocab_size):
-            logits = project(hidden[part]).float()
-            log_probs = logits.log_softmax(-1)
-            entropy.append(-(log_probs.exp() * log_probs).sum(-1))
-            mean_logit.append(logits.mean(-1))
-            is_top1.append(logits.argmax(-1) == targets[part])
-    return TokenStatistics(torch.cat(entropy), torch.cat(mean_logit), torch.cat(is_top1))
+        entropy = -(every.exp() * every).sum(-1)
+        return TokenScores(log_probs, TokenStatistics(entropy, logits.mean(-1), logits.argmax(-1) == targets))
 
 
 @dataclass
@@ -217,30 +300,37 @@ def _score(
     request: HeadRequest,
     transform: LogitTransform,
 ) -> Tensor:
-    targets = request.rows.targets
+    targets, wanted = request.rows.targets, request.statistics_wanted
     if type(head) is nn.Linear:
-        log_probs = token_log_probs(hidden, targets, head.weight, head.bias, transform)
-    else:  # an adapter on the head, a quantized head: their own forward, chunk by chunk
-        log_probs = _checkpointed_log_probs(hidden, targets, plain_forward, transform, _vocab_size(head))
-    if request.statistics_wanted:
-        request.statistics = token_statistics(
-            hidden.detach(), targets, lambda part: transform(plain_forward(part).float()), _vocab_size(head)
-        )
-    return log_probs
+        scores = token_scores(hidden, targets, head.weight, head.bias, transform, statistics=wanted)
+    else:  # an adapter on the head, a quantized head: their own forward, some positions at a time
+        scores = _checkpointed_scores(hidden, targets, plain_forward, transform, _vocab_size(head), wanted)
+    request.statistics = scores.statistics
+    return scores.log_probs
 
 
-def _checkpointed_log_probs(
-    hidden: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor], transform: LogitTransform, vocab_size: int
-) -> Tensor:
-    def chunk(part_hidden: Tensor, part_targets: Tensor) -> Tensor:
-        logits = transform(project(part_hidden).float())
-        return logits.log_softmax(-1).gather(-1, part_targets[:, None])[:, 0]
+def _checkpointed_scores(
+    hidden: Tensor,
+    targets: Tensor,
+    project: Callable[[Tensor], Tensor],
+    transform: LogitTransform,
+    vocab_size: int,
+    statistics: bool,
+) -> TokenScores:
+    def score_part(part_hidden: Tensor, part_targets: Tensor) -> TokenScores:
+        logits = project(part_hidden)
+        return logits_scores(transform(logits.to(_wide(logits.dtype))), part_targets, statistics)
 
+    size = max(1, LOGITS_AT_A_TIME["cuda"] // vocab_size)
     parts = [
-        checkpoint(chunk, hidden[part], targets[part], use_reentrant=False)
-        for part in _chunks(hidden.shape[0], vocab_size)
+        checkpoint(score_part, hidden[part], targets[part], use_reentrant=False)
+        for part in _runs(hidden.shape[0], size)
     ]
-    return torch.cat(parts)
+    log_probs = torch.cat([part.log_probs for part in parts])
+    if not statistics:
+        return TokenScores(log_probs, None)
+    found = zip(*((s.entropy, s.mean_logit, s.is_top1) for s in (part.statistics for part in parts)), strict=True)
+    return TokenScores(log_probs, TokenStatistics(*(torch.cat(column) for column in found)))
 
 
 # Models whose head was found to do more than `LogitTransform` says, after one look at a real forward.
@@ -296,27 +386,44 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    size = max(1, LOGITS_PER_CHUNK // vocab_size)
-    for start in range(0, num_tokens, size):
-        yield slice(start, min(start + size, num_tokens))
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    logits = nn.functional.linear(inputs, weight, bias.to(inputs.dtype) if bias is not None else None)
-    return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+def _runs(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, max(total, 1), size):
+        yield slice(start, min(start + size, total))
 
 
-def _logit_grad(logits: Tensor, normalizer: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
-    """d log p_target / d raw logits = transform'(z) * (onehot - softmax)."""
-    grad = (logits - normalizer[:, None]).exp_().neg_()
-    grad.scatter_add_(-1, targets[:, None], torch.ones_like(grad[:, :1]))
-    return transform.backward(logits, grad)
+def _places(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a tile, and a column for each (any column for the others)."""
+    column = targets - tile.start
+    here = (column >= 0) & (column < tile.stop - tile.start)
+    return here, column.clamp(0, tile.stop - tile.start - 1)[:, None]
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, summed over chunks in the accumulator's precision."""
+def _add_at_targets(grad: Tensor, targets: Tensor, tile: slice, upstream: Tensor) -> None:
+    here, column = _places(targets, tile)
+    grad.scatter_add_(-1, column, (upstream * here).to(grad.dtype)[:, None])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, summed in the accumulator's precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+def _set_or_add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    if first and total.dtype == left.dtype:
+        torch.mm(left, right, out=total)
+    else:
+        _set_or_add(total, left @ right, first=first)
+
+
+def _set_or_add(total: Tensor, value: Tensor, *, first: bool) -> None:
+    if first:
+        total.copy_(value)
+    else:
+        total += value

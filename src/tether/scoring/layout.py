@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from torch import Tensor
 from tether.scoring.attention import lengths_tensor
 from tether.types import PairBatch
 
-_Places = npt.NDArray[np.int64]
+_Places: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
     }
     if router_weights:
         inputs["attention_mask"] = _sequence_counts(batch, members).to(device)[None]
-    column = _tensor(columns, device)
-    return ScoringRows(inputs, start, torch.zeros_like(column), column, batch.response_ids)
+    places = _tensor(columns, device)
+    return ScoringRows(inputs, start, torch.zeros_like(places), places, batch.response_ids)
 
 
 def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
@@ -104,8 +104,8 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
         batch.prompt_lengths[group] + length
         for group, length in zip(batch.response_group, batch.response_lengths, strict=True)
     ]
-    gather = np.zeros((batch.num_responses, max(lengths)), dtype=np.int64)
-    mask = np.zeros_like(gather)
+    gather: _Places = np.zeros((batch.num_responses, max(lengths)), dtype=np.int64)
+    mask: _Places = np.zeros_like(gather)
     rows: list[_Places] = []
     columns: list[_Places] = []
     for response, (group, length) in enumerate(zip(batch.response_group, batch.response_lengths, strict=True)):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of
-from tether.scoring.head import base_model_of, has_known_head, judge_head, scoring_head, token_statistics
+from tether.scoring.head import base_model_of, has_known_head, judge_head, logits_scores, scoring_head
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, offsets_of
@@ -122,10 +122,9 @@ def _run(model: nn.Module, rows: ScoringRows, statistics: bool, auxiliary_loss: 
 def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> _Answer:
     """The fallback for heads that are not a projection and a known transform: full logits, from the model itself."""
     logits: Tensor = outputs.logits
-    selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)].float()
-    values = selected.log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
-    found = token_statistics(selected, rows.targets, lambda part: part, logits.shape[-1]) if statistics else None
-    return _Answer(values, found, outputs)
+    selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)]
+    scores = logits_scores(selected, rows.targets, statistics)
+    return _Answer(scores.log_probs, scores.statistics, outputs)
 
 
 def _replays_forward(model: nn.Module) -> bool:
