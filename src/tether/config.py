@@ -42,6 +42,9 @@ class DPOConfig(TrainingArguments):
         dataset_num_proc: Processes that tokenize.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        max_tokens_per_micro_batch: Token budget of a training micro-batch, each prompt counted once;
+            `per_device_train_batch_size` is then the most pairs it may have. With it, or with
+            `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
         precompute_ref_log_probs: Score every row under the reference once, before training, and keep the answers
             on disk; no reference weights are held while training.
         precompute_ref_batch_size: Pairs per batch of that pass; by default the per-device batch size.
@@ -79,6 +82,10 @@ class DPOConfig(TrainingArguments):
     max_length: int | None = _option(1024, "Tokens of prompt and response together; None for no limit.")
     truncation_mode: str = _option(
         "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
+    )
+
+    max_tokens_per_micro_batch: int | None = _option(
+        None, "Token budget of a training micro-batch (each prompt once); with it, the batch size is a maximum."
     )
 
     precompute_ref_log_probs: bool = _option(
@@ -166,6 +173,17 @@ class DPOConfig(TrainingArguments):
             )
         if self.max_length is not None and self.max_length < 2:
             _refuse("max_length", self.max_length, "a prompt and a response have a token each", "2 or more, or None")
+        if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
+            _refuse(
+                "max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, "a pair has tokens", "1 or more, or None"
+            )
+        if self.train_sampling_strategy == "batch_rebalance":
+            _refuse(
+                "train_sampling_strategy",
+                self.train_sampling_strategy,
+                "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
+                "`group_by_length`, which also evens the work of the processes",
+            )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             _refuse("truncation_mode", self.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:

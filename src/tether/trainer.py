@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -27,8 +27,13 @@ from tether.losses import LOSSES
 from tether.metrics import MetricSums, pair_metrics
 from tether.models import add_adapter, check_vocabulary, disable_dropout, load_model, load_tokenizer
 from tether.reference import Reference, ReferenceOptions, build_reference
+from tether.reference.adapter import is_adapter_model
+from tether.sampling import EvenBatches
 from tether.scoring import score
 from tether.types import PairBatch, PairScores
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +112,7 @@ class DPOTrainer(Trainer):
         self._tokenizer = tokenizer
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
+        self._even_batches: EvenBatches | None = None
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # a batch is one object; it cannot be cut into slices
         super().__init__(
             model=policy,
@@ -118,12 +124,12 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
+        if is_adapter_model(self.model) and args.gradient_checkpointing:
             self.model.enable_input_require_grads()
         self.reference = build_reference(self.model, ref_model, self._reference_options())
         self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
         self.model.add_model_tags(["tether", "dpo"])
-        self.add_callback(_AdvanceReference(self))
+        self.add_callback(_FollowTraining(self))
 
     # ---- the reference -------------------------------------------------------------------------------------------
 
@@ -196,6 +202,45 @@ class DPOTrainer(Trainer):
         if sets is None:
             return dict(named)
         return {**named, **(sets if isinstance(sets, Mapping) else {"eval": sets})}
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches; grouped by length and cut to the token budget where that is asked for."""
+        budget = self.args.max_tokens_per_micro_batch
+        group = self.args.train_sampling_strategy == "group_by_length"
+        if not isinstance(self.train_dataset, Dataset) or not (group or budget):
+            return super().get_train_dataloader()
+        sampler = EvenBatches(
+            self._pair_lengths(self.train_dataset),
+            max_pairs=self._train_batch_size,
+            max_tokens=budget,
+            num_processes=self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+        loader = DataLoader(
+            self.train_dataset.select_columns(list(_TOKEN_COLUMNS)),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        self._even_batches = sampler
+        evened = self.accelerator.even_batches
+        self.accelerator.even_batches = False  # they are even already, and accelerate cannot even variable sizes
+        try:
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = evened
+        return prepared
+
+    def _pair_lengths(self, dataset: Dataset) -> list[int]:
+        limit = self.args.max_length or sys.maxsize
+        return [
+            len(row["prompt_ids"])
+            + sum(min(len(row[side]), max(limit - len(row["prompt_ids"]), 1)) for side in ("chosen_ids", "rejected_ids"))
+            for row in dataset.select_columns(list(_TOKEN_COLUMNS))
+        ]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -327,11 +372,18 @@ _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE_FOLDER = "reference"
 
 
-class _AdvanceReference(TrainerCallback):
-    """Tells the reference of each finished optimizer step."""
+class _FollowTraining(TrainerCallback):
+    """Tells the reference of each finished optimizer step, and the batches of each epoch.
+
+    transformers tells the epoch to a batch sampler too, but not through the wrappers of a resumed, distributed run.
+    """
 
     def __init__(self, trainer: DPOTrainer) -> None:
         self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._even_batches is not None:
+            self._trainer._even_batches.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.reference.advance(state.global_step)

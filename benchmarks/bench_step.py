@@ -1,0 +1,141 @@
+"""Claim: a training step is several times faster than TRL's, at half its peak memory, near the machine's peak.
+
+Each shape of data, with an explicit, an implicit and a precomputed reference; Tether, TRL and (explicit only) a plain
+hand-written loop on the same rows and weights, in turns. The share of the matmul peak counts useful operations only:
+each prompt once, no padding, response positions in the head, no recomputation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+import harness
+import sides
+import torch
+
+BATCH = 8
+# Forwards' worth of operations in a step: policy forward and backward, and the reference's forward if it runs.
+PASSES = {"explicit": 4, "implicit": 4, "precomputed": 3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, default=2, help="measured batches of each shape (default 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="times each batch is measured (default 2)")
+    parser.add_argument("--shapes", nargs="*", help="only these shapes")
+    parser.add_argument("--references", nargs="*", default=["explicit", "implicit", "precomputed"])
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory (a process for each)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--child", nargs=3, metavar=("SIDE", "REFERENCE", "SHAPE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sides.quiet()
+    if arguments.child:
+        _one_step(*arguments.child, device=arguments.device)
+        return
+    results = []
+    for shape, rows in harness.each_shape((arguments.batches + 1) * BATCH):
+        for reference in arguments.references:
+            if not arguments.shapes or shape in arguments.shapes:
+                results.append(_measure(shape, rows, reference, arguments))
+                _print(results[-1])
+                harness.write_results("step", results, arguments.device)
+
+
+def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    device = arguments.device
+    warm_up, *batches = harness.batches_of(rows, BATCH)
+    batches = batches[: arguments.batches]
+    contenders = {side: _side(side, reference, device, rows) for side in _names(reference)}
+    for side in contenders.values():
+        side.step(warm_up)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks = []
+    for _ in range(arguments.repeats):
+        peaks.append(harness.matmul_flops_per_second(device, _dtype(device)))
+        runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
+        for name, times in harness.in_turns(runs, len(batches), device).items():
+            seconds[name] += times
+    flops = [harness.useful_flops(harness_model(device), batch) * PASSES[reference] for batch in batches]
+    peak = statistics.median(peaks)
+    rates = [flops[i % len(batches)] / s for i, s in enumerate(seconds["tether"])]
+    result = {
+        "shape": shape,
+        "reference": reference,
+        "pairs": BATCH,
+        "tokens": [sum(len(v) for row in batch for v in row.values()) for batch in batches],
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "times_faster": {n: harness.median_ratio(t, seconds["tether"]) for n, t in seconds.items() if n != "tether"},
+        "matmul_gflops_per_second": peak / 1e9,
+        "share_of_matmul_peak": statistics.median(rates) / peak,
+    }
+    if not arguments.no_memory:
+        result["peak_bytes"] = {
+            name: harness.peak_memory_of(__file__, "--device", device, "--child", name, reference, shape)
+            for name in contenders
+        }
+    return result
+
+
+def _names(reference: str) -> tuple[str, ...]:
+    return ("tether", "trl", "plain") if reference == "explicit" else ("tether", "trl")
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def harness_model(device: str) -> Any:
+    if device not in _models:
+        _models[device] = harness.qwen2("39m" if device == "cpu" else "1.5b")
+    return _models[device]
+
+
+_models: dict[str, Any] = {}
+
+
+def _side(name: str, reference: str, device: str, rows: list[dict]) -> sides.Side:
+    model = copy.deepcopy(harness_model(device))
+    tokenizer = harness.train_tokenizer(["a b c d"] * 8, 300)
+    options: dict[str, Any] = {}
+    if device == "cuda":
+        options["bf16"] = True
+    if reference == "implicit":
+        from peft import LoraConfig
+
+        options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    if reference == "precomputed":
+        options["precompute_ref_log_probs"] = True
+    match name:
+        case "tether":
+            if reference == "precomputed":
+                options |= {"ref_store": tempfile.mktemp(suffix=".sqlite"), "rows": rows}
+            return sides.TetherSide(model, tokenizer, device, batch_size=BATCH, **options)
+        case "trl":
+            return sides.TRLSide(model, tokenizer, device, batch_size=BATCH, **options)
+        case _:
+            return sides.PlainSide(model, device, autocast=torch.bfloat16 if device == "cuda" else None)
+
+
+def _one_step(name: str, reference: str, shape: str, device: str) -> None:
+    rows = dict(harness.each_shape(3 * BATCH))[shape]
+    side = _side(name, reference, device, rows[BATCH : 2 * BATCH])
+    for _ in range(2):
+        side.step(rows[BATCH : 2 * BATCH])
+    harness.report_peak_memory(device)
+
+
+def _print(result: dict[str, Any]) -> None:
+    seconds = "  ".join(f"{name} {value:6.2f} s" for name, value in result["median_seconds"].items())
+    faster = "  ".join(f"{value:4.1f}x {name}" for name, value in result["times_faster"].items())
+    memory = "  ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in result.get("peak_bytes", {}).items())
+    share = f"{result['share_of_matmul_peak']:.0%} of matmul peak"
+    print(f"{result['shape']:14s} {result['reference']:12s} {seconds} | {faster} | {share} | {memory}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What every benchmark shares: models from configs, pairs shaped like real ones, timing in turns, results as data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT.parent / "shared" / "data"
+
+# Median tokens of prompt and of each answer. All lengths are lognormal: most are short, a few are very long.
+SHAPES = {"chat": (90, 30), "instructions": (180, 320), "summarisation": (400, 40)}
+SPREAD = 0.6
+MAX_LENGTH = 1024
+
+
+def qwen2(size: str = "39m", *, vocab_size: int = 32_000, dtype: torch.dtype = torch.float32) -> Any:
+    """A Qwen2 with random weights: 39 M parameters for a CPU, 1.5 B for an accelerator."""
+    shape = {
+        "39m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1344},
+        "1.5b": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
+    }[size]
+    config = Qwen2Config(
+        **shape,
+        num_key_value_heads=shape["num_attention_heads"] // 2,
+        vocab_size=vocab_size,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def synthetic_rows(prompt: int, answer: int, count: int, *, vocab_size: int = 32_000, seed: int = 0) -> list[dict]:
+    """Tokenized pairs with lognormal lengths of the given medians, cut to `MAX_LENGTH` together."""
+    random = np.random.default_rng(seed)
+
+    def ids(median: int, limit: int) -> list[int]:
+        length = int(np.clip(median * np.exp(random.normal(0, SPREAD)), 4, limit))
+        return random.integers(3, vocab_size, length).tolist()
+
+    rows = []
+    for _ in range(count):
+        prompt_ids = ids(prompt, MAX_LENGTH * 3 // 4)
+        room = MAX_LENGTH - len(prompt_ids)
+        rows.append({"prompt_ids": prompt_ids, "chosen_ids": ids(answer, room), "rejected_ids": ids(answer, room)})
+    return rows
+
+
+def real_rows(count: int, vocab_size: int = 8_000) -> list[dict] | None:
+    """The first real preference pairs, tokenized by a tokenizer trained on them; None where they are not at hand."""
+    path = DATA / "preferences_en.jsonl"
+    if not path.is_file():
+        return None
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    texts = [message["content"] for pair in pairs for side in pair.values() for message in side]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    rows = []
+    for pair in pairs:
+        prompt, chosen, rejected = (
+            tokenizer("\n".join(f"{m['role']}: {m['content']}" for m in pair[side]))["input_ids"]
+            for side in ("prompt", "chosen", "rejected")
+        )
+        if len(prompt) < MAX_LENGTH - 8:
+            room = MAX_LENGTH - len(prompt)
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]})
+    return rows[:count]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<eos>", "<pad>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def batches_of(rows: list[dict], size: int) -> list[list[dict]]:
+    return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+
+
+def useful_flops(model: Any, rows: list[dict]) -> int:
+    """Operations of one forward that nothing can avoid: each prompt once, no padding, response positions in the head.
+
+    Matrix products of the layers, attention scores and values (the causal half), and the head. A backward is twice
+    that; recomputation is not counted.
+    """
+    config = model.config
+    layer_weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    responses = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    scores = 0.0
+    for row in rows:
+        prompt = len(row["prompt_ids"])
+        scores += prompt**2 / 2
+        scores += sum(len(row[side]) * (prompt + len(row[side]) / 2) for side in ("chosen_ids", "rejected_ids"))
+    attention = 4 * scores * config.hidden_size * config.num_hidden_layers
+    head = 2 * config.hidden_size * config.vocab_size * responses
+    return int(2 * layer_weights * tokens + attention + head)
+
+
+def matmul_flops_per_second(device: str, dtype: torch.dtype) -> float:
+    """The machine's rate on a large square product, best of several: the peak that a share is a share of."""
+    size = 2048 if device == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(6))
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call, the device's queue emptied before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(sides: dict[str, Callable[[int], object]], count: int, device: str) -> dict[str, list[float]]:
+    """Runs each side on item 0, each on item 1, and so on, so that a drift of the machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for item in range(count):
+        for name, run in sides.items():
+            seconds[name].append(timed(lambda run=run, item=item: run(item), device))
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median of the ratios item by item."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_memory_of(script: str, *arguments: str) -> int:
+    """Peak resident bytes of a process of its own that runs `script` with these arguments."""
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"}
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return int(done.stdout.split("peak_bytes=")[-1].split()[0])
+
+
+def report_peak_memory(device: str) -> None:
+    """Prints this process's peak for `peak_memory_of`."""
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_resident_bytes()
+    print(f"peak_bytes={peak}")
+
+
+def _peak_resident_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_results(name: str, results: Any, device: str) -> Path:
+    """Keeps the results as data, with date, machine and versions."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}-{device}.json"
+    record = {
+        "benchmark": name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(device),
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "accelerate", "trl")},
+        "results": results,
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def machine(device: str) -> dict[str, Any]:
+    description = {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    if device == "cuda":
+        return description | {"name": torch.cuda.get_device_name()}
+    return description | {"name": _processor(), "cores": os.cpu_count()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def each_shape(count: int, vocab_size: int = 32_000) -> Iterator[tuple[str, list[dict]]]:
+    """Every shape of data with its pairs: the real ones first."""
+    real = real_rows(count)
+    if real is not None:
+        yield "real", real
+    for name, (prompt, answer) in SHAPES.items():
+        yield name, synthetic_rows(prompt, answer, count, vocab_size=vocab_size)
