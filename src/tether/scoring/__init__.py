@@ -2,6 +2,15 @@
 
 from tether.scoring.head import LogitTransform, token_log_probs
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
-from tether.scoring.score import SCORING_VERSION, score
+from tether.scoring.score import SCORING_VERSION, restore_attention, score
 
-__all__ = ["SCORING_VERSION", "LogitTransform", "ScoringRows", "packed_rows", "padded_rows", "score", "token_log_probs"]
+__all__ = [
+    "SCORING_VERSION",
+    "LogitTransform",
+    "ScoringRows",
+    "packed_rows",
+    "padded_rows",
+    "restore_attention",
+    "score",
+    "token_log_probs",
+]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_PREFIX = "tether_packed+"
-_scoring_packed: ContextVar[bool] = ContextVar("scoring_packed", default=False)
+_SCORING, _KEPT = "tether_packed:", "tether_packed_or:"  # each followed by the model's own implementation
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -60,45 +58,38 @@ def _groups(lengths: Tensor) -> Iterator[Group]:
 
 @contextmanager
 def packed_attention_of(model: nn.Module, keep: bool) -> Iterator[None]:
-    """While open, the model's attention understands packed rows; plain calls go on as before.
+    """While open, the model's attention reads packed rows, and no mask is made for them.
 
     Args:
         model: The base causal language model.
-        keep: Leave it so. Activation checkpointing runs the attention again during the backward, after scoring.
+        keep: Leave the attention able to, because activation checkpointing runs it again during the backward, after
+            scoring. Plain calls then go through to the model's own implementation.
     """
     config: Any = model.config
-    plain = config._attn_implementation
-    if not plain.startswith(_PREFIX):
-        config._attn_implementation = _register(plain)
-    token = _scoring_packed.set(True)
+    before = config._attn_implementation
+    plain = before.removeprefix(_KEPT)
+    _register(plain)
+    # A name that the mask registry does not know: transformers then makes no mask.
+    config._attn_implementation = _SCORING + plain
     try:
         yield
     finally:
-        _scoring_packed.reset(token)
-        if not keep and not plain.startswith(_PREFIX):
-            config._attn_implementation = plain
+        config._attn_implementation = _KEPT + plain if keep else before
 
 
-def restore_attention(model: nn.Module) -> None:
+def restore(model: nn.Module) -> None:
     """Takes off what `packed_attention_of(..., keep=True)` left on."""
     config: Any = model.config
-    if (config._attn_implementation or "").startswith(_PREFIX):
-        config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
+    config._attn_implementation = (config._attn_implementation or "").removeprefix(_KEPT) or None
 
 
-def _register(plain: str) -> str:
-    name = _PREFIX + plain
-    if name not in AttentionInterface():
+def _register(plain: str) -> None:
+    if _KEPT + plain in AttentionInterface():
+        return
+    for name in (_SCORING + plain, _KEPT + plain):
         AttentionInterface.register(name, partial(_attend, plain))
-        AttentionMaskInterface.register(name, partial(_mask_unless_packed, plain))
-    return name
-
-
-def _mask_unless_packed(plain: str, *args: Any, **kwargs: Any) -> Any:
-    masks = AttentionMaskInterface()
-    if _scoring_packed.get() or plain not in masks:
-        return None
-    return masks[plain](*args, **kwargs)
+    if plain in AttentionMaskInterface():
+        AttentionMaskInterface.register(_KEPT + plain, AttentionMaskInterface()[plain])
 
 
 def _attend(

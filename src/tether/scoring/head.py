@@ -1,28 +1,20 @@
-"""The last step of a language model, from hidden states to log-probabilities, without full logits.
+"""From hidden states to log-probabilities without full logits: the mathematics of a language model's head.
 
-The only file that knows about softcaps, logit scales and head biases, and the only one that touches a model: while
-a request is open, the output projection's `forward` scores the requested positions in chunks instead of
-projecting every position. Nothing is left behind when the request closes: class, `state_dict`, `save_pretrained`
-and plain calls are as before. Scoring inside the projection's own call means that DDP, FSDP and ZeRO gather its
-weight as they would for an ordinary forward.
-
-Must not know what a pair, a reference or a loss is.
+The only file that knows about softcaps, logit scales and head biases. Knows tensors; must not know what a pair, a
+reference or a loss is. `projection.py` puts it in a model's place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tether.scoring.layout import ScoringRows
 from tether.types import TokenStatistics
 
 # Logits held at a time. On a CPU small enough to stay in the cache between the product that makes them and the passes
@@ -247,69 +239,7 @@ def logits_scores(
         return TokenScores(log_probs, TokenStatistics(entropy, logits.mean(-1), logits.argmax(-1) == targets))
 
 
-@dataclass
-class HeadRequest:
-    """What the projection is asked while a request is open, and what it answered.
-
-    The answer is taken from a forward hook, so behind any hook that a sharding library put on the module: the
-    gradient then passes through theirs, and the weight is whole when the backward needs it.
-    """
-
-    rows: ScoringRows
-    statistics_wanted: bool
-    log_probs: Tensor | None = None
-    statistics: TokenStatistics | None = None
-
-
-@contextmanager
-def scoring_head(model: nn.Module, rows: ScoringRows, statistics: bool) -> Iterator[HeadRequest]:
-    """While open, the model's output projection answers `rows` instead of projecting every position."""
-    base = base_model_of(model)
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    request = HeadRequest(rows, statistics)
-    transform = LogitTransform.of(base)
-    plain_forward = head.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        # Prompt-learning adapters put virtual tokens in front of each row.
-        columns = rows.column + (hidden.shape[1] - rows.width)
-        selected = hidden[rows.row, columns]
-        # `view` gives the shape (rows, columns, vocabulary) that model code behind the projection expects.
-        return _score(head, plain_forward, selected, request, transform).view(1, -1, 1)
-
-    def capture(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        request.log_probs = output
-
-    had_own_forward = "forward" in vars(head)
-    head.forward = forward
-    hook = head.register_forward_hook(capture)
-    try:
-        yield request
-    finally:
-        hook.remove()
-        if had_own_forward:
-            head.forward = plain_forward
-        else:
-            del head.forward
-
-
-def _score(
-    head: nn.Module,
-    plain_forward: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    request: HeadRequest,
-    transform: LogitTransform,
-) -> Tensor:
-    targets, wanted = request.rows.targets, request.statistics_wanted
-    if type(head) is nn.Linear:
-        scores = token_scores(hidden, targets, head.weight, head.bias, transform, statistics=wanted)
-    else:  # an adapter on the head, a quantized head: their own forward, some positions at a time
-        scores = _checkpointed_scores(hidden, targets, plain_forward, transform, _vocab_size(head), wanted)
-    request.statistics = scores.statistics
-    return scores.log_probs
-
-
-def _checkpointed_scores(
+def checkpointed_scores(
     hidden: Tensor,
     targets: Tensor,
     project: Callable[[Tensor], Tensor],
@@ -317,6 +247,8 @@ def _checkpointed_scores(
     vocab_size: int,
     statistics: bool,
 ) -> TokenScores:
+    """The same for a projection that has a forward of its own (an adapter, a quantized head), some rows at a time."""
+
     def score_part(part_hidden: Tensor, part_targets: Tensor) -> TokenScores:
         logits = project(part_hidden)
         return logits_scores(transform(logits.to(_wide(logits.dtype))), part_targets, statistics)
@@ -331,52 +263,6 @@ def _checkpointed_scores(
         return TokenScores(log_probs, None)
     found = zip(*((s.entropy, s.mean_logit, s.is_top1) for s in (part.statistics for part in parts)), strict=True)
     return TokenScores(log_probs, TokenStatistics(*(torch.cat(column) for column in found)))
-
-
-# Models whose head was found to do more than `LogitTransform` says, after one look at a real forward.
-_VERDICTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def has_known_head(model: nn.Module) -> bool | None:
-    """Whether the model's head is a projection and a `LogitTransform`; None while nobody has looked."""
-    base = base_model_of(model)
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    if head is None or not hasattr(head, "out_features"):
-        return False
-    return _VERDICTS.get(base)
-
-
-def judge_head(model: nn.Module, captured: Tensor, outputs: Any) -> bool:
-    """Compares what the model made of the captured values with what `LogitTransform` would.
-
-    The values that left the projection (log-probabilities, but the model cannot know) went through the model's
-    remaining code: had that code done anything beyond the transform, the two would differ.
-    """
-    base = base_model_of(model)
-    logits = getattr(outputs, "logits", None)
-    known = False
-    if logits is not None and logits.numel() == captured.numel():
-        with torch.no_grad():
-            expected = LogitTransform.of(base)(captured.detach().float())
-            known = torch.allclose(logits.detach().float().flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)
-    _VERDICTS[base] = known
-    return known
-
-
-def base_model_of(model: nn.Module) -> nn.Module:
-    """The causal language model inside DDP, `torch.compile` and PEFT wrappers."""
-    while True:
-        wrapped = (getattr(model, name, None) for name in ("module", "_orig_mod"))
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
-        elif inner := next((module for module in wrapped if isinstance(module, nn.Module)), None):
-            model = inner
-        else:
-            return model
-
-
-def _vocab_size(head: nn.Module) -> int:
-    return int(head.out_features)  # type: ignore[arg-type]
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of
-from tether.scoring.head import base_model_of, has_known_head, judge_head, logits_scores, scoring_head
+from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
+from tether.scoring.head import logits_scores
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
+from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, offsets_of
 
 # Part of every reference's identity: raised when a change here alters the numbers beyond rounding.
@@ -58,6 +59,8 @@ def score(
     batch = batch.to(next(model.parameters()).device)
     packed = layout == "packed" or (layout == "auto" and can_pack(model))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
+    if hasattr(model, "_orig_mod"):
+        _expect_other_sizes(rows)
     answer = _run(model, rows, statistics, auxiliary_loss)
     return ResponseLogProbs(
         values=answer.values,
@@ -94,6 +97,11 @@ def can_pack(model: nn.Module) -> bool:
     )
 
 
+def restore_attention(model: nn.Module) -> None:
+    """Gives a model its own attention implementation back, which checkpointed training leaves replaced."""
+    restore(base_model_of(model))
+
+
 class _Answer(NamedTuple):
     values: Float[Tensor, " tokens"]
     statistics: TokenStatistics | None
@@ -125,6 +133,14 @@ def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> _Ans
     selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)]
     scores = logits_scores(selected, rows.targets, statistics)
     return _Answer(scores.log_probs, scores.statistics, outputs)
+
+
+def _expect_other_sizes(rows: ScoringRows) -> None:
+    """Tells `torch.compile` that every row has another length, so that it compiles once and not for each."""
+    for tensor in rows.inputs.values():
+        for dimension, size in enumerate(tensor.shape):
+            if size > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def _replays_forward(model: nn.Module) -> bool:

@@ -1,0 +1,143 @@
+"""Where the head enters a model: while a request is open, its output projection answers with log-probs.
+
+The only file that touches a model. The projection's own `forward` then scores the requested positions instead of
+projecting every position; nothing is left behind when the request closes: class, `state_dict`, `save_pretrained` and
+plain calls are as before. Scoring inside the projection's own call means that DDP, FSDP and ZeRO gather its weight as
+they would for an ordinary forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tether.scoring.head import LogitTransform, checkpointed_scores, token_scores
+from tether.scoring.layout import ScoringRows
+from tether.types import TokenStatistics
+
+
+@dataclass
+class HeadRequest:
+    """What a projection is asked while a request is open, and what it answered.
+
+    Attributes:
+        rows: The positions to score and their targets.
+        statistics_wanted: Also compute what only logging needs.
+        head: The projection.
+        plain_forward: What it does when nobody asks.
+        transform: What the model does to its logits afterwards.
+        log_probs: The answer, as it left the module's forward hooks.
+        statistics: The statistics, if wanted.
+    """
+
+    rows: ScoringRows
+    statistics_wanted: bool
+    head: Any
+    plain_forward: Callable[[Tensor], Tensor]
+    transform: LogitTransform
+    log_probs: Tensor | None = None
+    statistics: TokenStatistics | None = None
+
+
+_open: ContextVar[HeadRequest] = ContextVar("open_head_request")
+
+
+@contextmanager
+def scoring_head(model: nn.Module, rows: ScoringRows, statistics: bool) -> Iterator[HeadRequest]:
+    """While open, the model's output projection answers `rows` instead of projecting every position."""
+    base = base_model_of(model)
+    head: Any = base.get_output_embeddings()  # type: ignore[operator]
+    request = HeadRequest(rows, statistics, head, head.forward, LogitTransform.of(base))
+    had_own_forward = "forward" in vars(head)
+    token = _open.set(request)
+    head.forward = _answer
+    hook = head.register_forward_hook(_capture)
+    try:
+        yield request
+    finally:
+        hook.remove()
+        _open.reset(token)
+        if had_own_forward:
+            head.forward = request.plain_forward
+        else:
+            del head.forward
+
+
+# The two functions below are the same ones for every model and request, and opaque: `torch.compile` then sees a call
+# that never changes.
+
+
+@torch.compiler.disable
+def _answer(hidden: Tensor) -> Tensor:
+    """Stands in for the projection's forward."""
+    request = _open.get()
+    rows, head, wanted = request.rows, request.head, request.statistics_wanted
+    # Prompt-learning adapters put virtual tokens in front of each row.
+    selected = hidden[rows.row, rows.column + (hidden.shape[1] - rows.width)]
+    if type(head) is nn.Linear:
+        scores = token_scores(selected, rows.targets, head.weight, head.bias, request.transform, statistics=wanted)
+    else:
+        scores = checkpointed_scores(
+            selected, rows.targets, request.plain_forward, request.transform, int(head.out_features), wanted
+        )
+    request.statistics = scores.statistics
+    # The shape (rows, columns, vocabulary) that model code behind the projection expects.
+    return scores.log_probs.view(1, -1, 1)
+
+
+@torch.compiler.disable
+def _capture(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    """Takes the answer from behind any hook that a sharding library put on the module.
+
+    The gradient then passes through theirs, and the weight is whole when the backward needs it.
+    """
+    _open.get().log_probs = output
+
+
+# Models whose head was found to do more than `LogitTransform` says, after one look at a real forward.
+_VERDICTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def has_known_head(model: nn.Module) -> bool | None:
+    """Whether the model's head is a projection and a `LogitTransform`; None while nobody has looked."""
+    base = base_model_of(model)
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    if head is None or not hasattr(head, "out_features"):
+        return False
+    return _VERDICTS.get(base)
+
+
+def judge_head(model: nn.Module, captured: Tensor, outputs: Any) -> bool:
+    """Compares what the model made of the captured values with what `LogitTransform` would.
+
+    The values that left the projection (log-probabilities, but the model cannot know) went through the model's
+    remaining code: had that code done anything beyond the transform, the two would differ.
+    """
+    base = base_model_of(model)
+    logits = getattr(outputs, "logits", None)
+    known = False
+    if logits is not None and logits.numel() == captured.numel():
+        with torch.no_grad():
+            expected = LogitTransform.of(base)(captured.detach().float())
+            known = torch.allclose(logits.detach().float().flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)
+    _VERDICTS[base] = known
+    return known
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The causal language model inside DDP, `torch.compile` and PEFT wrappers."""
+    while True:
+        wrapped = (getattr(model, name, None) for name in ("module", "_orig_mod"))
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif inner := next((module for module in wrapped if isinstance(module, nn.Module)), None):
+            model = inner
+        else:
+            return model
