@@ -22,6 +22,8 @@ from tether.types import PairBatch, Response
 
 logger = logging.getLogger(__name__)
 
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
 PairDataset: TypeAlias = Dataset | IterableDataset
 
 
@@ -34,7 +36,7 @@ def tokenize_pairs(
     num_proc: int | None = None,
     name: str = "train",
 ) -> PairDataset:
-    """Adds the columns `prompt_ids`, `chosen_ids`, `rejected_ids` (untruncated) and drops rows that cannot be used.
+    """Adds the `TOKEN_COLUMNS` (untruncated), unless they are there, and drops rows that cannot be used.
 
     Args:
         dataset: Rows with `prompt`, `chosen`, `rejected`: strings, or lists of messages. Without `prompt`, it is the
@@ -54,7 +56,8 @@ def tokenize_pairs(
         if len(dataset) == 0:
             raise _no_rows(name, 0, max_length)
         options |= {"num_proc": num_proc, "desc": f"Tokenizing {name} set"}
-    dataset = dataset.map(tokenize_row, **options)
+    if not set(TOKEN_COLUMNS) <= set(dataset.column_names or ()):
+        dataset = dataset.map(tokenize_row, **options)
     if max_length is None or truncation_mode == "keep_end":
         return dataset
     return _drop_full_prompts(dataset, max_length, name)
@@ -152,16 +155,14 @@ def _with_prompt(row: Mapping[str, Any], index: int, name: str) -> dict[str, Any
                 why="A preference pair is a chosen and a rejected response to one prompt.",
                 instead=f"Add `{field}`, or drop the row. Found the columns: {', '.join(sorted(row))}.",
             )
-    row = dict(row)
-    if row.get("prompt") is None:
-        row |= _split_common_start(row["chosen"], row["rejected"])
-    kinds = {type(row[field]) for field in ("prompt", "chosen", "rejected")}
-    if kinds not in ({str}, {list}):
+    given = [field for field in ("prompt", "chosen", "rejected") if row.get(field) is not None]
+    kinds = {field: _kind(row[field]) for field in given}
+    if set(kinds.values()) not in ({"text"}, {"messages"}):
         raise DataError(
-            asked=f"Row {index} of the {name} set mixes types: "
-            + ", ".join(f"`{field}` is {type(row[field]).__name__}" for field in ("prompt", "chosen", "rejected"))
+            asked=f"Row {index} of the {name} set is neither all text nor all messages: "
+            + ", ".join(f"`{field}` is {kind}" for field, kind in kinds.items())
             + ".",
-            why="The three are either all text or all lists of messages.",
+            why="The responses continue the prompt, so all are of one kind.",
             instead='Write {"prompt": "...", "chosen": "...", "rejected": "..."} or a list of '
             '{"role": ..., "content": ...} for each.',
         )
@@ -172,7 +173,17 @@ def _with_prompt(row: Mapping[str, Any], index: int, name: str) -> dict[str, Any
                 why="An empty response has no token to score, so the pair says nothing.",
                 instead="Drop the row, or give the response its text.",
             )
-    return row
+    if "prompt" in given:
+        return dict(row)
+    return dict(row) | _split_common_start(row["chosen"], row["rejected"])
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(message, Mapping) and "role" in message for message in value):
+        return "messages"
+    return f"`{type(value).__name__}`"
 
 
 def _is_empty(response: str | list[dict[str, Any]]) -> bool:
@@ -183,12 +194,10 @@ def _is_empty(response: str | list[dict[str, Any]]) -> bool:
 
 def _split_common_start(chosen: Any, rejected: Any) -> dict[str, Any]:
     """The longest common start as prompt; for text, a space before the difference belongs to the responses."""
-    if type(chosen) is not type(rejected):
-        return {}
     length = _common_prefix(chosen, rejected)
-    if length == min(len(chosen), len(rejected)) and not isinstance(chosen, str):
-        length = max(0, length - 1)  # the last message is the response, also where both are alike
-    if isinstance(chosen, str) and length and chosen[length - 1] == " ":
+    if length == min(len(chosen), len(rejected)):
+        length = max(0, length - 1)  # the end is the response, also where one begins the other or both are alike
+    elif isinstance(chosen, str) and chosen[:length].endswith(" "):
         length -= 1
     return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
 
@@ -206,14 +215,15 @@ def _render(
     tools = row.get("tools")
     options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
     options |= row.get("chat_template_kwargs") or {}
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return list(rendered["input_ids"])
 
 
 def _drop_full_prompts(dataset: PairDataset, max_length: int, name: str) -> PairDataset:
     if not isinstance(dataset, Dataset):
         return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length)
-    prompts: Any = dataset["prompt_ids"]
-    keep = [index for index, ids in enumerate(prompts) if len(ids) < max_length]
+    prompts: Any = dataset.select_columns("prompt_ids")
+    keep = [index for index, row in enumerate(prompts) if len(row["prompt_ids"]) < max_length]
     dropped = len(dataset) - len(keep)
     if not keep:
         raise _no_rows(name, dropped, max_length)
