@@ -43,7 +43,9 @@ class TetherSide(Side):
 
     name = "tether"
 
-    def __init__(self, model: Any, tokenizer: Any, device: str, *, batch_size: int = 8, rows: Any = None, **options: Any):
+    def __init__(
+        self, model: Any, tokenizer: Any, device: str, *, batch_size: int = 8, rows: Any = None, **options: Any
+    ):
         from tether import DPOConfig, DPOTrainer
 
         peft_config = options.pop("peft_config", None)

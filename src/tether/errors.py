@@ -47,3 +47,11 @@ class MissingLogProbsError(TetherError, LookupError):
 
 class StoreError(TetherError, RuntimeError):
     """The log-prob store cannot be read or written safely."""
+
+
+class InitialGapError(TetherError, ValueError):
+    """A reference that was meant to be the initial policy, and does not score like it."""
+
+
+class DriftError(TetherError, RuntimeError):
+    """A reference that should stand still, and moved during training."""

@@ -68,6 +68,7 @@ class MetricSums:
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
+        self._once: dict[str, float] = {}
 
     def add(self, metrics: PairMetrics) -> None:
         """Adds the pairs of a micro-batch."""
@@ -75,15 +76,20 @@ class MetricSums:
             total = torch.stack([values.sum(), weights.sum()]).double()
             self._totals[name] = self._totals[name] + total if name in self._totals else total
 
+    def add_once(self, values: dict[str, float]) -> None:
+        """Adds figures that are the same on every process and stand in the next report only."""
+        self._once |= values
+
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> dict[str, float]:
         """The weighted mean of each metric, and an empty slate.
 
         Args:
             reduce: Sums a tensor over the processes.
         """
+        once, self._once = self._once, {}
         if not self._totals:
-            return {}
+            return once
         names = sorted(self._totals)
         totals = reduce(torch.stack([self._totals[name] for name in names])).tolist()
         self._totals.clear()
-        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+        return once | {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.errors import ConfigurationError
 
@@ -24,6 +25,7 @@ def load_model(
     """A causal language model from a path or name; an instance is passed through.
 
     As in TRL, the dtype is float32 unless `init_kwargs` says otherwise: weights that train in bf16 lose small steps.
+    The folder of an adapter gives its base with that adapter on it, ready to go on training.
     """
     if not isinstance(model, str):
         if init_kwargs:
@@ -36,8 +38,12 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     dtype = options.pop("dtype", "float32")
     options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **options)
-    return loaded
+    if find_adapter_config_file(model) is None:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **options)
+        return loaded
+    # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
+    base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path, **options)
+    return PeftModel.from_pretrained(base, model, is_trainable=True)
 
 
 def load_tokenizer(
@@ -82,6 +88,23 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
             "(`model = model.merge_and_unload()`) to start a new one on top.",
         )
     return get_peft_model(model, peft_config)
+
+
+def lora_config(
+    rank: int, *, alpha: float | None = None, dropout: float = 0.0, target_modules: list[str] | None = None
+) -> PeftConfig:
+    """A fresh LoRA adapter for a causal language model: the update of a layer is `alpha / rank * B A`.
+
+    Args:
+        rank: Rank of the update.
+        alpha: Its scale, times the rank; by default `2 * rank`.
+        dropout: Dropout in front of `A`.
+        target_modules: Names of the layers that get one; by default what PEFT takes for the model's family, and
+            `["all-linear"]` is every linear layer but the head.
+    """
+    targets = "all-linear" if target_modules == ["all-linear"] else target_modules
+    scale: Any = 2 * rank if alpha is None else alpha  # PEFT declares an int, and takes any number
+    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def disable_dropout(model: nn.Module) -> None:

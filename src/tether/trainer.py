@@ -17,20 +17,22 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.config import DPOConfig
-from tether.data import PairCollator, PairDataset, batch_of, num_pairs_tensor, tokenize_pairs
+from tether.data import TOKEN_COLUMNS, PairCollator, PairDataset, batch_of, num_pairs_tensor, tokenize_pairs
 from tether.errors import ConfigurationError, ResumeError
 from tether.losses import LOSSES
 from tether.metrics import MetricSums, pair_metrics
 from tether.models import add_adapter, check_vocabulary, disable_dropout, load_model, load_tokenizer
-from tether.reference import Reference, ReferenceOptions, build_reference
+from tether.reference import Reference, ReferenceOptions, build_reference, check_ref_model
 from tether.reference.adapter import is_adapter_model
+from tether.reference.base import compute_dtype_name
+from tether.reference.checks import Gap, Sentinel, check_initial_gap, initial_gap
 from tether.sampling import EvenBatches
-from tether.scoring import score
-from tether.types import PairBatch, PairScores
+from tether.scoring import restore_attention, score
+from tether.types import PairBatch, PairScores, ResponseLogProbs
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -101,30 +103,37 @@ class DPOTrainer(Trainer):
         args = args or DPOConfig(_default_output_dir(model))
         _refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
-        policy = add_adapter(load_model(model, init_kwargs, args.trust_remote_code), peft_config)
+        set_seed(args.seed)  # a fresh adapter starts from it
+        policy = load_model(model, init_kwargs, args.trust_remote_code)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
-        tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
         if ref_model is not None:
-            check_vocabulary(ref_model, tokenizer)
+            check_ref_model(policy, ref_model)
+            check_vocabulary(ref_model, self._tokenizer)
+        train_set = self._tokenized(_as_dataset(train_dataset), "train", args)
+        eval_sets = self._tokenized_sets(eval_dataset, args)
+        # From here on the caller's model changes; what can be refused has been.
+        policy = add_adapter(policy, peft_config)
         if args.disable_dropout:
             disable_dropout(policy)
-        self._tokenizer = tokenizer
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
+        self._initial_gap: Gap | None = None
+        self._sentinel: Sentinel | None = None
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # a batch is one object; it cannot be cut into slices
         super().__init__(
             model=policy,
             args=args,
             data_collator=PairCollator(args.max_length, args.truncation_mode),
-            train_dataset=self._tokenized(_as_dataset(train_dataset), "train", args),
-            eval_dataset=self._tokenized_sets(eval_dataset, args),
-            processing_class=tokenizer,
+            train_dataset=train_set,
+            eval_dataset=eval_sets,
+            processing_class=self._tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if is_adapter_model(self.model) and args.gradient_checkpointing:
+        if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
         self.reference = build_reference(self.model, ref_model, self._reference_options())
         self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
@@ -157,6 +166,38 @@ class DPOTrainer(Trainer):
             device=self.args.device,
         )
 
+    def _checked_initial_gap(self, batch: PairBatch, reference: ResponseLogProbs) -> Gap:
+        """The gap between policy and reference at step 0, refused where rounding does not explain it.
+
+        Not measured on resume, where the policy has trained.
+        """
+        if self.state.global_step > 0:
+            return Gap(0.0, 0.0)
+        policy, dtype = self.accelerator.unwrap_model(self.model), self.args.autocast_dtype
+        gap = initial_gap(policy, batch, reference, dtype, self._reduced)
+        if self.reference.means_policy:
+            check_initial_gap(gap, self.reference, compute_dtype_name(policy, dtype))
+        self._train_sums.add_once({"reference/initial_gap": gap.mean})
+        return gap
+
+    def _watch_reference(self) -> None:
+        """Keeps what the reference says of a few fixed pairs, to see later that it still says so."""
+        rows: Any = self.train_dataset
+        first = list(rows.take(_SENTINEL_PAIRS)) if isinstance(rows, IterableDataset | Dataset) else []
+        batch = batch_of(self.data_collator(first)).to(self.args.device)
+        self._sentinel = Sentinel(self.reference, batch)
+
+    def _check_drift(self) -> None:
+        if self._sentinel is not None:
+            self._sentinel.check(self._reduced)
+
+    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
+        """A tensor summed over the processes, or their largest."""
+        if how == "sum":
+            return self._sum_over_processes(tensor)
+        largest: Tensor = self.accelerator.gather(tensor.reshape(1)).max()
+        return largest
+
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
         batches = {
             name: lambda dataset=dataset: self._this_process_batches(dataset)
@@ -169,7 +210,7 @@ class DPOTrainer(Trainer):
     def _this_process_batches(self, dataset: Dataset) -> Iterable[PairBatch]:
         """Every n-th batch of the set, n the number of processes: together they see each row once."""
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        rows = dataset.select_columns(list(_TOKEN_COLUMNS))
+        rows = dataset.select_columns(list(TOKEN_COLUMNS))
         starts = range(self.args.process_index * size, len(rows), size * self.args.world_size)
         parts = [list(range(start, min(start + size, len(rows)))) for start in starts]
         loader = DataLoader(rows, batch_sampler=parts, collate_fn=self.data_collator)
@@ -178,8 +219,6 @@ class DPOTrainer(Trainer):
     # ---- data ----------------------------------------------------------------------------------------------------
 
     def _tokenized(self, dataset: PairDataset, name: str, args: DPOConfig) -> PairDataset:
-        if set(_TOKEN_COLUMNS) <= set(dataset.column_names or ()):
-            return dataset
         with args.main_process_first(desc=f"tokenizing the {name} set"):
             return tokenize_pairs(
                 dataset,
@@ -201,7 +240,9 @@ class DPOTrainer(Trainer):
     def _named_sets(named: Mapping[str, Any], sets: Any) -> dict[str, Any]:
         if sets is None:
             return dict(named)
-        return {**named, **(sets if isinstance(sets, Mapping) else {"eval": sets})}
+        if isinstance(sets, Mapping):
+            return {**named, **{f"eval_{name}": dataset for name, dataset in sets.items()}}
+        return {**named, "eval": sets}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""
@@ -217,7 +258,7 @@ class DPOTrainer(Trainer):
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
         loader = DataLoader(
-            self.train_dataset.select_columns(list(_TOKEN_COLUMNS)),
+            self.train_dataset.select_columns(list(TOKEN_COLUMNS)),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -238,13 +279,15 @@ class DPOTrainer(Trainer):
         limit = self.args.max_length or sys.maxsize
         return [
             len(row["prompt_ids"])
-            + sum(min(len(row[side]), max(limit - len(row["prompt_ids"]), 1)) for side in ("chosen_ids", "rejected_ids"))
-            for row in dataset.select_columns(list(_TOKEN_COLUMNS))
+            + sum(
+                min(len(row[side]), max(limit - len(row["prompt_ids"]), 1)) for side in ("chosen_ids", "rejected_ids")
+            )
+            for row in dataset.select_columns(list(TOKEN_COLUMNS))
         ]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(_TOKEN_COLUMNS)
+            self._signature_columns = list(TOKEN_COLUMNS)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -262,6 +305,8 @@ class DPOTrainer(Trainer):
         batch = batch_of(inputs)
         sums = self._train_sums if self.model.training else self._eval_sums
         reference = self.reference.log_probs(batch)
+        if self._initial_gap is None:
+            self._initial_gap = self._checked_initial_gap(batch, reference)
         policy = score(model, batch, statistics=not self.model.training or self._logs_after_this_step())
         scores = PairScores.of(batch, policy, reference)
         weights = self.args.loss_weights or [1.0] * len(self.args.loss_type)
@@ -314,6 +359,12 @@ class DPOTrainer(Trainer):
             logs |= means | {"num_tokens": self._sum_tokens()}
         super().log(logs, start_time)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            restore_attention(self.accelerator.unwrap_model(self.model))
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -326,6 +377,7 @@ class DPOTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = self._eval_sums.means(self._sum_over_processes)
         assert output.metrics is not None
+        means["num_tokens"] = self._sum_tokens()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -354,7 +406,9 @@ class DPOTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        num_tokens = self._sum_tokens()  # every process takes part
         if self.args.should_save:
+            (Path(output_dir) / _PROGRESS_FILE).write_text(json.dumps({"num_tokens": num_tokens}))
             folder = Path(output_dir) / _REFERENCE_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "identity.json").write_text(json.dumps(self.reference.identity.describe(), indent=2))
@@ -366,20 +420,32 @@ class DPOTrainer(Trainer):
             folder = Path(checkpoint) / _REFERENCE_FOLDER
             _check_same_reference(folder, self.reference)
             self.reference.load(folder)
+            progress = json.loads((Path(checkpoint) / _PROGRESS_FILE).read_text())
+            self._num_train_tokens = int(progress["num_tokens"]) if self.args.process_index == 0 else 0
 
 
-_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE_FOLDER = "reference"
+_SENTINEL_PAIRS = 2
+_PROGRESS_FILE = "progress.json"
 
 
 class _FollowTraining(TrainerCallback):
-    """Tells the reference of each finished optimizer step, and the batches of each epoch.
+    """Tells the reference of each finished optimizer step, watches it, and tells the batches of each epoch.
 
     transformers tells the epoch to a batch sampler too, but not through the wrappers of a resumed, distributed run.
     """
 
     def __init__(self, trainer: DPOTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._watch_reference()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._check_drift()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._check_drift()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._even_batches is not None:

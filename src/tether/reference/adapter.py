@@ -18,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_weights, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -52,24 +52,33 @@ class AdapterReference(Reference):
         self._adapter_off = has_zero_delta(policy)
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
         self._frozen = [(parameter, parameter.detach().clone()) for parameter in kept.values()]
+        self._digests = digest_tensors(self._tensors())
+        base_config = policy.get_base_model().config
         self._identity = ReferenceIdentity(
             kind="adapter",
-            weights=self._digest(),
+            weights=digest_weights(self._digests, base_config, None if self._adapter_off else _adapter_config(policy)),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
 
-    def _digest(self) -> str:
-        base = self._policy.get_base_model()
-        tensors = base_tensors(base)
-        if self._adapter_off:
-            return digest_weights(tensors, base.config)
-        state = {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
-        configs = {
-            name: {k: v for k, v in asdict(config).items() if k not in ("base_model_name_or_path", "inference_mode")}
-            for name, config in self._policy.peft_config.items()
-        }
-        return digest_weights({**tensors, **state}, base.config, extra=configs)
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor that shapes the reference's answers, as the reference sees it."""
+        frozen = {id(parameter): copy for parameter, copy in self._frozen}
+        tensors = base_tensors(self._policy.get_base_model())
+        if not self._adapter_off:
+            # Not only what trains: a frozen projection, or a second adapter, shapes the answers as well.
+            of_base = {id(tensor) for tensor in tensors.values()}
+            state = self._policy.state_dict(keep_vars=True)
+            tensors |= {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
+        return {name: frozen.get(id(tensor), tensor).detach() for name, tensor in tensors.items()}
+
+    def changed_tensors(self) -> list[str]:
+        now = digest_tensors(self._tensors())
+        return [name for name, digest in self._digests.items() if now.get(name) != digest]
+
+    @property
+    def means_policy(self) -> bool:
+        return True
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -109,6 +118,16 @@ class AdapterReference(Reference):
         finally:
             for (parameter, _), data in zip(self._frozen, trained, strict=True):
                 parameter.data = data
+
+
+def _adapter_config(policy: PeftModel) -> Any:
+    """The configuration of every adapter and which are active, without what does not change the answer."""
+    cosmetic = ("base_model_name_or_path", "inference_mode")
+    configs = {
+        name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
+        for name, config in policy.peft_config.items()
+    }
+    return [configs, policy.active_adapters]
 
 
 @contextmanager
@@ -165,7 +184,7 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
         # Innermost wrapper first: a trained-tokens wrapper may sit inside a tuner layer.
         for wrapped, plain in sorted(renamed, key=lambda pair: -len(pair[0])):
             name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
-        tensors[name] = tensor.detach()
+        tensors[name] = tensor
     return tensors
 
 

@@ -56,6 +56,20 @@ class Reference(ABC):
         """Batches a model was really run for."""
 
     @property
+    def means_policy(self) -> bool:
+        """Whether this is meant to be the initial policy, so that both must score alike before the first step."""
+        return False
+
+    @property
+    def moves(self) -> bool:
+        """Whether training moves this reference on purpose."""
+        return False
+
+    def changed_tensors(self) -> list[str]:
+        """Names of tensors that differ from what they were when the reference was made."""
+        return []
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of weights held beyond the policy's own."""
         return 0

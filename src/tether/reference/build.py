@@ -15,6 +15,7 @@ from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
 from tether.reference.frozen import FrozenReference
+from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
 from tether.store import LogProbStore
@@ -84,13 +85,20 @@ def _source(
     return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype)
 
 
-def _check(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> None:
-    if ref_model is policy:
+def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
+    """Refuses a reference model that is the policy itself, or the base that the policy's adapter sits on."""
+    if ref_model is policy or (is_adapter_model(policy) and ref_model is policy.get_base_model()):
         raise ConfigurationError(
-            asked="`ref_model` is the same object as `model`.",
+            asked="`ref_model` is the same object as `model`" + ("." if ref_model is policy else "'s base."),
             why="The reference would train with the policy, and every reward would be 0.",
             instead="Leave `ref_model` out: the reference is then the initial policy.",
         )
+
+
+def _check(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> None:
+    if ref_model is not None:
+        check_ref_model(policy, ref_model)
+        check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
     if options.sync and options.precompute:
         raise ConfigurationError(
             asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",

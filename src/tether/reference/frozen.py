@@ -13,7 +13,7 @@ from torch import nn
 
 from tether.errors import MissingLogProbsError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_weights, model_tensors, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -31,6 +31,7 @@ class FrozenReference(Reference):
         autocast_dtype: Run under autocast with this dtype, as the policy does.
         device: Hold the weights there instead of where they are.
         policy: The policy; what it shares with `model` is not counted as extra bytes.
+        means_policy: The model is meant to be the initial policy, not another one.
 
     Raises:
         ReferenceModelError: If a weight is NaN or infinite.
@@ -49,14 +50,17 @@ class FrozenReference(Reference):
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         policy: nn.Module | None = None,
+        means_policy: bool = False,
     ) -> None:
         self._module: nn.Module | None = frozen_twin(model, copies, dtype, device)
         self._autocast_dtype = autocast_dtype
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._num_passes = 0
+        self._means_policy = means_policy
+        self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind="frozen",
-            weights=digest_weights(model_tensors(self._module), self._module.config),
+            weights=digest_weights(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
@@ -66,7 +70,14 @@ class FrozenReference(Reference):
         cls, policy: nn.Module, *, dtype: torch.dtype | None = None, autocast_dtype: torch.dtype | None = None
     ) -> FrozenReference:
         """The policy as it is now: parameters that train are copied, those that do not are shared."""
-        return cls(policy, copies=lambda p: p.requires_grad, dtype=dtype, autocast_dtype=autocast_dtype, policy=policy)
+        return cls(
+            policy,
+            copies=lambda p: p.requires_grad,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            policy=policy,
+            means_policy=True,
+        )
 
     @classmethod
     def of_other_model(
@@ -97,7 +108,7 @@ class FrozenReference(Reference):
     @classmethod
     def before_training(cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> FrozenReference:
         """The policy itself, for use before its first optimizer step only; `release` it then. Costs no memory."""
-        return cls(policy, autocast_dtype=autocast_dtype, policy=policy)
+        return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True)
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -108,8 +119,18 @@ class FrozenReference(Reference):
         return self._num_passes
 
     @property
+    def means_policy(self) -> bool:
+        return self._means_policy
+
+    @property
     def module(self) -> nn.Module | None:
         return self._module
+
+    def changed_tensors(self) -> list[str]:
+        if self._module is None:
+            return []
+        now = digest_tensors(model_tensors(self._module))
+        return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
     @property
     def extra_bytes(self) -> int:

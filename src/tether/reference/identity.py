@@ -58,24 +58,46 @@ class ReferenceIdentity:
         return asdict(self)
 
 
-def digest_weights(tensors: Mapping[str, Tensor], config: Any, extra: Any = None) -> str:
-    """Digest of named tensors and of the config that shapes the forward.
-
-    Args:
-        tensors: Weights and persistent buffers, under the plain model's names.
-        config: The transformers config.
-        extra: Anything else that changes the answer (the adapter's configuration), as JSON-able data.
+def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Digest of each named tensor: its dtype, shape and content.
 
     Raises:
         ReferenceModelError: If a weight is NaN or infinite; names it.
     """
-    total = hashlib.blake2b(digest_size=16)
-    total.update(json.dumps([_forward_config(config), extra], sort_keys=True, default=str).encode())
     names = sorted(tensors)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        for name, digest in zip(names, pool.map(lambda name: _digest_tensor(name, tensors[name]), names), strict=True):
-            total.update(f"{name}:".encode() + digest)
+        return dict(zip(names, pool.map(lambda name: _digest_tensor(name, tensors[name]), names), strict=True))
+
+
+def digest_weights(digests: Mapping[str, bytes], config: Any, extra: Any = None) -> str:
+    """Digest of a model's tensors, from theirs, and of the config that shapes the forward.
+
+    Args:
+        digests: Of weights and persistent buffers, under the plain model's names.
+        config: The transformers config.
+        extra: Anything else that changes the answer (the adapter's configuration), as JSON-able data.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    total.update(json.dumps([_forward_config(config), extra], sort_keys=True, default=_plain).encode())
+    for name in sorted(digests):
+        total.update(f"{name}:".encode() + digests[name])
     return total.hexdigest()
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are NaN or infinite.
+
+    Raises:
+        ReferenceModelError: Names the first of them.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ReferenceModelError(
+                asked=f"The model's weight `{name}` has NaN or infinite values.",
+                why="Every log-probability made from it would be NaN, for the policy and for the reference.",
+                instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 "
+                "overflow).",
+            )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -95,15 +117,15 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
     tensor = tensor.detach()
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ReferenceModelError(
-            asked=f"The model's weight `{name}` has NaN or infinite values.",
-            why="Every log-probability made from it would be NaN, for the policy and for the reference.",
-            instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 overflow).",
-        )
+    check_finite({name: tensor})
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def _plain(value: Any) -> Any:
+    # The order of a set of names differs from process to process.
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
 def _forward_config(config: Any) -> dict[str, Any]:

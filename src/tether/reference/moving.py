@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tether.errors import ResumeError
+from tether.errors import ReferenceModelError, ResumeError
 from tether.reference.averaging import soft_update, soft_update_with_residual
 from tether.reference.base import Reference
 from tether.reference.frozen import FrozenReference
@@ -36,6 +36,9 @@ class MovingReference(Reference):
         policy: Gives the unwrapped policy when a sync is due.
         alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
         every: Optimizer steps between syncs.
+
+    Raises:
+        ReferenceModelError: If the source's parameters do not match the policy's, by name and shape.
     """
 
     def __init__(self, source: FrozenReference, policy: Callable[[], nn.Module], *, alpha: float, every: int) -> None:
@@ -43,6 +46,7 @@ class MovingReference(Reference):
         assert module is not None
         self._source, self._policy = source, policy
         self._alpha, self._every = alpha, every
+        _check_same_parameters(policy(), module)
         trained = {name for name, parameter in policy().named_parameters() if parameter.requires_grad}
         self._tensors = {name: p for name, p in module.named_parameters() if name in trained}
         self._tensors |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}  # type: ignore[misc]
@@ -66,6 +70,15 @@ class MovingReference(Reference):
     def num_syncs(self) -> int:
         """How often the reference has moved."""
         return self._num_syncs
+
+    @property
+    def means_policy(self) -> bool:
+        """At the start, before the first sync."""
+        return self._source.means_policy
+
+    @property
+    def moves(self) -> bool:
+        return True
 
     @property
     def extra_bytes(self) -> int:
@@ -132,3 +145,15 @@ class MovingReference(Reference):
 
     def release(self) -> None:
         """Nothing: a moving reference is needed to the end."""
+
+
+def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
+    own, other = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
+    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    if differing:
+        raise ReferenceModelError(
+            asked="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
+            why=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
+            f"{differing[0]!r} among them.",
+            instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
+        )

@@ -49,6 +49,22 @@ class StoredReference(Reference):
             identity = source.identity
         self._store, self._source, self._identity = store, source, identity
         self._release_when_filled = release_when_filled
+        self._num_found = self._num_computed = 0
+
+    @property
+    def store(self) -> LogProbStore:
+        """The store that is read."""
+        return self._store
+
+    @property
+    def num_found(self) -> int:
+        """Responses that `prepare` was asked for and found in the store."""
+        return self._num_found
+
+    @property
+    def num_computed(self) -> int:
+        """Responses that `prepare` was asked for and had the source compute."""
+        return self._num_computed
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -57,6 +73,13 @@ class StoredReference(Reference):
     @property
     def num_passes(self) -> int:
         return self._source.num_passes if self._source is not None else 0
+
+    @property
+    def means_policy(self) -> bool:
+        return self._source is not None and self._source.means_policy
+
+    def changed_tensors(self) -> list[str]:
+        return self._source.changed_tensors() if self._source is not None else []
 
     @property
     def extra_bytes(self) -> int:
@@ -79,14 +102,13 @@ class StoredReference(Reference):
     def _fill(self, batches: Iterable[PairBatch], title: str, show_progress: bool) -> None:
         # None: on only where standard error is a terminal.
         bar = tqdm(batches, desc=title, unit="batch", disable=None if show_progress else True)
-        found = computed = 0
         for batch in bar:
             missing = self._store.missing(self._identity.digest, batch.keys, batch.response_lengths)
-            found += batch.num_responses - len(missing)
-            computed += len(missing)
+            self._num_found += batch.num_responses - len(missing)
+            self._num_computed += len(missing)
             if missing:
                 self._compute(batch)
-            bar.set_postfix(found=found, computed=computed)
+            bar.set_postfix(found=self._num_found, computed=self._num_computed)
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         values = self._store.get(self._identity.digest, batch.keys, batch.response_lengths)
