@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, naive_log_probs, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
 
@@ -18,6 +17,7 @@ from tether.scoring import restore_attention, score
 from tether.scoring.packing import PROVEN_FAMILIES, layouts_agree
 from tether.scoring.score import can_pack
 from tether.types import PairBatch, Response
+from tiny import FAMILIES, naive_log_probs, tiny_model
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
@@ -179,7 +179,7 @@ def test_packed_scoring_under_autocast_is_as_near_as_padded(dtype: torch.dtype) 
 
 
 def test_table_of_models_is_what_is_measured(request: pytest.FixtureRequest) -> None:
-    """Writes docs/models.md anew with `TETHER_WRITE_DOCS=1`; otherwise the families named there must be those proven."""
+    """With `TETHER_WRITE_DOCS=1` writes docs/models.md anew; the families named there must be those proven."""
     if os.environ.get("TETHER_WRITE_DOCS"):
         TABLE.write_text(_table())
     text = TABLE.read_text()

@@ -107,6 +107,18 @@ def lora_config(
     return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuses a policy of which nothing would train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(
+            asked="The model has no parameter that trains: `requires_grad` is False for all.",
+            why="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()` and "
+            "`unload()`, and loads an adapter frozen unless `is_trainable=True`.",
+            instead="Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an "
+            "adapter.",
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout to 0: modules, and the numbers that attention and layers keep."""
     for module in model.modules():
@@ -131,12 +143,18 @@ def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrain
     own = _own_vocabulary(ref_model)
     if own is None:
         return
-    differing = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
+    meanings = {number: token for token, number in own.items()}
+    differing = {
+        number: token
+        for token, number in tokenizer.get_vocab().items()
+        if own.get(token, number) != number or meanings.get(number, token) != token
+    }
     if differing:
-        token = differing[0]
+        number, token = min(differing.items())
+        there = repr(meanings[number]) if number in meanings else "nothing"
         _refuse_vocabulary(
-            f"{len(differing)} tokens have other ids there ({token!r}: {tokenizer.get_vocab()[token]} for the policy, "
-            f"{own[token]} for the reference)"
+            f"{len(differing)} ids mean other tokens there (id {number} is {token!r} for the policy, {there} for the "
+            "reference)"
         )
 
 

@@ -25,8 +25,8 @@ from tether.data import TOKEN_COLUMNS, PairCollator, PairDataset, batch_of, num_
 from tether.errors import ConfigurationError, ResumeError
 from tether.losses import LOSSES
 from tether.metrics import MetricSums, pair_metrics
-from tether.models import add_adapter, check_vocabulary, disable_dropout, load_model, load_tokenizer
-from tether.reference import Reference, ReferenceOptions, build_reference, check_ref_model
+from tether.models import add_adapter, check_trainable, check_vocabulary, disable_dropout, load_model, load_tokenizer
+from tether.reference import Reference, ReferenceOptions, build_reference, check_options
 from tether.reference.adapter import is_adapter_model
 from tether.reference.base import compute_dtype_name
 from tether.reference.checks import Gap, Sentinel, check_initial_gap, initial_gap
@@ -109,12 +109,14 @@ class DPOTrainer(Trainer):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
         self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
         if ref_model is not None:
-            check_ref_model(policy, ref_model)
             check_vocabulary(ref_model, self._tokenizer)
         train_set = self._tokenized(_as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
+        options = self._reference_options(args, self._named_sets({"train": train_set}, eval_sets))
+        check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
+        check_trainable(policy)
         if args.disable_dropout:
             disable_dropout(policy)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
@@ -135,7 +137,7 @@ class DPOTrainer(Trainer):
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
-        self.reference = build_reference(self.model, ref_model, self._reference_options())
+        self.reference = build_reference(self.model, ref_model, options)
         self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
         self.model.add_model_tags(["tether", "dpo"])
         self.add_callback(_FollowTraining(self))
@@ -151,9 +153,8 @@ class DPOTrainer(Trainer):
         """While open, the policy computes what the reference computes (adapter models)."""
         return self.reference.in_policy()
 
-    def _reference_options(self) -> ReferenceOptions:
-        args = self.args
-        sets = self._named_sets({"train": self.train_dataset}, self.eval_dataset)
+    @staticmethod
+    def _reference_options(args: DPOConfig, sets: Mapping[str, PairDataset]) -> ReferenceOptions:
         return ReferenceOptions(
             precompute=args.precompute_ref_log_probs,
             streaming=any(isinstance(dataset, IterableDataset) for dataset in sets.values()),
@@ -163,7 +164,7 @@ class DPOTrainer(Trainer):
             sync_steps=args.ref_model_sync_steps,
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
             autocast_dtype=args.autocast_dtype,
-            device=self.args.device,
+            device=args.device,
         )
 
     def _checked_initial_gap(self, batch: PairBatch, reference: ResponseLogProbs) -> Gap:

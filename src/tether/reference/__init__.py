@@ -2,7 +2,7 @@
 
 from tether.reference.adapter import AdapterReference
 from tether.reference.base import Reference
-from tether.reference.build import ReferenceOptions, build_reference, check_ref_model
+from tether.reference.build import ReferenceOptions, build_reference, check_options
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.moving import MovingReference
@@ -17,5 +17,5 @@ __all__ = [
     "ReferenceOptions",
     "StoredReference",
     "build_reference",
-    "check_ref_model",
+    "check_options",
 ]

@@ -13,8 +13,9 @@ from typing import Any, TypeGuard
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
@@ -149,9 +150,10 @@ def has_zero_delta(policy: PeftModel) -> bool:
     """Whether the adapter, as it is now, changes nothing: its logits equal the base's, bit for bit.
 
     Looked at from two sides, because a probe may miss what it does not touch (an unrouted expert, a token's
-    embedding): every factor pair of LoRA has a zero factor, and a forward with the adapter on equals one with it off.
+    embedding): the tensors themselves, where a type's can be told to change nothing, and a forward with the adapter
+    on against one with it off.
     """
-    if not all(_is_zero_pair(module) for module in policy.modules() if isinstance(module, BaseTunerLayer)):
+    if not all(_changes_nothing(module) for module in policy.modules()):
         return False
     if any(config.is_prompt_learning for config in policy.peft_config.values()):
         return False
@@ -186,6 +188,19 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
             name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
         tensors[name] = tensor
     return tensors
+
+
+def _changes_nothing(module: nn.Module) -> bool:
+    """False where a module's adapter tensors by themselves show that it changes its base."""
+    if isinstance(module, TrainableTokensLayer):
+        rows: Any = module.get_base_layer().weight
+        indices = module.token_indices
+        return all(torch.equal(delta, rows[indices[name]]) for name, delta in module.trainable_tokens_delta.items())
+    if isinstance(module, ModulesToSaveWrapper):
+        original = module.original_module.state_dict()
+        copies = [module.modules_to_save[name].state_dict() for name in module.active_adapters]
+        return all(torch.equal(original[name], value) for copy in copies for name, value in copy.items())
+    return not isinstance(module, BaseTunerLayer) or _is_zero_pair(module)
 
 
 def _is_zero_pair(layer: BaseTunerLayer) -> bool:

@@ -59,7 +59,7 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     Raises:
         ConfigurationError: If the options contradict each other or the model.
     """
-    _check(policy, ref_model, options)
+    check_options(policy, ref_model, options)
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):
@@ -85,7 +85,7 @@ def _source(
     return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype)
 
 
-def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
+def _check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
     """Refuses a reference model that is the policy itself, or the base that the policy's adapter sits on."""
     if ref_model is policy or (is_adapter_model(policy) and ref_model is policy.get_base_model()):
         raise ConfigurationError(
@@ -95,9 +95,24 @@ def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
         )
 
 
-def _check(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> None:
+def check_options(
+    policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions, *, gets_adapter: bool = False
+) -> None:
+    """Refuses options that contradict each other or the model; changes nothing.
+
+    Args:
+        policy: The policy, as it is now.
+        ref_model: The reference model, if one is named.
+        options: The run's options.
+        gets_adapter: Whether the policy will be wrapped with an adapter before its reference is built.
+
+    Raises:
+        ConfigurationError: Names the option.
+        ReferenceModelError: If a weight of the policy is NaN or infinite and no reference would look at it.
+    """
+    has_adapter = gets_adapter or is_adapter_model(policy)
     if ref_model is not None:
-        check_ref_model(policy, ref_model)
+        _check_ref_model(policy, ref_model)
         check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
     if options.sync and options.precompute:
         raise ConfigurationError(
@@ -105,13 +120,13 @@ def _check(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOpt
             why="Log-probs computed before training are stale once the reference has moved.",
             instead="Set one of the two to False.",
         )
-    if options.sync and is_adapter_model(policy):
+    if options.sync and has_adapter:
         raise ConfigurationError(
             asked="`sync_ref_model=True` with a PEFT model.",
             why="Averaging an adapter in weight space is not there yet; averaging its factors would be another rule.",
             instead="Train the full model, or set `sync_ref_model=False`.",
         )
-    if options.dtype is not None and ref_model is None and is_adapter_model(policy):
+    if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
             why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
