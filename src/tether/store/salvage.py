@@ -43,7 +43,11 @@ def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
 
 
 def _move_records(db: sqlite3.Connection, into: LogProbStore) -> int:
-    codecs = {row_id: (digest, RecordCodec(digest)) for row_id, digest in _rows(db, "identities", "id, digest")}
+    codecs = {
+        row_id: (digest, RecordCodec(digest))
+        for row_id, digest in _rows(db, "identities", "id, digest")
+        if isinstance(digest, str)
+    }
     waiting: dict[str, list[Record]] = {digest: [] for digest, _ in codecs.values()}
     num_found = 0
     for _, owner, *columns in _rows(db, "records", "id, identity, key, num_tokens, checksum, log_probs"):
@@ -68,11 +72,13 @@ def _rows(db: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[An
     """The rows of a table that can be read; steps over those that can't, in steps that grow very slowly."""
     (num_pages,) = db.execute("PRAGMA page_count").fetchone()
     (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
-    last, highest, num_failures = 0, num_pages * page_bytes // _SMALLEST_ROW_BYTES, 0
-    while last < highest:
+    highest = num_pages * page_bytes // _SMALLEST_ROW_BYTES
+    last = num_read = num_failures = 0
+    while max(last, num_read) < highest:  # damaged pages may lead in circles
         try:
             for row in db.execute(f"SELECT {columns} FROM {table} NOT INDEXED WHERE id > ? ORDER BY id", (last,)):
-                last, num_failures = row[0], 0
+                num_read, num_failures = num_read + 1, 0
+                last = row[0] if last < row[0] < highest else last
                 yield row
             return
         except sqlite3.DatabaseError as error:

@@ -43,6 +43,7 @@ _SAID = {
 }
 for piece, like in (
     ("locking protocol", "locked"),
+    ("codec can't decode", "malformed"),  # SQLite quotes a damaged statement, and Python can't read the quote
     ("No space left", "is full"),
     ("Permission denied", "readonly"),
     ("Read-only file system", "readonly"),
@@ -56,7 +57,7 @@ def in_three_parts(doing: str, path: Path) -> Iterator[None]:
     """Turns an SQLite error in its body into a StoreError about `path`."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         why, instead = next((parts for piece, parts in _SAID.items() if piece in str(error)), _ELSE)
         raise StoreError(f"{doing} the log-prob store {path}", f"{why} ({error})", instead) from error
 

@@ -131,7 +131,9 @@ def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
 
 def give_space_back(db: sqlite3.Connection) -> None:
     """Shortens the file by the pages that hold nothing."""
-    db.execute("PRAGMA incremental_vacuum").fetchall()  # one step a page
+    (num_empty_pages,) = db.execute("PRAGMA freelist_count").fetchone()
+    for _ in range(num_empty_pages):  # one by one: Python's sqlite3 takes a single step of this statement
+        db.execute("PRAGMA incremental_vacuum(1)")
 
 
 def count_records(db: sqlite3.Connection, identity: str | None) -> int:
