@@ -5,6 +5,8 @@ Knows no model and no schedule.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +30,13 @@ def soft_update(
     return torch.lerp(reference, policy.to(reference.dtype), alpha)
 
 
+def hard_update(
+    reference: Float[Tensor, "*shape"], policy: Float[Tensor, "*shape"], alpha: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    """The policy takes the reference's place (TR-DPO, Eq. 6); the same as `soft_update` with alpha = 1."""
+    return policy.to(reference.dtype, copy=True)
+
+
 def soft_update_with_residual(
     reference: Float[Tensor, "*shape"],
     residual: Float[Tensor, "*shape"],
@@ -45,3 +54,129 @@ def soft_update_with_residual(
     average = soft_update(reference.float() + residual.float(), policy.float(), alpha)
     rounded = average.to(reference.dtype)
     return rounded, (average - rounded.float()).to(residual.dtype)
+
+
+def bema(
+    average: Float[Tensor, "*shape"],
+    policy: Float[Tensor, "*shape"],
+    initial: Float[Tensor, "*shape"],
+    update: int,
+    *,
+    ema_power: float = 0.5,
+    bias_power: float = 0.2,
+    multiplier: float = 1.0,
+    lag: float = 10.0,
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Bias-corrected exponential moving average.
+
+    `EMA_t = (1 - b_t) EMA_{t-1} + b_t theta_t` and `BEMA_t = a_t (theta_t - theta_0) + EMA_t`, with
+    `b_t = (rho + gamma t)^-kappa` and `a_t = (rho + gamma t)^-eta`.
+
+    Block and Zhang 2025, arXiv 2508.00180, Algorithm 1.
+
+    Args:
+        average: `EMA_{t-1}`; `theta_0` at first.
+        policy: `theta_t`.
+        initial: `theta_0`.
+        update: `t`, counted from 0.
+        ema_power: `kappa`.
+        bias_power: `eta`.
+        multiplier: `gamma`.
+        lag: `rho`.
+
+    Returns:
+        `EMA_t`, to be kept, and `BEMA_t`, to be used.
+    """
+    age = lag + multiplier * update
+    moved = soft_update(average, policy, min(1.0, age**-ema_power))
+    return moved, moved + age**-bias_power * (policy.to(moved.dtype) - initial.to(moved.dtype))
+
+
+class LowRank(NamedTuple):
+    """A matrix `B A` by its factors."""
+
+    B: Float[Tensor, "*batch rows rank"]
+    A: Float[Tensor, "*batch rank columns"]
+
+
+def average_low_rank(reference: LowRank, policy: LowRank, alpha: float, max_rank: int) -> tuple[LowRank, float]:
+    """Factors of `alpha B_pi A_pi + (1 - alpha) B_ref A_ref`: the average of the matrices, not of the factors.
+
+    Mixing the factors instead is off by `-alpha (1 - alpha) (B_pi - B_ref)(A_pi - A_ref)`. The factors are stacked,
+    which is exact; past `max_rank` they are recompressed by QR of both stacks and an SVD of the small core between
+    them, the best approximation of that rank. Costs `O((rows + columns) rank^2)`.
+
+    Args:
+        reference: `B_ref`, `A_ref`.
+        policy: `B_pi`, `A_pi`.
+        alpha: Weight of the policy, in [0, 1]; 1 copies its factors.
+        max_rank: Largest rank of the result.
+
+    Returns:
+        The factors, in the reference's dtype, and the relative error of the truncation (Frobenius norm; 0 while the
+        stack fits).
+    """
+    dtype = reference.A.dtype
+    if alpha == 1.0 and policy.A.shape[-2] <= max_rank:
+        return LowRank(policy.B.to(dtype, copy=True), policy.A.to(dtype, copy=True)), 0.0
+    weighted = ((1 - alpha, reference), (alpha, policy))
+    parts = [(weight, pair) for weight, pair in weighted if weight and bool(pair.B.any())]
+    if not parts:
+        return LowRank(reference.B.clone(), reference.A.clone()), 0.0
+    stacked_b = torch.cat([weight * pair.B.double() for weight, pair in parts], -1)
+    stacked_a = torch.cat([pair.A.double() for _, pair in parts], -2)
+    if stacked_a.shape[-2] <= max_rank:
+        return LowRank(stacked_b.to(dtype), stacked_a.to(dtype)), 0.0
+    left, left_core = torch.linalg.qr(stacked_b)
+    right, right_core = torch.linalg.qr(stacked_a.mT)
+    u, sizes, vh = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    kept = sizes[..., :max_rank]
+    roots = kept.sqrt()
+    factors = LowRank(
+        (left @ (u[..., :max_rank] * roots[..., None, :])).to(dtype),
+        ((roots[..., :, None] * vh[..., :max_rank, :]) @ right.mT).to(dtype),
+    )
+    error = sizes[..., max_rank:].square().sum().sqrt() / sizes.square().sum().sqrt()
+    return factors, float(error)
+
+
+def average_dora(
+    weight: Float[Tensor, "rows columns"],
+    reference: tuple[LowRank, Float[Tensor, " rows"]],
+    policy: tuple[LowRank, Float[Tensor, " rows"]],
+    alpha: float,
+    scaling: float,
+    max_rank: int,
+) -> tuple[LowRank, Float[Tensor, " rows"], float]:
+    """The average of two DoRA weights over one base, as a DoRA weight again.
+
+    DoRA's weight is `c (W + s B A)` row by row, with `c = m / ||W + s B A||`. With `c' = alpha c_pi +
+    (1 - alpha) c_ref`, the average is `c' (W + s B' A')` for the stack of `alpha (c_pi / c') B_pi` and
+    `(1 - alpha) (c_ref / c') B_ref`, and its magnitude is `m' = c' ||W + s B' A'||`. Exact while the stack fits.
+
+    Liu et al. 2024 (DoRA), arXiv 2402.09353, Eq. 5.
+
+    Args:
+        weight: The frozen base `W`.
+        reference, policy: Factors and magnitude `m` of each.
+        alpha: Weight of the policy.
+        scaling: `s`.
+        max_rank: Largest rank of the result.
+
+    Returns:
+        Factors, magnitude, and the relative error of the truncation.
+    """
+
+    def norm(factors: LowRank) -> Tensor:
+        full: Tensor = weight.double() + scaling * factors.B.double() @ factors.A.double()
+        return torch.linalg.vector_norm(full, dim=1)
+
+    c_ref, c_pi = (magnitude.double() / norm(factors) for factors, magnitude in (reference, policy))
+    mixed = alpha * c_pi + (1 - alpha) * c_ref
+    scaled_ref, scaled_pi = (
+        LowRank((c / mixed)[:, None] * factors.B.double(), factors.A.double())
+        for c, (factors, _) in ((c_ref, reference), (c_pi, policy))
+    )
+    averaged, error = average_low_rank(scaled_ref, scaled_pi, alpha, max_rank)
+    kind = reference[0].A.dtype
+    return LowRank(averaged.B.to(kind), averaged.A.to(kind)), (mixed * norm(averaged)).to(reference[1].dtype), error
