@@ -169,7 +169,8 @@ def average_dora(
 
     def norm(factors: LowRank) -> Tensor:
         full: Tensor = weight.double() + scaling * factors.B.double() @ factors.A.double()
-        return torch.linalg.vector_norm(full, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(full, dim=1)
+        return norms
 
     c_ref, c_pi = (magnitude.double() / norm(factors) for factors, magnitude in (reference, policy))
     mixed = alpha * c_pi + (1 - alpha) * c_ref
