@@ -16,17 +16,29 @@ os.environ["MPLBACKEND"] = "Agg"
 
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
 
-CHECKED_MODULES = ["tether.types", "tether.losses", "tether.scoring"]
+CHECKED_MODULES = [
+    "tether.types",
+    "tether.losses",
+    "tether.scoring.head",
+    "tether.scoring.layout",
+    "tether.scoring.score",
+]
 ROOT = Path(__file__).resolve().parent.parent
 
 if os.environ.get("TETHER_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
-torch.set_num_threads(2)
+# The models are tiny: a second thread only waits (on busy cores 20 times longer), and one adds in one order.
+torch.set_num_threads(1)
+
+# No deadline: how long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("tether", deadline=None)
+hypothesis.settings.load_profile("tether")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -120,6 +120,7 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and DataLoader would say so
+            self.use_cpu = True  # it is what happens; unsaid, the processes of torchrun would not find each other
         super().__post_init__()
 
     @property
@@ -134,7 +135,8 @@ class DPOConfig(TrainingArguments):
     def _check(self) -> None:
         unknown = [name for name in self.loss_type if name not in LOSSES]
         if unknown or not self.loss_type:
-            _refuse("loss_type", self.loss_type, f"{unknown} is not among the losses", f"one or more of {list(LOSSES)}")
+            why = f"there is no loss named {unknown[0]!r}" if unknown else "a policy needs a loss to train"
+            _refuse("loss_type", self.loss_type, why, f"one or more of {', '.join(LOSSES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             _refuse(
                 "loss_weights",
@@ -150,6 +152,13 @@ class DPOConfig(TrainingArguments):
                 self.label_smoothing,
                 "it is the probability that a label is flipped; from 0.5 on, labels say nothing or the opposite",
                 "a value in [0, 0.5)",
+            )
+        if self.label_smoothing and "sigmoid" not in self.loss_type:
+            _refuse(
+                "label_smoothing",
+                self.label_smoothing,
+                f"no loss of {self.loss_type} has it in its equation",
+                "0, or add `sigmoid` to `loss_type`",
             )
         if not 0 <= self.ref_model_mixup_alpha <= 1:
             _refuse(
@@ -189,10 +198,17 @@ class DPOConfig(TrainingArguments):
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             _refuse("precompute_ref_batch_size", self.precompute_ref_batch_size, "a batch has a pair", "1 or more")
         if self.ref_dtype is not None and self.ref_dtype not in _DTYPES:
-            _refuse("ref_dtype", self.ref_dtype, "it is not a dtype that weights are held in", f"one of {_DTYPES}")
+            _refuse(
+                "ref_dtype",
+                self.ref_dtype,
+                "it is not a dtype that weights are held in",
+                f"one of {', '.join(_DTYPES)}",
+            )
         if self.ref_store is not None and os.path.isdir(self.ref_store):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
 
 
 def _refuse(option: str, value: Any, why: str, instead: str) -> None:
-    raise ConfigurationError(asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"{instead}.")
+    raise ConfigurationError(
+        asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
+    )

@@ -70,10 +70,10 @@ class MetricSums:
         self._totals: dict[str, Tensor] = {}
         self._once: dict[str, float] = {}
 
-    def add(self, metrics: PairMetrics) -> None:
-        """Adds the pairs of a micro-batch."""
+    def add(self, metrics: PairMetrics, num_pairs: int) -> None:
+        """Adds the first `num_pairs` pairs of a micro-batch."""
         for name, (values, weights) in metrics.items():
-            total = torch.stack([values.sum(), weights.sum()]).double()
+            total = torch.stack([values[:num_pairs].sum(), weights[:num_pairs].sum()]).double()
             self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def add_once(self, values: dict[str, float]) -> None:

@@ -316,13 +316,26 @@ class DPOTrainer(Trainer):
             for name, weight in zip(self.args.loss_type, weights, strict=True)
         ]
         losses = torch.stack(parts).sum(0)
-        sums.add(pair_metrics(batch, scores, losses, self.args.beta, policy))
+        sums.add(pair_metrics(batch, scores, losses, self.args.beta, policy), self._num_counted_pairs(batch))
         if num_items_in_batch is None:
             loss = losses.mean()
         else:  # gradients are averaged over processes, and this is a sum over this process's pairs
             self._num_train_tokens += batch.num_sequence_tokens()
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
+
+    def _num_counted_pairs(self, batch: PairBatch) -> int:
+        """Pairs of a batch that figures are made of: in evaluation, not those that come twice.
+
+        accelerate fills the last batches up with earlier rows, so that every process has as many; `remainder` says
+        how many rows of the last round, process by process, are its own.
+        """
+        state = self.accelerator.gradient_state
+        remainder: int = state.remainder
+        if self.model.training or not state.end_of_dataloader or remainder <= 0:
+            return batch.num_pairs
+        of_processes_before: int = self.args.process_index * batch.num_pairs
+        return min(max(remainder - of_processes_before, 0), batch.num_pairs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Pairs of the whole optimizer step: all micro-batches of all processes."""

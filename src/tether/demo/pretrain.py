@@ -1,7 +1,6 @@
-"""Trains the demo's language model from nothing, and stops half way.
+"""Makes the demo's language model: a tiny Qwen2 from random weights, trained to imitate texts.
 
-A model that always answers right leaves nothing to prefer, and one that never does offers no right answer to
-choose: about half right is where preference pairs say most. Knows the task only as texts.
+Knows texts as (prompt, answer); not what they are about.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,11 @@ _IGNORED = -100  # the label that cross-entropy leaves out
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The shape of the tiny Qwen2 model."""
+    """The shape of the model."""
 
-    hidden_size: int = 128
-    num_layers: int = 3
+    hidden_size: int
+    num_layers: int
     num_heads: int = 4
-
-    @property
-    def intermediate_size(self) -> int:
-        return 3 * self.hidden_size
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int) -> PreTrainedModel:
@@ -37,7 +33,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
+        intermediate_size=3 * size.hidden_size,
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
         num_key_value_heads=size.num_heads,
@@ -55,49 +51,47 @@ def new_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int)
 def pretrain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    examples: Sequence[tuple[str, str]],
+    texts: Sequence[tuple[str, str]],
     *,
     num_steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
-    on_step: Callable[[float], None] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Next-token training in place on the answers of ``examples``.
+    """Trains the model, in place, to give the answers that the texts give.
 
-    The prompt's letters are random and teach nothing, so only ``answer <eos>`` counts in the loss.
+    The letters of a prompt are random and teach nothing, so only `answer <eos>` counts in the loss.
 
     Args:
-        model: the model to train.
-        tokenizer: its tokenizer.
-        examples: (prompt, right answer), visited in an order that ``seed`` decides.
-        num_steps: optimizer steps (AdamW, warm-up and cosine decay).
-        batch_size: examples of a step.
-        learning_rate: the highest learning rate.
-        seed: order of the examples.
-        on_step: called with the loss after every step, for progress.
+        model: The model; left in evaluation mode.
+        tokenizer: Its tokenizer.
+        texts: (prompt, answer).
+        num_steps: Optimizer steps (AdamW, warm-up and cosine decay).
+        batch_size: Texts of a step, drawn anew for each.
+        learning_rate: The highest learning rate.
+        seed: Decides which texts each step draws.
+        on_step: Called after every step, for progress.
 
     Returns:
-        The last step's loss in nats per token.
+        The last step's loss, in nats per token.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_and_decay(step, num_steps))
     rng = random.Random(seed)
-    loss = math.nan
+    loss = torch.tensor(math.nan)
     model.train()
     for _ in range(num_steps):
-        input_ids, attention_mask, labels = _collate(tokenizer, rng.sample(examples, batch_size))
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-        step_loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        inputs, labels = _collate(tokenizer, rng.sample(texts, batch_size))
+        logits = model(**inputs).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
         optimizer.zero_grad()
-        step_loss.backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
-        loss = step_loss.item()
-        if on_step is not None:
-            on_step(loss)
+        on_step()
     model.eval()
-    return loss
+    return loss.item()
 
 
 def _warm_up_and_decay(step: int, num_steps: int) -> float:
@@ -105,15 +99,15 @@ def _warm_up_and_decay(step: int, num_steps: int) -> float:
     return warm_up * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
-def _collate(tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and labels, padded on the right; (rows, width) each."""
-    prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
-    answers = tokenizer([answer + tokenizer.eos_token for _, answer in examples])["input_ids"]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    input_ids = torch.full((len(examples), width), tokenizer.pad_token_id)
-    labels = torch.full_like(input_ids, _IGNORED)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return input_ids, (input_ids != tokenizer.pad_token_id).long(), labels
+def _collate(tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Model inputs and labels, padded on the right; labels only where an answer stands."""
+    whole: Any = tokenizer(
+        [prompt + answer + str(tokenizer.eos_token) for prompt, answer in texts],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    prompt_lengths = torch.tensor([len(ids) for ids in tokenizer([prompt for prompt, _ in texts])["input_ids"]])
+    positions = torch.arange(whole["input_ids"].shape[1])
+    is_answer = (positions >= prompt_lengths[:, None]) & whole["attention_mask"].bool()
+    return dict(whole), whole["input_ids"].where(is_answer, _IGNORED)

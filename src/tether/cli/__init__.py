@@ -1,0 +1,97 @@
+"""The command `tether`: finds the verb, runs it, and turns an error into three readable lines and an exit code.
+
+Must stay instant: torch and everything that imports it are loaded by a verb, never here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from tether.errors import ConfigurationError, TetherError
+
+EXIT_DONE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 2, 130
+
+HELP = """\
+tether: train a language model on preference pairs (DPO and its family), with the reference
+model as a thing you can hold, name, store, verify and swap.
+
+  tether demo                        the whole line on a tiny task: trains a model, prefers, compares all
+                                     four references, writes a report; offline, minutes on a CPU
+  tether train RECIPE.yaml           train a policy on pairs
+  tether precompute RECIPE.yaml      score the pairs under the reference once and keep the answers on
+                                     disk: `train` then needs no reference model
+
+A recipe is a YAML file of options; any of them is also a flag, and the flag wins:
+
+  tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
+  tether train --model Qwen/Qwen2.5-0.5B-Instruct --train_data pairs.jsonl --eval_fraction 0.1 --lora_r 16
+
+`tether VERB --help` explains every option, and `train` which reference to choose. `tether --version`.
+An error says what was asked, why it cannot be and what to write instead; --traceback (or
+TETHER_TRACEBACK=1) also shows where it was raised. Exit code 0: done, 2: refused, 130: interrupted.
+
+To read more: README.md, docs/recipes.md, examples/. In Python: from tether import DPOConfig, DPOTrainer
+"""
+
+# Each is a module beside this file with `run(argv) -> int`.
+VERBS = ("demo", "train", "precompute")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: The words after `tether`; by default those of this process.
+
+    Returns:
+        The exit code: 0 done, 2 refused (a `TetherError`, told on standard error), 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words or os.environ.get("TETHER_TRACEBACK", "") not in ("", "0")
+    words = [word for word in words if word != "--traceback"]
+    try:
+        return _run(words)
+    except SystemExit as done:  # argparse, after --help
+        return int(done.code or EXIT_DONE)
+    except TetherError as error:
+        if traceback:
+            raise
+        print(f"tether: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        if traceback:
+            raise
+        print("\ntether: stopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    verb, *rest = words or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return EXIT_DONE
+    if verb == "--version":
+        print(f"tether {_version()}")
+        return EXIT_DONE
+    if verb not in VERBS:
+        nearest = difflib.get_close_matches(verb, VERBS, n=1)
+        raise ConfigurationError(
+            asked=f"`tether {verb}`.",
+            why="There is no such verb.",
+            instead=f"{f'Did you mean `tether {nearest[0]}`? ' if nearest else ''}The verbs are {', '.join(VERBS)}; "
+            "`tether --help` says what each does.",
+        )
+    code: int = import_module(f"tether.cli.{verb}").run(rest)
+    return code
+
+
+def _version() -> str:
+    try:
+        return version("tether")
+    except PackageNotFoundError:  # run from its source
+        return "(not installed)"

@@ -1,0 +1,138 @@
+"""From a recipe to a `DPOTrainer`: loads what it names, in the order in which mistakes are cheapest.
+
+The verbs share it, so that `precompute` and `train` see the same rows and the same reference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from tether.cli.pairs import hold_out, load_pairs
+from tether.cli.recipe import Recipe
+from tether.errors import ConfigurationError
+from tether.models import lora_config
+from tether.trainer import DPOTrainer
+
+
+def build_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> DPOTrainer:
+    """The trainer of a recipe, its reference ready.
+
+    Raises:
+        TetherError: If the recipe names what does not exist, or options that contradict each other.
+    """
+    script, config = recipe.script, recipe.config
+    _quiet_libraries(recipe)
+    _check_evaluation(recipe)
+    for option, name in (("model", script.model), ("ref_model", script.ref_model)):
+        _check_model(option, name, recipe)
+    tokenizer = _load_tokenizer(recipe)
+    train_pairs, eval_pairs = load_sets(recipe)
+    assert script.model is not None
+    trainer = DPOTrainer(
+        script.model,
+        ref_model=script.ref_model,
+        args=config,
+        train_dataset=train_pairs,
+        eval_dataset=eval_pairs,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        peft_config=None
+        if script.lora_r is None
+        else lora_config(
+            script.lora_r,
+            alpha=script.lora_alpha,
+            dropout=script.lora_dropout or 0.0,
+            target_modules=script.lora_target_modules,
+        ),
+    )
+    for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at
+        trainer.remove_callback(theirs)
+    return trainer
+
+
+def load_sets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """The pairs to train on, and those held out, if any."""
+    script = recipe.script
+    assert script.train_data is not None
+    pairs = load_pairs(script.train_data, "train_data")
+    if script.eval_fraction is not None:
+        return hold_out(pairs, script.eval_fraction, script.split_seed)
+    return pairs, None if script.eval_data is None else load_pairs(script.eval_data, "eval_data")
+
+
+def _quiet_libraries(recipe: Recipe) -> None:
+    """No bars where none are wanted, and no notices from one library to another."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 still asks it
+    if recipe.config.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    """Refuses options that would silently do nothing in a command that evaluates whenever it has held-out pairs."""
+    script, given = recipe.script, recipe.given
+    has_eval = script.eval_data is not None or script.eval_fraction is not None
+    if str(given.get("eval_strategy", "no")) != "no" and not has_eval:
+        raise ConfigurationError(
+            asked=f"`eval_strategy={given['eval_strategy']}` without held-out pairs.",
+            why="There is nothing to evaluate on.",
+            instead="Add `eval_fraction: 0.1`, or `eval_data` with a file.",
+        )
+    for name, does in (("do_train", True), ("do_eval", has_eval), ("do_predict", False)):
+        if given.get(name, does) != does:
+            raise ConfigurationError(
+                asked=f"`{name}={given[name]}`.",
+                why="The verb says what is done: `train` trains, and evaluates when there are held-out pairs.",
+                instead=f"Take `{name}` out"
+                + ("; name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
+            )
+
+
+def _check_model(option: str, name: str | None, recipe: Recipe) -> None:
+    """Finds a wrong name before any data are read."""
+    if name is None or (Path(name) / "adapter_config.json").is_file():
+        return
+    config = recipe.config
+    kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
+    passed = {key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir") if key in kwargs}
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **passed)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(option, name, "model", error) from error
+
+
+def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    name = recipe.script.tokenizer or recipe.script.model
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        option = "tokenizer" if recipe.script.tokenizer else "model"
+        raise _not_loadable(option, str(name), "tokenizer", error) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _not_loadable(option: str, name: str, what: str, error: Exception) -> ConfigurationError:
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    if path.exists():
+        why = f"This folder holds no {what} that transformers can load: {_first_sentence(error)}"
+    elif looks_local:
+        why = f"There is no such folder; paths start at the current folder, {Path.cwd()}."
+    else:
+        why = f"It is no folder here ({Path.cwd()}), and not to be had from the hub: {_first_sentence(error)}"
+    instead = f"Name a folder written by `save_pretrained` that holds a {what}, or a name on the hub."
+    return ConfigurationError(asked=f"`{option}: {name}`.", why=why, instead=instead)
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."

@@ -1,0 +1,52 @@
+"""Ctrl-C during training: the step is finished, a checkpoint written, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class StopOnInterrupt(TrainerCallback):
+    """While open, the first Ctrl-C stops training after its step, with a checkpoint; the second stops at once.
+
+    With several processes the first does: they get the signal at different steps, and would wait for each other.
+
+    Attributes:
+        stopped: Whether training was stopped after a step.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if is_alone and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked:
+            control.should_save = not args.save_only_model  # without the optimizer, there is no going on
+            control.should_training_stop = True
+            self.stopped = True
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\ntether: stopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)

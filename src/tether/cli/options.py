@@ -1,0 +1,293 @@
+"""What a recipe may say: our script's own options, and the parser that joins them with `DPOConfig`'s.
+
+Knows names, types and help texts; reads no file and builds nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from tether.cli.refusing_parser import RefusingParser, refuse_unknown
+from tether.config import DPOConfig
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """The options of a recipe that are not `DPOConfig`'s: which model, which data, which adapter, where to go on.
+
+    Attributes: each is explained by its help text below.
+    """
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "The policy: a folder or a name on the hub.", "aliases": ["--model_name_or_path"]},
+    )
+    train_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs to train on: a .json, .jsonl, .csv or .parquet file, or a dataset on the hub, "
+            "`owner/name` or `owner/name:split`.",
+            "aliases": ["--dataset"],
+        },
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, named in the same way."})
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Or: the share of the training pairs to hold out; pairs of one prompt stay together."},
+    )
+    split_seed: int = field(
+        default=0,
+        metadata={"help": "Which pairs eval_fraction holds out; apart from `seed`, so that all seeds share one set."},
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or name of the tokenizer. Default: the one beside the model."}
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from a checkpoint: its folder, or no value for the last one in output_dir.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Another model as the reference: a folder or a name on the hub."}
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train a LoRA adapter of this rank instead of the model's own weights."}
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Its scale: the update is multiplied by lora_alpha / lora_r. Default: 2 lora_r."},
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout in front of it; needs disable_dropout=false. Default: 0."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers that get one, or `all-linear`. Default: what PEFT takes for the model's family."},
+    )
+
+
+REFERENCE_TABLE = """\
+Which reference? The policy is pulled back towards it; it is the policy as it was at the start,
+unless ref_model names another.
+
+  options                              reference                            costs
+  (none)                               a frozen copy of the policy          a second set of weights, a
+                                                                            reference pass in every step
+  lora_r, or a model with an adapter   the model's own base, adapter off    no weights, the pass
+  precompute_ref_log_probs             any static one, scored once before   one pass over the data, ever:
+                                       training and kept on disk            later runs find the answers
+  sync_ref_model                       a copy that follows the policy       a second set of weights, the
+                                       (TR-DPO)                             pass
+"""
+
+# Headings of --help, in order, with the options under each; the last takes what is transformers' and named by none.
+_REST = "everything else (of transformers.TrainingArguments)"
+_GROUPS: Mapping[str, tuple[str | None, str]] = {
+    "what to train, and on what": (
+        None,
+        "recipe config model train_data eval_data eval_fraction output_dir tokenizer resume max_length split_seed "
+        "truncation_mode dataset_num_proc model_init_kwargs trust_remote_code",
+    ),
+    "how to train": (
+        None,
+        "beta loss_type loss_weights label_smoothing learning_rate lr_scheduler_type warmup_steps num_train_epochs "
+        "max_steps per_device_train_batch_size max_tokens_per_micro_batch gradient_accumulation_steps seed bf16 "
+        "gradient_checkpointing disable_dropout",
+    ),
+    "LoRA": (None, "lora_r lora_alpha lora_dropout lora_target_modules"),
+    "the reference": (
+        REFERENCE_TABLE,
+        "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store sync_ref_model ref_model_mixup_alpha "
+        "ref_model_sync_steps ref_dtype",
+    ),
+    "when to say, evaluate and save something": (
+        None,
+        "logging_steps eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps save_total_limit "
+        "report_to run_name disable_tqdm",
+    ),
+    _REST: (None, ""),
+}
+_GROUP_OF = {name: title for title, (_, names) in _GROUPS.items() for name in names.split()}
+_RANK = {name: rank for rank, name in enumerate(_GROUP_OF)}
+_TYPE_NAMES = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+class RecipeParser(RefusingParser, HfArgumentParser):
+    """The flags of `tether train` and `tether precompute`: one for each option of a recipe.
+
+    Attributes:
+        options: Every option by each of its names: the argparse action that knows how its text is read.
+        hints: The type of every option.
+    """
+
+    hint = "The recipe comes first, then `--option value`. "
+
+    def __init__(self, verb: str, about: str) -> None:
+        self.options: dict[str, argparse.Action] = {}
+        self.hints = typing.get_type_hints(ScriptOptions) | typing.get_type_hints(DPOConfig)
+        self._plain = {entry.name: entry.default for entry in (*fields(ScriptOptions), *fields(DPOConfig))}
+        self._headings: dict[str, Any] = {}
+        options: Any = [ScriptOptions, DPOConfig]  # HfArgumentParser's own annotation admits no class
+        super().__init__(
+            options,
+            prog=f"tether {verb}",
+            usage=f"tether {verb} [RECIPE.yaml] [--option value ...]",
+            description=about,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="YAML file: option: value. Flags win.")
+        self.add_argument("--config", metavar="RECIPE.yaml", help="The same, as a flag.")
+        self.add_argument("--traceback", action="store_true", help="Show where an error was raised.")
+        for heading in self._headings.values():
+            heading._group_actions.sort(key=lambda action: _RANK.get(action.dest, len(_RANK)))
+
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        """Puts an option under its heading, and shortens what --help says of it."""
+        name = str(names[0]).lstrip("-")
+        if name in ("h", "traceback"):
+            return super().add_argument(*names, **settings)
+        if name.startswith("no_") and "dest" in settings:  # the complement of a flag that is on
+            return self._heading(settings["dest"]).add_argument(*names, **settings | {"help": argparse.SUPPRESS})
+        settings["type"] = _reader(settings.get("type", str), self.hints.get(name))
+        settings["help"] = _first_sentence(settings.get("help") or "", settings.get("default"))
+        if "metavar" not in settings and not 0 < len(settings.get("choices", ())) < 8:  # more would fill the page
+            settings["metavar"] = _type_name(self.hints[name])
+        action = self._heading(name).add_argument(*names, **settings)
+        if name in self.hints:
+            for spelling in names:
+                self.options[spelling.lstrip("-").replace("-", "_")] = action
+        return action
+
+    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The options that the command line gives, and no others.
+
+        Raises:
+            ConfigurationError: For a word that is no option, or a value that cannot be read.
+        """
+        unset = object()
+        namespace = argparse.Namespace(**{action.dest: unset for action in self.options.values()})
+        known, unknown = self.parse_known_args(argv, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                name = word.lstrip("-").partition("=")[0].replace("-", "_")
+                refuse_unknown(f"`{word}` after `{self.prog}`", name, self.options, self.prog, dashes="--")
+        if unknown:
+            self.error(f"`{unknown[0]}` belongs to no option")
+        return {name: value for name, value in vars(known).items() if value is not unset and name != "traceback"}
+
+    def read_value(self, name: str, value: Any) -> Any:
+        """What a recipe says of an option, in the option's own type.
+
+        Raises:
+            ValueError: If it cannot be read; says why.
+        """
+        action = self.options[name]
+        kinds = {typing.get_origin(kind) or kind for kind in _kinds(self.hints[action.dest])}
+        if value is not None and value == self._plain[action.dest]:
+            return value  # as transformers wrote it: `debug: ""` is no list of what may be debugged, and a default
+        if value is None:
+            if types.NoneType not in kinds:
+                raise ValueError("It needs a value")
+            return None
+        if isinstance(value, dict) or (isinstance(value, list) and action.nargs != "+"):
+            if type(value) not in kinds:
+                raise ValueError(f"It takes one {_type_name(self.hints[action.dest])}, not a {type(value).__name__}")
+            return value
+        if action.nargs != "+":
+            return _read_scalar(action, value)
+        return [_read_scalar(action, entry) for entry in (value if isinstance(value, list) else [value])]
+
+    def _heading(self, name: str) -> Any:
+        if not self._headings:
+            self._headings = {
+                title: self.add_argument_group(title, description) for title, (description, _) in _GROUPS.items()
+            }
+        own = name not in option_names(TrainingArguments)
+        return self._headings[_GROUP_OF.get(name, "how to train" if own else _REST)]
+
+
+def option_names(options: type) -> set[str]:
+    """The names of a dataclass's options."""
+    return {entry.name for entry in fields(options) if entry.init}
+
+
+def _read_scalar(action: argparse.Action, value: Any) -> Any:
+    read = action.type
+    assert callable(read)
+    if isinstance(value, dict | list):
+        raise ValueError(f"{value!r} is not a single value")
+    try:
+        result = read(str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        raise ValueError(f"{value!r} is not {_describe(read)}") from None
+    if action.choices is not None and result not in action.choices:
+        raise ValueError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
+    return result
+
+
+def _reader(read: Any, hint: Any) -> Callable[[str], Any]:
+    """`read`, which also takes `none` where None is a value and a word is not."""
+    kinds = _kinds(hint)
+    if types.NoneType not in kinds or str in kinds:
+        return read  # type: ignore[no-any-return]
+
+    def read_or_none(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else read(text)
+
+    read_or_none.__name__ = getattr(read, "__name__", "value")
+    return read_or_none
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _describe(read: Any) -> str:
+    known = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+    return known.get(getattr(read, "__name__", ""), "a value of its kind")
+
+
+def _type_name(hint: Any) -> str:
+    kinds = [kind for kind in _kinds(hint) if kind is not types.NoneType]
+    inner = typing.get_args(kinds[0])
+    if bool in kinds:
+        return "BOOL"
+    if typing.get_origin(kinds[0]) is dict:
+        return "JSON"
+    return _TYPE_NAMES.get(inner[0] if inner else kinds[0], "TEXT")
+
+
+def _first_sentence(text: str, default: Any) -> str:
+    first, stop, rest = " ".join(text.split()).partition(". ")
+    short = first + stop.strip()
+    if rest.startswith("Default:"):
+        short = f"{short} {rest}"
+    if default is None or default is False or default in ("", [], argparse.SUPPRESS) or "Default:" in short:
+        return short
+    shown = " ".join(map(str, default)) if isinstance(default, list) else str(getattr(default, "value", default))
+    return f"{short} [{shown}]"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, and room for its name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=38, width=108)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or action.option_strings[0] == "-h":
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {value}".strip()

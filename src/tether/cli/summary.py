@@ -1,0 +1,86 @@
+"""A run in a few lines: what was asked, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tether.cli.recipe import Recipe
+from tether.reference import StoredReference
+from tether.trainer import DPOTrainer
+
+_FIGURES = ("loss", "rewards/margins", "rewards/accuracies")
+
+
+def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
+    """What is about to be trained, on what, against which reference."""
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    lines = [
+        f"pairs      {_num_rows(trainer.train_dataset)} to train on, {_num_rows(trainer.eval_dataset)} held out",
+        f"policy     {recipe.script.model}: {trained:,} of {total:,} weights train",
+        f"reference  {describe_reference(trainer)}",
+    ]
+    return "\n".join(lines + describe_store(trainer))
+
+
+def describe_end(trainer: DPOTrainer, metrics: Mapping[str, float], seconds: float, tokens_per_second: float) -> str:
+    """What came of a training run, and where it is.
+
+    Args:
+        trainer: After training.
+        metrics: Of the held-out pairs, as `evaluate` returns them; empty without held-out pairs.
+        seconds: Of the training.
+        tokens_per_second: Of the training.
+    """
+    state = trainer.state
+    logged = [entry for entry in state.log_history if "loss" in entry]
+    rows = [(f"train, to step {entry['step']}", _row(entry, "")) for entry in logged[:1] + logged[1:][-1:]]
+    if metrics:
+        rows.append((f"held out, {_num_rows(trainer.eval_dataset)} pairs", _row(metrics, "eval_")))
+    lines = [
+        "",
+        f"{state.global_step} steps, {state.epoch or 0:.2f} epochs, {seconds:.1f} s, {tokens_per_second:,.0f} tokens/s",
+        " " * 22 + "".join(f"{name:>20}" for name in _FIGURES),
+        *(f"{title:<22}{figures}" for title, figures in rows),
+        f"reference  {describe_reference(trainer)}, {trainer.reference.num_passes} passes",
+        *describe_store(trainer),
+        f"saved      {trainer.args.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def describe_reference(trainer: DPOTrainer) -> str:
+    """Its kind, its digest and what it holds beside the policy."""
+    identity, extra = trainer.reference.identity, trainer.reference.extra_bytes
+    return f"{identity.kind} {identity.digest[:12]}, {extra / 1e6:,.1f} MB of weights beside the policy"
+
+
+def describe_store(trainer: DPOTrainer) -> list[str]:
+    """Where the answers are kept and how many were there already; nothing for a reference that keeps none."""
+    reference = trainer.reference
+    if not isinstance(reference, StoredReference):
+        return []
+    counts = torch.tensor([reference.num_found, reference.num_computed], device=trainer.args.device)
+    found, computed = trainer.accelerator.reduce(counts, reduction="sum").tolist()
+    path = reference.store.path
+    return [
+        f"store      {path} ({_file_bytes(path) / 1e6:,.1f} MB)",
+        f"           {found} responses found, {computed} computed",
+    ]
+
+
+def _row(entry: Mapping[str, Any], prefix: str) -> str:
+    return "".join(f"{entry[prefix + name]:>20.4f}" if prefix + name in entry else " " * 20 for name in _FIGURES)
+
+
+def _num_rows(dataset: Any) -> int:
+    return 0 if dataset is None else len(dataset)
+
+
+def _file_bytes(path: Path) -> int:
+    """The store with its write-ahead log."""
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*") if part.is_file())

@@ -1,0 +1,113 @@
+"""`tether train`: a recipe in, a trained policy out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from tether.cli import EXIT_DONE, EXIT_INTERRUPTED
+from tether.cli.assemble import build_trainer
+from tether.cli.interrupt import StopOnInterrupt
+from tether.cli.progress import ProgressLines
+from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.summary import describe_end, describe_start
+from tether.errors import ResumeError
+from tether.trainer import DPOTrainer
+
+_ABOUT = """\
+Trains a policy on preference pairs: rows of prompt, chosen, rejected, as text or as lists of messages.
+Every option below is a key of the recipe and a flag; the flag wins.
+
+  tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
+  tether train recipe.yaml --resume                    go on from the last checkpoint
+  torchrun --nproc_per_node 2 -m tether train recipe.yaml
+
+Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model and its tokenizer are
+written to output_dir.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    recipe = read_recipe("train", _ABOUT, argv)
+    checkpoint = find_checkpoint(recipe)
+    stop, progress = StopOnInterrupt(), ProgressLines()
+    trainer = build_trainer(recipe, [progress, stop])
+    _say(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
+    started = time.perf_counter()
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        stop.stopped = True
+    if stop.stopped:
+        _say(trainer, _how_to_go_on(trainer, argv))
+        return EXIT_INTERRUPTED
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    trainer.save_state()
+    metrics = _held_out_metrics(trainer)
+    _say(trainer, describe_end(trainer, metrics, seconds, progress.tokens_per_second))
+    return EXIT_DONE
+
+
+def find_checkpoint(recipe: Recipe) -> str | None:
+    """The checkpoint to go on from, if the recipe asks for one.
+
+    Raises:
+        ResumeError: If it is not there.
+    """
+    wanted, output_dir = recipe.script.resume, recipe.config.output_dir
+    if wanted is None:
+        return None
+    is_last = wanted.lower() == "true"
+    found = get_last_checkpoint(output_dir) if is_last and Path(str(output_dir)).is_dir() else wanted
+    if found is None or not Path(found).is_dir():
+        raise ResumeError(
+            asked=f"`resume` from {f'the last checkpoint in {output_dir}' if is_last else wanted}.",
+            why="There is none."
+            if is_last
+            else f"There is no such folder; paths start at the current folder, {Path.cwd()}.",
+            instead="Leave `resume` out to start anew, or name a checkpoint's folder (out/checkpoint-100).",
+        )
+    return found
+
+
+def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
+    """A line on checkpoints that this run may replace; nothing where it goes on from one, or finds none."""
+    folder = str(trainer.args.output_dir)
+    earlier = get_last_checkpoint(folder) if checkpoint is None and Path(folder).is_dir() else None
+    return (
+        f"\nnote       {earlier} is there from an earlier run; this run starts anew (--resume goes on)"
+        if earlier
+        else ""
+    )
+
+
+def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
+    """The last evaluation if it is of the weights that were saved; else a new one."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return last
+    return trainer.evaluate()
+
+
+def _how_to_go_on(trainer: DPOTrainer, argv: Sequence[str]) -> str:
+    where = f"\ntether: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}."
+    checkpoint = get_last_checkpoint(str(trainer.args.output_dir))
+    if checkpoint is None or trainer.args.save_only_model:
+        return f"{where} There is no checkpoint to go on from."
+    words = [*argv] if any(word.startswith("--resume") for word in argv) else [*argv, "--resume"]
+    return f"{where} The last checkpoint is {checkpoint}. To go on:\n  tether train {shlex.join(words)}"
+
+
+def _say(trainer: DPOTrainer, text: str) -> None:
+    if trainer.is_world_process_zero():
+        print(text, flush=True)
+    sys.stdout.flush()

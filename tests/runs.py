@@ -1,0 +1,64 @@
+"""Small training runs for the tests: a trainer in one line, and what to read from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from tether import DPOConfig, DPOTrainer
+from tiny import tiny_model, tiny_pairs, tiny_tokenizer
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "activation_checkpointing": False,
+}
+TRAINER_ARGUMENTS = ("processing_class", "eval_dataset", "ref_model", "peft_config", "callbacks", "optimizers")
+
+
+def make_trainer(folder: Path, model: Any = None, rows: Any = None, **options: Any) -> DPOTrainer:
+    """A trainer of a tiny Llama on tiny pairs; `options` are those of `DPOTrainer` and of `DPOConfig`."""
+    given = {name: options.pop(name) for name in TRAINER_ARGUMENTS if name in options}
+    return DPOTrainer(
+        model=tiny_model() if model is None else model,
+        args=DPOConfig(str(folder), **DEFAULTS | options),
+        train_dataset=as_dataset(tiny_pairs(24) if rows is None else rows),
+        **{"processing_class": tiny_tokenizer()} | given,
+    )
+
+
+def trained(folder: Path, model: Any = None, rows: Any = None, **options: Any) -> DPOTrainer:
+    """The same after training."""
+    trainer = make_trainer(folder, model, rows, **options)
+    trainer.train()
+    return trainer
+
+
+def as_dataset(rows: Any) -> Any:
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
+
+
+def stream(rows: list[dict[str, Any]]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def steps(trainer: DPOTrainer) -> list[dict[str, float]]:
+    """The training log, one entry per logged step."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def curve(trainer: DPOTrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in steps(trainer)]
+
+
+def differences(first: list[dict[str, float]], second: list[dict[str, float]]) -> dict[str, float]:
+    """The largest difference between two logs of each metric that every entry has."""
+    names = set.intersection(*(set(entry) for entry in (*first, *second)))
+    return {name: max(abs(a[name] - b[name]) for a, b in zip(first, second, strict=True)) for name in sorted(names)}

@@ -1,0 +1,81 @@
+"""The runs of `test_two_processes.py`, in as many processes as it is started with; writes what each one saw.
+
+torchrun --standalone --nproc_per_node 2 tests/scripts/two_processes.py FOLDER PAIRS_PER_STEP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from observe import bits, same_bits
+from runs import as_dataset, make_trainer, steps
+from tether import DPOTrainer
+from tiny import tiny_pairs
+
+LORA: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "learning_rate": 1e-2}
+SYNC: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+KINDS: dict[str, dict[str, Any]] = {
+    "explicit": {},
+    "implicit": LORA,
+    "precomputed": {"precompute_ref_log_probs": True},
+    "synchronized": SYNC,
+    "accumulated": {"gradient_accumulation_steps": 2, "loss_type": "ipo"},
+}
+NUM_ROWS, NUM_EVAL_ROWS = 16, 7  # the evaluation set does not divide by anything
+
+
+def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
+    """What this process sees of every kind of run."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    results: dict[str, Any] = {}
+
+    def trainer_of(name: str, **options: Any) -> DPOTrainer:
+        accumulated = options.get("gradient_accumulation_steps", 1)
+        options = {
+            "rows": tiny_pairs(NUM_ROWS),
+            "eval_dataset": as_dataset(tiny_pairs(NUM_EVAL_ROWS, seed=1)),
+            "per_device_train_batch_size": pairs_per_step // num_processes // accumulated,
+            "per_device_eval_batch_size": 2,
+            "max_steps": 6,
+            "use_cpu": True,
+        } | options
+        return make_trainer(folder / f"{name}-{num_processes}", **options)
+
+    for name, options in KINDS.items():
+        trainer = trainer_of(name, **options)
+        trainer.train()
+        results[name] = {"steps": steps(trainer), "evaluation": trainer.evaluate()}
+        results[name]["num_passes"] = trainer.reference.num_passes
+        results[name]["num_computed"] = getattr(trainer.reference, "num_computed", None)
+    results["resumed"] = resumes(lambda: trainer_of("resumed", **SYNC, save_strategy="steps", save_steps=3), folder)
+    return results
+
+
+def resumes(make: Callable[[], DPOTrainer], folder: Path) -> bool:
+    """Whether a run stopped between two syncs and resumed is the uninterrupted one, bit for bit, in this process."""
+    whole = make()
+    whole.train()
+    resumed = make()
+    torch.rand(17)  # the random state is the checkpoint's business
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
+    module, expected = resumed.ref_model, whole.ref_model
+    assert module is not None and expected is not None
+    return same_bits(bits(resumed.model), bits(whole.model)) and same_bits(bits(module), bits(expected))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1])
+    seen = run(target, int(sys.argv[2]))
+    (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

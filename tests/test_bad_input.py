@@ -1,0 +1,254 @@
+"""Every bad input is an error in three parts that names the row or option, before any step, with nothing half done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from transformers import TrainingArguments
+
+from observe import bits, same_bits, traces
+from runs import DEFAULTS, make_trainer, stream
+from tether import DPOConfig
+from tether.errors import ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
+from tether.store import default_store_path
+from tiny import tiny_model, tiny_pairs, tiny_tokenizer
+
+
+def assert_in_three_parts(error: TetherError, *names: str) -> None:
+    """What was asked, why it cannot be, what to write instead: each a sentence, and the culprit named."""
+    for part in (error.asked, error.why, error.instead):
+        assert part.endswith(".") and not part[0].islower(), part
+    for name in names:
+        assert name in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "beta": {"beta": 0.0},
+    "beta below 0": {"beta": -0.1},
+    "beta that is NaN": {"beta": float("nan")},
+    "ref_model_mixup_alpha": {"ref_model_mixup_alpha": 1.5},
+    "ref_model_mixup_alpha below 0": {"ref_model_mixup_alpha": -0.1},
+    "ref_model_sync_steps": {"ref_model_sync_steps": 0},
+    "label_smoothing": {"label_smoothing": 0.5},
+    "label_smoothing below 0": {"label_smoothing": -0.1},
+    "label_smoothing that no loss has": {"label_smoothing": 0.1, "loss_type": "ipo"},
+    "loss_type": {"loss_type": "sigmod"},
+    "loss_type that is empty": {"loss_type": []},
+    "loss_weights": {"loss_weights": [1.0, 2.0]},
+    "max_length": {"max_length": 1},
+    "truncation_mode": {"truncation_mode": "keep_middle"},
+    "precompute_ref_batch_size": {"precompute_ref_batch_size": 0},
+    "ref_dtype": {"ref_dtype": "int8"},
+    "sync_ref_model with precompute_ref_log_probs": {"sync_ref_model": True, "precompute_ref_log_probs": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_out_of_range_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        DPOConfig(str(tmp_path / "out"), **DEFAULTS | OPTIONS[name])
+    assert_in_three_parts(caught.value, next(iter(OPTIONS[name])))
+    assert isinstance(caught.value, ValueError) and not (tmp_path / "out").exists()
+
+
+def test_a_store_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="ref_store"):
+        DPOConfig(str(tmp_path), **DEFAULTS, ref_store=str(tmp_path))
+
+
+def test_options_at_the_ends_of_their_range_are_fine(tmp_path: Path) -> None:
+    for options in ({"ref_model_mixup_alpha": 0.0}, {"ref_model_mixup_alpha": 1.0}, {"ref_model_sync_steps": 1}):
+        DPOConfig(str(tmp_path), **DEFAULTS, **options)
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "without chosen": ({"prompt": "Why?", "chosen": None, "rejected": " No."}, "no `chosen`"),
+    "without rejected": ({"prompt": "Why?", "chosen": " Yes.", "rejected": None}, "no `rejected`"),
+    "empty response": ({"prompt": "Why?", "chosen": " Yes.", "rejected": ""}, "empty `rejected`"),
+}
+
+
+@pytest.mark.parametrize("where", ["train", "eval", "held_out"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_refused_at_construction_by_set_and_index(name: str, where: str, tmp_path: Path) -> None:
+    row, found = BAD_ROWS[name]
+    good, bad = tiny_pairs(6), [*tiny_pairs(6), row]
+    options: dict[str, Any] = {"rows": bad if where == "train" else good}
+    if where != "train":
+        options["eval_dataset"] = bad if where == "eval" else {"held_out": bad}
+    with pytest.raises(DataError) as caught:
+        refused(tmp_path, **options)
+    assert_in_three_parts(caught.value, f"Row 6 of the {where} set", found)
+
+
+def test_a_bad_row_of_a_stream_is_refused_before_the_step_that_would_use_it(tmp_path: Path) -> None:
+    model = tiny_model()
+    trainer = make_trainer(tmp_path, model, rows=stream([{"prompt": "Why?", "rejected": " No."}]))
+    before = bits(model)
+    with pytest.raises(DataError) as caught:
+        trainer.train()
+    assert_in_three_parts(caught.value, "Row 0 of the train set", "`chosen`")
+    assert trainer.state.global_step == 0 and same_bits(bits(model), before)
+
+
+def test_a_set_without_usable_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        refused(tmp_path, max_length=2)
+    assert_in_three_parts(caught.value, "train set", "max_length=2")
+
+
+@pytest.mark.parametrize("rows", [42, "pairs.jsonl", ("a", "b")])
+def test_a_set_that_is_no_set_is_refused(rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        refused(tmp_path, rows=rows)
+    assert_in_three_parts(caught.value, "train_dataset", type(rows).__name__)
+
+
+# -------------------------------------------------------------------------------------------- model, reference
+
+
+def refused(folder: Path, model: Any = None, **options: Any) -> None:
+    """Builds a trainer; whatever it raises, it must have left the models alone and stored nothing."""
+    model = tiny_model() if model is None else model
+    objects = [thing for thing in (model, options.get("ref_model")) if isinstance(thing, torch.nn.Module)]
+    before = [look_at(thing) for thing in objects]
+    try:
+        make_trainer(folder, model, **options)
+    finally:
+        for thing, (trace, numbers) in zip(objects, before, strict=True):
+            assert look_at(thing)[0] == trace and same_bits(bits(thing), numbers)
+        assert not default_store_path().exists()
+
+
+def look_at(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    trace = traces(model)
+    trace.pop("config")  # transformers' own constructor writes the tokenizer's special tokens into it
+    return trace, bits(model)
+
+
+def with_tokenizer(folder: Path, tokenizer: Any, **options: Any) -> str:
+    tiny_model(**options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def renumbered() -> Any:
+    """A tokenizer of the same tokens in which two ids are exchanged."""
+    tokenizer = tiny_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    backend = Tokenizer.from_str(json.dumps(state))
+    return type(tokenizer)(tokenizer_object=backend, eos_token=tokenizer.eos_token)
+
+
+def test_the_policy_as_its_own_reference_model_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    for options in ({}, {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}):
+        with pytest.raises(ConfigurationError) as caught:
+            refused(tmp_path, model, ref_model=model, **options)
+        assert_in_three_parts(caught.value, "`ref_model` is the same object as `model`")
+
+
+def test_the_base_of_the_adapter_as_reference_model_is_refused(tmp_path: Path) -> None:
+    base = tiny_model()
+    policy = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigurationError, match="same object"):
+        refused(tmp_path, policy, ref_model=base)
+
+
+def test_a_reference_whose_embedding_has_no_room_for_the_ids_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        refused(tmp_path, ref_model=tiny_model(vocab_size=200))
+    assert_in_three_parts(caught.value, "255", "200 tokens")
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_reference_whose_tokenizer_gives_other_ids_is_refused(as_path: bool, tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path / "other", renumbered())
+    other: Any = folder if as_path else type(tiny_model()).from_pretrained(folder)
+    with pytest.raises(ConfigurationError) as caught:
+        refused(tmp_path / "out", ref_model=other)
+    assert_in_three_parts(caught.value, "another vocabulary", "2 ids")
+
+
+def test_a_reference_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path / "other", tiny_tokenizer(384), vocab_size=384)
+    with pytest.raises(ConfigurationError, match="another vocabulary"):
+        refused(tmp_path / "out", ref_model=folder)
+
+
+def test_a_reference_of_the_same_tokenizer_in_a_larger_embedding_is_fine(tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path / "other", tiny_tokenizer(), vocab_size=320)
+    make_trainer(tmp_path / "out", ref_model=folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["policy", "reference", "base of an adapter", "policy with a given reference"])
+def test_weights_that_are_not_finite_are_refused_by_name(where: str, value: float, tmp_path: Path) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[3, 3] = value
+    options: dict[str, Any] = {
+        "policy": {"model": broken},
+        "reference": {"ref_model": broken},
+        "base of an adapter": {"model": broken, "peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
+        "policy with a given reference": {"model": broken, "ref_model": tiny_model()},
+    }[where]
+    with pytest.raises(ReferenceModelError) as caught:
+        make_trainer(tmp_path, **options)
+    assert_in_three_parts(caught.value, "layers.0.mlp.up_proj", "NaN or infinite")
+    assert not default_store_path().exists()
+
+
+def test_several_gpus_without_a_launcher_are_refused_with_the_command_to_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    with pytest.raises(ConfigurationError) as caught:
+        refused(tmp_path)
+    assert_in_three_parts(caught.value, "4 GPUs", "torchrun --nproc_per_node 4")
+
+
+LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "sync with PEFT": ("sync_ref_model", lambda: LORA | {"sync_ref_model": True}),
+    "sync with a PEFT model": ("sync_ref_model", lambda: {"model": adapted(), "sync_ref_model": True}),
+    "ref_dtype with PEFT": ("ref_dtype", lambda: LORA | {"ref_dtype": "bfloat16"}),
+    "sync over another size": ("sync_ref_model", lambda: {"ref_model": tiny_model(hidden=48), "sync_ref_model": True}),
+    "peft_config of another type": ("peft_config", lambda: {"peft_config": {"r": 2}}),
+    "peft_config with an adapter": ("peft_config", lambda: LORA | {"model": adapted()}),
+    "no tokenizer for an instance": ("processing_class", lambda: {"processing_class": None}),
+    "a tokenizer that is none": ("processing_class", lambda: {"processing_class": str}),
+    "arguments for an instance": ("model_init_kwargs", lambda: {"model_init_kwargs": {"dtype": "auto"}}),
+}
+
+
+def adapted() -> Any:
+    return get_peft_model(tiny_model(), LORA["peft_config"])
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_an_impossible_combination_is_refused_before_any_step(name: str, tmp_path: Path) -> None:
+    found, make_options = COMBINATIONS[name]
+    with pytest.raises((ConfigurationError, ReferenceModelError)) as caught:
+        refused(tmp_path, **make_options())
+    assert_in_three_parts(caught.value, found)
+
+
+def test_a_file_that_is_no_store_is_refused_before_any_step(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Not a database, but long enough to look at. " * 100)
+    with pytest.raises(StoreError, match=r"notes\.txt"):
+        refused(tmp_path, precompute_ref_log_probs=True, ref_store=str(tmp_path / "notes.txt"))
+    assert (tmp_path / "notes.txt").read_text().startswith("Not a database")

@@ -1,0 +1,473 @@
+"""The command: what its help says, how a recipe is read, what its verbs do, and how it refuses and stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from tether.cli import HELP, VERBS, main
+from tether.cli.pairs import hold_out, load_pairs
+from tether.cli.progress import ProgressLines
+from tether.cli.recipe import Recipe, read_recipe
+from tether.config import DPOConfig
+from tether.errors import ConfigurationError, DataError
+from tiny import tiny_model, tiny_pairs, tiny_tokenizer
+
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer and 16 pairs."""
+    folder = tmp_path_factory.mktemp("start")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer(pad=True).save_pretrained(folder / "model")
+    rows = [json.dumps(row) for row in tiny_pairs(16, conversational=True)]
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what `datasets` converts out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def recipe(start: Path, tmp_path: Path) -> Callable[..., str]:
+    """Writes a recipe of a short run, with changes; an option set to None is left out."""
+
+    def write(**changes: Any) -> str:
+        options = {
+            "model": str(start / "model"),
+            "train_data": str(start / "pairs.jsonl"),
+            "eval_fraction": 0.25,
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": False,
+        } | changes
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in options.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def tether(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: exit code, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def in_subprocess(words: Sequence[str], launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "tether", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read(text: str, tmp_path: Path, *flags: str) -> Recipe:
+    path = tmp_path / "written.yaml"
+    path.write_text("model: m\ntrain_data: d.jsonl\n" + text)
+    return read_recipe("train", "", [str(path), *flags])
+
+
+def last_logs(output_dir: Path) -> dict[str, float]:
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    logs: dict[str, float] = [entry for entry in state["log_history"] if "loss" in entry][-1]
+    return logs
+
+
+# -------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_verb_and_loads_no_torch() -> None:
+    check = (
+        "import sys, tether.cli; code = tether.cli.main(sys.argv[1:]); assert 'torch' not in sys.modules; exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check, "--help"], env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == HELP
+    assert all(f"tether {verb}" in HELP for verb in VERBS)
+
+
+def test_no_words_show_the_help(tether: Run) -> None:
+    assert tether() == (0, HELP, "")
+
+
+def test_the_command_runs_as_a_module() -> None:
+    process = in_subprocess(["--version"])
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert re.fullmatch(r"tether (\d+\.\d+\.\d+|\(not installed\))\n", out)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_each_verb_fits_a_page_wide(tether: Run, verb: str) -> None:
+    code, out, err = tether(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f"tether {verb}" in out and "--output_dir" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_the_help_of_train_has_every_option_and_says_which_reference_to_choose(tether: Run) -> None:
+    _, out, _ = tether("train", "--help")
+    missing = [field.name for field in dataclasses.fields(DPOConfig) if f"--{field.name}" not in out]
+    assert missing == []
+    assert "Which reference?" in out
+    common, rest = out.split("everything else")
+    assert all(f"--{name}" in common for name in ("model", "train_data", "beta", "learning_rate", "ref_store"))
+    assert "--adam_beta1" in rest
+    transformers_own = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert [name for name in re.findall(r"--(\w+)", rest) if name not in transformers_own] == []
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+
+def test_a_flag_overrides_the_recipe(tmp_path: Path) -> None:
+    recipe = read("beta: 0.3\nlearning_rate: 1e-5\nmax_length: 64", tmp_path, "--beta", "0.2", "--lora-r", "4")
+    assert (recipe.config.beta, recipe.config.learning_rate, recipe.config.max_length) == (0.2, 1e-5, 64)
+    assert recipe.script.lora_r == 4
+    assert recipe.given["beta"] == 0.2 and "seed" not in recipe.given
+
+
+def test_a_recipe_may_be_named_by_a_flag_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text("model_name_or_path: m\ndataset: d.jsonl\nbeta: 0.3")
+    by_flag = read_recipe("train", "", ["--config", str(path)])
+    by_flags_alone = read_recipe("train", "", ["--model", "m", "--train_data", "d.jsonl", "--beta", "0.3"])
+    assert by_flag.script == by_flags_alone.script
+    assert by_flag.config.beta == by_flags_alone.config.beta == 0.3
+
+
+def test_a_recipe_means_what_people_expect_of_yaml(tmp_path: Path) -> None:
+    text = """
+learning_rate: 1e-6        # text in YAML 1.1
+save_strategy: no          # False in YAML 1.1
+gradient_checkpointing: false
+max_length: null
+run_name: 2024
+loss_type: sigmoid
+loss_weights: [1]
+model_init_kwargs: {attn_implementation: eager, rope_theta: 1e4}
+warmup_steps: 10
+"""
+    config = read(text, tmp_path).config
+    assert config.learning_rate == 1e-6 and config.warmup_steps == 10
+    assert config.save_strategy == "no" and config.gradient_checkpointing is False
+    assert config.max_length is None and config.run_name == "2024"
+    assert config.loss_type == ["sigmoid"] and config.loss_weights == [1.0]
+    assert config.model_init_kwargs == {"attn_implementation": "eager", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("flags", [["--max_length", "none"], ["--max_length=none"], ["--max-length", "None"]])
+def test_a_flag_may_say_none_where_a_number_is_optional(tmp_path: Path, flags: list[str]) -> None:
+    assert read("", tmp_path, *flags).config.max_length is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [(["--sync_ref_model"], True), (["--sync_ref_model", "false"], False), (["--sync_ref_model=yes"], True)],
+)
+def test_a_flag_that_is_true_or_false_needs_no_value(tmp_path: Path, flags: list[str], value: bool) -> None:
+    assert read("", tmp_path, *flags).config.sync_ref_model is value
+
+
+def test_every_default_may_be_written_down(tmp_path: Path) -> None:
+    """So that a recipe can be made of the options of an earlier run."""
+    defaults = {}
+    for field in dataclasses.fields(DPOConfig):
+        value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        if field.init and value is not None:
+            defaults[field.name] = getattr(value, "value", value)
+    written = read(yaml.safe_dump(defaults), tmp_path).config
+    plain = read("", tmp_path).config
+    assert {name: getattr(written, name) for name in defaults} == {name: getattr(plain, name) for name in defaults}
+
+
+def test_output_dir_is_named_after_the_model_unless_given(tmp_path: Path) -> None:
+    assert read("", tmp_path).config.output_dir == "m-DPO"
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+REFUSALS = [
+    ("bata: 0.2", "no option `bata`", "`beta`"),
+    ("beta: 0", "must be positive", "beta=0.1"),
+    ("beta: two", "'two' is not a number", "--help"),
+    ("beta: [1, 2]", "It takes one FLOAT", "--help"),
+    ("beta:", "It needs a value", "--help"),
+    ("beta: 1\nbeta: 2", "`beta` comes twice", "each option once"),
+    ("max_steps: 2.5", "not a whole number", "--help"),
+    ("sync_ref_model: perhaps", "not true or false", "--help"),
+    ("eval_strategy: sometimes", "not one of no, steps, epoch", "--help"),
+    ("eval_strategy: steps", "nothing to evaluate on", "eval_fraction"),
+    ("do_eval: true", "The verb says what is done", "eval_fraction"),
+    ("load_best_model_at_end: true", "save and eval strategy to match", "--help"),
+    ("loss_type: sigmoidal", "no loss named", "sigmoid"),
+    ("sync_ref_model: true\nprecompute_ref_log_probs: true", "stale", "one of the two"),
+    ("lora_alpha: 8", "no adapter is made", "lora_r"),
+    ("lora_r: 8\nlora_dropout: 0.1", "All dropout is set to 0", "disable_dropout: false"),
+    ("eval_fraction: 1.5", "share of the pairs", "0.1"),
+    ("eval_fraction: 0.1\neval_data: x.jsonl", "which pairs are held out", "one of the two"),
+    ("dataset: other.jsonl", "the same option", "one of the two"),
+    ("resume: true", "There is none", "start anew"),
+    ("resume: out/checkpoint-7", "no such folder", "checkpoint"),
+    ("ref_model: ./nowhere", "no such folder", "save_pretrained"),
+    ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
+    ("- beta", "cannot be read as YAML", "option: value"),
+]
+
+
+@pytest.mark.parametrize(("text", "why", "instead"), REFUSALS)
+def test_a_bad_recipe_is_refused_in_three_parts(
+    tether: Run, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str, instead: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"model: {start / 'model'}\ntrain_data: {start / 'pairs.jsonl'}\n{text}\n")
+    code, out, err = tether("train", str(path))
+    assert (code, out) == (2, "")
+    assert why in err.split("Why not:")[1].split("Instead:")[0], err
+    assert instead in err.split("Instead:")[1], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "Did you mean `tether train`?"),
+        (["train"], "without `model`"),
+        (["train", "nowhere.yaml"], "There is no such file"),
+        (["train", "--bata", "0.2"], "Did you mean `--beta`?"),
+        (["train", "--beta"], "expected one argument"),
+        (["train", "--precompute_ref_log_probs", "recipe.yaml"], "The recipe comes first"),
+        (["train", "a.yaml", "b.yaml"], "`b.yaml` belongs to no option"),
+        (["train", "--model", "m"], "without `train_data`"),
+        (["precompute", "--betta", "1"], "Did you mean `--beta`?"),
+        (["demo", "--sede", "1"], "Did you mean `--seed`?"),
+    ],
+)
+def test_bad_words_are_refused_in_three_parts(tether: Run, words: list[str], said: str) -> None:
+    code, out, err = tether(*words)
+    assert (code, out) == (2, "")
+    assert said in err and "Why not:" in err and "Instead:" in err
+
+
+def test_traceback_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError):
+        main(["trian", "--traceback"])
+    monkeypatch.setenv("TETHER_TRACEBACK", "1")
+    with pytest.raises(ConfigurationError):
+        main(["trian"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("absent.jsonl", None, "There is no such file"),
+        ("pairs.txt", "a", "`.txt` file is not known"),
+        ("broken.jsonl", '{"prompt": "a"', "cannot be read"),
+        ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "Row 0 of the train set has no `rejected`"),
+    ],
+)
+def test_bad_data_are_refused_by_name(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    code, _, err = tether("train", recipe(train_data=str(tmp_path / name), eval_fraction=None))
+    assert code == 2
+    assert said in err and "Instead:" in err
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -> None:
+    rows = tiny_pairs(3)
+    path = tmp_path / f"pairs.{suffix}"
+    dataset = datasets.Dataset.from_list(rows)
+    writers: dict[str, Callable[[], Any]] = {
+        "json": lambda: path.write_text(json.dumps(rows)),
+        "jsonl": lambda: dataset.to_json(path),
+        "csv": lambda: dataset.to_csv(path),
+        "parquet": lambda: dataset.to_parquet(path),
+    }
+    writers[suffix]()
+    assert load_pairs(str(path), "train_data").to_list() == rows
+
+
+def test_held_out_pairs_share_no_prompt_with_the_others_and_do_not_depend_on_their_order() -> None:
+    rows = tiny_pairs(40)
+    kept, held = hold_out(datasets.Dataset.from_list(rows), 0.25, seed=0)
+    _, held_of_reversed = hold_out(datasets.Dataset.from_list(rows[::-1]), 0.25, seed=0)
+    _, held_by_another_seed = hold_out(datasets.Dataset.from_list(rows), 0.25, seed=1)
+    as_texts = [{json.dumps(row) for row in part} for part in (kept, held, held_of_reversed, held_by_another_seed)]
+    assert not set(kept["prompt"]) & set(held["prompt"])
+    assert 10 <= len(held) <= 13 and len(kept) + len(held) == 40
+    assert as_texts[1] == as_texts[2] != as_texts[3]
+
+
+def test_holding_out_everything_is_refused() -> None:
+    with pytest.raises(DataError, match="none would be left"):
+        hold_out(datasets.Dataset.from_list(tiny_pairs(1)), 0.5, seed=0)
+
+
+# --------------------------------------------------------------------------------------------------- verbs
+
+
+def test_train_saves_a_model_and_sums_the_run_up(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    code, out, err = tether("train", recipe(), "--beta", "0.2")
+    assert code == 0, err
+    assert re.search(r"11 to train on, 5 held out", out)
+    assert re.search(r"step +2/4  loss 0\.\d{4}  margin [+-]\d\.\d{4}  accuracy", out)
+    summary = out.split("4 steps, ")[1]
+    assert re.search(r"train, to step 2 .*\ntrain, to step 4 .*\nheld out, 5 pairs +0\.\d{4}", summary)
+    assert re.search(r"frozen [0-9a-f]{12}, .* \d+ passes", summary)
+    assert f"saved      {tmp_path / 'out'}" in summary
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "checkpoint-4"} <= files
+    assert "%|" not in err  # no bars where there is no terminal
+
+
+def test_train_makes_an_adapter_and_goes_on_with_one(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe(lora_r=2, lora_target_modules=["all-linear"], eval_fraction=None, save_strategy="no")
+    code, out, err = tether("train", path)
+    assert code == 0, err
+    assert re.search(r"reference  adapter [0-9a-f]{12}, 0\.0 MB", out)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 4
+    path = recipe(model=str(tmp_path / "out"), output_dir=str(tmp_path / "more"), max_steps=2)
+    code, out, err = tether("train", path)
+    assert code == 0, err
+    assert "reference  adapter" in out and (tmp_path / "more" / "adapter_model.safetensors").is_file()
+
+
+def test_train_makes_no_pass_after_precompute(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    code, out, err = tether("precompute", recipe(ref_store=str(tmp_path / "store.sqlite")))
+    assert code == 0, err
+    found, computed = map(int, re.search(r"(\d+) responses found, (\d+) computed", out).groups())  # type: ignore[union-attr]
+    digest = re.search(r"reference  frozen ([0-9a-f]+)", out).group(1)  # type: ignore[union-attr]
+    assert found == 0 and 16 < computed <= 32
+    assert str(tmp_path / "store.sqlite") in out and not (tmp_path / "out").exists()
+    code, out, err = tether(
+        "train", recipe(ref_store=str(tmp_path / "store.sqlite"), precompute_ref_log_probs=True, beta=0.3, seed=7)
+    )
+    assert code == 0, err
+    assert f"{computed} responses found, 0 computed" in out
+    assert digest in out and " 0 passes" in out
+
+
+def test_precompute_computes_only_what_is_new(tether: Run, recipe: Callable[..., str], start: Path) -> None:
+    assert tether("precompute", recipe())[0] == 0
+    code, out, _ = tether("precompute", recipe(beta=0.5))
+    assert code == 0 and ", 0 computed" in out and " 0 passes" in out
+
+
+def test_resume_ends_where_the_uninterrupted_run_ends(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    assert tether("train", recipe())[0] == 0
+    whole = last_logs(tmp_path / "out")
+    code, out, err = tether("train", recipe(), "--resume", str(tmp_path / "out" / "checkpoint-2"))
+    assert code == 0, err
+    assert "step    2/4" not in out and "step    4/4" in out
+    assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
+
+
+def test_a_new_run_over_an_old_one_says_so(tether: Run, recipe: Callable[..., str]) -> None:
+    assert tether("train", recipe(max_steps=2))[0] == 0
+    _, out, _ = tether("train", recipe(max_steps=2))
+    assert "checkpoint-2 is there from an earlier run" in out
+
+
+def test_ctrl_c_keeps_the_step_and_resume_goes_on(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tether("train", recipe(output_dir=str(tmp_path / "whole"), save_strategy="no"))[0] == 0
+    path = recipe(save_strategy="no")
+    with monkeypatch.context() as patched:
+
+        def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        patched.setattr(ProgressLines, "on_step_end", interrupt)
+        before = signal.getsignal(signal.SIGINT)
+        code, out, err = tether("train", path)
+    assert code == 130 and "stopping after this step" in err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped after step 3 of 4" in out and not (tmp_path / "out" / "model.safetensors").exists()
+    command = shlex.split(out.strip().splitlines()[-1])
+    assert command == ["tether", "train", path, "--resume"]
+    assert tether(*command[1:])[0] == 0
+    whole, resumed = last_logs(tmp_path / "whole"), last_logs(tmp_path / "out")
+    assert resumed["rewards/margins"] != 0 and resumed["step"] == whole["step"]
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_process_with_130(recipe: Callable[..., str], tether: Run, tmp_path: Path) -> None:
+    path = recipe(max_steps=500, logging_steps=1, save_strategy="no")
+    process = in_subprocess(["train", path])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step    2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    stopped = int(re.search(r"stopped after step (\d+) of 500", out).group(1))  # type: ignore[union-attr]
+    assert 2 <= stopped < 500
+    code, out, err = tether("train", path, "--resume", "--max_steps", str(stopped + 1))
+    assert code == 0, err
+    assert f"step {stopped + 1:>4}/{stopped + 1}" in out and f"step {stopped:>4}/" not in out
+
+
+@pytest.mark.distributed
+def test_two_processes_train_one_policy_and_speak_once(recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe(per_device_train_batch_size=2, max_steps=2, precompute_ref_log_probs=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = in_subprocess(["train", path], launcher)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("\nsaved ") == 1 and out.count("11 to train on") == 1
+    assert last_logs(tmp_path / "out")["epoch"] == pytest.approx(2 / 3)  # 2 steps of 2 x 2 of 11 pairs: 3 make an epoch
+
+
+def test_demo_hands_its_options_on(tether: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pytest.importorskip("tether.demo.run")
+    asked: list[Any] = []
+    monkeypatch.setattr(run, "run_demo", lambda output_dir, **options: asked.append((output_dir, options)))
+    assert tether("demo", "--output_dir", "x", "--seed", "3", "--quick")[0] == 0
+    assert asked == [("x", {"seed": 3, "quick": True})]

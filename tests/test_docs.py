@@ -1,0 +1,63 @@
+"""What the documentation shows runs: examples in docstrings, and the python in README.md and docs/."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import tether
+from tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if "```python" in path.read_text())
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(tether.__path__, "tether.") if not module.name.endswith("__main__")
+)
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+def test_there_are_examples_in_docstrings() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(examples) >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_of_the_pages_compiles(page: Path) -> None:
+    for number, block in enumerate(python_blocks(page)):
+        compile(block, f"{page.name}, python block {number}", "exec")
+
+
+def test_the_first_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = python_blocks(ROOT / "README.md")[0]
+    assert "DPOTrainer(" in block and "trainer.train()" in block and '"path/or/name"' in block
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(block.replace("path/or/name", str(tmp_path / "model")), "README.md", "exec"), names)
+    trainer = names["trainer"]
+    assert isinstance(trainer, tether.DPOTrainer) and trainer.state.global_step == trainer.state.max_steps > 0
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in tether.__all__:
+        thing = getattr(tether, name)
+        assert isinstance(thing, str) or (thing.__doc__ and len(thing.__doc__) > 40), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tether.nothing

@@ -1,0 +1,74 @@
+"""The examples run: each is what a newcomer copies first."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import datasets
+import pytest
+import yaml
+
+from tether.cli import main
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STRATEGIES = ("explicit", "implicit", "precomputed", "synchronized")
+
+
+@pytest.fixture(autouse=True)
+def beside_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They import what lies beside them, and write where they are run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load(EXAMPLES / f"{name}.py").main(max_steps=4)
+    out = capsys.readouterr().out
+    said = {
+        "explicit": r"holds 30\d,\d{3} bytes and made \d+ passes",
+        "implicit": r"holds 0 bytes",
+        "precomputed": r"beta 0.1: [1-9]\d* reference passes, 0 bytes\n(.*\n)*beta 0.5: 0 reference passes",
+        "synchronized": r"moved 2 times",
+    }
+    assert re.search(said[name], out), out
+
+
+def test_every_script_is_covered() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*STRATEGIES, "toy"}
+
+
+def test_example_scripts_stay_short() -> None:
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 45 for name in STRATEGIES)
+
+
+def test_the_real_recipe_trains_the_model_that_its_script_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shared_data: Path
+) -> None:
+    text = (shared_data / "text_en.txt").read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text("\n".join(document[:2000] for document in text.splitlines()))
+    small = "--steps 2 --batch_size 1 --block 32 --vocab_size 512 --hidden_size 64 --layers 1"
+    words = ["make_model.py", "--text", "text.txt", "--output", "base", *small.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    load(EXAMPLES / "real_pairs" / "make_model.py").main()
+    assert "held-out loss" in capsys.readouterr().out
+    recipe = EXAMPLES / "real_pairs" / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["train_data"] == "../shared/data/preferences_en.jsonl"
+    rows = (shared_data / "preferences_en.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows[:12]))
+    changes = "--model base --train_data pairs.jsonl --output_dir out --max_steps 1 --max_length 160"
+    assert main(["train", str(recipe), *changes.split(), "--per_device_train_batch_size", "2"]) == 0
+    assert "rewards/margins" in capsys.readouterr().out

@@ -1,0 +1,164 @@
+"""Stopped and resumed equals uninterrupted, bit for bit; and no checkpoint is taken for another run's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from observe import bits, same_bits
+from runs import as_dataset, make_trainer, steps, trained
+from tether import DPOTrainer
+from tether.errors import ResumeError
+from tiny import tiny_model, tiny_pairs
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+SYNC: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.3}
+STOP, END = 5, 8  # between two syncs, and in the second epoch
+RUN: dict[str, Any] = {
+    "max_steps": END,
+    "save_strategy": "steps",
+    "save_steps": STOP,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "activation_checkpointing": True,
+    "warmup_steps": 2,
+}
+
+
+def continued() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(tiny_model(), LoraConfig(**LORA, init_lora_weights=False, bias="lora_only"))
+
+
+KINDS: dict[str, Callable[[], dict[str, Any]]] = {
+    "explicit": lambda: {},
+    "explicit, given": lambda: {"ref_model": tiny_model(seed=1)},
+    "explicit, dropout": lambda: {
+        "model": tiny_model("gpt2", resid_pdrop=0.2, attn_pdrop=0.2),
+        "disable_dropout": False,
+    },
+    "precomputed": lambda: {"precompute_ref_log_probs": True},
+    "synchronized": lambda: SYNC,
+    "synchronized, hard": lambda: SYNC | {"ref_model_mixup_alpha": 1.0},
+    "synchronized, bfloat16": lambda: SYNC | {"ref_dtype": "bfloat16"},
+    "synchronized, given": lambda: SYNC | {"ref_model": tiny_model(seed=1)},
+    "fresh LoRA": lambda: {"peft_config": LoraConfig(**LORA)},
+    "fresh LoRA, precomputed": lambda: {"peft_config": LoraConfig(**LORA), "precompute_ref_log_probs": True},
+    "continued LoRA": lambda: {"model": continued()},
+    "prompt tuning": lambda: {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+    "batches by length": lambda: {"max_tokens_per_micro_batch": 200},
+}
+
+
+def without_clock(trainer: DPOTrainer) -> list[dict[str, float]]:
+    clock = ("runtime", "per_second")
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in clock)}
+        for entry in steps(trainer)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    rows = tiny_pairs(20)
+    whole = trained(tmp_path, rows=rows, **RUN, **KINDS[kind]())
+    resumed = make_trainer(tmp_path, rows=rows, **RUN, **KINDS[kind]())
+    torch.rand(17)  # the random state is the checkpoint's business
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    assert resumed.state.global_step == END
+    assert without_clock(resumed) == without_clock(whole)
+    assert same_bits(bits(resumed.model), bits(whole.model))
+    module, expected = resumed.reference.module, whole.reference.module
+    if module is not None and expected is not None:
+        assert same_bits(bits(module), bits(expected))
+
+
+def test_the_uninterrupted_run_does_not_depend_on_where_it_was_saved(tmp_path: Path) -> None:
+    """Saving changes nothing: what the resumed run is compared with is what a run without checkpoints gives."""
+    saved = trained(tmp_path / "1", **RUN, **SYNC)
+    unsaved = trained(tmp_path / "2", **RUN | SYNC | {"save_strategy": "no"})
+    assert without_clock(saved) == without_clock(unsaved) and same_bits(bits(saved.model), bits(unsaved.model))
+
+
+def test_a_checkpoint_says_which_reference_it_was_trained_against(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, **RUN)
+    identity = json.loads((tmp_path / f"checkpoint-{STOP}" / "reference" / "identity.json").read_text())
+    assert identity == trainer.reference.identity.describe()
+    assert [path.name for path in (tmp_path / f"checkpoint-{STOP}" / "reference").iterdir()] == ["identity.json"]
+
+
+OTHER_REFERENCES: dict[str, Callable[[], dict[str, Any]]] = {
+    "another initial model": lambda: {"model": tiny_model(seed=1)},
+    "another reference model": lambda: {"ref_model": tiny_model(seed=1)},
+    "another dtype": lambda: {"ref_dtype": "bfloat16"},
+    "another kind": lambda: SYNC,
+    "another autocast": lambda: {"bf16": True, "use_cpu": True},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_REFERENCES)
+def test_a_checkpoint_is_refused_with_another_reference(kind: str, tmp_path: Path) -> None:
+    trained(tmp_path, **RUN)
+    other = make_trainer(tmp_path, **RUN, **OTHER_REFERENCES[kind]())
+    with pytest.raises(ResumeError) as caught:
+        other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    assert "checkpoint" in str(caught.value) and caught.value.instead
+    assert other.state.global_step == STOP, "no step was taken"
+
+
+def test_a_trainer_built_from_the_weights_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    """The usual mistake: the reference would be the half-trained policy."""
+    trained(tmp_path, **RUN)
+    checkpoint = str(tmp_path / f"checkpoint-{STOP}")
+    with pytest.raises(ResumeError, match="weights"):
+        make_trainer(tmp_path, checkpoint, **RUN).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, **RUN)
+    shutil.rmtree(tmp_path / f"checkpoint-{STOP}" / "reference")
+    with pytest.raises(ResumeError, match="does not say which reference"):
+        make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+
+
+def test_a_checkpoint_of_weights_alone_is_refused_for_resuming(tmp_path: Path) -> None:
+    trained(tmp_path, **RUN | {"save_only_model": True})
+    assert not (tmp_path / f"checkpoint-{STOP}" / "reference").exists()
+    with pytest.raises(ResumeError, match="save_only_model"):
+        make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+
+
+def test_a_checkpoint_goes_on_with_another_learning_rate_and_length(tmp_path: Path) -> None:
+    trained(tmp_path, **RUN)
+    longer = make_trainer(tmp_path, **RUN | {"max_steps": END + 1, "learning_rate": 1e-4})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == END + 1
+
+
+def test_a_rotated_checkpoint_keeps_its_reference(tmp_path: Path) -> None:
+    trained(tmp_path, **RUN | {"save_steps": 2, "save_total_limit": 1})
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "reference" / "identity.json").is_file()
+
+
+def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "max_steps": 3,
+        "learning_rate": 0.03,
+        "load_best_model_at_end": True,
+        "eval_dataset": as_dataset(tiny_pairs(8, seed=1)),
+    }
+    trainer = trained(tmp_path, **RUN | options)
+    figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(figures)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(figures), abs=1e-6)

@@ -1,0 +1,130 @@
+"""TRL as a second oracle, where it is right: its loss values, its tokens, its curves.
+
+Knows nothing of `tether`. TRL is asked for fp32 and for runs that it gets right (a model loaded by path, full
+fine-tuning or a fresh default LoRA).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+Row = dict[str, Any]
+
+
+def trl_loss(
+    policy: tuple[Tensor, Tensor],
+    reference: tuple[Tensor, Tensor],
+    lengths: tuple[Tensor, Tensor],
+    **options: Any,
+) -> Tensor:
+    """TRL's loss (the mean over pairs) of given sequence log-probs.
+
+    Args:
+        policy: Chosen and rejected log-probs of the policy, one entry per pair.
+        reference: The same of the reference.
+        lengths: Tokens of the chosen and the rejected responses.
+        options: `loss_type`, `beta`, `label_smoothing`.
+    """
+    num_tokens = torch.cat(lengths)
+    width = int(num_tokens.max()) + 1
+    completion_mask = (torch.arange(width) >= 1) & (torch.arange(width) <= num_tokens[:, None])
+    # The whole of a sequence's log-prob stands at its first token.
+    log_probs = torch.zeros(len(num_tokens), width - 1, dtype=policy[0].dtype)
+    log_probs[:, 0] = torch.cat(policy)
+    outputs = SimpleNamespace(
+        log_probs=log_probs,
+        entropy=torch.zeros_like(log_probs),
+        mean_logits=torch.zeros_like(log_probs),
+        is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
+    )
+    inputs = {
+        "input_ids": torch.zeros_like(completion_mask, dtype=torch.long),
+        "attention_mask": torch.ones_like(completion_mask, dtype=torch.long),
+        "completion_mask": completion_mask.long(),
+        "ref_chosen_logps": reference[0],
+        "ref_rejected_logps": reference[1],
+    }
+    loss: Tensor = DPOTrainer._compute_loss(_LossOnly(**options), lambda **_: outputs, inputs, False)
+    return loss
+
+
+class _LossOnly(SimpleNamespace):
+    """What `DPOTrainer._compute_loss` reads of its trainer, and nothing else."""
+
+    def __init__(self, loss_type: str, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
+        super().__init__(
+            model=SimpleNamespace(training=True),
+            accelerator=SimpleNamespace(
+                device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
+            ),
+            aux_loss_enabled=False,
+            ld_alpha=None,
+            precompute_ref_logps=True,
+            f_divergence_type="reverse_kl",
+            loss_types=[loss_type],
+            loss_weights=[1.0],
+            beta=beta,
+            label_smoothing=label_smoothing,
+            use_weighting=False,
+            _metrics={"train": defaultdict(list)},
+            _total_train_tokens=0,
+            _tp_size=1,
+        )
+
+
+def trl_tokens(rows: list[Row], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Row]:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of each row that TRL keeps."""
+    options = {"max_length": None, "truncation_mode": "keep_start", "dataset_num_proc": None} | options
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    tokens = DPOTrainer._prepare_dataset(
+        trainer, Dataset.from_list(rows), tokenizer, SimpleNamespace(**options), "train"
+    )
+    return [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in tokens]
+
+
+def trl_batch(tokens: list[Row], max_length: int, truncation_mode: str) -> list[tuple[list[int], list[int]]]:
+    """What TRL feeds for tokenized rows: ids and completion mask of each chosen, then of each rejected sequence."""
+    fed = DataCollatorForPreference(0, max_length, truncation_mode)(tokens)
+    rows = zip(fed["input_ids"], fed["completion_mask"], fed["attention_mask"].bool(), strict=True)
+    return [(ids[mask].tolist(), completion[mask].tolist()) for ids, completion, mask in rows]
+
+
+def trl_curve(
+    model: str | Path, rows: list[Row], tokenizer: PreTrainedTokenizerBase, output_dir: Path, **options: Any
+) -> list[dict[str, float]]:
+    """The training log of a run with TRL, one entry per step (without its summary)."""
+    peft_config = options.pop("peft_config", None)
+    trainer = DPOTrainer(
+        model=str(model),
+        args=DPOConfig(str(output_dir), bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return trainer.state.log_history[:-1]
+
+
+def trl_evaluation(
+    model: str | Path, rows: list[Row], eval_rows: list[Row], tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> dict[str, float]:
+    """The figures of an evaluation with TRL, before training, 4 pairs a batch."""
+    trainer = DPOTrainer(
+        model=str(model),
+        args=DPOConfig(str(output_dir), bf16=False, report_to=[], disable_tqdm=True, per_device_eval_batch_size=4),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(eval_rows),
+        processing_class=tokenizer,
+    )
+    figures: dict[str, float] = trainer.evaluate()
+    return figures
