@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "truncation_mode": {"truncation_mode": "keep_middle"},
     "precompute_ref_batch_size": {"precompute_ref_batch_size": 0},
     "ref_dtype": {"ref_dtype": "int8"},
+    "fp16 on a CPU": {"fp16": True, "use_cpu": True},
     "sync_ref_model with precompute_ref_log_probs": {"sync_ref_model": True, "precompute_ref_log_probs": True},
 }
 

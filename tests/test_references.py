@@ -89,6 +89,7 @@ class Case:
     policy: Any
     reference: Reference
     expected: Tensor
+    built_without_trace: bool = True
 
 
 def explicit(policy: Any) -> Reference:
@@ -98,7 +99,10 @@ def explicit(policy: Any) -> Reference:
 def of_policy(policy: Any, build: Callable[[Any], Reference]) -> Case:
     """A reference meant to be the policy as it is when the reference is built."""
     expected = naive_of(policy)
-    return Case(policy.train(), build(policy), expected)
+    before, numbers, random = traces(policy.train()), bits(policy), torch.get_rng_state()
+    reference = build(policy)
+    quiet = traces(policy) == before and same_bits(bits(policy), numbers) and torch.equal(torch.get_rng_state(), random)
+    return Case(policy, reference, expected, quiet)
 
 
 def partly_frozen() -> Any:
@@ -162,7 +166,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     source = SOURCES[STORED[request.param]]()
     reference = StoredReference(LogProbStore(tmp_path / "store.sqlite"), source.reference)
     reference.prepare({"train": lambda: [BATCH]})
-    return Case(source.policy, reference, source.expected)
+    return Case(source.policy, reference, source.expected, source.built_without_trace)
 
 
 def train(policy: nn.Module) -> None:
@@ -209,6 +213,10 @@ def test_reference_has_no_dropout_and_repeats_itself(case: Case) -> None:
     assert case.policy.training
     first = case.reference.log_probs(BATCH).values
     assert torch.equal(case.reference.log_probs(BATCH).values, first)
+
+
+def test_reference_is_built_without_a_trace_on_policy_and_random_state(case: Case) -> None:
+    assert case.built_without_trace
 
 
 def test_reference_leaves_policy_and_random_state_as_they_were(case: Case) -> None:

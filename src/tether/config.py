@@ -193,6 +193,13 @@ class DPOConfig(TrainingArguments):
                 "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
                 "`group_by_length`, which also evens the work of the processes",
             )
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            _refuse(
+                "fp16",
+                self.fp16,
+                "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
+                "`bf16=True`, or `fp16=False`",
+            )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             _refuse("truncation_mode", self.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import (
+    Dataset,
+    IterableDataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -61,6 +68,19 @@ def tokenize_pairs(
     if max_length is None or truncation_mode == "keep_end":
         return dataset
     return _drop_full_prompts(dataset, max_length, name)
+
+
+@contextmanager
+def progress_bars_off(off: bool) -> Iterator[None]:
+    """Keeps the bars of `datasets` away while open, if `off`; leaves the user's own setting as it was."""
+    switches = off and not are_progress_bars_disabled()
+    if switches:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if switches:
+            enable_progress_bars()
 
 
 def tokenize_row(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def check_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             asked="The model has no parameter that trains: `requires_grad` is False for all.",
-            why="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()` and "
-            "`unload()`, and loads an adapter frozen unless `is_trainable=True`.",
+            why="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()`, and "
+            "loads an adapter frozen unless `is_trainable=True`.",
             instead="Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an "
             "adapter.",
         )

@@ -21,7 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.config import DPOConfig
-from tether.data import TOKEN_COLUMNS, PairCollator, PairDataset, batch_of, num_pairs_tensor, tokenize_pairs
+from tether.data import (
+    TOKEN_COLUMNS,
+    PairCollator,
+    PairDataset,
+    batch_of,
+    num_pairs_tensor,
+    progress_bars_off,
+    tokenize_pairs,
+)
 from tether.errors import ConfigurationError, ResumeError
 from tether.losses import LOSSES
 from tether.metrics import MetricSums, pair_metrics
@@ -220,7 +228,8 @@ class DPOTrainer(Trainer):
     # ---- data ----------------------------------------------------------------------------------------------------
 
     def _tokenized(self, dataset: PairDataset, name: str, args: DPOConfig) -> PairDataset:
-        with args.main_process_first(desc=f"tokenizing the {name} set"):
+        quiet = args.disable_tqdm or not sys.stderr.isatty()
+        with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
             return tokenize_pairs(
                 dataset,
                 self._tokenizer,

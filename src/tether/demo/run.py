@@ -90,8 +90,7 @@ def _prepare(settings: DemoSettings, seed: int, folder: Path, narrator: Narrator
         return preference_pairs(prompts, answers, is_right)
 
     num_answers = (len(splits.preference) + len(splits.held_out)) * settings.samples_per_prompt
-    title = f"Sample {num_answers:,} answers and label right against wrong by the rule"
-    with narrator.step(title, num_answers) as advance:
+    with narrator.step("Answers, right or wrong by the rule", num_answers, f"{num_answers:,} sampled") as advance:
         train_pairs = pairs(splits.preference, seed + 2, advance)
         held_out_pairs = pairs(splits.held_out, seed + 3, advance)
     return Bench(model, tokenizer, train_pairs, held_out_pairs, splits.held_out, is_right, settings, seed, folder)
@@ -103,8 +102,8 @@ def _initial_policy(
     texts = write_texts(prompts, right_share=settings.right_share, seed=seed)
     tokenizer = train_tokenizer(prompt + answer for prompt, answer in texts)
     model = new_model(tokenizer, settings.model_size, seed=seed)
-    title = f"Train a language model of {model.num_parameters():,} parameters on careless texts"
-    with narrator.step(title, settings.pretraining_steps) as advance:
+    detail = f"{model.num_parameters():,} parameters, from nothing"
+    with narrator.step("Language model on careless texts", settings.pretraining_steps, detail) as advance:
         pretrain(
             model,
             tokenizer,
@@ -127,7 +126,7 @@ def _compare(bench: Bench, narrator: Narrator, start: float) -> DemoResult:
     before = measure(bench, bench.model)
     outcomes = []
     for strategy in strategies:
-        with narrator.step(f"DPO with the {strategy.name} reference: {strategy.about}", bench.num_steps) as advance:
+        with narrator.step(f"DPO, {strategy.name} reference", bench.num_steps, strategy.about) as advance:
             outcomes.append(train_with(bench, strategy, advance))
     precomputed = next(strategy for strategy in strategies if strategy.options.get("precompute_ref_log_probs"))
     return DemoResult(

@@ -20,7 +20,7 @@ class DemoSettings:
         num_preference: Prompts that are answered `samples_per_prompt` times each to find pairs.
         batch_size: Pairs of an optimizer step of DPO; every pair is seen once.
         beta: Strength of the pull towards the reference. Larger than the usual 0.1, since a tiny model forgets fast:
-            with 0.1 it loses the right answers together with the wrong ones.
+            in trials with 0.1 it moved more than 5 nats and lost right answers together with wrong ones.
         warmup_steps: Steps until the learning rate is reached; it falls to 0 from there.
         learning_rate: Of full fine-tuning; `lora_learning_rate` is the adapter's, of rank `lora_rank`.
         sync_alpha: Weight of the policy in each sync of the synchronized reference, every `sync_steps` steps.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table as RichTable
 
 from tether.demo.result import DemoResult, Outcome
@@ -49,16 +49,16 @@ class Narrator:
         self._console = console
 
     @contextmanager
-    def step(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+    def step(self, title: str, total: int, detail: str = "") -> Iterator[Callable[..., None]]:
         """One step of `total` parts; gives a function to call with the number of parts done (1 if left out)."""
         start = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
         with Progress(
             *columns, console=self._console, transient=True, disable=not self._console.is_terminal
         ) as progress:
             task = progress.add_task(escape(title), total=total)
             yield lambda parts=1: progress.advance(task, parts)
-        self.say(f"[dim]{time.perf_counter() - start:6.1f} s[/]  {escape(title)}")
+        self.say(f"[dim]{time.perf_counter() - start:6.1f} s[/]  {escape(f'{title}: {detail}' if detail else title)}")
 
     def say(self, text: str) -> None:
         """Prints a line of rich markup."""
