@@ -120,6 +120,15 @@ def other_model() -> Case:
 LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
 LLAMA_LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": ["q_proj", "down_proj"]}
 
+
+def half_frozen_lora() -> Any:
+    """PEFT would make both factors trainable when it switches the adapter back on."""
+    policy = adapted(dropping_gpt2(), LoraConfig(**LORA))
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    return policy
+
+
 SOURCES: dict[str, Callable[[], Case]] = {
     "explicit": lambda: of_policy(dropping_gpt2(), explicit),
     "explicit, partly frozen": lambda: of_policy(partly_frozen(), explicit),
@@ -129,6 +138,7 @@ SOURCES: dict[str, Callable[[], Case]] = {
     "implicit, continued LoRA": lambda: of_policy(
         adapted(dropping_gpt2(), LoraConfig(**LORA, init_lora_weights=False)), AdapterReference
     ),
+    "implicit, LoRA with a frozen factor": lambda: of_policy(half_frozen_lora(), AdapterReference),
     "implicit, LoRA with biases": lambda: of_policy(
         adapted(dropping_gpt2(), LoraConfig(**LORA, bias="all")), AdapterReference
     ),

@@ -215,6 +215,18 @@ class DPOConfig(TrainingArguments):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
 
 
+def refuse_data_parallel(args: DPOConfig) -> None:
+    """Refuses several GPUs in one process, as `Trainer` would use them."""
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            asked=f"{args.n_gpu} GPUs are visible to one process.",
+            why="Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates "
+            "the reference at every step.",
+            instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
+            "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
+        )
+
+
 def _refuse(option: str, value: Any, why: str, instead: str) -> None:
     raise ConfigurationError(
         asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."

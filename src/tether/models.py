@@ -112,8 +112,8 @@ def check_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             asked="The model has no parameter that trains: `requires_grad` is False for all.",
-            why="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()`, and "
-            "loads an adapter frozen unless `is_trainable=True`.",
+            why="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()`, "
+            "and loads an adapter frozen unless `is_trainable=True`.",
             instead="Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an "
             "adapter.",
         )
@@ -175,3 +175,9 @@ def _refuse_vocabulary(why: str) -> None:
         why=f"{why}: both must read the same token ids.",
         instead="Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
     )
+
+
+def default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
+    """The output folder when none is named: after the model."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"

@@ -5,13 +5,11 @@ Orchestrates; decides nothing about references (`reference.build` does), losses 
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -20,34 +18,40 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from tether.config import DPOConfig
+from tether.batches import ProcessBatches, even_loader
+from tether.checkpoints import load_reference, save_reference
+from tether.config import DPOConfig, refuse_data_parallel
 from tether.data import (
     TOKEN_COLUMNS,
     PairCollator,
     PairDataset,
+    Rows,
+    as_dataset,
     batch_of,
     num_pairs_tensor,
     progress_bars_off,
     tokenize_pairs,
 )
-from tether.errors import ConfigurationError, ResumeError
 from tether.losses import LOSSES
 from tether.metrics import MetricSums, pair_metrics
-from tether.models import add_adapter, check_trainable, check_vocabulary, disable_dropout, load_model, load_tokenizer
+from tether.models import (
+    add_adapter,
+    check_trainable,
+    check_vocabulary,
+    default_output_dir,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+)
 from tether.reference import Reference, ReferenceOptions, build_reference, check_options
 from tether.reference.adapter import is_adapter_model
-from tether.reference.base import compute_dtype_name
-from tether.reference.checks import Gap, Sentinel, check_initial_gap, initial_gap
+from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
-from tether.types import PairBatch, PairScores, ResponseLogProbs
+from tether.types import PairBatch, PairScores
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-logger = logging.getLogger(__name__)
-
-Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
 
 class DPOTrainer(Trainer):
@@ -108,8 +112,8 @@ class DPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = args or DPOConfig(_default_output_dir(model))
-        _refuse_data_parallel(args)
+        args = args or DPOConfig(default_output_dir(model))
+        refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
         set_seed(args.seed)  # a fresh adapter starts from it
         policy = load_model(model, init_kwargs, args.trust_remote_code)
@@ -118,7 +122,7 @@ class DPOTrainer(Trainer):
         self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
-        train_set = self._tokenized(_as_dataset(train_dataset), "train", args)
+        train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
         options = self._reference_options(args, self._named_sets({"train": train_set}, eval_sets))
         check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
@@ -130,9 +134,8 @@ class DPOTrainer(Trainer):
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
-        self._initial_gap: Gap | None = None
-        self._sentinel: Sentinel | None = None
-        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # a batch is one object; it cannot be cut into slices
+        # A batch is one object; it cannot be cut into slices.
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(
             model=policy,
             args=args,
@@ -146,6 +149,7 @@ class DPOTrainer(Trainer):
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
         self.reference = build_reference(self.model, ref_model, options)
+        self._watch = ReferenceWatch(self.reference, args.autocast_dtype, self._reduced)
         self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
         self.model.add_model_tags(["tether", "dpo"])
         self.add_callback(_FollowTraining(self))
@@ -175,30 +179,10 @@ class DPOTrainer(Trainer):
             device=args.device,
         )
 
-    def _checked_initial_gap(self, batch: PairBatch, reference: ResponseLogProbs) -> Gap:
-        """The gap between policy and reference at step 0, refused where rounding does not explain it.
-
-        Not measured on resume, where the policy has trained.
-        """
-        if self.state.global_step > 0:
-            return Gap(0.0, 0.0)
-        policy, dtype = self.accelerator.unwrap_model(self.model), self.args.autocast_dtype
-        gap = initial_gap(policy, batch, reference, dtype, self._reduced)
-        if self.reference.means_policy:
-            check_initial_gap(gap, self.reference, compute_dtype_name(policy, dtype))
-        self._train_sums.add_once({"reference/initial_gap": gap.mean})
-        return gap
-
-    def _watch_reference(self) -> None:
-        """Keeps what the reference says of a few fixed pairs, to see later that it still says so."""
-        rows: Any = self.train_dataset
-        first = list(rows.take(_SENTINEL_PAIRS)) if isinstance(rows, IterableDataset | Dataset) else []
-        batch = batch_of(self.data_collator(first)).to(self.args.device)
-        self._sentinel = Sentinel(self.reference, batch)
-
-    def _check_drift(self) -> None:
-        if self._sentinel is not None:
-            self._sentinel.check(self._reduced)
+    def _set_sentinel(self) -> None:
+        first: Any = self.train_dataset
+        rows = list(first.take(_SENTINEL_PAIRS))
+        self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
         """A tensor summed over the processes, or their largest."""
@@ -208,22 +192,14 @@ class DPOTrainer(Trainer):
         return largest
 
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         batches = {
-            name: lambda dataset=dataset: self._this_process_batches(dataset)
+            name: lambda dataset=dataset: ProcessBatches(dataset, self.data_collator, size, self.args)
             for name, dataset in sets.items()
             if isinstance(dataset, Dataset)
         }
         self.reference.prepare(batches, show_progress=not self.args.disable_tqdm and self.is_local_process_zero())
         self.accelerator.wait_for_everyone()
-
-    def _this_process_batches(self, dataset: Dataset) -> Iterable[PairBatch]:
-        """Every n-th batch of the set, n the number of processes: together they see each row once."""
-        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        rows = dataset.select_columns(list(TOKEN_COLUMNS))
-        starts = range(self.args.process_index * size, len(rows), size * self.args.world_size)
-        parts = [list(range(start, min(start + size, len(rows)))) for start in starts]
-        loader = DataLoader(rows, batch_sampler=parts, collate_fn=self.data_collator)
-        return _SizedBatches(loader, self.args.device)
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
@@ -243,8 +219,8 @@ class DPOTrainer(Trainer):
         if sets is None:
             return None
         if isinstance(sets, Mapping):
-            return {name: self._tokenized(_as_dataset(dataset), name, args) for name, dataset in sets.items()}
-        return self._tokenized(_as_dataset(sets), "eval", args)
+            return {name: self._tokenized(as_dataset(dataset), name, args) for name, dataset in sets.items()}
+        return self._tokenized(as_dataset(sets), "eval", args)
 
     @staticmethod
     def _named_sets(named: Mapping[str, Any], sets: Any) -> dict[str, Any]:
@@ -256,44 +232,13 @@ class DPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""
-        budget = self.args.max_tokens_per_micro_batch
-        group = self.args.train_sampling_strategy == "group_by_length"
-        if not isinstance(self.train_dataset, Dataset) or not (group or budget):
+        wanted = self.args.max_tokens_per_micro_batch or self.args.train_sampling_strategy == "group_by_length"
+        if not isinstance(self.train_dataset, Dataset) or not wanted:
             return super().get_train_dataloader()
-        sampler = EvenBatches(
-            self._pair_lengths(self.train_dataset),
-            max_pairs=self._train_batch_size,
-            max_tokens=budget,
-            num_processes=self.args.world_size,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        loader, self._even_batches = even_loader(
+            self.train_dataset, self.data_collator, self._train_batch_size, self.args, self.accelerator
         )
-        loader = DataLoader(
-            self.train_dataset.select_columns(list(TOKEN_COLUMNS)),
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        self._even_batches = sampler
-        evened = self.accelerator.even_batches
-        self.accelerator.even_batches = False  # they are even already, and accelerate cannot even variable sizes
-        try:
-            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        finally:
-            self.accelerator.even_batches = evened
-        return prepared
-
-    def _pair_lengths(self, dataset: Dataset) -> list[int]:
-        limit = self.args.max_length or sys.maxsize
-        return [
-            len(row["prompt_ids"])
-            + sum(
-                min(len(row[side]), max(limit - len(row["prompt_ids"]), 1)) for side in ("chosen_ids", "rejected_ids")
-            )
-            for row in dataset.select_columns(list(TOKEN_COLUMNS))
-        ]
+        return loader
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -315,8 +260,9 @@ class DPOTrainer(Trainer):
         batch = batch_of(inputs)
         sums = self._train_sums if self.model.training else self._eval_sums
         reference = self.reference.log_probs(batch)
-        if self._initial_gap is None:
-            self._initial_gap = self._checked_initial_gap(batch, reference)
+        unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
+        gap = self._watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
+        self._train_sums.add_once(gap)
         policy = score(model, batch, statistics=not self.model.training or self._logs_after_this_step())
         scores = PairScores.of(batch, policy, reference)
         weights = self.args.loss_weights or [1.0] * len(self.args.loss_type)
@@ -431,25 +377,16 @@ class DPOTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         num_tokens = self._sum_tokens()  # every process takes part
         if self.args.should_save:
-            (Path(output_dir) / _PROGRESS_FILE).write_text(json.dumps({"num_tokens": num_tokens}))
-            folder = Path(output_dir) / _REFERENCE_FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "identity.json").write_text(json.dumps(self.reference.identity.describe(), indent=2))
-            self.reference.save(folder)
+            save_reference(Path(output_dir), self.reference, num_tokens)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            folder = Path(checkpoint) / _REFERENCE_FOLDER
-            _check_same_reference(folder, self.reference)
-            self.reference.load(folder)
-            progress = json.loads((Path(checkpoint) / _PROGRESS_FILE).read_text())
-            self._num_train_tokens = int(progress["num_tokens"]) if self.args.process_index == 0 else 0
+            num_tokens = load_reference(Path(checkpoint), self.reference)
+            self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
 
 
-_REFERENCE_FOLDER = "reference"
 _SENTINEL_PAIRS = 2
-_PROGRESS_FILE = "progress.json"
 
 
 class _FollowTraining(TrainerCallback):
@@ -462,13 +399,13 @@ class _FollowTraining(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._watch_reference()
+        self._trainer._set_sentinel()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._check_drift()
+        self._trainer._watch.check_drift()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._check_drift()
+        self._trainer._watch.check_drift()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._even_batches is not None:
@@ -476,64 +413,3 @@ class _FollowTraining(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.reference.advance(state.global_step)
-
-
-class _SizedBatches:
-    """The batches of a loader on a device, with a length for the progress bar."""
-
-    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
-        self._loader, self._device = loader, device
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Any:
-        return (batch_of(inputs).to(self._device) for inputs in self._loader)
-
-
-def _check_same_reference(folder: Path, reference: Reference) -> None:
-    path = folder / "identity.json"
-    if not path.is_file():
-        raise ResumeError(
-            asked=f"Resuming from {folder.parent}.",
-            why="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
-            instead="Resume from a checkpoint written by Tether without `save_only_model=True`, or start a new run.",
-        )
-    saved, own = json.loads(path.read_text()), reference.identity.describe()
-    if saved != own:
-        differing = [name for name in own if saved.get(name) != own[name]]
-        raise ResumeError(
-            asked=f"Resuming from {folder.parent} with another reference.",
-            why=f"It differs in {', '.join(differing)}: the checkpoint has "
-            f"{ {name: saved.get(name) for name in differing} }, this trainer { ({n: own[n] for n in differing}) }.",
-            instead="Build the trainer from the same initial model (not from the checkpoint's weights) and with the "
-            "same reference options, or start a new run.",
-        )
-
-
-def _refuse_data_parallel(args: DPOConfig) -> None:
-    if args.n_gpu > 1:
-        raise ConfigurationError(
-            asked=f"{args.n_gpu} GPUs are visible to one process.",
-            why="Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates "
-            "the reference at every step.",
-            instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
-            "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
-        )
-
-
-def _as_dataset(rows: Rows | None) -> PairDataset:
-    if isinstance(rows, Dataset | IterableDataset):
-        return rows
-    if isinstance(rows, list):
-        return Dataset.from_list(rows)
-    raise ConfigurationError(
-        asked=f"A set of pairs was given as {type(rows).__name__}.",
-        why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
-        instead="Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`.",
-    )
-
-
-def _default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.errors import DriftError, InitialGapError
-from tether.reference.base import Reference, score_without_gradient
+from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.types import PairBatch, ResponseLogProbs
 
 # Largest mean and largest single gap per token, in nats, that rounding explains. How they were set: docs/numerics.md.
@@ -82,31 +82,54 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
     )
 
 
-class Sentinel:
-    """A few fixed pairs, scored again now and then: a reference that stands still says the same of them for ever.
+class ReferenceWatch:
+    """Watches one reference through a run: the gap at step 0, and a few fixed pairs for ever after.
+
+    A reference that stands still says the same of the fixed pairs (the sentinel) at every evaluation and every save.
 
     Args:
         reference: The reference to watch.
-        batch: The pairs.
+        autocast_dtype: Training's autocast dtype.
+        reduce: Reduces a tensor over the processes by `"sum"` or `"max"`, so that all come to the same verdict.
     """
 
-    def __init__(self, reference: Reference, batch: PairBatch) -> None:
-        self._reference, self._batch = reference, batch
-        self._before = reference.log_probs(batch).values
+    def __init__(
+        self, reference: Reference, autocast_dtype: torch.dtype | None, reduce: Callable[[Tensor, str], Tensor]
+    ) -> None:
+        self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
+        self._knows_gap = False
+        self._sentinel: PairBatch | None = None
+        self._before: Tensor | None = None
 
-    def distance(self, other: Tensor) -> Tensor:
-        """Mean absolute gap per token to other log-probs of the sentinel's pairs, in nats."""
-        return (self._before - other).abs().mean()
-
-    def check(self, reduce: Callable[[Tensor, str], Tensor]) -> None:
-        """Scores the pairs again.
+    def gap_at_start(
+        self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
+    ) -> dict[str, float]:
+        """The gap between policy and reference on the first batch; nothing on later calls, or once it has trained.
 
         Raises:
-            DriftError: If the reference moved by more than rounding; names the tensors that changed.
+            InitialGapError: If the reference is meant to be the initial policy and rounding does not explain the gap.
         """
-        if self._reference.moves:
+        if self._knows_gap or has_trained:
+            return {}
+        self._knows_gap = True
+        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce)
+        if self._reference.means_policy:
+            check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype))
+        return {"reference/initial_gap": gap.mean}
+
+    def set_sentinel(self, batch: PairBatch) -> None:
+        """Keeps what the reference says of these pairs now."""
+        self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+
+    def check_drift(self) -> None:
+        """Scores the sentinel's pairs again.
+
+        Raises:
+            DriftError: If a reference that stands still moved by more than rounding; names the tensors that changed.
+        """
+        if self._sentinel is None or self._before is None or self._reference.moves:
             return
-        gap = Gap.between(self._reference.log_probs(self._batch).values, self._before, reduce)
+        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, self._reduce)
         if gap.largest == 0:
             return
         mean, largest = TOLERANCES[self._reference.identity.compute_dtype]
