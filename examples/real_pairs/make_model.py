@@ -57,7 +57,7 @@ def read_options() -> argparse.Namespace:
     text = ROOT.parent / "shared" / "data" / "text_en.txt"
     parser.add_argument("--text", type=Path, default=text, help="plain text, a document per line [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("out/base"), help="folder to write [%(default)s]")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps [%(default)s]")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=2, help="blocks of text in a step [%(default)s]")
     parser.add_argument("--block", type=int, default=512, help="tokens in a block [%(default)s]")
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens of the tokenizer [%(default)s]")
