@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -169,8 +168,9 @@ def report_peak_memory(device: str) -> None:
 
 
 def _peak_resident_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Of this program: the kernel's `ru_maxrss` would start at the peak of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def write_results(name: str, results: Any, device: str) -> Path:
@@ -186,6 +186,16 @@ def write_results(name: str, results: Any, device: str) -> Path:
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def read_results(name: str, device: str) -> list[Any]:
+    """Results of an earlier run on this machine, for a benchmark that is measured in several goes."""
+    path = RESULTS / f"{name}-{device}.json"
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text())
+    results: list[Any] = record["results"]
+    return results if record["machine"] == machine(device) else []
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -245,6 +245,11 @@ def test_a_bad_row_of_a_stream_is_named_when_it_is_read() -> None:
         next(reader)
 
 
+def test_messages_without_a_chat_template_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"Row 0 of the train set is made of messages.*no chat template"):
+        tokens_of(tiny_pairs(2, conversational=True), tiny_tokenizer(chat=False))
+
+
 def test_an_empty_prompt_is_fine_with_a_bos_token() -> None:
     tokenizer = tiny_tokenizer(bos=True)
     (row,) = tokens_of([pair("")], tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from observe import bits, same_bits, tensor_bytes_alive, traces
@@ -90,9 +90,10 @@ def test_static_references_give_the_same_curve_for_the_full_model(tmp_path: Path
 
 
 def test_static_references_give_the_same_curve_for_lora(tmp_path: Path) -> None:
+    variants = ({}, {"ref_model": tiny_model()}, PRECOMPUTE, {"activation_checkpointing": True})
     runs = [
         trained(tmp_path / str(number), model=adapted(), max_steps=20, learning_rate=1e-2, **options)
-        for number, options in enumerate(({}, {"ref_model": tiny_model()}, PRECOMPUTE))
+        for number, options in enumerate(variants)
     ]
     assert max(curve(runs[0])) - min(curve(runs[0])) > 0.2, "nothing was learnt: the curves say little"
     for other in runs[1:]:
@@ -531,6 +532,14 @@ def test_training_leaves_a_model_that_is_saved_and_loaded_as_any_other(
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
     assert loaded.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+def test_a_trained_adapter_is_saved_and_loaded_as_any_other(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "run", adapted(bias="lora_only"), learning_rate=0.05, activation_checkpointing=True)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "saved"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
 
 
 def test_training_leaves_the_attention_as_it_was_when_it_fails(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parent / "scripts" / "two_processes.py"
-KINDS = ("explicit", "implicit", "precomputed", "synchronized", "accumulated")
+KINDS = ("explicit", "implicit", "precomputed", "synchronized", "accumulated", "streamed")
 PAIRS_PER_STEP = 4
 
 pytestmark = pytest.mark.distributed

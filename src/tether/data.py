@@ -116,6 +116,12 @@ def tokenize_row(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokeni
         prompt_ids, full_chosen, full_rejected = (
             list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + chosen, prompt + rejected)
         )
+    elif tokenizer.chat_template is None:
+        raise DataError(
+            asked=f"Row {index} of the {name} set is made of messages, and the tokenizer has no chat template.",
+            why="The template is what turns messages into the text that the model reads.",
+            instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
+        )
     else:
         prompt_ids = _render(tokenizer, prompt, row, add_generation_prompt=True)
         full_chosen, full_rejected = (_render(tokenizer, prompt + part, row) for part in (chosen, rejected))

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 
 from observe import bits, same_bits
-from runs import as_dataset, make_trainer, steps
+from runs import as_dataset, make_trainer, steps, stream
 from tether import DPOTrainer
 from tiny import tiny_pairs
 
@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "precomputed": {"precompute_ref_log_probs": True},
     "synchronized": SYNC,
     "accumulated": {"gradient_accumulation_steps": 2, "loss_type": "ipo"},
+    "streamed": {"rows": stream(tiny_pairs(16)), "precompute_ref_log_probs": True},
 }
 NUM_ROWS, NUM_EVAL_ROWS = 16, 7  # the evaluation set does not divide by anything
 

@@ -138,12 +138,14 @@ def adapter_off(policy: PeftModel) -> Iterator[None]:
     Trained biases stay in force under it; `AdapterReference` exchanges them.
     """
     trains = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
-        with policy.disable_adapter():
-            yield
-    for parameter, flag in trains:
-        parameter.requires_grad_(flag)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
+            with policy.disable_adapter():
+                yield
+    finally:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
 
 
 def has_zero_delta(policy: PeftModel) -> bool:
