@@ -70,6 +70,25 @@ def load_tokenizer(
     return tokenizer
 
 
+def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
+    """Weight of the model's own load-balancing loss: as asked, else as its config says; 0 where it has no experts.
+
+    Raises:
+        ConfigurationError: If one is asked for and the model has no router.
+    """
+    config: Any = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if asked and not has_router:
+        raise ConfigurationError(
+            asked=f"`router_aux_loss_coef={asked!r}` with a {type(model).__name__}.",
+            why="It is not a mixture of experts that returns its router's logits: there is no loss to weigh.",
+            instead="Leave `router_aux_loss_coef` out, or write 0.",
+        )
+    if not has_router:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked)
+
+
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """Wraps the model with a fresh adapter, if one is asked for."""
     if peft_config is None:
