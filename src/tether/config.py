@@ -6,7 +6,9 @@ loads nothing.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +44,11 @@ class DPOConfig(TrainingArguments):
         dataset_num_proc: Processes that tokenize.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        padding_free: Insist on rows without padding. They are laid out so by default wherever the model's attention is
+            proven to allow it; True makes it an error where it is not.
+        pad_to_multiple_of: `auto` or None: there is no padding to round up.
+        pad_token: Deprecated, as in TRL: set the tokenizer's own.
+        activation_offloading: False; checkpointing activations is what there is.
         max_tokens_per_micro_batch: Token budget of a training micro-batch, each prompt counted once;
             `per_device_train_batch_size` is then the most pairs it may have. With it, or with
             `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
@@ -94,6 +101,11 @@ class DPOConfig(TrainingArguments):
         "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
     )
 
+    padding_free: bool = _option(False, "Insist on rows without padding, which is the default where it is proven.")
+    pad_to_multiple_of: int | str | None = _option("auto", "auto or none: there is no padding to round up.")
+    pad_token: str | None = _option(None, "Deprecated: set the tokenizer's own.")
+    activation_offloading: bool = _option(False, "Not there; gradient_checkpointing saves activations.")
+
     max_tokens_per_micro_batch: int | None = _option(
         None, "Token budget of a training micro-batch (each prompt once); with it, the batch size is a maximum."
     )
@@ -137,6 +149,7 @@ class DPOConfig(TrainingArguments):
         loss_type: str | list[str] = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check()
+        self._check_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
             self.bf16 = bool(on_accelerator and not self.fp16)
@@ -171,6 +184,13 @@ class DPOConfig(TrainingArguments):
             use_weighting=self.use_weighting,
             bco_reward_shift=self.bco_reward_shift,
         )
+        if self.router_aux_loss_coef is not None and not math.isfinite(self.router_aux_loss_coef):
+            _refuse(
+                "router_aux_loss_coef",
+                self.router_aux_loss_coef,
+                "the router's loss is multiplied by it",
+                "a finite number, or None for the model's own",
+            )
         if self.reference_free:
             self._check_reference_free()
         if not 0 <= self.ref_model_mixup_alpha <= 1:
@@ -226,6 +246,29 @@ class DPOConfig(TrainingArguments):
             )
         if self.ref_store is not None and os.path.isdir(self.ref_store):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
+
+    def _check_padding(self) -> None:
+        if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
+            _refuse(
+                "pad_to_multiple_of",
+                self.pad_to_multiple_of,
+                "pairs are laid out one behind the other, without padding that could be rounded up",
+                "`auto`, the default, or None",
+            )
+        self.pad_to_multiple_of = None
+        if self.activation_offloading:
+            _refuse(
+                "activation_offloading",
+                self.activation_offloading,
+                "activations cannot be moved to host memory here yet",
+                "False; `gradient_checkpointing=True`, the default, holds the activations of one layer at a time",
+            )
+        if self.pad_token is not None:
+            warnings.warn(
+                "`pad_token` is deprecated. Set `tokenizer.pad_token` and pass the tokenizer as `processing_class`.",
+                FutureWarning,
+                stacklevel=4,  # whoever wrote `DPOConfig(...)`
+            )
 
     def _check_reference_free(self) -> None:
         options = {

@@ -38,6 +38,7 @@ from tether.losses import Objective, PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
 from tether.models import (
     add_adapter,
+    check_padding_free,
     check_trainable,
     check_vocabulary,
     default_output_dir,
@@ -45,6 +46,7 @@ from tether.models import (
     load_model,
     load_tokenizer,
     router_coefficient,
+    use_pad_token,
 )
 from tether.reference import Reference, ReferenceOptions, build_reference, check_options
 from tether.reference.adapter import is_adapter_model
@@ -127,6 +129,9 @@ class DPOTrainer(Trainer):
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
         self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        use_pad_token(self._tokenizer, args.pad_token)
+        if args.padding_free:
+            check_padding_free(policy)
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = self._objective_of(args, loss)
