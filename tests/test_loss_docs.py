@@ -50,7 +50,7 @@ and lets `forward_kl` overflow.
 ## What weighs tokens and pairs
 
 - **`ld_alpha`** (LD-DPO): {ld}
-- **`use_weighting`** (WPO): {wpo}
+- **`use_weighting`** (WPO): {wpo} TRL 1.16 cannot train `hinge` with it: its backward fails.
 - **`margin`**, a column of the rows: by how much the chosen response is better, in units of reward (`beta` times
   nats). DPO with an offset, Amini et al. 2024, arXiv 2402.10571. TRL ignores such a column.
 - **`router_aux_loss_coef`**: the load-balancing loss of a mixture of experts is added with this weight; by default
@@ -101,7 +101,7 @@ def losses_table() -> str:
         difference = next(
             (part.removeprefix("TRL 1.16: ") for part in rest if part.startswith("TRL 1.16: ")), "the same"
         )
-        reads = ", ".join(f"`{option}`" for option in sorted(loss.takes))
+        reads = ", ".join(f"`{option}`" for option in sorted(loss.takes)) or "none"
         lines.append(f"| `{name}` | " + " | ".join(map(cell, (what, equation, paper, reads, difference))) + " |")
     return "\n".join(lines) + "\n"
 

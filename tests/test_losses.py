@@ -18,7 +18,7 @@ PAIRS = [
     Pair(-12.5, -30.25, -14.0, -28.0, 11, 23),
     Pair(-3.0, -2.0, -1.0, -4.5, 1, 2),
     Pair(-100.0, -90.0, -100.5, -90.25, 40, 37),
-    Pair(-7.0, -9.0, -5.0, -9.0, 5, 5),
+    Pair(-7.0, -9.0, -5.5, -9.0, 5, 5),
 ]
 ON_DIFFERENCES = [name for name, loss in LOSSES.items() if "f_divergence_type" in loss.takes]
 SMOOTHED = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.takes]
@@ -194,9 +194,9 @@ def test_loss_and_gradient_equal_those_of_trl(name: str, options: dict[str, Any]
         loss_type=name,
         **options,
     )
-    rtol = 1e-12 if exact else 1e-6
+    rtol = 1e-12 if exact else 1e-5
     for found, expected in zip(loss_and_gradients(scores, ours), loss_and_gradients(scores, theirs), strict=True):
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-14 if exact else 1e-7)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-14 if exact else 1e-6)
 
 
 def in_fp32(scores: PairScores) -> PairScores:

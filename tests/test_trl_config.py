@@ -39,6 +39,7 @@ DIFFERENCES = {
     "f_divergence_type": "an unknown name is an error at construction",
     "f_alpha_divergence_coef": "an error without the alpha-divergence",
     "discopop_tau": "an error without `discopop`",
+    "use_weighting": "also trains with `hinge`, where TRL's backward fails; sorting losses are refused with both",
     "activation_offloading": "True is an error: not there yet",
     "ref_model_mixup_alpha": "an error outside [0, 1]",
     "sync_ref_model": "the reference's state is saved with every checkpoint and resumed; TRL loses it",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -93,7 +94,7 @@ class Objective:
             check_margin(named)
 
 
-def _checked(losses: Tensor, loss: PreferenceLoss, batch: PairBatch) -> Tensor:
+def _checked(losses: Any, loss: PreferenceLoss, batch: PairBatch) -> Tensor:
     if isinstance(losses, Tensor) and losses.shape == (batch.num_pairs,):
         return losses
     found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__

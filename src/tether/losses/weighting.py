@@ -49,7 +49,7 @@ def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -
         # A response of several pairs is gathered once for each: what it shares with the other differs.
         places = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in side])
         beyond = torch.cat([torch.arange(lengths[r]) >= n for r, n in zip(side, public, strict=True)])
-        weights = torch.where(beyond, alpha, 1.0).to(device, log_probs.values.dtype)
+        weights = torch.ones(len(beyond), dtype=log_probs.values.dtype).masked_fill(beyond, alpha).to(device)
         values = log_probs.values[places.to(device)] * weights
         return torch.segment_reduce(values, "sum", offsets=offsets_of([lengths[r] for r in side], device))
 
