@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "fresh LoRA, precomputed": lambda: {"peft_config": LoraConfig(**LORA), "precompute_ref_log_probs": True},
     "continued LoRA": lambda: {"model": continued()},
     "prompt tuning": lambda: {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+    "reward shift": lambda: {"loss_type": ["sigmoid", "bco_pair"], "beta": 0.5},
     "batches by length": lambda: {"max_tokens_per_micro_batch": 200},
 }
 

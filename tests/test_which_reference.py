@@ -213,6 +213,7 @@ def measure(model: nn.Module, adapter: peft.PeftConfig | None, folder: Path, **o
             save_strategy="no",
             gradient_checkpointing=False,
             disable_dropout=False,
+            router_aux_loss_coef=0.0,  # it would be in the first loss of a mixture of experts
             **options,
         ),
         train_dataset=Dataset.from_list(tiny_pairs(12)),

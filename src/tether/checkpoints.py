@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run besides what transformers keeps: the reference, and how many tokens were seen.
+"""What a checkpoint keeps of a run besides what transformers keeps: the reference, the tokens seen, BCO's mean.
 
 Knows files and references; knows no trainer.
 """
@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 from tether.errors import ResumeError
+from tether.losses.weighting import RewardShift
 from tether.reference import Reference
 
-_FOLDER, _IDENTITY, _PROGRESS = "reference", "identity.json", "progress.json"
+_FOLDER, _IDENTITY, _PROGRESS, _SHIFT = "reference", "identity.json", "progress.json", "reward_shift.json"
 
 
 def save_reference(checkpoint: Path, reference: Reference, num_tokens: float) -> None:
@@ -33,6 +34,30 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     _check_same(folder, reference)
     reference.load(folder)
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
+
+
+def save_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
+    """Writes BCO's running mean of rewards, where a run keeps one."""
+    if shift is not None:
+        (checkpoint / _SHIFT).write_text(json.dumps({"sum_and_count": shift.state()}))
+
+
+def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
+    """Restores it; double precision as decimal text comes back bit for bit.
+
+    Raises:
+        ResumeError: If the checkpoint's run kept none.
+    """
+    if shift is None:
+        return
+    path = checkpoint / _SHIFT
+    if not path.is_file():
+        raise ResumeError(
+            asked=f"Resuming from {checkpoint} with `bco_pair`.",
+            why="Its run kept no running mean of rewards, so the loss would start from another one.",
+            instead="Set `bco_reward_shift=False`, take the losses of the checkpoint's run, or start a new run.",
+        )
+    shift.load(json.loads(path.read_text())["sum_and_count"])
 
 
 def _check_same(folder: Path, reference: Reference) -> None:

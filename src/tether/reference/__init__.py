@@ -7,6 +7,7 @@ from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
+from tether.reference.uniform import UniformReference
 
 __all__ = [
     "AdapterReference",
@@ -16,6 +17,7 @@ __all__ = [
     "ReferenceIdentity",
     "ReferenceOptions",
     "StoredReference",
+    "UniformReference",
     "build_reference",
     "check_options",
 ]

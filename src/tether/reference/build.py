@@ -18,6 +18,7 @@ from tether.reference.frozen import FrozenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
+from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore
 
 
@@ -26,6 +27,7 @@ class ReferenceOptions:
     """What a run says of its reference.
 
     Attributes:
+        free: No reference: every response has the same log-prob.
         precompute: Score every row once before training and read the answers from a store.
         streaming: Some rows are only known when they are read; the store is then filled on the way.
         store_path: The store's file; None for the default place.
@@ -37,6 +39,7 @@ class ReferenceOptions:
         device: Where a reference with weights of its own lives; None for where they are.
     """
 
+    free: bool = False
     precompute: bool = False
     streaming: bool = False
     store_path: Path | None = None
@@ -60,6 +63,8 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
         ConfigurationError: If the options contradict each other or the model.
     """
     check_options(policy, ref_model, options)
+    if options.free:
+        return UniformReference()
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):
@@ -111,6 +116,12 @@ def check_options(
         ReferenceModelError: If a weight of the policy is NaN or infinite and no reference would look at it.
     """
     has_adapter = gets_adapter or is_adapter_model(policy)
+    if options.free and ref_model is not None:
+        raise ConfigurationError(
+            asked="`reference_free=True` together with `ref_model`.",
+            why="Without a reference there is nothing to compare with.",
+            instead="Leave `ref_model` out, or set `reference_free=False`.",
+        )
     if ref_model is not None:
         _check_ref_model(policy, ref_model)
         check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself

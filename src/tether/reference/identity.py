@@ -37,7 +37,7 @@ class ReferenceIdentity:
     """What tells one reference from another.
 
     Attributes:
-        kind: `frozen`, `adapter` or `moving`; for people, not part of `digest`.
+        kind: `frozen`, `adapter`, `moving` or `uniform`; for people, not part of `digest`.
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
