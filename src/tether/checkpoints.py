@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tether.distributed import together
 from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
@@ -15,8 +16,14 @@ from tether.reference import Reference
 _FOLDER, _IDENTITY, _PROGRESS, _SHIFT = "reference", "identity.json", "progress.json", "reward_shift.json"
 
 
-def save_reference(checkpoint: Path, reference: Reference, num_tokens: float) -> None:
-    """Writes the reference's identity and state (`checkpoint/reference/`), and the tokens trained on."""
+def save_reference(checkpoint: Path, reference: Reference, num_tokens: float, *, writes: bool = True) -> None:
+    """Writes the reference's identity and state (`checkpoint/reference/`), and the tokens trained on.
+
+    Every process calls it, because a sharded state is gathered; the one with `writes` writes.
+    """
+    if not writes:
+        reference.save(None)
+        return
     folder = checkpoint / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _IDENTITY).write_text(json.dumps(reference.identity.describe(), indent=2))
@@ -28,11 +35,14 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     """Restores the reference's state and returns the tokens trained on.
 
     Raises:
-        ResumeError: If the checkpoint was trained against another reference, or does not say against which.
+        ResumeError: On every process, if on any of them the checkpoint was trained against another reference, or does
+            not say against which.
     """
     folder = checkpoint / _FOLDER
-    _check_same(folder, reference)
-    reference.load(folder)
+    with together():
+        _check_same(folder, reference)
+    with together():
+        reference.load(folder)
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from tether.distributed import whole_shape
 from tether.errors import ConfigurationError
 from tether.scoring.score import can_pack
 
@@ -188,7 +189,7 @@ def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrain
     """
     largest = max(tokenizer.get_vocab().values())
     embeddings: Any = ref_model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    rows = whole_shape(embeddings.weight)[0]
     if largest >= rows:
         _refuse_vocabulary(f"The tokenizer's largest id is {largest}, and the reference embeds {rows} tokens")
     own = _own_vocabulary(ref_model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from tether.data import (
     progress_bars_off,
     tokenize_pairs,
 )
+from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
 from tether.losses import Objective, PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
@@ -48,7 +50,7 @@ from tether.models import (
     router_coefficient,
     use_pad_token,
 )
-from tether.reference import Reference, ReferenceOptions, build_reference, check_options
+from tether.reference import Reference, ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
@@ -165,9 +167,17 @@ class DPOTrainer(Trainer):
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
-        self.reference = build_reference(self.model, ref_model, options)
-        self._watch = ReferenceWatch(self.reference, args.autocast_dtype, self._reduced)
-        self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
+        shard = sharding_of(self.accelerator)
+        cast_as_training_will(self.model, self.accelerator)
+        with together():
+            self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
+        check_alike(self.reference.identity.digest, "reference")
+        self._watch = ReferenceWatch(self.reference, args.autocast_dtype)
+        # A pass through the policy's own modules must wait until training has sharded them and put them in place.
+        is_early = shard is not None or waits_for_device(self.model, args.device)
+        self._prepares_late = is_early and self.reference.runs_in_policy
+        if not self._prepares_late:
+            self._prepare_reference(self._all_sets())
         self.model.add_model_tags(["tether", "dpo"])
         self.add_callback(_FollowTraining(self))
 
@@ -202,12 +212,13 @@ class DPOTrainer(Trainer):
         rows = list(first.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
 
-    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
-        """A tensor summed over the processes, or their largest."""
-        if how == "sum":
-            return self._sum_over_processes(tensor)
-        largest: Tensor = self.accelerator.gather(tensor.reshape(1)).max()
-        return largest
+    def _all_sets(self) -> dict[str, Any]:
+        return self._named_sets({"train": self.train_dataset}, self.eval_dataset)
+
+    def _prepare_if_late(self) -> None:
+        if self._prepares_late:
+            self._prepares_late = False
+            self._prepare_reference(self._all_sets())
 
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
@@ -399,7 +410,7 @@ class DPOTrainer(Trainer):
         """Evaluates the sets given at construction, or new ones (rows of text, or tokenized)."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenized_sets(eval_dataset, self.args)
-            if eval_dataset is not self.eval_dataset:
+            if eval_dataset is not self.eval_dataset and not self._prepares_late:
                 self._prepare_reference(self._named_sets({}, eval_dataset))
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
@@ -416,8 +427,8 @@ class DPOTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         num_tokens = self._sum_tokens()  # every process takes part
+        save_reference(Path(output_dir), self.reference, num_tokens, writes=self.args.should_save)
         if self.args.should_save:
-            save_reference(Path(output_dir), self.reference, num_tokens)
             save_reward_shift(Path(output_dir), self._objective.reward_shift)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -441,6 +452,7 @@ class _FollowTraining(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._prepare_if_late()
         self._trainer._set_sentinel()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from tether.reference.adapter import AdapterReference
 from tether.reference.base import Reference
-from tether.reference.build import ReferenceOptions, build_reference, check_options
+from tether.reference.build import ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.moving import MovingReference
@@ -20,4 +20,5 @@ __all__ = [
     "UniformReference",
     "build_reference",
     "check_options",
+    "waits_for_device",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tether.distributed import Sharding, has_shards
 from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
@@ -37,6 +38,7 @@ class ReferenceOptions:
         dtype: Dtype of an explicit reference's weights; None for the policy's.
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
         device: Where a reference with weights of its own lives; None for where they are.
+        shard: Shards a reference with weights of its own as training shards the policy; None where that stays whole.
     """
 
     free: bool = False
@@ -49,6 +51,7 @@ class ReferenceOptions:
     dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
     device: torch.device | None = None
+    shard: Sharding | None = None
 
 
 def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
@@ -78,16 +81,30 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
 def _source(
     policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions
 ) -> FrozenReference | AdapterReference:
-    dtype, autocast_dtype, device = options.dtype, options.autocast_dtype, options.device
+    dtype, autocast_dtype, device, shard = options.dtype, options.autocast_dtype, options.device, options.shard
     if ref_model is not None:
         return FrozenReference.of_other_model(
-            ref_model, policy, moves=options.sync, dtype=dtype, autocast_dtype=autocast_dtype, device=device
+            ref_model,
+            policy,
+            moves=options.sync,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            device=device if shard is None else None,  # sharding takes it there, one part for each process
+            shard=shard,
         )
     if is_adapter_model(policy):
         return AdapterReference(policy, autocast_dtype=autocast_dtype)
-    if options.precompute and not options.streaming and dtype is None:
+    elsewhere = device if shard is None and waits_for_device(policy, device) else None
+    can_run = shard is None and elsewhere is None and not has_shards(policy)
+    if options.precompute and not options.streaming and dtype is None and can_run:
         return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype)
-    return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype)
+    return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard)
+
+
+def waits_for_device(policy: nn.Module, device: torch.device | None) -> bool:
+    """Whether the policy is still on the CPU, from where sharding will take it to its device."""
+    kinds = {parameter.device.type for parameter in policy.parameters()}
+    return kinds == {"cpu"} and device is not None and device.type != "cpu"
 
 
 def _check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
@@ -136,6 +153,12 @@ def check_options(
             asked="`sync_ref_model=True` with a PEFT model.",
             why="Averaging an adapter in weight space is not there yet; averaging its factors would be another rule.",
             instead="Train the full model, or set `sync_ref_model=False`.",
+        )
+    if options.dtype is not None and options.shard is not None:
+        raise ConfigurationError(
+            asked="`ref_dtype` together with ZeRO-3 or FSDP2.",
+            why="A sharded reference is held and cast as the policy is, by the options of the sharding.",
+            instead="Leave `ref_dtype` out.",
         )
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(

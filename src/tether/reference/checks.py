@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tether.distributed import reduced, union
 from tether.errors import DriftError, InitialGapError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.types import PairBatch, ResponseLogProbs
@@ -94,7 +95,10 @@ class ReferenceWatch:
     """
 
     def __init__(
-        self, reference: Reference, autocast_dtype: torch.dtype | None, reduce: Callable[[Tensor, str], Tensor]
+        self,
+        reference: Reference,
+        autocast_dtype: torch.dtype | None,
+        reduce: Callable[[Tensor, str], Tensor] = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
         self._knows_gap = False
@@ -133,7 +137,7 @@ class ReferenceWatch:
         if gap.largest == 0:
             return
         mean, largest = TOLERANCES[self._reference.identity.compute_dtype]
-        names = self._reference.changed_tensors()  # reads every weight, so only when something is amiss
+        names = union(self._reference.changed_tensors())  # reads every weight, so only when something is amiss
         if gap.mean <= mean and gap.largest <= largest and not names:
             return
         raise DriftError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tether.distributed import is_sharded, local_part, on_main_process, whole
 from tether.errors import ReferenceModelError
 
 # Entries of a model config that do not change what the model computes.
@@ -61,9 +62,13 @@ class ReferenceIdentity:
 def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Digest of each named tensor: its dtype, shape and content.
 
+    Sharded tensors are gathered one at a time and digested on the main process; then every process must take part.
+
     Raises:
         ReferenceModelError: If a weight is NaN or infinite; names it.
     """
+    if any(map(is_sharded, tensors.values())):
+        return on_main_process(_digest_tensor, tensors)
     names = sorted(tensors)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         return dict(zip(names, pool.map(lambda name: _digest_tensor(name, tensors[name]), names), strict=True))
@@ -85,19 +90,16 @@ def digest_weights(digests: Mapping[str, bytes], config: Any, extra: Any = None)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are NaN or infinite.
+    """Refuses weights that are NaN or infinite; every process must take part where some are sharded.
 
     Raises:
         ReferenceModelError: Names the first of them.
     """
+    if any(map(is_sharded, tensors.values())):
+        on_main_process(_check_finite, tensors)
+        return
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ReferenceModelError(
-                asked=f"The model's weight `{name}` has NaN or infinite values.",
-                why="Every log-probability made from it would be NaN, for the policy and for the reference.",
-                instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 "
-                "overflow).",
-            )
+        _check_finite(name, tensor)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -106,18 +108,27 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
-    return {name: state[name].detach() for name in first.values()}
+    return {name: state[name] for name in first.values()}  # not detached: a sharded one would not say so any more
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    """Bytes of the distinct storages behind some tensors, or behind this process's parts of them."""
+    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ReferenceModelError(
+            asked=f"The model's weight `{name}` has NaN or infinite values.",
+            why="Every log-probability made from it would be NaN, for the policy and for the reference.",
+            instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 overflow).",
+        )
 
 
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
-    tensor = tensor.detach()
-    check_finite({name: tensor})
+    tensor = whole(tensor)
+    _check_finite(name, tensor)
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
