@@ -19,7 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -54,10 +54,12 @@ class AdapterReference(Reference):
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
         self._frozen = [(parameter, parameter.detach().clone()) for parameter in kept.values()]
         self._digests = digest_tensors(self._tensors())
-        base_config = policy.get_base_model().config
+        base = policy.get_base_model()
+        of_adapter = self._digests.keys() - base_tensors(base).keys()
+        adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
             kind="adapter",
-            weights=digest_weights(self._digests, base_config, None if self._adapter_off else _adapter_config(policy)),
+            **digest_parts(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from tether.errors import MissingLogProbsError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, model_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -60,7 +60,7 @@ class FrozenReference(Reference):
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind="frozen",
-            weights=digest_weights(self._digests, self._module.config),
+            **digest_parts(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
