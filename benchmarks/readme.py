@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md anew from benchmarks/results, between their markers."""
+"""Writes the measured tables of the documents anew from benchmarks/results, between their markers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "numerics.md"]
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    written = re.sub(
+    texts = {document: document.read_text() for document in DOCUMENTS}
+    written = {document: _with_tables(text) for document, text in texts.items()}
+    if "--check" in sys.argv:
+        return int(written != texts)
+    for document, text in written.items():
+        document.write_text(text)
+    return 0
+
+
+def _with_tables(text: str) -> str:
+    return re.sub(
         r"(<!-- measured:([\w-]+) -->\n).*?(<!-- end -->)",
         lambda match: match[1] + _section(match[2]) + match[3],
         text,
         flags=re.DOTALL,
     )
-    if "--check" in sys.argv:
-        return int(written != text)
-    readme.write_text(written)
-    return 0
 
 
 def _section(name: str) -> str:
@@ -65,7 +70,28 @@ def _precompute(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TABLES = {"step": _step, "precompute": _precompute}
+def _numerics(results: list[dict[str, Any]]) -> str:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results))
+    head = [f"| mean / largest single difference, in nats | {' | '.join(dtypes)} |", "| --- |" + " --- |" * len(dtypes)]
+    found = {(row["way"], row["dtype"]): row for row in results}
+
+    def table(kind: str, mean: str, single: str) -> list[str]:
+        ways = dict.fromkeys(row["way"] for row in results if row["kind"] == kind)
+        cells = ([found.get((way, dtype)) for dtype in dtypes] for way in ways)
+        return [
+            f"| {way} | " + " | ".join(f"{row[mean]:.1g} / {row[single]:.1g}" if row else "" for row in rows) + " |"
+            for way, rows in zip(ways, cells, strict=True)
+        ]
+
+    rounding = table("rounding", "largest_mean", "largest_single")
+    faults = table("fault", "smallest_mean", "smallest_single")
+    return "\n".join(
+        ["**Rounding**, the largest over all models:", "", *head, *rounding, ""]
+        + ["**Another reference**, the smallest over all models:", "", *head, *faults, ""]
+    )
+
+
+_TABLES = {"step": _step, "precompute": _precompute, "numerics": _numerics}
 
 
 if __name__ == "__main__":

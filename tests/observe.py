@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -203,9 +203,7 @@ WATCHED: dict[str, dict[str, Any]] = {
 def test_a_frozen_weight_that_was_reached_stops_the_run_and_is_named(when: str, tmp_path: Path) -> None:
     policy = partly_frozen()
     reached = policy.transformer.h[0].mlp.c_fc.bias
-    trainer = make_trainer(
-        tmp_path, policy, callbacks=[Reaches(lambda: reached.add_(0.1))], **WATCHED[when]
-    )
+    trainer = make_trainer(tmp_path, policy, callbacks=[Reaches(lambda: reached.add_(0.1))], **WATCHED[when])
     with pytest.raises(DriftError, match=r"transformer\.h\.0\.mlp\.c_fc\.bias") as caught:
         trainer.train()
     assert trainer.state.global_step == 1
@@ -215,7 +213,9 @@ def test_a_frozen_weight_that_was_reached_stops_the_run_and_is_named(when: str, 
 def test_the_base_under_an_adapter_that_was_reached_stops_the_run_and_is_named(tmp_path: Path) -> None:
     policy = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     reached = policy.get_base_model().model.layers[1].mlp.up_proj.weight
-    trainer = make_trainer(tmp_path, policy, callbacks=[Reaches(lambda: reached.mul_(1.5))], save_strategy="steps", save_steps=1)
+    trainer = make_trainer(
+        tmp_path, policy, callbacks=[Reaches(lambda: reached.mul_(1.5))], save_strategy="steps", save_steps=1
+    )
     with pytest.raises(DriftError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         trainer.train()
 
@@ -223,7 +223,9 @@ def test_the_base_under_an_adapter_that_was_reached_stops_the_run_and_is_named(t
 def test_a_buffer_that_was_reached_stops_the_run(tmp_path: Path) -> None:
     policy = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     reached = policy.get_base_model().model.rotary_emb.inv_freq
-    trainer = make_trainer(tmp_path, policy, callbacks=[Reaches(lambda: reached.mul_(3))], save_strategy="steps", save_steps=1)
+    trainer = make_trainer(
+        tmp_path, policy, callbacks=[Reaches(lambda: reached.mul_(3))], save_strategy="steps", save_steps=1
+    )
     with pytest.raises(DriftError, match="None of its weights changed"):
         trainer.train()
 

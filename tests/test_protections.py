@@ -257,7 +257,9 @@ def reload_by_name(patch: pytest.MonkeyPatch) -> None:
 
 def copy_nothing(patch: pytest.MonkeyPatch) -> None:
     twin = tether.reference.frozen.frozen_twin
-    patch.setattr(tether.reference.frozen, "frozen_twin", lambda model, owns, *rest: twin(model, lambda p: False, *rest))
+    patch.setattr(
+        tether.reference.frozen, "frozen_twin", lambda model, owns, *rest: twin(model, lambda p: False, *rest)
+    )
 
 
 def share_buffers(patch: pytest.MonkeyPatch) -> None:
@@ -407,18 +409,14 @@ PROTECTIONS: dict[str, Protection] = {
     # checks
     "the gap is checked": Protection(changed_in_between, no_gap_check, InitialGapError),
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
-    "resumed from the checkpoint's weights": Protection(
-        resumed_from_its_own_weights, no_identity_check, ResumeError
-    ),
+    "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
     "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),
     "a moving reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),
 }
 
 
 @pytest.mark.parametrize("name", PROTECTIONS)
-def test_without_its_protection_the_fault_is_silent(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     protection = PROTECTIONS[name]
     if protection.error is None:
         assert protection.fault(tmp_path / "protected") == 0

@@ -1,4 +1,4 @@
-"""A `ref_model` that shares tensors with the policy is copied where it must be, or refused; the caller's stays as is."""
+"""A `ref_model` that shares tensors with the policy is copied where it must be, or refused; the caller's stays."""
 
 from __future__ import annotations
 

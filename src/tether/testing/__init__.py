@@ -22,13 +22,13 @@ if not _has_pytest():
         instead="Install it where you run the tests: `pip install pytest`.",
     )
 
-import pytest
+import pytest  # noqa: E402
 
 # Before they are imported: a failing clause then shows the values it compared.
 pytest.register_assert_rewrite("tether.testing.contract")
 
-from tether.testing.contract import ReferenceContract, Subject
-from tether.testing.observation import bits, random_state, same_bits, traces
-from tether.testing.oracle import naive_log_probs_of
+from tether.testing.contract import ReferenceContract, Subject  # noqa: E402
+from tether.testing.observation import bits, random_state, same_bits, traces  # noqa: E402
+from tether.testing.oracle import naive_log_probs_of  # noqa: E402
 
 __all__ = ["ReferenceContract", "Subject", "bits", "naive_log_probs_of", "random_state", "same_bits", "traces"]
