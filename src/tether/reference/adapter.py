@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
 from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -56,10 +56,12 @@ class AdapterReference(Reference):
         # By name: FSDP2 puts other parameter objects into the modules when it shards them.
         self._frozen = {name: local_part(parameter).clone() for name, parameter in kept.items()}
         self._digests = digest_tensors(self._tensors())
-        base_config = policy.get_base_model().config
+        base = policy.get_base_model()
+        of_adapter = self._digests.keys() - base_tensors(base).keys()
+        adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
             kind="adapter",
-            weights=digest_weights(self._digests, base_config, None if self._adapter_off else _adapter_config(policy)),
+            **digest_parts(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )

@@ -14,7 +14,7 @@ from torch import nn
 from tether.distributed import Sharding, copy_of_sharded, has_shards, is_fsdp, is_sharded, local_part, twin_of_fsdp
 from tether.errors import MissingLogProbsError, ReferenceModelError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, model_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -69,7 +69,7 @@ class FrozenReference(Reference):
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind="frozen",
-            weights=digest_weights(self._digests, self._module.config),
+            **digest_parts(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )

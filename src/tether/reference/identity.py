@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -42,12 +42,18 @@ class ReferenceIdentity:
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
+        base: Digest of the base weights alone; like the next two, it only says where two `weights` differ.
+        config: Digest of the config alone.
+        adapter: Digest of the adapter's tensors and configuration; empty where none shapes the answers.
     """
 
     kind: str
     weights: str
     compute_dtype: str
     scoring_version: int
+    base: str = field(default="", compare=False)
+    config: str = field(default="", compare=False)
+    adapter: str = field(default="", compare=False)
 
     @property
     def digest(self) -> str:
@@ -57,6 +63,28 @@ class ReferenceIdentity:
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def digest_parts(
+    digests: Mapping[str, bytes], config: Any, adapter: Collection[str] = (), adapter_config: Any = None
+) -> dict[str, str]:
+    """The digests of an identity: `weights` of everything, and its parts.
+
+    Args:
+        digests: Of all tensors that shape the answers (`digest_tensors`).
+        config: The transformers config.
+        adapter: The names among them that belong to an adapter.
+        adapter_config: The configuration of that adapter, as JSON-able data.
+    """
+    base = {name: digest for name, digest in digests.items() if name not in adapter}
+    of_adapter = {name: digests[name] for name in adapter}
+    has_adapter = bool(of_adapter) or adapter_config is not None
+    return {
+        "weights": digest_weights(digests, config, adapter_config),
+        "base": _digest_named(base, None),
+        "config": _digest_named({}, _forward_config(config)),
+        "adapter": _digest_named(of_adapter, adapter_config) if has_adapter else "",
+    }
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -82,8 +110,12 @@ def digest_weights(digests: Mapping[str, bytes], config: Any, extra: Any = None)
         config: The transformers config.
         extra: Anything else that changes the answer (the adapter's configuration), as JSON-able data.
     """
+    return _digest_named(digests, [_forward_config(config), extra])
+
+
+def _digest_named(digests: Mapping[str, bytes], data: Any) -> str:
     total = hashlib.blake2b(digest_size=16)
-    total.update(json.dumps([_forward_config(config), extra], sort_keys=True, default=_plain).encode())
+    total.update(json.dumps(data, sort_keys=True, default=_plain).encode())
     for name in sorted(digests):
         total.update(f"{name}:".encode() + digests[name])
     return total.hexdigest()

@@ -101,5 +101,8 @@ def _is_proven(base: nn.Module) -> bool:
     config: Any = base.config
     if config.model_type not in PROVEN_FAMILIES or not type(base).__module__.startswith("transformers.models."):
         return False
+    # A layer taken from another model reads that model's config, and would not notice that attention is switched.
+    if any(getattr(module, "config", config) is not config for module in base.modules()):
+        return False
     # GPT-2 has a second attention of its own behind this flag.
     return not getattr(config, "reorder_and_upcast_attn", False)
