@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from kinds import BATCH, dropping_gpt2, lora, partly_frozen
 from runs import as_dataset, curve, make_trainer, steps, trained
 from tether.errors import DriftError, InitialGapError
 from tether.reference import AdapterReference, FrozenReference, MovingReference, Reference, StoredReference
-from tether.reference.checks import TOLERANCES, Gap, ReferenceWatch, check_initial_gap, initial_gap
+from tether.reference.checks import ALIKE, Gap, ReferenceWatch, check_initial_gap, initial_gap, tolerance
 from tether.store import LogProbStore
 from tiny import tiny_model, tiny_pairs
 
@@ -149,15 +150,53 @@ def test_log_probs_that_were_stored_for_other_weights_are_refused(tmp_path: Path
         check_initial_gap(gap_of(policy, reference), reference, "float32")
 
 
-def test_the_tolerance_is_that_of_the_coarser_dtype() -> None:
+def test_another_dtype_is_tolerated_where_it_is_the_reference_s_own() -> None:
     policy = tiny_model()
     reference = FrozenReference.of_policy(policy, dtype=torch.bfloat16)
     gap = gap_of(policy, reference)
-    assert gap.mean > TOLERANCES["float32"][0]
+    assert gap.mean > ALIKE["float32"][0]
     check_initial_gap(gap, reference, "float32")  # bfloat16 explains it
     exact = FrozenReference.of_policy(policy)
     with pytest.raises(InitialGapError):
         check_initial_gap(gap, exact, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_off_by_less_than_a_hundredth_are_seen_in_every_dtype(dtype: torch.dtype) -> None:
+    policy = tiny_model(dtype=dtype)
+    reference = FrozenReference.of_policy(policy)
+    name = str(dtype).removeprefix("torch.")
+    check_initial_gap(gap_of(policy, reference), reference, name)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1 + 8e-3)  # the least step of bfloat16
+    with pytest.raises(InitialGapError):
+        check_initial_gap(gap_of(policy, reference), reference, name)
+
+
+# Faults smaller than what is allowed even where everything is alike; docs/numerics.md names them.
+UNSEEN = {("8 rows more in the embedding", "bfloat16"), ("8 rows more in the embedding", "float32, bfloat16 autocast")}
+
+
+def test_thresholds_lie_between_measured_rounding_and_measured_faults() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "numerics-cpu.json"
+    for row in json.loads(path.read_text())["results"]:
+        dtype = "bfloat16" if "autocast" in row["dtype"] else row["dtype"]
+        case = (row["way"], row["dtype"])
+        if row["kind"] == "fault":
+            assert (row["smallest_mean"] > ALIKE[dtype][0]) != (case in UNSEEN), case
+            continue
+        alike = row["way"] in ("explicit copy", "adapter off")
+        other = "bfloat16" if row["way"] == "weights in bfloat16" else dtype
+        mean, largest = tolerance(dtype, other, alike=alike)
+        assert row["largest_mean"] <= mean and row["largest_single"] <= largest, case
+
+
+def test_tolerance_is_wider_the_less_two_scorings_have_in_common() -> None:
+    for name in ALIKE:
+        assert tolerance(name, name, alike=True) < tolerance(name, name, alike=False)
+    assert tolerance("float32", "bfloat16", alike=True) == tolerance("bfloat16", "float32", alike=False)
+    assert tolerance("float32", "bfloat16", alike=True) > tolerance("bfloat16", "bfloat16", alike=False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -250,9 +289,9 @@ def watched(off: float) -> ReferenceWatch:
 
 def test_drift_that_rounding_explains_is_no_drift() -> None:
     watched(0.0).check_drift()
-    watched(TOLERANCES["float32"][0] / 2).check_drift()
+    watched(ALIKE["float32"][0] / 2).check_drift()
     with pytest.raises(DriftError):
-        watched(TOLERANCES["float32"][0] * 2).check_drift()
+        watched(ALIKE["float32"][0] * 2).check_drift()
     with pytest.raises(DriftError):
         watched(float("nan")).check_drift()
 

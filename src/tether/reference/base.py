@@ -75,6 +75,11 @@ class Reference(ABC):
         """Whether training moves this reference on purpose."""
         return False
 
+    @property
+    def answers_are_stored(self) -> bool:
+        """Whether answers may come from an earlier pass, made in other batches or on another machine."""
+        return False
+
     def changed_tensors(self) -> list[str]:
         """Names of tensors that differ from what they were when the reference was made."""
         return []

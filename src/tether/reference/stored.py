@@ -82,6 +82,10 @@ class StoredReference(Reference):
     def means_policy(self) -> bool:
         return self._source is not None and self._source.means_policy
 
+    @property
+    def answers_are_stored(self) -> bool:
+        return True
+
     def changed_tensors(self) -> list[str]:
         return self._source.changed_tensors() if self._source is not None else []
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tether.errors import ReferenceModelError
 from tether.reference import Reference
 from tether.reference.base import compute_dtype_name
-from tether.reference.checks import TOLERANCES
+from tether.reference.checks import tolerance
 from tether.scoring import score
 from tether.store import content_key
 from tether.testing.observation import bits, random_state, same_bits, traces
@@ -70,7 +70,7 @@ class ReferenceContract:
 
     tolerance: tuple[float, float] | None = None
     """Largest mean and largest single difference to the naive oracle, in nats per token; by default what rounding
-    explains in the coarser dtype of policy and reference (`tether.reference.checks.TOLERANCES`)."""
+    explains in the dtypes of policy and reference (`tether.reference.checks.tolerance`)."""
 
     def make_policy(self) -> Any:
         """A policy as it is before its first step: a causal language model, the same weights on every call."""
@@ -249,7 +249,7 @@ class ReferenceContract:
 
     def _assert_close(self, subject: Subject, found: Tensor, meant: Tensor) -> None:
         names = (compute_dtype_name(subject.policy, None), subject.reference.identity.compute_dtype)
-        mean, largest = self.tolerance or (max(TOLERANCES[name][side] for name in names) for side in (0, 1))
+        mean, largest = self.tolerance or tolerance(*names, alike=False)
         difference = (found.to(meant.device) - meant).abs()
         assert float(difference.mean()) <= mean and float(difference.max()) <= largest
 
