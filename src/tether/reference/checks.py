@@ -107,8 +107,8 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
         f"differently: {gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most.",
         why=f"Rounding ({_dtypes(policy_dtype, own)}) explains {mean:g} in the mean and {largest:g} at most. Likely "
         "causes: the policy was changed between building the trainer and training; an adapter whose initial delta is "
-        "not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another dtype; log-probs "
-        "stored for other weights.",
+        "not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another dtype; "
+        "log-probs stored for other weights.",
         instead="Build the trainer last, from the policy as it will train. If another model is meant, pass it as "
         "`ref_model`.",
     )
