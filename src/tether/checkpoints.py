@@ -6,10 +6,17 @@ Knows files and references; knows no trainer.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tether.errors import ResumeError
 from tether.reference import Reference
+
+if TYPE_CHECKING:
+    from tether.config import DPOConfig
+
+logger = logging.getLogger(__name__)
 
 _FOLDER, _IDENTITY, _PROGRESS = "reference", "identity.json", "progress.json"
 
@@ -33,6 +40,26 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     _check_same(folder, reference)
     reference.load(folder)
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
+
+
+def warn_of_weights_alone(args: DPOConfig) -> None:
+    """Says what checkpoints of weights alone lose when the reference moves."""
+    if args.save_only_model and args.save_strategy != "no":
+        logger.warning(
+            "`save_only_model=True` with `sync_ref_model=True`: the checkpoints will not hold the moving reference, so "
+            "no run can be resumed from them, and the average reached there is lost. `trainer.save_reference(folder)` "
+            "keeps the last one."
+        )
+
+
+def warn_of_no_sync(args: DPOConfig, num_steps: int) -> None:
+    """Says when a run ends before its first sync."""
+    if args.sync_ref_model and args.ref_model_sync_steps > num_steps:
+        logger.warning(
+            f"`sync_ref_model=True`, but the reference will not move: its first sync would come after "
+            f"{args.ref_model_sync_steps} optimizer steps, and this run has {num_steps}. Set `ref_model_sync_steps` to "
+            "less."
+        )
 
 
 def _check_same(folder: Path, reference: Reference) -> None:

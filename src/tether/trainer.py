@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.batches import ProcessBatches, even_loader
-from tether.checkpoints import load_reference, save_reference
+from tether.checkpoints import load_reference, save_reference, warn_of_no_sync, warn_of_weights_alone
 from tether.config import DPOConfig, refuse_data_parallel
 from tether.data import (
     TOKEN_COLUMNS,
@@ -125,7 +125,7 @@ class DPOTrainer(Trainer):
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
         options = self._reference_options(args, self._named_sets({"train": train_set}, eval_sets))
-        check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
+        check_options(policy, ref_model, options, new_adapter=peft_config)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
         check_trainable(policy)
@@ -151,6 +151,9 @@ class DPOTrainer(Trainer):
         self.reference = build_reference(self.model, ref_model, options)
         self._watch = ReferenceWatch(self.reference, args.autocast_dtype, self._reduced)
         self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
+        if self.reference.moves:
+            warn_of_weights_alone(args)
+            self._watch.set_start(self.model, self._sentinel_pairs())
         self.model.add_model_tags(["tether", "dpo"])
         self.add_callback(_FollowTraining(self))
 
@@ -173,16 +176,34 @@ class DPOTrainer(Trainer):
             store_path=Path(args.ref_store) if args.ref_store else None,
             sync=args.sync_ref_model,
             alpha=args.ref_model_mixup_alpha,
+            sync_rule=args.ref_model_sync_rule,
+            sync_rank=args.ref_model_sync_rank,
             sync_steps=args.ref_model_sync_steps,
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
             autocast_dtype=args.autocast_dtype,
             device=args.device,
         )
 
-    def _set_sentinel(self) -> None:
+    def save_reference(self, folder: str | Path, *, merged: bool = False) -> None:
+        """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
+
+        A full model loads with `AutoModelForCausalLM.from_pretrained(folder)`, an adapter with
+        `PeftModel.from_pretrained(base, folder)`, whose ranks may be larger than the policy's.
+
+        Args:
+            folder: Where to.
+            merged: Save an adapter's reference as a full model, with the adapter in its weights.
+
+        Raises:
+            ReferenceModelError: If the reference has no weights of its own, or cannot be saved in that form.
+        """
+        if self.args.should_save:
+            self.reference.export(Path(folder), merged=merged)
+            self._tokenizer.save_pretrained(folder)
+
+    def _sentinel_pairs(self) -> PairBatch:
         first: Any = self.train_dataset
-        rows = list(first.take(_SENTINEL_PAIRS))
-        self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
+        return batch_of(self.data_collator(list(first.take(_SENTINEL_PAIRS)))).to(self.args.device)
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
         """A tensor summed over the processes, or their largest."""
@@ -399,7 +420,8 @@ class _FollowTraining(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._set_sentinel()
+        self._trainer._watch.set_sentinel(self._trainer._sentinel_pairs())
+        warn_of_no_sync(self._trainer.args, state.max_steps)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._watch.check_drift()
@@ -412,4 +434,8 @@ class _FollowTraining(TrainerCallback):
             self._trainer._even_batches.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.reference.advance(state.global_step)
+        trainer = self._trainer
+        trainer.reference.advance(state.global_step)
+        if control.should_log:
+            unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+            trainer._train_sums.add_once(trainer.reference.figures() | trainer._watch.distances(unwrapped))

@@ -5,10 +5,12 @@ The one home of PEFT's adapter mechanics. Holds no second set of base weights.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -18,8 +20,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.errors import ConfigurationError, ReferenceModelError
+from tether.reference.adapter_parts import adapter_parts, changes_base, saved_as_it_is
+from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
+from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -29,13 +34,15 @@ def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
     return isinstance(model, PeftModel)
 
 
-class AdapterReference(Reference):
+class AdapterReference(MovableReference):
     """The implicit reference: the policy without what training adds to it.
 
     A *fresh* adapter, whose initial delta is exactly zero, is simply switched off. An adapter that already changes
     the base (a continued one, PiSSA, random prompts) is kept as a frozen copy of its tensors. Either way, tensors
     that train and still reach the forward (trained biases, say) are swapped for frozen copies around the pass, in
-    place and by pointer: no weight is moved, and PEFT never has to hold a second adapter.
+    place and by pointer: no weight is moved, and PEFT never has to hold a second adapter. A copy may have another
+    rank than the policy's adapter, as an average has, but not another dtype: that would cut the tensor off from the
+    hooks that reduce its gradient.
 
     Must be built before the first optimizer step. A pass must come before the policy's forward of the same step,
     because that forward's graph refers to the policy's tensors.
@@ -43,16 +50,18 @@ class AdapterReference(Reference):
     Args:
         policy: The PEFT model that trains.
         autocast_dtype: Run under autocast with this dtype, as the policy does.
+        moves: The reference will follow the policy: the adapter is kept as a copy even if it changes nothing yet.
     """
 
-    def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None, moves: bool = False) -> None:
         self._policy = policy
         self._autocast_dtype = autocast_dtype
         self._num_passes = 0
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self._adapter_off = has_zero_delta(policy)
-        kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
-        self._frozen = [(parameter, parameter.detach().clone()) for parameter in kept.values()]
+        self._starts_at_zero = has_zero_delta(policy)
+        self._adapter_off = self._starts_at_zero and not moves
+        self._trained = _reaching_forward(policy, trainable) if self._adapter_off else trainable
+        self._copies = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         self._digests = digest_tensors(self._tensors())
         base_config = policy.get_base_model().config
         self._identity = ReferenceIdentity(
@@ -64,9 +73,9 @@ class AdapterReference(Reference):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor that shapes the reference's answers, as the reference sees it."""
-        frozen = {id(parameter): copy for parameter, copy in self._frozen}
+        frozen = {id(parameter): self._copies[name] for name, parameter in self._trained.items()}
         tensors = base_tensors(self._policy.get_base_model())
-        if not self._adapter_off:
+        if not self._starts_at_zero:
             # Not only what trains: a frozen projection, or a second adapter, shapes the answers as well.
             of_base = {id(tensor) for tensor in tensors.values()}
             state = self._policy.state_dict(keep_vars=True)
@@ -96,7 +105,7 @@ class AdapterReference(Reference):
 
     @property
     def extra_bytes(self) -> int:
-        return num_bytes(frozen for _, frozen in self._frozen)
+        return num_bytes(self._copies.values())
 
     @contextmanager
     def in_policy(self) -> Iterator[None]:
@@ -111,14 +120,63 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        trained = [parameter.data for parameter, _ in self._frozen]
-        for parameter, frozen in self._frozen:
-            parameter.data = frozen.to(parameter.device)
+        trained = [parameter.data for parameter in self._trained.values()]
+        for name, parameter in self._trained.items():
+            parameter.data = self._copies[name].to(parameter.device)
         try:
             yield
         finally:
-            for (parameter, _), data in zip(self._frozen, trained, strict=True):
+            for parameter, data in zip(self._trained.values(), trained, strict=True):
                 parameter.data = data
+
+    def tensors(self) -> Tensors:
+        return dict(self._copies)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert tensor.dtype == self._copies[name].dtype, "another dtype would cut the parameter off from its hooks"
+        self._copies[name] = tensor.detach().to(self._copies[name].device).contiguous()
+
+    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
+        """See `adapter_parts`."""
+        if self._adapter_off:
+            raise ConfigurationError(
+                asked="A moving reference over an adapter that is switched off.",
+                why="It would have no adapter of its own to move.",
+                instead="`AdapterReference(policy, moves=True)`.",
+            )
+        return adapter_parts(self._policy, rule)
+
+    def export(self, folder: Path, *, merged: bool = False) -> None:
+        if self._adapter_off:
+            raise ReferenceModelError(
+                asked="The reference was to be saved, and it is the base model with the adapter off.",
+                why="It has no adapter of its own, and its weights are those of the model you started from.",
+                instead="Use that model.",
+            )
+        configs = [self._policy.peft_config[name] for name in self._policy.active_adapters]
+        if merged:
+            self._export_merged(folder, any(config.is_prompt_learning for config in configs))
+            return
+        if any(changes_base(config) for config in configs):
+            raise ReferenceModelError(
+                asked="The reference was to be saved as an adapter.",
+                why="Its start (PiSSA, OLoRA, ...) changed the base model in memory: an adapter alone would be loaded "
+                "onto another base.",
+                instead="Save it with `merged=True`, as a model of its own.",
+            )
+        with self._exchanged(), saved_as_it_is(self._policy):
+            self._policy.save_pretrained(str(folder), selected_adapters=self._policy.active_adapters)
+
+    def _export_merged(self, folder: Path, is_prompt: bool) -> None:
+        if is_prompt:
+            raise ReferenceModelError(
+                asked="A reference with learned prompts was to be saved with `merged=True`.",
+                why="Prompts are not part of a model's weights.",
+                instead="Save it without `merged`, as an adapter.",
+            )
+        with self._exchanged():
+            whole: Any = copy.deepcopy(self._policy)
+        whole.merge_and_unload().save_pretrained(folder)
 
 
 def _adapter_config(policy: PeftModel) -> Any:

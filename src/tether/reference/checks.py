@@ -100,6 +100,7 @@ class ReferenceWatch:
         self._knows_gap = False
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
+        self._start: Tensor | None = None
 
     def gap_at_start(
         self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
@@ -120,6 +121,25 @@ class ReferenceWatch:
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps what the reference says of these pairs now."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+
+    def set_start(self, policy: nn.Module, batch: PairBatch) -> None:
+        """Keeps what the initial policy says of the sentinel's pairs; before any weight of a checkpoint is loaded."""
+        answer = score_without_gradient(policy, batch.to(next(policy.parameters()).device), self._autocast_dtype)
+        self._start = answer.values
+
+    def distances(self, policy: nn.Module) -> dict[str, float]:
+        """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
+
+        The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still.
+        """
+        if not self._reference.moves or self._sentinel is None or self._start is None:
+            return {}
+        reference = self._reference.log_probs(self._sentinel).values
+        now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
+        return {
+            "reference/distance": Gap.between(now, reference, self._reduce).mean,
+            "reference/distance_from_start": Gap.between(self._start.to(now.device), reference, self._reduce).mean,
+        }
 
     def check_drift(self) -> None:
         """Scores the sentinel's pairs again.

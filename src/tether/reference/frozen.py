@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from tether.errors import MissingLogProbsError
-from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
+from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
+from tether.reference.base import compute_dtype_name, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
+from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule, dense_part
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
 
-class FrozenReference(Reference):
+class FrozenReference(MovableReference):
     """The reference whose weights stand still: `pi_ref = pi_0`, or another model.
 
     Built from a model, it is a second tree of modules over that model's own tensors: nothing is copied, and the
@@ -152,6 +154,38 @@ class FrozenReference(Reference):
     def release(self) -> None:
         self._module = None
 
+    def export(self, folder: Path, *, merged: bool = False) -> None:
+        if self._module is None:
+            return super().export(folder, merged=merged)
+        self._module.save_pretrained(folder)  # type: ignore[operator]
+
+    def tensors(self) -> Tensors:
+        assert self._module is not None, "released"
+        return {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors()[name].data.copy_(tensor)
+
+    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
+        """Every parameter that the policy trains, and every buffer, each on its own."""
+        assert self._module is not None, "released"
+        _check_same_parameters(policy, self._module)
+        if rule.name == "factors":
+            raise ConfigurationError(
+                asked="`ref_model_sync_rule='factors'` for a full model.",
+                why="It averages the factors of LoRA, and this policy trains its weights themselves.",
+                instead="`ref_model_sync_rule='soft'`, or train with `peft_config=LoraConfig(...)`.",
+            )
+        if rule.max_rank is not None:
+            raise ConfigurationError(
+                asked=f"`ref_model_sync_rank={rule.max_rank}` for a full model.",
+                why="It bounds the rank of an averaged LoRA update, and this policy trains its weights themselves.",
+                instead="Leave `ref_model_sync_rank` out, or train with `peft_config=LoraConfig(...)`.",
+            )
+        trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
+        return [dense_part(name, rule) for name in (*trained, *buffers)]
+
 
 def frozen_twin(
     model: nn.Module,
@@ -184,6 +218,18 @@ def frozen_twin(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return twin.eval()
+
+
+def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
+    own, other = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
+    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    if differing:
+        raise ReferenceModelError(
+            asked="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
+            why=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
+            f"{differing[0]!r} among them.",
+            instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
+        )
 
 
 def _storage(parameter: torch.Tensor) -> int:

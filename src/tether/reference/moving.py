@@ -1,25 +1,26 @@
 """`MovingReference`: TR-DPO, a reference that follows the policy.
 
-Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint, leaves the
-arithmetic to `averaging`.
+Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint. What moves, and
+how, is in the source's `parts`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tether.errors import ReferenceModelError, ResumeError
-from tether.reference.averaging import soft_update, soft_update_with_residual
+from tether.errors import ResumeError
 from tether.reference.base import Reference
-from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity, num_bytes
+from tether.reference.parts import MovableReference, UpdateRule, truncation_error
 from tether.types import PairBatch, ResponseLogProbs
 
 _TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
@@ -34,27 +35,34 @@ class MovingReference(Reference):
     Args:
         source: A reference that owns a copy of every weight the policy trains.
         policy: Gives the unwrapped policy when a sync is due.
-        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
+        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update. Of no meaning for other rules than
+            `soft` and `factors`.
         every: Optimizer steps between syncs.
+        rule: `soft`, `hard`, `bema` or `factors`; see `parts.UpdateRule`.
+        max_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
 
     Raises:
-        ReferenceModelError: If the source's parameters do not match the policy's, by name and shape.
+        ReferenceModelError: If the source's tensors do not match the policy's, by name and shape.
+        ConfigurationError: If the rule has no meaning for what the policy trains; names it.
     """
 
-    def __init__(self, source: FrozenReference, policy: Callable[[], nn.Module], *, alpha: float, every: int) -> None:
-        module = source.module
-        assert module is not None
+    def __init__(
+        self,
+        source: MovableReference,
+        policy: Callable[[], nn.Module],
+        *,
+        alpha: float = 0.6,
+        every: int,
+        rule: str = "soft",
+        max_rank: int | None = None,
+    ) -> None:
         self._source, self._policy = source, policy
-        self._alpha, self._every = alpha, every
-        _check_same_parameters(policy(), module)
-        trained = {name for name, parameter in policy().named_parameters() if parameter.requires_grad}
-        self._tensors = {name: p for name, p in module.named_parameters() if name in trained}
-        self._tensors |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}  # type: ignore[misc]
-        self._residuals = {
-            name: torch.zeros_like(tensor, requires_grad=False)
-            for name, tensor in self._tensors.items()
-            if tensor.dtype in (torch.bfloat16, torch.float16) and alpha not in (0.0, 1.0)
-        }
+        self._rule, self._every = UpdateRule(rule, alpha, max_rank), every
+        self._parts = source.parts(policy(), self._rule)
+        self._state: dict[str, Tensor] = {}
+        before, own = _tensors_of(policy()), source.tensors()
+        for part in self._parts:
+            self._state |= part.start(before, own)
         self._num_syncs = 0
 
     @property
@@ -82,38 +90,43 @@ class MovingReference(Reference):
 
     @property
     def extra_bytes(self) -> int:
-        return self._source.extra_bytes + num_bytes(self._residuals.values())
+        return self._source.extra_bytes + num_bytes(self._state.values())
 
     @property
     def module(self) -> nn.Module | None:
         return self._source.module
 
+    def figures(self) -> dict[str, float]:
+        """`reference/syncs`, and `reference/truncation` where low-rank updates are averaged."""
+        error = truncation_error(self._state)
+        return {"reference/syncs": float(self._num_syncs)} | ({} if error is None else {"reference/truncation": error})
+
+    def in_policy(self) -> AbstractContextManager[None]:
+        return self._source.in_policy()
+
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         return self._source.log_probs(batch)
+
+    def export(self, folder: Path, *, merged: bool = False) -> None:
+        self._source.export(folder, merged=merged)
 
     def advance(self, step: int) -> bool:
         if step % self._every:
             return False
-        policy = self._policy()
-        current: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+        policy = _tensors_of(self._policy())
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                self._sync(name, tensor.data, current[name].detach())
+            for part in self._parts:  # one at a time, so that no second set of weights is ever alive
+                moved = part.move(policy, self._source.tensors(), self._state, self._num_syncs)
+                self._state |= moved.state
+                for name, tensor in moved.tensors.items():
+                    self._source.write(name, tensor)
         self._num_syncs += 1
         return True
 
-    def _sync(self, name: str, reference: Tensor, policy: Tensor) -> None:
-        residual = self._residuals.get(name)
-        if residual is None:
-            reference.copy_(soft_update(reference, policy, self._alpha))
-        else:
-            moved, carried = soft_update_with_residual(reference, residual, policy, self._alpha)
-            reference.copy_(moved)
-            residual.copy_(carried)
-
     def save(self, folder: Path) -> None:
-        state = {f"weight.{name}": t.detach() for name, t in self._tensors.items()}
-        state |= {f"residual.{name}": t for name, t in self._residuals.items()}
+        tensors = self._source.tensors()
+        state = {f"weight.{name}": tensors[name].detach() for part in self._parts for name in part.names}
+        state |= self._state
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _TENSORS)
         (folder / _SCHEDULE).write_text(json.dumps(self._schedule() | {"num_syncs": self._num_syncs}))
 
@@ -126,34 +139,29 @@ class MovingReference(Reference):
                 "`save_only_model=True`), or start a new run from its weights.",
             )
         saved = json.loads((folder / _SCHEDULE).read_text())
-        if {key: saved[key] for key in self._schedule()} != self._schedule():
+        if {key: saved.get(key) for key in self._schedule()} != self._schedule():
             raise ResumeError(
                 asked=f"Resuming with the sync schedule {self._schedule()}.",
                 why=f"The checkpoint {folder.parent} was made with another one: {saved}.",
-                instead="Use the checkpoint's `ref_model_mixup_alpha` and `ref_model_sync_steps`, or start a new run.",
+                instead="Use the checkpoint's `ref_model_sync_rule`, `ref_model_mixup_alpha`, `ref_model_sync_rank` "
+                "and `ref_model_sync_steps`, or start a new run.",
             )
         tensors = load_file(folder / _TENSORS)
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.data.copy_(tensors[f"weight.{name}"])
-            for name, residual in self._residuals.items():
-                residual.copy_(tensors[f"residual.{name}"])
+            for part in self._parts:
+                for name in part.names:
+                    self._source.write(name, tensors[f"weight.{name}"])
+            self._state = {name: tensors[name].to(tensor.device) for name, tensor in self._state.items()}
         self._num_syncs = int(saved["num_syncs"])
 
-    def _schedule(self) -> dict[str, float]:
-        return {"alpha": self._alpha, "every": self._every}
+    def _schedule(self) -> dict[str, Any]:
+        rule = asdict(self._rule)
+        return {"rule": rule["name"], "alpha": rule["alpha"], "rank": rule["max_rank"], "every": self._every}
 
     def release(self) -> None:
         """Nothing: a moving reference is needed to the end."""
 
 
-def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
-    own, other = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
-    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
-    if differing:
-        raise ReferenceModelError(
-            asked="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
-            why=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
-            f"{differing[0]!r} among them.",
-            instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
-        )
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}
