@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from observe import bits, same_bits, traces
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference import AdapterReference, MovingReference
-from tether.reference.adapter_parts import LINEAR_TYPES, check_can_follow, lora_layers
-from tether.reference.averaging import LowRank
-from tether.reference.parts import RULES, DensePart, LowRankPart, convolution, experts
+from tether.reference.adapter_parts import LINEAR_TYPES, adapter_parts, check_can_follow, lora_layers
+from tether.reference.averaging import LowRank, bema
+from tether.reference.parts import RULES, DensePart, LowRankPart, UpdateRule, convolution, experts
 from tiny import tiny_model
 
 ALPHAS = [0.005, 0.01, 0.05, 0.6, 1.0]
@@ -217,6 +217,41 @@ def test_prompts_are_averaged_as_they_are(name: str) -> None:
             torch.testing.assert_close(policy.get_parameter(n).detach().double(), tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["LoRA", "LoRA, random start", "LoRA, experts", "LoRA on embeddings and head", "LoRA, bias of its own", "IA3"],
+)
+def test_bema_is_that_of_the_dense_weights(name: str) -> None:
+    policy = CASES[name]()
+    reference = following(policy, rule="bema", **({} if name == "IA3" else {"max_rank": 16}))
+    initial = average = expected = effective(policy)
+    for step in (1, 2, 3):
+        train(policy, step)
+        reference.advance(step)
+        now = effective(policy)
+        pairs = {n: bema(average[n], now[n], initial[n], step - 1) for n in now}
+        average, expected = ({n: pair[side] for n, pair in pairs.items()} for side in (0, 1))
+        assert away(seen(policy, reference), expected) < 1e-6 * norm(expected)
+    assert away(expected, initial) > 1e-3 * norm(expected)
+
+
+def test_bema_stays_within_the_logged_truncation() -> None:
+    policy = CASES["LoRA"]()
+    reference = following(policy, rule="bema")
+    initial = average = effective(policy)
+    for step in range(1, 7):
+        train(policy, step, size=0.1)
+        reference.advance(step)
+        now = effective(policy)
+        pairs = {n: bema(average[n], now[n], initial[n], step - 1) for n in now}
+        average, expected = ({n: pair[side] for n, pair in pairs.items()} for side in (0, 1))
+        found = seen(policy, reference)
+        size = away(found, initial)
+        error = away(found, expected)
+        assert error <= (reference.figures()["reference/truncation"] + 1e-5) * size
+    assert error > 1e-3 * size, "the rank was never short"
+
+
 def test_factors_averages_the_factors_and_is_off_by_their_product() -> None:
     """`-alpha (1 - alpha) (B_pi - B_ref)(A_pi - A_ref)` away from the average of the weights."""
     policy = CASES["LoRA"](continued=True)
@@ -392,19 +427,18 @@ def test_experts_are_read_and_written_as_matrices(rank: int, num: int, seed: int
     assert torch.equal(written[0], b) and torch.equal(written[1], a)
 
 
+class Net(nn.Module):
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, groups=groups)
+        self.config = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(x)
+        return result
+
+
 def test_lora_on_a_convolution_follows() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv1d(5, 6, 3)
-            self.config = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x)
-
-    from tether.reference.adapter_parts import adapter_parts
-    from tether.reference.parts import UpdateRule
-
     torch.manual_seed(0)
     policy: Any = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False))
     (part,) = adapter_parts(policy, UpdateRule(alpha=0.3))
@@ -418,7 +452,7 @@ def test_lora_on_a_convolution_follows() -> None:
     for name, tensor in moved.items():
         policy.get_parameter(name).data = tensor
     torch.testing.assert_close(layer.get_delta_weight("default").detach().double(), exact, rtol=1e-5, atol=1e-5)
-    x = normal(2, 5, 9, seed=1)
+    x = normal(2, 4, 9, seed=1)
     expected = torch.nn.functional.conv1d(x.double(), layer.weight.double() + exact, layer.bias.double())
     torch.testing.assert_close(policy(x).double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -479,12 +513,8 @@ def test_an_adapter_without_an_average_is_refused_by_name(name: str) -> None:
     assert "sync_ref_model" in caught.value.asked and caught.value.why and caught.value.instead
 
 
-def grouped() -> Any:
-    return adapted(lora(target_modules=["conv1d"]), "mamba")
-
-
 RULES_REFUSED: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
-    "bema with LoRA": ("bema", CASES["LoRA"], {"rule": "bema"}),
+    "bema with DoRA": ("DoRA", CASES["DoRA"], {"rule": "bema"}),
     "factors with DoRA": ("DoRA", CASES["DoRA"], {"rule": "factors"}),
     "factors without factors": ("factors", CASES["IA3"], {"rule": "factors"}),
     "a rank below the policy's": ("rank 4", CASES["LoRA"], {"max_rank": 3}),
@@ -506,9 +536,11 @@ def test_a_rule_without_a_meaning_is_refused(name: str) -> None:
 
 
 def test_layers_that_no_average_is_known_for_are_refused_by_name() -> None:
-    mamba = adapted(lora(target_modules=["conv1d"]), "mamba")
-    with pytest.raises(ConfigurationError, match="conv1d"):
-        following(mamba)
+    grouped: Any = peft.get_peft_model(
+        Net(groups=2), peft.LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False)
+    )
+    with pytest.raises(ConfigurationError, match=r"`base_model\.model\.conv` \(Conv1d\)"):
+        adapter_parts(grouped, UpdateRule())
     half = CASES["DoRA"]()
     next(p for n, p in half.named_parameters() if "lora_magnitude" in n).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="DoRA"):
@@ -614,7 +646,7 @@ def test_low_rank_is_what_the_layers_hold() -> None:
     """The factors found are the layer's own, so that what is averaged is what computes."""
     policy = CASES["LoRA, experts"](continued=True)
     num = 0
-    for part in AdapterReference(policy, moves=True).parts(policy, following(policy)._rule):
+    for part in AdapterReference(policy, moves=True).parts(policy, UpdateRule()):
         if isinstance(part, LowRankPart):
             pair: LowRank = part.layout.read(policy.get_parameter(part.b), policy.get_parameter(part.a))
             assert pair.A.shape[-2] == pair.B.shape[-1] == 4

@@ -164,8 +164,12 @@ SOURCES: dict[str, Callable[[], Case]] = {
         dropping_gpt2(),
         lambda policy: MovingReference(FrozenReference.of_policy(policy), lambda: policy, alpha=0.5, every=100),
     ),
+    "moving, LoRA": lambda: of_policy(
+        adapted(dropping_llama(), LoraConfig(**LLAMA_LORA)),
+        lambda policy: MovingReference(AdapterReference(policy, moves=True), lambda: policy, alpha=0.5, every=100),
+    ),
 }
-STORED = {f"precomputed over {name}": name for name in SOURCES if name != "moving"}
+STORED = {f"precomputed over {name}": name for name in SOURCES if not name.startswith("moving")}
 KINDS = [*SOURCES, *STORED]
 
 

@@ -58,8 +58,8 @@ class DPOConfig(TrainingArguments):
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
         ref_model_sync_rule: How a sync moves the reference: `soft`, the average of the weights (of a LoRA update as
-            the matrix it is); `hard`, a copy of the policy; `bema`, the bias-corrected average (full models);
-            `factors`, the average of LoRA's factors one by one.
+            the matrix it is); `hard`, a copy of the policy; `bema`, the bias-corrected average; `factors`, the
+            average of LoRA's factors one by one.
         ref_model_sync_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
         ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
         ref_dtype: Dtype of an explicit reference's weights: `float32`, `bfloat16`, `float16`; by default the
@@ -243,11 +243,11 @@ class DPOConfig(TrainingArguments):
             )
         if rank is not None and rank < 1:
             _refuse("ref_model_sync_rank", rank, "a matrix of rank 0 is zero", "1 or more, or None")
-        if rank is not None and (rule != "soft" or alpha == 1):
+        if rank is not None and (rule in ("hard", "factors") or (rule == "soft" and alpha == 1)):
             _refuse(
                 "ref_model_sync_rank",
                 rank,
-                "nothing is averaged at a rank of its own: a copy has the policy's, and other rules keep it",
+                "nothing is averaged at a rank of its own: copies and averaged factors have the policy's",
                 "`ref_model_sync_rule='soft'` with an alpha below 1, or None",
             )
 

@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "implicit": LORA,
     "precomputed": {"precompute_ref_log_probs": True},
     "synchronized": SYNC,
+    "synchronized, implicit": LORA | SYNC,
     "accumulated": {"gradient_accumulation_steps": 2, "loss_type": "ipo"},
     "streamed": {"rows": stream(tiny_pairs(16)), "precompute_ref_log_probs": True},
 }

@@ -25,6 +25,7 @@ from tether.reference.parts import (
     MATRIX,
     DoraPart,
     Layout,
+    LowRankBemaPart,
     LowRankPart,
     Part,
     UpdateRule,
@@ -60,11 +61,16 @@ def check_can_follow(configs: Iterable[Any]) -> None:
         if kind == "LORA":
             _check_variant(config)
         elif kind and kind not in LINEAR_TYPES:
-            _refuse(f"a {kind} adapter", "The average of two such adapters is not known to be such an adapter: its "
-                    "weights are not linear in the tensors it trains.")  # fmt: skip
+            _refuse(
+                f"a {kind} adapter",
+                "The average of two such adapters is not known to be such an adapter: its "
+                "weights are not linear in the tensors it trains.",
+            )
         elif kind == "PREFIX_TUNING" and config.prefix_projection:
-            _refuse("prefix tuning with `prefix_projection=True`", "Its prefixes come out of a network, whose average "
-                    "is not the network of the average.")  # fmt: skip
+            _refuse(
+                "prefix tuning with `prefix_projection=True`",
+                "Its prefixes come out of a network, whose average is not the network of the average.",
+            )
 
 
 def _check_variant(config: Any) -> None:
@@ -85,7 +91,9 @@ def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
     """
     check_can_follow(policy.peft_config[name] for name in policy.active_adapters)
     names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
-    low_rank = [part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)]  # fmt: skip  # noqa: E501
+    low_rank = [
+        part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)
+    ]
     _check_rule(rule, low_rank)
     if rule.name == "factors":
         low_rank = []
@@ -94,18 +102,32 @@ def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
 
 
 def _check_rule(rule: UpdateRule, low_rank: list[Part]) -> None:
-    if rule.name == "factors" and not any(isinstance(part, LowRankPart) for part in low_rank):
-        _refuse("`ref_model_sync_rule='factors'`", "It averages the factors of LoRA, and this adapter has none that "
-                "train in pairs.", "`ref_model_sync_rule='soft'`.")  # fmt: skip
     if rule.name == "factors" and any(isinstance(part, DoraPart) for part in low_rank):
-        _refuse("`ref_model_sync_rule='factors'` with DoRA", "A magnitude averaged apart from the direction it scales "
-                "is no average of anything.", "`ref_model_sync_rule='soft'`, which is exact.")  # fmt: skip
-    if rule.name == "bema" and low_rank:
-        _refuse("`ref_model_sync_rule='bema'` with LoRA", "Its correction adds the policy's whole path to the "
-                "average, at four times the rank.", "`ref_model_sync_rule='soft'`, or train the full model.")  # fmt: skip  # noqa: E501
-    if rule.max_rank is not None and (rule.name == "factors" or rule.weight == 1 or not low_rank):
-        _refuse(f"`ref_model_sync_rank={rule.max_rank}`", "Nothing here is averaged at a rank of its own: it is for "
-                "LoRA and DoRA, averaged as weights with alpha below 1.", "`ref_model_sync_rank=None`.")  # fmt: skip
+        _refuse(
+            "`ref_model_sync_rule='factors'` with DoRA",
+            "A magnitude averaged apart from the direction it scales is no average of anything.",
+            "`ref_model_sync_rule='soft'`, which is exact.",
+        )
+    if rule.name == "factors" and not low_rank:
+        _refuse(
+            "`ref_model_sync_rule='factors'`",
+            "It averages the factors of LoRA, and this adapter has none that train in pairs.",
+            "`ref_model_sync_rule='soft'`.",
+        )
+    if rule.name == "bema" and any(isinstance(part, DoraPart) for part in low_rank):
+        _refuse(
+            "`ref_model_sync_rule='bema'` with DoRA",
+            "Its correction is a difference of weights, and such a sum of DoRA weights need not be one: a row's scale "
+            "may vanish.",
+            "`ref_model_sync_rule='soft'`, or `use_dora=False`.",
+        )
+    if rule.max_rank is not None and (rule.name == "factors" or rule.copies or not low_rank):
+        _refuse(
+            f"`ref_model_sync_rank={rule.max_rank}`",
+            "Nothing here is averaged at a rank of its own: it is for "
+            "LoRA and DoRA, averaged as weights with alpha below 1.",
+            "`ref_model_sync_rank=None`.",
+        )
 
 
 def lora_layers(policy: PeftModel) -> Iterator[tuple[str, Any, str]]:
@@ -133,14 +155,24 @@ def _parts(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: 
         return []
     rank = int(layer.r[adapter])
     if rule.max_rank is not None and rule.max_rank < rank:
-        _refuse(f"`ref_model_sync_rank={rule.max_rank}` below the policy's rank", f"`{path}` has rank {rank}: the "
-                "reference could not even be the policy.", f"{rank} or more, or None.")  # fmt: skip
-    options = {"scaling": float(layer.scaling[adapter]), "alpha": rule.weight, "max_rank": rule.max_rank or 2 * rank}
+        _refuse(
+            f"`ref_model_sync_rank={rule.max_rank}` below the policy's rank",
+            f"`{path}` has rank {rank}: the reference could not even be the policy.",
+            f"{rank} or more, or None.",
+        )
+    options: dict[str, Any] = {
+        "scaling": float(layer.scaling[adapter]),
+        "alpha": rule.weight,
+        "max_rank": rule.max_rank or 2 * rank,
+    }
     if is_dora:
         return [_dora_part(path, layer, adapter, names, options)]
+    layout = _layout(path, layer, a)
+    if rule.name == "bema":
+        return [LowRankBemaPart(names[id(b)], names[id(a)], options["scaling"], options["max_rank"], layout)]
     bias = getattr(layer.lora_B[adapter], "bias", None) if adapter in layer.lora_B else None
     bias_name = None if bias is None else names.get(id(bias))
-    return [LowRankPart(names[id(b)], names[id(a)], layout=_layout(path, layer, a), bias=bias_name, **options)]
+    return [LowRankPart(names[id(b)], names[id(a)], layout=layout, bias=bias_name, **options)]
 
 
 def _layout(path: str, layer: Any, a: Tensor) -> Layout:
@@ -150,25 +182,33 @@ def _layout(path: str, layer: Any, a: Tensor) -> Layout:
         return convolution(tuple(a.shape[2:]))
     if isinstance(layer, lora.Linear | lora.Embedding) or type(layer).__name__ in _QUANTIZED:
         return MATRIX
-    _refuse(f"LoRA on `{path}` ({type(layer).__name__})", "Its factors do not make up one matrix, or nobody has shown "
-            "that they do.", "a `target_modules` without that layer, or `sync_ref_model=False`.")  # fmt: skip
+    _refuse(
+        f"LoRA on `{path}` ({type(layer).__name__})",
+        "Its factors do not make up one matrix, or nobody has shown that they do.",
+        "a `target_modules` without that layer, or `sync_ref_model=False`.",
+    )
 
 
 def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], options: dict[str, Any]) -> DoraPart:
     tensors = (*factors_of(layer, adapter), layer.lora_magnitude_vector[adapter].weight)
     base = layer.get_base_layer()
     if not all(id(tensor) in names for tensor in tensors) or id(base.weight) in names:
-        _refuse(f"DoRA on `{path}`, of which only a part trains (or the base too)", "Its average is exact over one "
-                "frozen base, with both factors and the magnitude free.", "train all three, and no base weight under "
-                "them.")  # fmt: skip
+        _refuse(
+            f"DoRA on `{path}`, of which only a part trains (or the base too)",
+            "Its average is exact over one frozen base, with both factors and the magnitude free.",
+            "train all three, and no base weight under them.",
+        )
     weight: Callable[[], Tensor]
     if isinstance(layer, lora.Embedding):
         weight = lambda: base.weight.detach().T  # noqa: E731
     elif isinstance(layer, lora.Linear):
         weight = lambda: transpose(dequantize_module_weight(base).detach(), layer.fan_in_fan_out)  # noqa: E731
     else:
-        _refuse(f"DoRA on `{path}` ({type(layer).__name__})", "Its norms run over other axes than a matrix's rows.",
-                "a `target_modules` without that layer, or `use_dora=False`.")  # fmt: skip
+        _refuse(
+            f"DoRA on `{path}` ({type(layer).__name__})",
+            "Its norms run over other axes than a matrix's rows.",
+            "a `target_modules` without that layer, or `use_dora=False`.",
+        )
     b, a, magnitude = (names[id(tensor)] for tensor in tensors)
     return DoraPart(b, a, magnitude, weight, **options)
 
@@ -198,7 +238,7 @@ def saved_as_it_is(policy: PeftModel) -> Iterator[None]:
 
 
 def _config_of(policy: PeftModel, adapter: str) -> Any:
-    config = copy.deepcopy(policy.peft_config[adapter])
+    config: Any = copy.deepcopy(policy.peft_config[adapter])
     found = [(path, layer) for path, layer, name in lora_layers(policy) if name == adapter]
     ranks = {_key(path, layer): _rank(layer, adapter) for path, layer in found}
     if not found or all(_rank(layer, adapter) == layer.r[adapter] for _, layer in found):

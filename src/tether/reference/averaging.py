@@ -88,9 +88,17 @@ def bema(
     Returns:
         `EMA_t`, to be kept, and `BEMA_t`, to be used.
     """
+    step, correction = bema_weights(update, ema_power=ema_power, bias_power=bias_power, multiplier=multiplier, lag=lag)
+    moved = soft_update(average, policy, step)
+    return moved, moved + correction * (policy.to(moved.dtype) - initial.to(moved.dtype))
+
+
+def bema_weights(
+    update: int, *, ema_power: float = 0.5, bias_power: float = 0.2, multiplier: float = 1.0, lag: float = 10.0
+) -> tuple[float, float]:
+    """`b_t`, the weight of the policy in the average, and `a_t`, that of the correction; arguments as in `bema`."""
     age = lag + multiplier * update
-    moved = soft_update(average, policy, min(1.0, age**-ema_power))
-    return moved, moved + age**-bias_power * (policy.to(moved.dtype) - initial.to(moved.dtype))
+    return min(1.0, age**-ema_power), age**-bias_power
 
 
 class LowRank(NamedTuple):

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from tether.errors import ConfigurationError
 from tether.reference.averaging import (
     LowRank,
+    add_low_rank,
     average_dora,
     average_low_rank,
     bema,
+    bema_weights,
     low_rank_norm,
     soft_update,
     soft_update_with_residual,
@@ -38,7 +40,8 @@ class UpdateRule:
         name: `soft`, the average of the weights; `hard`, the policy takes its place; `bema`, the bias-corrected
             average; `factors`, the average of LoRA's factors instead of the weights they make.
         alpha: Weight of the policy; 1 for `hard`, without meaning for `bema`.
-        max_rank: Largest rank of an averaged LoRA update; None for twice the policy's, layer by layer.
+        max_rank: Largest rank of an averaged LoRA update (for `bema` of its plain average); None for twice the
+            policy's, layer by layer.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -55,6 +58,11 @@ class UpdateRule:
             _refuse("ref_model_mixup_alpha", self.alpha, "It is a weight in an average.", "A value in [0, 1].")
         if self.max_rank is not None and self.max_rank < 1:
             _refuse("ref_model_sync_rank", self.max_rank, "A matrix of rank 0 is zero.", "1 or more, or None.")
+
+    @property
+    def copies(self) -> bool:
+        """Whether a sync simply copies the policy."""
+        return self.name != "bema" and self.weight == 1
 
     @property
     def weight(self) -> float:
@@ -249,6 +257,50 @@ class LowRankPart(Part):
 
     def _factors(self, side: Tensors) -> LowRank:
         return self.layout.read(_wide(side[self.b]), _wide(side[self.a]))
+
+
+@dataclass(frozen=True)
+class LowRankBemaPart(Part):
+    """A LoRA update that becomes the bias-corrected average of itself, as the matrix it is.
+
+    The plain average is kept at up to `max_rank`; the correction `a_t (B_pi A_pi - B_0 A_0)` is stacked on it, so
+    that the reference has up to `max_rank` and twice the policy's rank. `truncation` is as in `LowRankPart`.
+
+    Attributes:
+        b, a: Names of the factors.
+        scaling: `s`, the same for policy and reference.
+        max_rank: Largest rank of the plain average.
+        layout: How the layer keeps its factors.
+    """
+
+    b: str
+    a: str
+    scaling: float
+    max_rank: int
+    layout: Layout = MATRIX
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.b, self.a)
+
+    def start(self, policy: Tensors, reference: Tensors) -> dict[str, Tensor]:
+        kept = {f"{kind}.{n}": _wide(policy[n]).clone() for kind in ("average", "initial") for n in self.names}
+        return kept | {f"truncation.{self.a}": torch.zeros(2, dtype=torch.float64)}
+
+    def move(self, policy: Tensors, reference: Tensors, state: Tensors, num_syncs: int) -> Move:
+        step, correction = bema_weights(num_syncs)
+        new = self.layout.read(_wide(policy[self.b]), _wide(policy[self.a]))
+        average, initial = (
+            self.layout.read(state[f"{kind}.{self.b}"], state[f"{kind}.{self.a}"]) for kind in ("average", "initial")
+        )
+        moved, error = add_low_rank([(1 - step, average), (step, new)], self.max_rank)
+        whole = moved.A.shape[-2] + 2 * new.A.shape[-2]
+        corrected, _ = add_low_rank([(1.0, moved), (correction, new), (-correction, initial)], whole)
+        size = abs(self.scaling)
+        kept = dict(zip((f"average.{self.b}", f"average.{self.a}"), self.layout.write(moved), strict=True))
+        kept |= _truncation(self.a, state, step, size * error, size * low_rank_norm(corrected))
+        tensors = dict(zip(self.names, self.layout.write(corrected), strict=True))
+        return Move({name: tensor.to(reference[name].dtype) for name, tensor in tensors.items()}, kept)
 
 
 @dataclass(frozen=True)
