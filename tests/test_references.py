@@ -299,7 +299,8 @@ def test_reference_that_is_not_due_stays_where_it_is(case: Case) -> None:
 def test_reference_in_the_policy_is_the_policy_in_another_state_or_an_error(case: Case) -> None:
     train(case.policy)
     kind = case.reference.identity.kind
-    if kind != "adapter":
+    over_adapter = kind == "moving" and case.reference.module is None
+    if kind != "adapter" and not over_adapter:
         with pytest.raises(ReferenceModelError, match="null_ref_context"), case.reference.in_policy():
             pass
         return

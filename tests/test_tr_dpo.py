@@ -19,7 +19,7 @@ from tether import DPOTrainer
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference import FrozenReference, MovingReference
 from tether.reference.averaging import bema
-from tiny import naive_log_probs, tiny_model, tiny_tokenizer
+from tiny import naive_log_probs, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
@@ -45,7 +45,6 @@ def test_an_adapters_reference_moves_after_the_optimizer_step(kind: str, tmp_pat
     trainer = trained(tmp_path, **KINDS[kind], **sync(1.0), max_steps=4)
     assert curve(trainer)[0::2] == pytest.approx([math.log(2)] * 2, abs=1e-6)
     assert abs(curve(trainer)[1] - math.log(2)) > 1e-4 < abs(curve(trainer)[3] - math.log(2))
-    assert curve(trainer, "reference/initial_gap")[:1] == [0.0] if len(steps(trainer)) == 1 else True
     assert steps(trainer)[0]["reference/initial_gap"] == 0.0
 
 
@@ -106,6 +105,11 @@ def test_the_distances_are_the_mean_differences_on_the_first_pairs(kind: str, tm
     assert ("reference/truncation" in last) == (kind == "LoRA")
 
 
+def test_the_distances_are_logged_at_the_end_of_an_epoch_too(tmp_path: Path) -> None:
+    (entry,) = steps(trained(tmp_path, **sync(), num_train_epochs=1, max_steps=-1, logging_strategy="epoch"))
+    assert entry["reference/syncs"] == 3 and entry["reference/distance_from_start"] > 1e-4
+
+
 def test_a_hard_sync_brings_the_distance_to_zero(tmp_path: Path) -> None:
     found = curve(trained(tmp_path, **lora(), **sync(1.0, 2), max_steps=4), "reference/distance")
     assert found[1] == found[3] == 0 and found[0] > 1e-4 < found[2]
@@ -114,7 +118,7 @@ def test_a_hard_sync_brings_the_distance_to_zero(tmp_path: Path) -> None:
 def test_the_distance_to_the_start_is_that_of_the_policy_even_with_another_reference(tmp_path: Path) -> None:
     trainer = trained(tmp_path, ref_model=tiny_model(seed=1), **sync(1.0, 2), max_steps=2)
     before, after = curve(trainer, "reference/distance_from_start")
-    assert before > 0.1 > after
+    assert before > 5 * after > 0
 
 
 def test_a_reference_that_stands_still_logs_no_distance(tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_a_reference_without_weights_of_its_own_is_not_exported(tmp_path: Path) 
     trainer = make_trainer(tmp_path / "run", **lora())
     with pytest.raises(ReferenceModelError, match="adapter off"):
         trainer.save_reference(tmp_path / "saved")
-    assert tiny_tokenizer() is not None and not (tmp_path / "saved").exists()
+    assert not (tmp_path / "saved").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- the other dtypes

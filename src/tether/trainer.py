@@ -347,6 +347,7 @@ class DPOTrainer(Trainer):
             means = self._train_sums.means(self._sum_over_processes)
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
+            logs |= self.reference.figures() | self._watch.distances(self.accelerator.unwrap_model(self.model))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -434,8 +435,4 @@ class _FollowTraining(TrainerCallback):
             self._trainer._even_batches.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        trainer.reference.advance(state.global_step)
-        if control.should_log:
-            unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-            trainer._train_sums.add_once(trainer.reference.figures() | trainer._watch.distances(unwrapped))
+        self._trainer.reference.advance(state.global_step)

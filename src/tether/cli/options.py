@@ -86,8 +86,8 @@ unless ref_model names another.
   lora_r, or a model with an adapter   the model's own base, adapter off    no weights, the pass
   precompute_ref_log_probs             any static one, scored once before   one pass over the data, ever:
                                        training and kept on disk            later runs find the answers
-  sync_ref_model                       a copy that follows the policy       a second set of weights, the
-                                       (TR-DPO)                             pass
+  sync_ref_model                       a copy that follows the policy       a second set of what trains,
+                                       (TR-DPO)                             the pass
 """
 
 # Headings of --help, in order, with the options under each; the last takes what is transformers' and named by none.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -47,30 +47,38 @@ _QUANTIZED = ("Linear4bit", "Linear8bitLt")
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_can_follow(configs: Iterable[Any]) -> None:
-    """Refuses adapters that have no average.
+def check_can_follow(configs: Iterable[Any], rule: UpdateRule | None = None) -> None:
+    """Refuses adapters that have no average, and rules without a meaning for them.
 
     Args:
         configs: PEFT configurations, of adapters that exist or that will be made.
+        rule: How they are to follow; None to look at the adapters alone.
 
     Raises:
-        ConfigurationError: Names the type, or the variant of LoRA.
+        ConfigurationError: Names the type, the variant of LoRA, or the option.
     """
+    configs = list(configs)
     for config in configs:
-        kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+        kind = _kind(config)
         if kind == "LORA":
             _check_variant(config)
         elif kind and kind not in LINEAR_TYPES:
             _refuse(
                 f"a {kind} adapter",
-                "The average of two such adapters is not known to be such an adapter: its "
-                "weights are not linear in the tensors it trains.",
+                "The average of two such adapters is not known to be such an adapter: its weights are not linear in "
+                "the tensors it trains.",
             )
         elif kind == "PREFIX_TUNING" and config.prefix_projection:
             _refuse(
                 "prefix tuning with `prefix_projection=True`",
                 "Its prefixes come out of a network, whose average is not the network of the average.",
             )
+    if rule is not None and configs:
+        _check_rule(rule, [config for config in configs if _kind(config) == "LORA"])
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(getattr(config, "peft_type", None), "value", ""))
 
 
 def _check_variant(config: Any) -> None:
@@ -89,43 +97,55 @@ def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
     Raises:
         ConfigurationError: If an adapter has no average, or the rule no meaning for it; names it.
     """
-    check_can_follow(policy.peft_config[name] for name in policy.active_adapters)
+    check_can_follow((policy.peft_config[name] for name in policy.active_adapters), rule)
     names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
     low_rank = [
         part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)
     ]
-    _check_rule(rule, low_rank)
+    _check_in_use(rule, bool(low_rank))
     if rule.name == "factors":
         low_rank = []
     claimed = {name for part in low_rank for name in part.names}
     return [*low_rank, *(dense_part(name, rule) for name in names.values() if name not in claimed)]
 
 
-def _check_rule(rule: UpdateRule, low_rank: list[Part]) -> None:
-    if rule.name == "factors" and any(isinstance(part, DoraPart) for part in low_rank):
+def _check_rule(rule: UpdateRule, configs: Sequence[Any]) -> None:
+    """Refuses rules without a meaning for what the LoRA configurations make."""
+    if rule.name == "factors" and any(config.use_dora for config in configs):
         _refuse(
-            "`ref_model_sync_rule='factors'` with DoRA",
+            "`ref_model_sync_rule='factors'` and DoRA",
             "A magnitude averaged apart from the direction it scales is no average of anything.",
             "`ref_model_sync_rule='soft'`, which is exact.",
         )
-    if rule.name == "factors" and not low_rank:
+    if rule.name == "bema" and any(config.use_dora for config in configs):
+        _refuse(
+            "`ref_model_sync_rule='bema'` and DoRA",
+            "Its correction is a difference of weights, and such a sum of DoRA weights need not be one: a row's scale "
+            "may vanish.",
+            "`ref_model_sync_rule='soft'`, or `use_dora=False`.",
+        )
+    _check_in_use(rule, bool(configs))
+    rank = max([0, *(r for config in configs for r in (config.r, *config.rank_pattern.values()))])
+    if rule.max_rank is not None and rule.max_rank < rank:
+        _refuse(
+            f"`ref_model_sync_rank={rule.max_rank}` below the policy's rank",
+            f"The adapter has rank {rank}: the reference could not even be the policy.",
+            f"`ref_model_sync_rank={2 * rank}`, or None.",
+        )
+
+
+def _check_in_use(rule: UpdateRule, has_low_rank: bool) -> None:
+    if rule.name == "factors" and not has_low_rank:
         _refuse(
             "`ref_model_sync_rule='factors'`",
             "It averages the factors of LoRA, and this adapter has none that train in pairs.",
             "`ref_model_sync_rule='soft'`.",
         )
-    if rule.name == "bema" and any(isinstance(part, DoraPart) for part in low_rank):
-        _refuse(
-            "`ref_model_sync_rule='bema'` with DoRA",
-            "Its correction is a difference of weights, and such a sum of DoRA weights need not be one: a row's scale "
-            "may vanish.",
-            "`ref_model_sync_rule='soft'`, or `use_dora=False`.",
-        )
-    if rule.max_rank is not None and (rule.name == "factors" or rule.copies or not low_rank):
+    if rule.max_rank is not None and (rule.name == "factors" or rule.copies or not has_low_rank):
         _refuse(
             f"`ref_model_sync_rank={rule.max_rank}`",
-            "Nothing here is averaged at a rank of its own: it is for "
-            "LoRA and DoRA, averaged as weights with alpha below 1.",
+            "Nothing here is averaged at a rank of its own: it is for LoRA and DoRA, averaged as weights with alpha "
+            "below 1.",
             "`ref_model_sync_rank=None`.",
         )
 
@@ -154,12 +174,6 @@ def _parts(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: 
     if not is_dora and not all(trained):
         return []
     rank = int(layer.r[adapter])
-    if rule.max_rank is not None and rule.max_rank < rank:
-        _refuse(
-            f"`ref_model_sync_rank={rule.max_rank}` below the policy's rank",
-            f"`{path}` has rank {rank}: the reference could not even be the policy.",
-            f"{rank} or more, or None.",
-        )
     options: dict[str, Any] = {
         "scaling": float(layer.scaling[adapter]),
         "alpha": rule.weight,

@@ -19,6 +19,7 @@ from tether.reference.base import Reference
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
+from tether.reference.parts import UpdateRule
 from tether.reference.stored import StoredReference
 from tether.store import LogProbStore
 
@@ -134,7 +135,7 @@ def check_options(
             instead="Set one of the two to False.",
         )
     if options.sync:
-        _check_sync(policy, ref_model, options.sync_rule, new_adapter)
+        _check_sync(policy, ref_model, options, new_adapter)
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
@@ -143,17 +144,17 @@ def check_options(
         )
 
 
-def _check_sync(policy: nn.Module, ref_model: nn.Module | None, rule: str, new_adapter: Any) -> None:
+def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions, new_adapter: Any) -> None:
     adapters = [policy.peft_config[name] for name in policy.active_adapters] if is_adapter_model(policy) else []
     adapters += [] if new_adapter is None else [new_adapter]
-    check_can_follow(adapters)
+    check_can_follow(adapters, UpdateRule(options.sync_rule, options.alpha, options.sync_rank))
     if adapters and ref_model is not None:
         raise ConfigurationError(
             asked="`sync_ref_model=True` with a PEFT model and a `ref_model`.",
             why="An adapter's average lives on the policy's own base; it cannot be averaged into another model.",
             instead="Leave `ref_model` out: the reference starts as the policy is now.",
         )
-    if rule == "bema" and ref_model is not None:
+    if options.sync_rule == "bema" and ref_model is not None:
         raise ConfigurationError(
             asked="`ref_model_sync_rule='bema'` with a `ref_model`.",
             why="BEMA is an average of the policy's own path from its start: nothing of `ref_model` would be left "
