@@ -20,7 +20,8 @@ from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference import AdapterReference, MovingReference
 from tether.reference.adapter_parts import LINEAR_TYPES, adapter_parts, check_can_follow, lora_layers
 from tether.reference.averaging import LowRank, bema
-from tether.reference.parts import RULES, DensePart, LowRankPart, UpdateRule, convolution, experts
+from tether.reference.low_rank_parts import LowRankPart, convolution, experts
+from tether.reference.parts import RULES, DensePart, UpdateRule
 from tiny import tiny_model
 
 ALPHAS = [0.005, 0.01, 0.05, 0.6, 1.0]

@@ -56,7 +56,12 @@ class Home:
 HOMES: tuple[Home, ...] = (
     Home(
         "peft",
-        ("tether.reference.adapter", "tether.reference.adapter_parts", "tether.models"),
+        (
+            "tether.reference.adapter",
+            "tether.reference.adapter_parts",
+            "tether.reference.adapter_export",
+            "tether.models",
+        ),
         typing_only=("tether.trainer",),
     ),
     Home("sqlite3", ("tether.store",)),

@@ -5,7 +5,6 @@ The one home of PEFT's adapter mechanics. Holds no second set of base weights.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,8 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.errors import ConfigurationError, ReferenceModelError
-from tether.reference.adapter_parts import adapter_parts, changes_base, saved_as_it_is
+from tether.reference.adapter_export import export_adapter
+from tether.reference.adapter_parts import adapter_parts
 from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
 from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule
@@ -153,30 +153,8 @@ class AdapterReference(MovableReference):
                 why="It has no adapter of its own, and its weights are those of the model you started from.",
                 instead="Use that model.",
             )
-        configs = [self._policy.peft_config[name] for name in self._policy.active_adapters]
-        if merged:
-            self._export_merged(folder, any(config.is_prompt_learning for config in configs))
-            return
-        if any(changes_base(config) for config in configs):
-            raise ReferenceModelError(
-                asked="The reference was to be saved as an adapter.",
-                why="Its start (PiSSA, OLoRA, ...) changed the base model in memory: an adapter alone would be loaded "
-                "onto another base.",
-                instead="Save it with `merged=True`, as a model of its own.",
-            )
-        with self._exchanged(), saved_as_it_is(self._policy):
-            self._policy.save_pretrained(str(folder), selected_adapters=self._policy.active_adapters)
-
-    def _export_merged(self, folder: Path, is_prompt: bool) -> None:
-        if is_prompt:
-            raise ReferenceModelError(
-                asked="A reference with learned prompts was to be saved with `merged=True`.",
-                why="Prompts are not part of a model's weights.",
-                instead="Save it without `merged`, as an adapter.",
-            )
         with self._exchanged():
-            whole: Any = copy.deepcopy(self._policy)
-        whole.merge_and_unload().save_pretrained(folder)
+            export_adapter(self._policy, folder, merged=merged)
 
 
 def _adapter_config(policy: PeftModel) -> Any:

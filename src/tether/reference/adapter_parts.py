@@ -1,15 +1,11 @@
-"""How an adapter follows the policy: which of its tensors move together, by which rule; and how the result is saved.
+"""How an adapter follows the policy: which of its tensors move together, by which rule.
 
 Reads PEFT's layers and configurations; does no arithmetic (`parts`, `averaging`) and holds no tensors.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -21,18 +17,16 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from tether.errors import ConfigurationError
-from tether.reference.parts import (
+from tether.reference.low_rank_parts import (
     MATRIX,
     DoraPart,
     Layout,
     LowRankBemaPart,
     LowRankPart,
-    Part,
-    UpdateRule,
     convolution,
-    dense_part,
     experts,
 )
+from tether.reference.parts import Part, UpdateRule, dense_part
 
 # Types whose weights are linear in the tensors they train, so that the average of the tensors is the average of the
 # weights: proven one by one in tests/test_adapter_averaging.py.
@@ -43,8 +37,6 @@ LINEAR_TYPES = frozenset(
 )
 # Layers on a quantized base, known by name: their libraries need not be there. The base is never touched.
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")
-# Starts that change the base in memory, so that an adapter does not fit the model it was loaded on any more.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_can_follow(configs: Iterable[Any], rule: UpdateRule | None = None) -> None:
@@ -225,64 +217,6 @@ def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], op
         )
     b, a, magnitude = (names[id(tensor)] for tensor in tensors)
     return DoraPart(b, a, magnitude, weight, **options)
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
-def changes_base(config: Any) -> bool:
-    """Whether making this adapter changed the weights of its base."""
-    start = getattr(config, "init_lora_weights", None)
-    return isinstance(start, str) and start.startswith(_BASE_CHANGING)
-
-
-@contextmanager
-def saved_as_it_is(policy: PeftModel) -> Iterator[None]:
-    """While open, the adapters' configurations say the ranks that their layers have now.
-
-    The scaling of a layer stays what it is: its alpha grows with its rank.
-    """
-    before = dict(policy.peft_config)
-    try:
-        for adapter in policy.active_adapters:
-            policy.peft_config[adapter] = _config_of(policy, adapter)
-        yield
-    finally:
-        policy.peft_config.update(before)
-
-
-def _config_of(policy: PeftModel, adapter: str) -> Any:
-    config: Any = copy.deepcopy(policy.peft_config[adapter])
-    found = [(path, layer) for path, layer, name in lora_layers(policy) if name == adapter]
-    ranks = {_key(path, layer): _rank(layer, adapter) for path, layer in found}
-    if not found or all(_rank(layer, adapter) == layer.r[adapter] for _, layer in found):
-        return config
-    alphas = {_key(path, layer): _alpha(layer.scaling[adapter], _rank(layer, adapter)) for path, layer in found}
-    config.r = Counter(ranks.values()).most_common(1)[0][0]
-    config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
-    config.rank_pattern = {key: rank for key, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
-    config.use_rslora = False  # the scaling is alpha / rank, as written here
-    config.init_lora_weights = True
-    return config
-
-
-def _rank(layer: Any, adapter: str) -> int:
-    rows = factors_of(layer, adapter)[1].shape[0]
-    return int(rows) // (int(layer.num_experts) if isinstance(layer, ParamWrapper) else 1)
-
-
-def _alpha(scaling: float, rank: int) -> float:
-    alpha = scaling * rank
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-
-
-def _key(path: str, layer: Any) -> str:
-    """The layer's name as patterns match it: without PEFT's own levels."""
-    path = path.removeprefix("base_model.model.")
-    while path.endswith(".base_layer"):  # parameters of one module are wrapped around one another
-        path = path.removesuffix(".base_layer")
-    return f"{path}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
 
 
 def _refuse(asked: str, why: str, instead: str = "") -> NoReturn:

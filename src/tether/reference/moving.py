@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tether.errors import ResumeError
 from tether.reference.base import Reference
 from tether.reference.identity import ReferenceIdentity, num_bytes
-from tether.reference.parts import MovableReference, UpdateRule, truncation_error
+from tether.reference.low_rank_parts import truncation_error
+from tether.reference.parts import MovableReference, UpdateRule
 from tether.types import PairBatch, ResponseLogProbs
 
 _TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
