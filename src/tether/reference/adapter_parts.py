@@ -16,6 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from tether.distributed import has_shards
 from tether.errors import ConfigurationError
 from tether.reference.low_rank_parts import (
     MATRIX,
@@ -78,6 +79,24 @@ def _check_variant(config: Any) -> None:
     for name in (*chosen, *(["use_qalora"] if getattr(config, "use_qalora", False) else [])):
         if name != "use_dora":
             _refuse(f"LoRA with `{name}`", "Its update is not the product of two matrices that LoRA's average is of.")
+
+
+def refuse_sharded_average(policy: nn.Module | None = None) -> None:
+    """Refuses an adapter that follows a sharded policy.
+
+    Args:
+        policy: Looked at for shards; None where training is known to shard it.
+
+    Raises:
+        ConfigurationError: If it is, or will be.
+    """
+    if policy is None or has_shards(policy):
+        _refuse(
+            "a PEFT model under ZeRO-3 or FSDP2",
+            "Each process holds a part of an adapter's factors. Their average is made of whole matrices, and may have "
+            "a rank that the sharded parameter has no room for.",
+            "DDP or ZeRO-2, where adapters stay whole; or train the full model; or `sync_ref_model=False`.",
+        )
 
 
 def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:

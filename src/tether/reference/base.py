@@ -56,6 +56,16 @@ class Reference(ABC):
         """Batches a model was really run for."""
 
     @property
+    def is_collective(self) -> bool:
+        """Whether a pass gathers sharded weights, so that every process must make it at the same time."""
+        return False
+
+    @property
+    def runs_in_policy(self) -> bool:
+        """Whether a pass goes through the policy's own modules, and needs them where training puts them."""
+        return False
+
+    @property
     def means_policy(self) -> bool:
         """Whether this is meant to be the initial policy, so that both must score alike before the first step."""
         return False
@@ -95,11 +105,13 @@ class Reference(ABC):
         """What it has to say of itself in the log, the same on every process."""
         return {}
 
-    def export(self, folder: Path, *, merged: bool = False) -> None:
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
         """Saves the reference as a model or adapter that transformers and PEFT load.
 
+        Called on every process, because sharded tensors are gathered; one of them is given the folder.
+
         Args:
-            folder: Where to.
+            folder: Where to; None to take part only.
             merged: Save a plain model, with the adapter in its weights.
 
         Raises:
@@ -119,8 +131,11 @@ class Reference(ABC):
         """Called after optimizer step `step` (counted from 1). Returns whether the reference moved."""
         return False
 
-    def save(self, folder: Path) -> None:
-        """Writes the state that the user's own inputs do not determine."""
+    def save(self, folder: Path | None) -> None:
+        """Writes the state that the user's own inputs do not determine; without a folder, only takes part in it.
+
+        Called on every process, because sharded tensors are gathered; one of them is given the folder.
+        """
         return None
 
     def load(self, folder: Path) -> None:

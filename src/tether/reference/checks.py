@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tether.distributed import reduced, union
 from tether.errors import DriftError, InitialGapError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.types import PairBatch, ResponseLogProbs
@@ -94,7 +95,10 @@ class ReferenceWatch:
     """
 
     def __init__(
-        self, reference: Reference, autocast_dtype: torch.dtype | None, reduce: Callable[[Tensor, str], Tensor]
+        self,
+        reference: Reference,
+        autocast_dtype: torch.dtype | None,
+        reduce: Callable[[Tensor, str], Tensor] = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
         self._knows_gap = False
@@ -122,10 +126,19 @@ class ReferenceWatch:
         """Keeps what the reference says of these pairs now."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
 
-    def set_start(self, policy: nn.Module, batch: PairBatch) -> None:
-        """Keeps what the initial policy says of the sentinel's pairs; before any weight of a checkpoint is loaded."""
-        answer = score_without_gradient(policy, batch.to(next(policy.parameters()).device), self._autocast_dtype)
-        self._start = answer.values
+    def set_start(self, policy: nn.Module) -> None:
+        """Keeps what the initial policy says of the sentinel's pairs, unless that is known or the reference stands."""
+        if self._reference.moves and self._start is None and self._sentinel is not None:
+            self._start = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
+
+    @property
+    def start(self) -> list[float] | None:
+        """What the initial policy said of the sentinel's pairs, token by token, in nats."""
+        return None if self._start is None else self._start.tolist()
+
+    @start.setter
+    def start(self, log_probs: list[float] | None) -> None:
+        self._start = None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32)
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
         """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
@@ -153,7 +166,7 @@ class ReferenceWatch:
         if gap.largest == 0:
             return
         mean, largest = TOLERANCES[self._reference.identity.compute_dtype]
-        names = self._reference.changed_tensors()  # reads every weight, so only when something is amiss
+        names = union(self._reference.changed_tensors())  # reads every weight, so only when something is amiss
         if gap.mean <= mean and gap.largest <= largest and not names:
             return
         raise DriftError(

@@ -10,11 +10,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tether.distributed import (
+    Sharding,
+    copy_of_sharded,
+    forget_gathered,
+    has_shards,
+    is_fsdp,
+    is_sharded,
+    local_part,
+    part_like,
+    twin_of_fsdp,
+    whole,
+    whole_of_part,
+    whole_shape,
+)
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.reference.base import compute_dtype_name, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, model_tensors, num_bytes
 from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule, dense_part
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
@@ -29,14 +43,17 @@ class FrozenReference(MovableReference):
     Args:
         model: The model to answer with. Weights that are not copied must not change while the reference lives.
         copies: Which parameters to copy; by default none.
-        dtype: Hold the weights in this dtype instead of the model's own.
+        dtype: Hold the weights in this dtype instead of the model's own; where `shard` is given, it decides.
         autocast_dtype: Run under autocast with this dtype, as the policy does.
         device: Hold the weights there instead of where they are.
         policy: The policy; what it shares with `model` is not counted as extra bytes.
         means_policy: The model is meant to be the initial policy, not another one.
+        shard: Shards the reference's module as training shards the policy; it then shares no tensor with any other.
+            A model to which `fully_shard` was applied needs none: its copy is sharded the same way.
 
     Raises:
-        ReferenceModelError: If a weight is NaN or infinite.
+        ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed and `shard` is
+            missing, or comes too late.
 
     Example:
         >>> reference = FrozenReference(model)                       # doctest: +SKIP
@@ -53,8 +70,13 @@ class FrozenReference(MovableReference):
         device: torch.device | None = None,
         policy: nn.Module | None = None,
         means_policy: bool = False,
+        shard: Sharding | None = None,
     ) -> None:
-        self._module: nn.Module | None = frozen_twin(model, copies, dtype, device)
+        # Two roots of FSDP2 can't share a block, and parts that ZeRO-3 gathers for one would be freed by the other.
+        apart = shard is not None or has_shards(model)
+        _refuse_lost_hooks(model, shard)
+        dtype = shard.dtype if shard is not None else dtype
+        self._module: nn.Module | None = frozen_twin(model, (lambda p: True) if apart else copies, dtype, device)
         self._autocast_dtype = autocast_dtype
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._num_passes = 0
@@ -62,14 +84,22 @@ class FrozenReference(MovableReference):
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind="frozen",
-            weights=digest_weights(self._digests, self._module.config),
+            **digest_parts(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
+        if shard is not None:
+            shard.apply(self._module)
 
     @classmethod
     def of_policy(
-        cls, policy: nn.Module, *, dtype: torch.dtype | None = None, autocast_dtype: torch.dtype | None = None
+        cls,
+        policy: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        shard: Sharding | None = None,
     ) -> FrozenReference:
         """The policy as it is now: parameters that train are copied, those that do not are shared."""
         return cls(
@@ -77,8 +107,10 @@ class FrozenReference(MovableReference):
             copies=lambda p: p.requires_grad,
             dtype=dtype,
             autocast_dtype=autocast_dtype,
+            device=device,
             policy=policy,
             means_policy=True,
+            shard=shard,
         )
 
     @classmethod
@@ -91,6 +123,7 @@ class FrozenReference(MovableReference):
         dtype: torch.dtype | None = None,
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        shard: Sharding | None = None,
     ) -> FrozenReference:
         """Another model, shared with its owner; tensors that the policy will train are copied.
 
@@ -105,6 +138,7 @@ class FrozenReference(MovableReference):
             autocast_dtype=autocast_dtype,
             device=device,
             policy=policy,
+            shard=shard,
         )
 
     @classmethod
@@ -123,6 +157,10 @@ class FrozenReference(MovableReference):
     @property
     def means_policy(self) -> bool:
         return self._means_policy
+
+    @property
+    def is_collective(self) -> bool:
+        return self._module is not None and has_shards(self._module)
 
     @property
     def module(self) -> nn.Module | None:
@@ -154,17 +192,41 @@ class FrozenReference(MovableReference):
     def release(self) -> None:
         self._module = None
 
-    def export(self, folder: Path, *, merged: bool = False) -> None:
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
         if self._module is None:
             return super().export(folder, merged=merged)
-        self._module.save_pretrained(folder)  # type: ignore[operator]
+        forget_gathered(self._module)
+        state: dict[str, Tensor] = {}
+        gathered: dict[int, Tensor] = {}  # tied tensors are saved once
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:  # one at a time, and kept by the process that writes
+                full = whole(tensor)
+                gathered[id(tensor)] = full.cpu() if folder is not None else full.new_empty(0)
+            state[name] = gathered[id(tensor)]
+        if folder is not None:
+            self._module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
 
     def tensors(self) -> Tensors:
         assert self._module is not None, "released"
-        return {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        forget_gathered(self._module)
+        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        return {name: local_part(tensor) for name, tensor in named}
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors()[name].data.copy_(tensor)
+    def write(self, name: str, tensor: Tensor) -> None:
+        local_part(self._own(name)).copy_(tensor)
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        return part_like(tensor, self._own(name))
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        return whole_of_part(part, self._own(name))
+
+    def _own(self, name: str) -> Tensor:
+        """The tensor of that name as the module has it now: sharding puts other objects there."""
+        assert self._module is not None, "released"
+        path, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
+        return tensor
 
     def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
         """Every parameter that the policy trains, and every buffer, each on its own."""
@@ -197,14 +259,17 @@ def frozen_twin(
 
     Buffers are copied (they are small, and a training forward may write to them). Parameters that must change dtype
     or device are copied too, so that the given model never does; buffers keep their dtype, as rotary frequencies
-    must.
+    must. The copy of a sharded parameter is sharded alike, and is never whole for longer than it takes to cut it.
     """
+    if is_fsdp(model):
+        return twin_of_fsdp(model, dtype)
 
     def copies(parameter: nn.Parameter) -> bool:
         casts = dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
         return casts or owns(parameter) or (device is not None and parameter.device != device)
 
     kept = {id(parameter): parameter for parameter in model.parameters() if not copies(parameter)}
+    kept |= {id(p): copy_of_sharded(p, dtype) for p in model.parameters() if id(p) not in kept and is_sharded(p)}
     twin = copy.deepcopy(model, dict(kept))
     for module in twin.modules():
         if "_original_forward" in vars(module):  # accelerate's autocast wrapper still points to the original
@@ -221,7 +286,7 @@ def frozen_twin(
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
-    own, other = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
+    own, other = ({name: whole_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differing:
         raise ReferenceModelError(
@@ -232,7 +297,19 @@ def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
         )
 
 
+def _refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:
+    """Refuses a model of ZeRO-3 whose copy could not gather its own weights."""
+    if shard is None and has_shards(model) and not is_fsdp(model):
+        raise ReferenceModelError(
+            asked="A frozen copy of a model whose parameters are partitioned (ZeRO-3, or another sharding).",
+            why="The copy would have parts of weights, and nothing that gathers them for a forward.",
+            instead="Train with `DPOTrainer(deepspeed=...)`, pass `shard`, or build the reference before the model is "
+            "sharded.",
+        )
+
+
 def _storage(parameter: torch.Tensor) -> int:
+    parameter = local_part(parameter)  # all partitioned ones have the same, empty storage
     return parameter.untyped_storage().data_ptr()
 
 

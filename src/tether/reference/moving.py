@@ -7,7 +7,7 @@ how, is in the source's `parts`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tether.distributed import forget_gathered
 from tether.errors import ResumeError
 from tether.reference.base import Reference
 from tether.reference.identity import ReferenceIdentity, num_bytes
 from tether.reference.low_rank_parts import truncation_error
-from tether.reference.parts import MovableReference, UpdateRule
+from tether.reference.parts import MovableReference, Tensors, UpdateRule
 from tether.types import PairBatch, ResponseLogProbs
 
 _TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
@@ -63,7 +64,7 @@ class MovingReference(Reference):
         self._state: dict[str, Tensor] = {}
         before, own = _tensors_of(policy()), source.tensors()
         for part in self._parts:
-            self._state |= part.start(before, own)
+            self._state |= part.start(self._cut(part.names, before), own)
         self._num_syncs = 0
 
     @property
@@ -108,27 +109,46 @@ class MovingReference(Reference):
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         return self._source.log_probs(batch)
 
-    def export(self, folder: Path, *, merged: bool = False) -> None:
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
         self._source.export(folder, merged=merged)
 
     def advance(self, step: int) -> bool:
         if step % self._every:
             return False
         policy = _tensors_of(self._policy())
+        own = self._source.tensors()
         with torch.no_grad():
             for part in self._parts:  # one at a time, so that no second set of weights is ever alive
-                moved = part.move(policy, self._source.tensors(), self._state, self._num_syncs)
+                moved = part.move(self._cut(part.names, policy), own, self._state, self._num_syncs)
                 self._state |= moved.state
                 for name, tensor in moved.tensors.items():
                     self._source.write(name, tensor)
         self._num_syncs += 1
         return True
 
-    def save(self, folder: Path) -> None:
-        tensors = self._source.tensors()
-        state = {f"weight.{name}": tensors[name].detach() for part in self._parts for name in part.names}
-        state |= self._state
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _TENSORS)
+    def _cut(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
+        """What this process holds of some tensors, cut as the reference's own are."""
+        return {name: self._source.cut(name, tensors[name]) for name in names}
+
+    @property
+    def is_collective(self) -> bool:
+        return self._source.is_collective
+
+    @property
+    def runs_in_policy(self) -> bool:
+        return self._source.runs_in_policy
+
+    def save(self, folder: Path | None) -> None:
+        own = self._source.tensors()
+        held = {f"weight.{name}": own[name] for part in self._parts for name in part.names} | self._state
+        state: dict[str, Tensor] = {}
+        for key, part_of_it in held.items():  # gathered one at a time, and kept by the process that writes
+            tensor = self._source.whole(_name(key), part_of_it)
+            if folder is not None:
+                state[key] = tensor.detach().cpu().contiguous()
+        if folder is None:
+            return
+        save_file(state, folder / _TENSORS)
         (folder / _SCHEDULE).write_text(json.dumps(self._schedule() | {"num_syncs": self._num_syncs}))
 
     def load(self, folder: Path) -> None:
@@ -151,8 +171,10 @@ class MovingReference(Reference):
         with torch.no_grad():
             for part in self._parts:
                 for name in part.names:
-                    self._source.write(name, tensors[f"weight.{name}"])
-            self._state = {name: tensors[name].to(tensor.device) for name, tensor in self._state.items()}
+                    self._source.write(name, self._source.cut(name, tensors[f"weight.{name}"]))
+            self._state = {
+                key: self._source.cut(_name(key), tensors[key]).to(tensor.device) for key, tensor in self._state.items()
+            }
         self._num_syncs = int(saved["num_syncs"])
 
     def _schedule(self) -> dict[str, Any]:
@@ -164,5 +186,10 @@ class MovingReference(Reference):
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named}
+    forget_gathered(model)  # before names are looked up: FSDP2 puts other objects there while it holds them whole
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _name(key: str) -> str:
+    """The tensor that an entry of the state belongs to: `residual.lm_head.weight` to `lm_head.weight`."""
+    return key.partition(".")[2]

@@ -100,11 +100,19 @@ class MovableReference(Reference):
 
     @abstractmethod
     def tensors(self) -> Tensors:
-        """Its own tensors by name, as they are now."""
+        """Its own tensors by name, as they are now; of sharded ones the parts that this process holds."""
 
     @abstractmethod
     def write(self, name: str, tensor: Tensor) -> None:
-        """Replaces one of them."""
+        """Replaces one of them, or this process's part of it."""
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What this process would hold of `tensor`, cut as its own tensor of that name is. Collective if one is cut."""
+        return tensor.detach()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The whole tensor of which `part` is what this process holds, cut as its own of that name. Collective so."""
+        return part
 
     @abstractmethod
     def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
