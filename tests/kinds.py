@@ -118,6 +118,14 @@ def moving(alpha: float = 0.5, **options: Any) -> Callable[[Any, Path], Referenc
     return build
 
 
+def moving_adapter(alpha: float = 0.5, **options: Any) -> Callable[[Any, Path], Reference]:
+    def build(policy: Any, folder: Path) -> Reference:
+        source = AdapterReference(policy, moves=True)
+        return MovingReference(source, lambda: policy, alpha=alpha, every=2, **options)
+
+    return build
+
+
 def other_model() -> Any:
     return dropping_gpt2(seed=1)
 
@@ -157,6 +165,14 @@ SOURCES: dict[str, Kind] = {
     "implicit, prompt tuning": Kind(prompt_tuning, implicit),
     "moving": Kind(dropping_gpt2, moving()),
     "moving, hard": Kind(dropping_gpt2, moving(alpha=1.0)),
+    "moving, LoRA": Kind(lora, moving_adapter()),
+    "moving, LoRA truncated": Kind(lora, moving_adapter(max_rank=5)),
+    "moving, LoRA hard": Kind(lora, moving_adapter(alpha=1.0)),
+    "moving, LoRA by BEMA": Kind(lora, moving_adapter(rule="bema")),
+    "moving, LoRA continued": Kind(lambda: lora(init_lora_weights=False), moving_adapter()),
+    "moving, LoRA with a trained head": Kind(lambda: llama_lora(modules_to_save=["lm_head"]), moving_adapter()),
+    "moving, DoRA": Kind(lambda: llama_lora(use_dora=True), moving_adapter()),
+    "moving, IA3": Kind(ia3, moving_adapter()),
     "moving, in bfloat16": Kind(dropping_gpt2, moving(dtype=torch.bfloat16), tolerance=(0.05, 0.5)),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import TrainingArguments
 
@@ -38,6 +38,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ref_model_mixup_alpha": {"ref_model_mixup_alpha": 1.5},
     "ref_model_mixup_alpha below 0": {"ref_model_mixup_alpha": -0.1},
     "ref_model_sync_steps": {"ref_model_sync_steps": 0},
+    "ref_model_sync_rule": {"ref_model_sync_rule": "mean", "sync_ref_model": True},
+    "ref_model_sync_rule without sync": {"ref_model_sync_rule": "hard"},
+    "ref_model_sync_rank": {"ref_model_sync_rank": 0, "sync_ref_model": True},
+    "ref_model_sync_rank without sync": {"ref_model_sync_rank": 8},
+    "ref_model_sync_rank of a copy": {"ref_model_sync_rank": 8, "ref_model_sync_rule": "hard", "sync_ref_model": True},
+    "alpha of a copy": {"ref_model_mixup_alpha": 0.3, "ref_model_sync_rule": "hard", "sync_ref_model": True},
+    "alpha of bema": {"ref_model_mixup_alpha": 0.3, "ref_model_sync_rule": "bema", "sync_ref_model": True},
     "label_smoothing": {"label_smoothing": 0.5},
     "label_smoothing below 0": {"label_smoothing": -0.1},
     "label_smoothing that no loss has": {"label_smoothing": 0.1, "loss_type": "ipo"},
@@ -245,9 +252,17 @@ def test_several_gpus_without_a_launcher_are_refused_with_the_command_to_use(
 
 
 LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+VERA = {"peft_config": VeraConfig(target_modules=["q_proj"])}
+BEMA = {"ref_model_sync_rule": "bema", "sync_ref_model": True}
 COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-    "sync with PEFT": ("sync_ref_model", lambda: LORA | {"sync_ref_model": True}),
-    "sync with a PEFT model": ("sync_ref_model", lambda: {"model": adapted(), "sync_ref_model": True}),
+    "sync with VeRA": ("VERA", lambda: VERA | {"sync_ref_model": True}),
+    "sync with a VeRA model": ("VERA", lambda: {"model": adapted(VERA), "sync_ref_model": True}),
+    "sync with PEFT and a reference": ("ref_model", lambda: LORA | {"ref_model": tiny_model(), "sync_ref_model": True}),
+    "bema with a reference": ("bema", lambda: {"ref_model": tiny_model(), **BEMA}),
+    "bema with DoRA": ("DoRA", lambda: BEMA | {"peft_config": LoraConfig(target_modules=["q_proj"], use_dora=True)}),
+    "factors without LoRA": ("factors", lambda: {"ref_model_sync_rule": "factors", "sync_ref_model": True}),
+    "sync rank without LoRA": ("ref_model_sync_rank", lambda: {"ref_model_sync_rank": 8, "sync_ref_model": True}),
+    "sync rank below LoRA's": ("rank 2", lambda: LORA | {"ref_model_sync_rank": 1, "sync_ref_model": True}),
     "ref_dtype with PEFT": ("ref_dtype", lambda: LORA | {"ref_dtype": "bfloat16"}),
     "sync over another size": ("sync_ref_model", lambda: {"ref_model": tiny_model(hidden=48), "sync_ref_model": True}),
     "peft_config of another type": ("peft_config", lambda: {"peft_config": {"r": 2}}),
@@ -258,8 +273,8 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 }
 
 
-def adapted() -> Any:
-    return get_peft_model(tiny_model(), LORA["peft_config"])
+def adapted(config: dict[str, Any] = LORA) -> Any:
+    return get_peft_model(tiny_model(), config["peft_config"])
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

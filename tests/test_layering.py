@@ -55,7 +55,16 @@ class Home:
 
 
 HOMES: tuple[Home, ...] = (
-    Home("peft", ("tether.reference.adapter", "tether.models"), typing_only=("tether.trainer",)),
+    Home(
+        "peft",
+        (
+            "tether.reference.adapter",
+            "tether.reference.adapter_parts",
+            "tether.reference.adapter_export",
+            "tether.models",
+        ),
+        typing_only=("tether.trainer",),
+    ),
     Home("sqlite3", ("tether.store",)),
     Home("deepspeed", ("tether.distributed",)),
     Home("torch.distributed.fsdp", ("tether.distributed",)),

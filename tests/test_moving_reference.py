@@ -227,7 +227,13 @@ def test_moving_reference_saves_what_it_holds_and_nothing_shared(tmp_path: Path)
     reference.save(tmp_path)
     saved = (tmp_path / "moving_reference.safetensors").stat().st_size
     assert reference.extra_bytes <= saved < 1.5 * reference.extra_bytes
-    assert json.loads((tmp_path / "moving_reference.json").read_text()) == {"alpha": 0.5, "every": 1, "num_syncs": 0}
+    assert json.loads((tmp_path / "moving_reference.json").read_text()) == {
+        "rule": "soft",
+        "alpha": 0.5,
+        "rank": None,
+        "every": 1,
+        "num_syncs": 0,
+    }
 
 
 def test_moving_reference_refuses_a_checkpoint_without_its_state_or_with_another_schedule(tmp_path: Path) -> None:

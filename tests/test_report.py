@@ -13,9 +13,11 @@ import pytest
 
 from tether.report import DPO_CURVES, Changes, Table, write_report
 
+MOVING = {"reference/distance": 0.1, "reference/distance_from_start": 0.2, "reference/syncs": 3}
 RUNS: dict[str, list[dict[str, Any]]] = {
     name: [
         {"step": step, "loss": 0.6931 - slope * step, "rewards/margins": slope * step, "rewards/accuracies": 0.5}
+        | (MOVING if name == "synchronized" else {})
         for step in range(1, 11)
     ]
     + [{"step": 10, "train_runtime": 1.0}]  # the closing entry, which has no metric of ours

@@ -48,6 +48,14 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "synchronized": lambda: SYNC,
     "synchronized, hard": lambda: SYNC | {"ref_model_mixup_alpha": 1.0},
     "synchronized, bfloat16": lambda: SYNC | {"ref_dtype": "bfloat16"},
+    "synchronized, bema": lambda: {k: v for k, v in SYNC.items() if "alpha" not in k} | {"ref_model_sync_rule": "bema"},
+    "synchronized, bema, LoRA": lambda: (
+        {"sync_ref_model": True, "ref_model_sync_steps": 2}
+        | {"peft_config": LoraConfig(**LORA), "ref_model_sync_rule": "bema"}
+    ),
+    "synchronized, fresh LoRA": lambda: SYNC | {"peft_config": LoraConfig(**LORA), "ref_model_sync_steps": 2},
+    "synchronized, hard, fresh LoRA": lambda: SYNC | {"peft_config": LoraConfig(**LORA), "ref_model_mixup_alpha": 1.0},
+    "synchronized, continued LoRA": lambda: SYNC | {"model": continued()},
     "synchronized, given": lambda: SYNC | {"ref_model": tiny_model(seed=1)},
     "fresh LoRA": lambda: {"peft_config": LoraConfig(**LORA)},
     "fresh LoRA, precomputed": lambda: {"peft_config": LoraConfig(**LORA), "precompute_ref_log_probs": True},
@@ -79,6 +87,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_p
     module, expected = resumed.reference.module, whole.reference.module
     if module is not None and expected is not None:
         assert same_bits(bits(module), bits(expected))
+    if whole.reference.moves and module is None:
+        with resumed.reference.in_policy(), whole.reference.in_policy():
+            assert same_bits(bits(resumed.model), bits(whole.model))
+    assert resumed.reference.figures() == whole.reference.figures()
 
 
 def test_the_uninterrupted_run_does_not_depend_on_where_it_was_saved(tmp_path: Path) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parent / "scripts" / "two_processes.py"
-KINDS = ("explicit", "implicit", "precomputed", "synchronized", "accumulated", "streamed")
+KINDS = (
+    "explicit",
+    "implicit",
+    "precomputed",
+    "synchronized",
+    "synchronized, implicit",
+    "accumulated",
+    "streamed",
+)
 PAIRS_PER_STEP = 4
 
 pytestmark = pytest.mark.distributed

@@ -18,26 +18,49 @@ KINDS = (
     "precomputed",
     "precomputed-implicit",
     "synchronized",
+    "synchronized-named",
+    "hard",
+    "bema",
 )
-MEANT_TO_DIFFER = ("named",)
+MEANT_TO_DIFFER = ("named", "synchronized-named")
 # Partitioned at birth, as a model loaded by its path is; or loaded whole, and partitioned when training starts.
-BORN = tuple(f"{kind}/3/born" for kind in KINDS)
+BORN = tuple(f"{kind}/3/born" for kind in KINDS if kind != "hard")
 WHOLE = tuple(f"{kind}/3/whole" for kind in ("explicit", "continued", "precomputed-implicit", "synchronized"))
 # By default small parameters (all of a tiny model) stay whole between passes, where they could hide an exchange.
 PERSISTENT = ("continued/3/born/persistent", "synchronized/3/born/persistent")
-ZERO_2 = ("explicit/2/whole", "synchronized/2/whole")
+# An adapter follows where it stays whole; partitioned, it is refused.
+ZERO_2 = ("explicit/2/whole", "synchronized/2/whole", "synchronized-implicit/2/whole")
+REFUSED = ("synchronized-implicit/3/born", "synchronized-implicit/3/whole")
 QUICK = (*BORN, *WHOLE, *PERSISTENT, *ZERO_2)
 SLOW = (
     *(case for kind in KINDS if (case := f"{kind}/3/whole") not in WHOLE),
     *(case for kind in KINDS if (case := f"{kind}/2/whole") not in ZERO_2),
+    "hard/3/born",
     "explicit/3/born/persistent",
     "explicit/3/born/checkpointed",  # activation checkpointing
     "saved/3/whole/checkpointed",
 )
-BF16 = ("explicit/3/born/bf16", "explicit/2/whole/bf16", "continued/2/whole/bf16")  # of DeepSpeed's own config
+BF16 = (  # of DeepSpeed's own config
+    "explicit/3/born/bf16",
+    "explicit/2/whole/bf16",
+    "continued/2/whole/bf16",
+    "synchronized-implicit/2/whole/bf16",
+)
 CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
-RESUMED = ("explicit/3/whole", "continued/3/born", "synchronized/3/born")
-SLOW_RESUMED = ("explicit/3/born", "saved/3/whole", "precomputed/3/born", "synchronized/2/whole")
+RESUMED = (
+    "explicit/3/whole",
+    "continued/3/born",
+    "synchronized/3/born",
+    "bema/3/born/bf16",  # keeps an average in fp32 of parts in bf16
+)
+SLOW_RESUMED = (
+    "explicit/3/born",
+    "saved/3/whole",
+    "precomputed/3/born",
+    "synchronized/2/whole",
+    "synchronized-named/3/born",
+    "synchronized-implicit/2/whole",
+)
 
 pytestmark = [
     pytest.mark.distributed,
@@ -51,14 +74,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same runs in one process without DeepSpeed, by kind."""
-    cases = [f"{kind}/0/whole" for kind in KINDS]
+    cases = [f"{kind}/0/whole" for kind in (*KINDS, "synchronized-implicit")]
     (seen,) = launch("zero_runs.py", tmp_path_factory.mktemp("one") / "run", *cases)
     return {case.split("/")[0]: run for case, run in seen.items()}
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = (*QUICK, *BF16, *(f"{case}:resume" for case in RESUMED))
+    cases = (*QUICK, *BF16, *(f"{case}:resume" for case in RESUMED), *(f"{case}:refuse" for case in REFUSED))
     return launch("zero_runs.py", tmp_path_factory.mktemp("quick") / "run", *cases, num_processes=2)
 
 
@@ -115,13 +138,40 @@ def test_weights_are_partitioned_where_they_should_be(case: str, two: list[dict[
     for process in two:
         assert process["partitioned_at_birth"] == (loaded == "born")
         assert process["policy_is_sharded"] == (stage == "3")
-        has_own_weights = kind in ("explicit", "named", "synchronized")
+        has_own_weights = kind in ("explicit", "named", "synchronized", "synchronized-named", "hard", "bema")
         assert process["reference_is_sharded"] == (stage == "3" and has_own_weights)
 
 
 @pytest.mark.parametrize("case", [case for case in QUICK if kind_of(case) in ("explicit", "named")])
 def test_training_does_not_move_a_frozen_reference(case: str, two: list[dict[str, Any]]) -> None:
     assert [process["drift"] for process in two] == [0, 0]
+
+
+MOVING = [case for case in QUICK if kind_of(case).startswith("synchronized") or kind_of(case) in ("hard", "bema")]
+
+
+@pytest.mark.parametrize("case", MOVING)
+def test_the_figures_of_a_moving_reference_are_those_of_one_process(
+    case: str, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    """The distance from the start too, of a policy that could not run before it was partitioned."""
+    for ours, theirs in zip(two[0]["steps"], one[kind_of(case)]["steps"], strict=True):
+        for name in ("reference/syncs", "reference/distance", "reference/distance_from_start"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (theirs["step"], name)
+    assert two[0]["steps"][-1]["reference/syncs"] >= 1
+    assert two[0]["steps"][-1]["reference/distance_from_start"] > 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case in QUICK if kind_of(case) in ("explicit", "named") or case in MOVING])
+def test_an_exported_reference_is_the_whole_one(case: str, two: list[dict[str, Any]]) -> None:
+    of_adapter = kind_of(case) == "synchronized-implicit"
+    assert [process["export_differs_in"] for process in two] == [None if of_adapter else []] * 2
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_adapter_that_would_follow_a_partitioned_policy_is_refused(case: str, quick: list[dict[str, Any]]) -> None:
+    for process in quick:
+        assert "`sync_ref_model=True` with a PEFT model under ZeRO-3" in process[f"{case}:refuse"]
 
 
 @pytest.mark.parametrize("case", [case for case in QUICK if case.startswith("precomputed")])

@@ -6,16 +6,23 @@ Knows files and references; knows no trainer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tether.distributed import together
 from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
 
+if TYPE_CHECKING:
+    from tether.config import DPOConfig
+
+logger = logging.getLogger(__name__)
+
 _FOLDER, _IDENTITY, _PROGRESS, _SHIFT = "reference", "identity.json", "progress.json", "reward_shift.json"
+_START = "start.json"
 
 
 def save_reference(checkpoint: Path, reference: Reference, num_tokens: float, *, writes: bool = True) -> None:
@@ -48,6 +55,26 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
 
 
+def warn_of_weights_alone(args: DPOConfig) -> None:
+    """Says what checkpoints of weights alone lose when the reference moves."""
+    if args.save_only_model and args.save_strategy != "no":
+        logger.warning(
+            "`save_only_model=True` with `sync_ref_model=True`: the checkpoints will not hold the moving reference, so "
+            "no run can be resumed from them, and the average reached there is lost. `trainer.save_reference(folder)` "
+            "keeps the last one."
+        )
+
+
+def warn_of_no_sync(args: DPOConfig, num_steps: int) -> None:
+    """Says when a run ends before its first sync."""
+    if args.sync_ref_model and args.ref_model_sync_steps > num_steps:
+        logger.warning(
+            f"`sync_ref_model=True`, but the reference will not move: its first sync would come after "
+            f"{args.ref_model_sync_steps} optimizer steps, and this run has {num_steps}. Set `ref_model_sync_steps` to "
+            "less."
+        )
+
+
 def save_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     """Writes BCO's running mean of rewards, where a run keeps one."""
     if shift is not None:
@@ -70,6 +97,18 @@ def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
             instead="Set `bco_reward_shift=False`, take the losses of the checkpoint's run, or start a new run.",
         )
     shift.load(json.loads(path.read_text())["sum_and_count"])
+
+
+def save_start(checkpoint: Path, log_probs: Sequence[float] | None) -> None:
+    """Writes what the initial policy said of the fixed pairs, where a reference that moves is compared with it."""
+    if log_probs is not None:
+        (checkpoint / _FOLDER / _START).write_text(json.dumps({"log_probs": list(log_probs)}))
+
+
+def load_start(checkpoint: Path) -> list[float] | None:
+    """Reads it, if the checkpoint has it; fp32 as decimal text comes back bit for bit."""
+    path = checkpoint / _FOLDER / _START
+    return [float(value) for value in json.loads(path.read_text())["log_probs"]] if path.is_file() else None
 
 
 def _check_same(folder: Path, reference: Reference) -> None:

@@ -20,6 +20,8 @@ from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, check_loss_options
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_SYNC_RULES = ("soft", "hard", "bema", "factors")  # those of reference.parts
+_SYNC_ALPHA = 0.6
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -72,6 +74,10 @@ class DPOConfig(TrainingArguments):
         sync_ref_model: The reference follows the policy (TR-DPO).
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
+        ref_model_sync_rule: How a sync moves the reference: `soft`, the average of the weights (of a LoRA update as
+            the matrix it is); `hard`, a copy of the policy; `bema`, the bias-corrected average; `factors`, the
+            average of LoRA's factors one by one.
+        ref_model_sync_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
         ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
         ref_dtype: Dtype of an explicit reference's weights: `float32`, `bfloat16`, `float16`; by default the
             policy's.
@@ -137,8 +143,14 @@ class DPOConfig(TrainingArguments):
     reference_free: bool = _option(False, "No reference: each response's reward is beta times its own log-prob.")
 
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
-    ref_model_mixup_alpha: float = _option(0.6, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
+    ref_model_mixup_alpha: float = _option(_SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
+    ref_model_sync_rule: str = _option(
+        "soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(_SYNC_RULES)
+    )
+    ref_model_sync_rank: int | None = _option(
+        None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
+    )
 
     ref_store: str | None = _option(None, "File of the log-prob store. Default: one in the user's cache folder.")
     ref_dtype: str | None = _option(
@@ -207,6 +219,7 @@ class DPOConfig(TrainingArguments):
                 "it counts optimizer steps between syncs",
                 "a whole number of at least 1",
             )
+        self._check_sync_rule()
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigurationError(
                 asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
@@ -246,6 +259,30 @@ class DPOConfig(TrainingArguments):
             )
         if self.ref_store is not None and os.path.isdir(self.ref_store):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
+
+    def _check_sync_rule(self) -> None:
+        rule, alpha, rank = self.ref_model_sync_rule, self.ref_model_mixup_alpha, self.ref_model_sync_rank
+        if rule not in _SYNC_RULES:
+            _refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(_SYNC_RULES)}")
+        if not self.sync_ref_model and (rule != "soft" or rank is not None):
+            name, value = ("ref_model_sync_rule", rule) if rank is None else ("ref_model_sync_rank", rank)
+            _refuse(name, value, "the reference does not move", "`sync_ref_model=True` with it")
+        if (rule == "hard" and alpha not in (_SYNC_ALPHA, 1)) or (rule == "bema" and alpha != _SYNC_ALPHA):
+            _refuse(
+                "ref_model_mixup_alpha",
+                alpha,
+                f"the rule `{rule}` has no weight to choose",
+                "`ref_model_sync_rule='soft'` with it, or leave it out",
+            )
+        if rank is not None and rank < 1:
+            _refuse("ref_model_sync_rank", rank, "a matrix of rank 0 is zero", "1 or more, or None")
+        if rank is not None and (rule in ("hard", "factors") or (rule == "soft" and alpha == 1)):
+            _refuse(
+                "ref_model_sync_rank",
+                rank,
+                "nothing is averaged at a rank of its own: copies and averaged factors have the policy's",
+                "`ref_model_sync_rule='soft'` with an alpha below 1, or None",
+            )
 
     def _check_padding(self) -> None:
         if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):

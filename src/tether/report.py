@@ -98,6 +98,21 @@ DPO_CURVES = (
         "How often the chosen answer of a training pair has the higher reward; at the very start both rewards are 0.",
         0.5,
     ),
+    Curve(
+        "reference/distance",
+        "Reference to policy",
+        "nats per token",
+        "How far a synchronized reference is from the policy on fixed pairs; a sync brings it back.",
+        0.0,
+    ),
+    Curve(
+        "reference/distance_from_start",
+        "Reference to its start",
+        "nats per token",
+        "How far a synchronized reference has moved from the initial policy, on the same pairs.",
+        0.0,
+    ),
+    Curve("reference/syncs", "Syncs", "count", "How often the reference has followed the policy."),
 )
 
 # Colours that keep apart for colour-blind readers, on white and on black. Curves often coincide, as they should: the

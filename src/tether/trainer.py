@@ -20,7 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.batches import ProcessBatches, even_loader
-from tether.checkpoints import load_reference, load_reward_shift, save_reference, save_reward_shift
+from tether.checkpoints import (
+    load_reference,
+    load_reward_shift,
+    load_start,
+    save_reference,
+    save_reward_shift,
+    save_start,
+    warn_of_no_sync,
+    warn_of_weights_alone,
+)
 from tether.config import DPOConfig, refuse_data_parallel
 from tether.data import (
     MARGIN_COLUMN,
@@ -144,7 +153,7 @@ class DPOTrainer(Trainer):
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
         options = self._reference_options(args, sets)
-        check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
+        check_options(policy, ref_model, options, new_adapter=peft_config)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
         check_trainable(policy)
@@ -178,6 +187,8 @@ class DPOTrainer(Trainer):
         self._prepares_late = is_early and self.reference.runs_in_policy
         if not self._prepares_late:
             self._prepare_reference(self._all_sets())
+        if self.reference.moves:
+            warn_of_weights_alone(args)
         self.model.add_model_tags(["tether", "dpo"])
         self.add_callback(_FollowTraining(self))
 
@@ -201,16 +212,40 @@ class DPOTrainer(Trainer):
             store_path=Path(args.ref_store) if args.ref_store else None,
             sync=args.sync_ref_model,
             alpha=args.ref_model_mixup_alpha,
+            sync_rule=args.ref_model_sync_rule,
+            sync_rank=args.ref_model_sync_rank,
             sync_steps=args.ref_model_sync_steps,
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
             autocast_dtype=args.autocast_dtype,
             device=args.device,
         )
 
-    def _set_sentinel(self) -> None:
+    def save_reference(self, folder: str | Path, *, merged: bool = False) -> None:
+        """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
+
+        A full model loads with `AutoModelForCausalLM.from_pretrained(folder)`, an adapter with
+        `PeftModel.from_pretrained(base, folder)`, whose ranks may be larger than the policy's. Every process must
+        call it, because sharded weights are gathered; one writes.
+
+        Args:
+            folder: Where to.
+            merged: Save an adapter's reference as a full model, with the adapter in its weights.
+
+        Raises:
+            ReferenceModelError: If the reference has no weights of its own, or cannot be saved in that form.
+        """
+        writes = self.args.should_save
+        self.reference.export(Path(folder) if writes else None, merged=merged)
+        if writes:
+            self._tokenizer.save_pretrained(folder)
+
+    def _watch_from_start(self, *, has_trained: bool) -> None:
+        """Keeps what reference and policy say of a few fixed pairs; a resumed policy is not the initial one."""
         first: Any = self.train_dataset
         rows = list(first.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
+        if not has_trained:
+            self._watch.set_start(self.accelerator.unwrap_model(self.model))
 
     def _all_sets(self) -> dict[str, Any]:
         return self._named_sets({"train": self.train_dataset}, self.eval_dataset)
@@ -377,6 +412,7 @@ class DPOTrainer(Trainer):
             means = self._train_sums.means(self._sum_over_processes)
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
+            logs |= self.reference.figures() | self._watch.distances(self.accelerator.unwrap_model(self.model))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -430,6 +466,7 @@ class DPOTrainer(Trainer):
         save_reference(Path(output_dir), self.reference, num_tokens, writes=self.args.should_save)
         if self.args.should_save:
             save_reward_shift(Path(output_dir), self._objective.reward_shift)
+            save_start(Path(output_dir), self._watch.start)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -437,6 +474,7 @@ class DPOTrainer(Trainer):
             num_tokens = load_reference(Path(checkpoint), self.reference)
             self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
             load_reward_shift(Path(checkpoint), self._objective.reward_shift)
+            self._watch.start = load_start(Path(checkpoint))
 
 
 _SENTINEL_PAIRS = 2
@@ -453,7 +491,8 @@ class _FollowTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._prepare_if_late()
-        self._trainer._set_sentinel()
+        self._trainer._watch_from_start(has_trained=state.global_step > 0)
+        warn_of_no_sync(self._trainer.args, state.max_steps)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._watch.check_drift()

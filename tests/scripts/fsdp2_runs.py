@@ -16,14 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from observe import same_bits
 from runs import as_dataset
 from tether.checkpoints import load_reference, save_reference
 from tether.data import PairCollator, batch_of, tokenize_pairs
-from tether.distributed import has_shards, whole
+from tether.distributed import forget_gathered, has_shards, whole
+from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
 from tether.reference import Reference, ReferenceOptions, build_reference
 from tether.scoring import score
@@ -45,10 +48,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved": {"modules_to_save": ["lm_head"]},
     # The head is in the root, which FSDP2 keeps gathered after a pass: it must not keep what was exchanged.
     "continued-saved": {"init_lora_weights": False, "modules_to_save": ["lm_head"]},
+    "followed": {},  # by a moving reference, which is refused
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "precomputed": {"precompute": True},
     "synchronized": {"sync": True, "alpha": 0.5, "sync_steps": 2},
+    "hard": {"sync": True, "sync_rule": "hard", "sync_steps": 2},
+    "bema": {"sync": True, "sync_rule": "bema", "sync_steps": 2},
+    "followed": {"sync": True, "alpha": 0.5, "sync_steps": 2},
 }
 
 
@@ -160,6 +167,29 @@ class Loop:
         load_reference(checkpoint, again)
         return torch.equal(again.log_probs(batch).values, before)
 
+    def exports_itself(self) -> bool | None:
+        """Whether the exported reference has its tensors, bit for bit; None where it has no model."""
+        module = self.reference.module
+        if module is None:
+            return None
+        folder = self.folder / "exported"
+        self.reference.export(folder if dist.get_rank() == 0 else None)
+        forget_gathered(module)
+        own = {name: whole(parameter) for name, parameter in module.named_parameters()}
+        dist.barrier()
+        return same_bits(load_file(folder / "model.safetensors"), own)
+
+
+def refusals(folder: Path, case: str) -> dict[str, str]:
+    """With what words a case is refused: at construction, or at the first sync."""
+    said = {}
+    for sharded in ("before", "after"):
+        try:
+            Loop(folder, case, sharded).reference.advance(2)
+        except ConfigurationError as error:
+            said[sharded] = str(error)
+    return said
+
 
 def compared(folder: Path, case: str) -> dict[str, Any]:
     """The sharded loops beside the unsharded one."""
@@ -180,6 +210,7 @@ def compared(folder: Path, case: str) -> dict[str, Any]:
             "changed": [] if loop.reference.moves else loop.reference.changed_tensors(),
             "reference_is_sharded": None if module is None else has_shards(module),
             "survives_checkpoint": loop.survives_checkpoint(),
+            "exports_itself": loop.exports_itself(),
         }
     return seen
 
@@ -188,7 +219,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     target = Path(sys.argv[1])
-    seen = {case: compared(target / case.replace("/", "-"), case) for case in sys.argv[2:]}
+    seen: dict[str, Any] = {}
+    for name in sys.argv[2:]:
+        look = refusals if name.startswith("followed") else compared
+        seen[name] = look(target / name.replace("/", "-"), name)
     (target / f"process-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

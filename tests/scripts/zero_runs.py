@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -23,6 +24,7 @@ from observe import same_bits
 from runs import as_dataset, make_trainer, steps
 from tether import DPOTrainer
 from tether.distributed import forget_gathered, has_shards, whole
+from tether.errors import ConfigurationError
 from tether.types import PairBatch
 from tiny import tiny_model, tiny_pairs
 
@@ -47,6 +49,10 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "precomputed": STORED,
     "precomputed-implicit": STORED | lora(),
     "synchronized": SYNC,
+    "synchronized-named": SYNC | {"named": True},
+    "synchronized-implicit": SYNC | lora(),
+    "hard": SYNC | {"ref_model_mixup_alpha": 0.6, "ref_model_sync_rule": "hard"},
+    "bema": SYNC | {"ref_model_mixup_alpha": 0.6, "ref_model_sync_rule": "bema"},
 }
 
 
@@ -113,8 +119,30 @@ def observed(folder: Path, case: str) -> dict[str, Any]:
         "policy_is_sharded": has_shards(trainer.model),
         "reference_is_sharded": module is not None and has_shards(module),
         "extra_bytes": trainer.reference.extra_bytes,
+        "export_differs_in": export_differs_in(trainer, folder / "exported"),
         "drift": None if before is None else float((after - before).abs().max()),
     }
+
+
+def export_differs_in(trainer: DPOTrainer, folder: Path) -> list[str] | None:
+    """Tensors of the exported reference that are not the reference's own, bit for bit; None where it has no model."""
+    if trainer.ref_model is None:
+        return None
+    trainer.save_reference(folder)
+    own = whole_bits(trainer.ref_model)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    saved = load_file(folder / "model.safetensors")
+    return sorted(name for name in own.keys() | saved.keys() if not same_bits({0: saved[name]}, {0: own[name]}))
+
+
+def refusal(folder: Path, case: str) -> str:
+    """With what words the trainer is refused."""
+    try:
+        trainer_of(folder, case)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
 
 
 def sentinel(trainer: DPOTrainer) -> PairBatch:
@@ -159,7 +187,7 @@ if __name__ == "__main__":
     for number, name in enumerate(sys.argv[2:]):
         run, _, checked = name.partition(":")
         place = target / f"run-{number}"
-        seen[name] = resumes(place, run) if checked == "resume" else observed(place, run)
+        seen[name] = {"": observed, "resume": resumes, "refuse": refusal}[checked](place, run)
     (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -86,8 +86,8 @@ unless ref_model names another.
   lora_r, or a model with an adapter   the model's own base, adapter off    no weights, the pass
   precompute_ref_log_probs             any static one, scored once before   one pass over the data, ever:
                                        training and kept on disk            later runs find the answers
-  sync_ref_model                       a copy that follows the policy       a second set of weights, the
-                                       (TR-DPO)                             pass
+  sync_ref_model                       a copy that follows the policy       a second set of what trains,
+                                       (TR-DPO)                             the pass
 """
 
 # Headings of --help, in order, with the options under each; the last takes what is transformers' and named by none.
@@ -109,7 +109,7 @@ _GROUPS: Mapping[str, tuple[str | None, str]] = {
     "the reference": (
         REFERENCE_TABLE,
         "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store sync_ref_model ref_model_mixup_alpha "
-        "ref_model_sync_steps ref_dtype reference_free",
+        "ref_model_sync_steps ref_model_sync_rule ref_model_sync_rank ref_dtype reference_free",
     ),
     "when to say, evaluate and save something": (
         None,

@@ -208,12 +208,26 @@ def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
     return point_back
 
 
-def whole_of_part(part: Tensor, model: nn.Module, name: str) -> Tensor:
-    """The whole tensor of which `part` is what this process holds, cut as the named parameter is. Collective."""
-    if not is_sharded(dict(model.named_parameters())[name]):
+def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which `part` is what this process holds, cut as `like` is. Collective if `like` is sharded.
+
+    The part may have another dtype than `like`, as an average in fp32 of bf16 weights has.
+    """
+    if isinstance(like, DTensor):
+        placed: Any = DTensor.from_local(
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        full: Tensor = placed.full_tensor()
+        return full
+    if (partitioned := _partitioned(like)) is None:
         return part
-    with exchanged(model, {name: part}):
-        return whole(dict(model.named_parameters())[name])
+    group = partitioned.ds_process_group
+    # Parts may be offloaded to the CPU, where not every backend gathers.
+    sent = part.to(deepspeed().accelerator.get_accelerator().current_device_name()).contiguous()
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group=group)
+    shape = whole_shape(like)
+    return torch.cat(received)[: shape.numel()].view(shape)
 
 
 def deepspeed() -> Any:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -19,8 +20,12 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
-from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.errors import ConfigurationError, ReferenceModelError
+from tether.reference.adapter_export import export_adapter
+from tether.reference.adapter_parts import adapter_parts, refuse_sharded_average
+from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
+from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -30,13 +35,15 @@ def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
     return isinstance(model, PeftModel)
 
 
-class AdapterReference(Reference):
+class AdapterReference(MovableReference):
     """The implicit reference: the policy without what training adds to it.
 
     A *fresh* adapter, whose initial delta is exactly zero, is simply switched off. An adapter that already changes
     the base (a continued one, PiSSA, random prompts) is kept as a frozen copy of its tensors. Either way, tensors
     that train and still reach the forward (trained biases, say) are swapped for frozen copies around the pass, in
-    place and by pointer: no weight is moved, and PEFT never has to hold a second adapter.
+    place and by pointer: no weight is moved, and PEFT never has to hold a second adapter. A copy may have another
+    rank than the policy's adapter, as an average has, but not another dtype: that would cut the tensor off from the
+    hooks that reduce its gradient.
 
     Must be built before the first optimizer step. A pass must come before the policy's forward of the same step,
     because that forward's graph refers to the policy's tensors. Training may shard the policy after this was built.
@@ -44,17 +51,19 @@ class AdapterReference(Reference):
     Args:
         policy: The PEFT model that trains.
         autocast_dtype: Run under autocast with this dtype, as the policy does.
+        moves: The reference will follow the policy: the adapter is kept as a copy even if it changes nothing yet.
     """
 
-    def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None, moves: bool = False) -> None:
         self._policy = policy
         self._autocast_dtype = autocast_dtype
         self._num_passes = 0
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self._adapter_off = has_zero_delta(policy)
+        self._starts_at_zero = has_zero_delta(policy)
+        self._adapter_off = self._starts_at_zero and not moves
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
         # By name: FSDP2 puts other parameter objects into the modules when it shards them.
-        self._frozen = {name: local_part(parameter).clone() for name, parameter in kept.items()}
+        self._copies = {name: local_part(parameter).clone() for name, parameter in kept.items()}
         self._digests = digest_tensors(self._tensors())
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
@@ -67,10 +76,10 @@ class AdapterReference(Reference):
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor that shapes the reference's answers; the frozen ones are right while exchanged."""
+        """Every tensor that shapes the reference's answers; the kept ones are right while exchanged."""
         forget_gathered(self._policy)
         tensors = base_tensors(self._policy.get_base_model())
-        if not self._adapter_off:
+        if not self._starts_at_zero:
             # Not only what trains: a frozen projection, or a second adapter, shapes the answers as well.
             of_base = {id(tensor) for tensor in tensors.values()}
             state = self._policy.state_dict(keep_vars=True)
@@ -101,7 +110,7 @@ class AdapterReference(Reference):
 
     @property
     def extra_bytes(self) -> int:
-        return num_bytes(self._frozen.values())
+        return num_bytes(self._copies.values())
 
     @property
     def is_collective(self) -> bool:
@@ -124,14 +133,51 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        if not self._frozen:
+        if not self._copies:
             yield
             return
         forget_gathered(self._policy)
         parameters = dict(self._policy.named_parameters())
-        self._frozen = {name: part_like(values, parameters[name]) for name, values in self._frozen.items()}
-        with exchanged(self._policy, self._frozen):
+        self._copies = {name: part_like(values, parameters[name]) for name, values in self._copies.items()}
+        with exchanged(self._policy, self._copies):
             yield
+
+    def tensors(self) -> Tensors:
+        refuse_sharded_average(self._policy)  # also one that was sharded after this was built
+        return dict(self._copies)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert tensor.dtype == self._copies[name].dtype, "another dtype would cut the parameter off from its hooks"
+        self._copies[name] = tensor.detach().to(self._copies[name].device).contiguous()
+
+    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
+        """See `adapter_parts`."""
+        if self._adapter_off:
+            raise ConfigurationError(
+                asked="A moving reference over an adapter that is switched off.",
+                why="It would have no adapter of its own to move.",
+                instead="`AdapterReference(policy, moves=True)`.",
+            )
+        refuse_sharded_average(self._policy)
+        return adapter_parts(self._policy, rule)
+
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
+        if self._adapter_off:
+            raise ReferenceModelError(
+                asked="The reference was to be saved, and it is the base model with the adapter off.",
+                why="It has no adapter of its own, and its weights are those of the model you started from.",
+                instead="Use that model.",
+            )
+        if has_shards(self._policy):
+            raise ReferenceModelError(
+                asked="An adapter's reference was to be saved, and the policy is sharded (ZeRO-3 or FSDP2).",
+                why="It is a state of the policy's own tensors, of which each process holds a part.",
+                instead="Save it from a run of the same start without sharding, or under DDP or ZeRO-2.",
+            )
+        if folder is None:
+            return
+        with self._exchanged():
+            export_adapter(self._policy, folder, merged=merged)
 
 
 def _adapter_config(policy: PeftModel) -> Any:

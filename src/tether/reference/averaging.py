@@ -5,6 +5,7 @@ Knows no model and no schedule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,9 +88,17 @@ def bema(
     Returns:
         `EMA_t`, to be kept, and `BEMA_t`, to be used.
     """
+    step, correction = bema_weights(update, ema_power=ema_power, bias_power=bias_power, multiplier=multiplier, lag=lag)
+    moved = soft_update(average, policy, step)
+    return moved, moved + correction * (policy.to(moved.dtype) - initial.to(moved.dtype))
+
+
+def bema_weights(
+    update: int, *, ema_power: float = 0.5, bias_power: float = 0.2, multiplier: float = 1.0, lag: float = 10.0
+) -> tuple[float, float]:
+    """`b_t`, the weight of the policy in the average, and `a_t`, that of the correction; arguments as in `bema`."""
     age = lag + multiplier * update
-    moved = soft_update(average, policy, min(1.0, age**-ema_power))
-    return moved, moved + age**-bias_power * (policy.to(moved.dtype) - initial.to(moved.dtype))
+    return min(1.0, age**-ema_power), age**-bias_power
 
 
 class LowRank(NamedTuple):
@@ -103,8 +112,7 @@ def average_low_rank(reference: LowRank, policy: LowRank, alpha: float, max_rank
     """Factors of `alpha B_pi A_pi + (1 - alpha) B_ref A_ref`: the average of the matrices, not of the factors.
 
     Mixing the factors instead is off by `-alpha (1 - alpha) (B_pi - B_ref)(A_pi - A_ref)`. The factors are stacked,
-    which is exact; past `max_rank` they are recompressed by QR of both stacks and an SVD of the small core between
-    them, the best approximation of that rank. Costs `O((rows + columns) rank^2)`.
+    which is exact; past `max_rank` they are recompressed (see `add_low_rank`).
 
     Args:
         reference: `B_ref`, `A_ref`.
@@ -113,16 +121,34 @@ def average_low_rank(reference: LowRank, policy: LowRank, alpha: float, max_rank
         max_rank: Largest rank of the result.
 
     Returns:
-        The factors, in the reference's dtype, and the relative error of the truncation (Frobenius norm; 0 while the
+        The factors, in the reference's dtype, and the Frobenius norm of what the truncation left out (0 while the
         stack fits).
     """
     dtype = reference.A.dtype
     if alpha == 1.0 and policy.A.shape[-2] <= max_rank:
         return LowRank(policy.B.to(dtype, copy=True), policy.A.to(dtype, copy=True)), 0.0
-    weighted = ((1 - alpha, reference), (alpha, policy))
-    parts = [(weight, pair) for weight, pair in weighted if weight and bool(pair.B.any())]
+    return add_low_rank([(1 - alpha, reference), (alpha, policy)], max_rank)
+
+
+def add_low_rank(terms: Sequence[tuple[float, LowRank]], max_rank: int) -> tuple[LowRank, float]:
+    """Factors of the weighted sum of low-rank matrices.
+
+    Stacks the factors, `[w_1 B_1, w_2 B_2, ...]` over `[A_1; A_2; ...]`, which is exact. Past `max_rank`, QR of both
+    stacks and an SVD of the small core between them give the best approximation of that rank (Eckart-Young), in
+    float64. Costs `O((rows + columns) rank^2)`.
+
+    Args:
+        terms: Weight and factors of each matrix; terms that are zero do not count towards the rank.
+        max_rank: Largest rank of the result.
+
+    Returns:
+        The factors, in the first term's dtype, and the Frobenius norm of what the truncation left out.
+    """
+    first = terms[0][1]
+    dtype = first.A.dtype
+    parts = [(weight, pair) for weight, pair in terms if weight and bool(pair.B.any()) and bool(pair.A.any())]
     if not parts:
-        return LowRank(reference.B.clone(), reference.A.clone()), 0.0
+        return LowRank(torch.zeros_like(first.B), first.A.clone()), 0.0
     stacked_b = torch.cat([weight * pair.B.double() for weight, pair in parts], -1)
     stacked_a = torch.cat([pair.A.double() for _, pair in parts], -2)
     if stacked_a.shape[-2] <= max_rank:
@@ -130,14 +156,18 @@ def average_low_rank(reference: LowRank, policy: LowRank, alpha: float, max_rank
     left, left_core = torch.linalg.qr(stacked_b)
     right, right_core = torch.linalg.qr(stacked_a.mT)
     u, sizes, vh = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
-    kept = sizes[..., :max_rank]
-    roots = kept.sqrt()
+    roots = sizes[..., :max_rank].sqrt()
     factors = LowRank(
         (left @ (u[..., :max_rank] * roots[..., None, :])).to(dtype),
         ((roots[..., :, None] * vh[..., :max_rank, :]) @ right.mT).to(dtype),
     )
-    error = sizes[..., max_rank:].square().sum().sqrt() / sizes.square().sum().sqrt()
-    return factors, float(error)
+    return factors, float(sizes[..., max_rank:].square().sum().sqrt())
+
+
+def low_rank_norm(pair: LowRank) -> float:
+    """Frobenius norm of `B A`, without making the product."""
+    b, a = pair.B.double(), pair.A.double()
+    return float(((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt())
 
 
 def average_dora(
@@ -164,15 +194,11 @@ def average_dora(
         max_rank: Largest rank of the result.
 
     Returns:
-        Factors, magnitude, and the relative error of the truncation.
+        Factors and magnitude, in the reference's dtypes, and a bound on the Frobenius norm of what the truncation
+        changed in the weight: `max(c') s` times that of the factors.
     """
-
-    def norm(factors: LowRank) -> Tensor:
-        full: Tensor = weight.double() + scaling * factors.B.double() @ factors.A.double()
-        norms: Tensor = torch.linalg.vector_norm(full, dim=1)
-        return norms
-
-    c_ref, c_pi = (magnitude.double() / norm(factors) for factors, magnitude in (reference, policy))
+    norms = (_row_norms(weight, factors, scaling) for factors, _ in (reference, policy))
+    c_ref, c_pi = (m.double() / norm for (_, m), norm in zip((reference, policy), norms, strict=True))
     mixed = alpha * c_pi + (1 - alpha) * c_ref
     scaled_ref, scaled_pi = (
         LowRank((c / mixed)[:, None] * factors.B.double(), factors.A.double())
@@ -180,4 +206,18 @@ def average_dora(
     )
     averaged, error = average_low_rank(scaled_ref, scaled_pi, alpha, max_rank)
     kind = reference[0].A.dtype
-    return LowRank(averaged.B.to(kind), averaged.A.to(kind)), (mixed * norm(averaged)).to(reference[1].dtype), error
+    factors = LowRank(averaged.B.to(kind), averaged.A.to(kind))
+    # The norm of the factors as they are kept, so that the row's scale is `c'` whatever the rounding.
+    magnitude = mixed * _row_norms(weight, factors, scaling)
+    return factors, magnitude.to(reference[1].dtype), float(mixed.abs().max()) * abs(scaling) * error
+
+
+def _row_norms(weight: Tensor, factors: LowRank, scaling: float) -> Tensor:
+    """`||W + s B A||` of each row, some rows at a time: the sum in float64 is never whole."""
+    num_rows = max(1, 2**22 // weight.shape[1])
+    a = factors.A.double()
+    norms = [
+        torch.linalg.vector_norm(rows.double() + scaling * b.double() @ a, dim=1)
+        for rows, b in zip(weight.split(num_rows), factors.B.split(num_rows), strict=True)
+    ]
+    return torch.cat(norms)

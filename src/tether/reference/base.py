@@ -106,6 +106,28 @@ class Reference(ABC):
             instead="Ask the reference itself: `trainer.reference.log_probs(batch)`, or `trainer.ref_model`.",
         )
 
+    def figures(self) -> dict[str, float]:
+        """What it has to say of itself in the log, the same on every process."""
+        return {}
+
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
+        """Saves the reference as a model or adapter that transformers and PEFT load.
+
+        Called on every process, because sharded tensors are gathered; one of them is given the folder.
+
+        Args:
+            folder: Where to; None to take part only.
+            merged: Save a plain model, with the adapter in its weights.
+
+        Raises:
+            ReferenceModelError: If the reference holds no weights that could be saved.
+        """
+        raise ReferenceModelError(
+            asked=f"The {self.identity.kind} reference was to be saved as a model.",
+            why="It has no weights of its own.",
+            instead="Save the model that it was made from.",
+        )
+
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
         """Called before training (and before evaluating a new set) with the batches that will be asked for."""
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +15,12 @@ from torch import nn
 from tether.distributed import Sharding, has_shards
 from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
+from tether.reference.adapter_parts import check_can_follow, refuse_sharded_average
 from tether.reference.base import Reference
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
+from tether.reference.parts import UpdateRule
 from tether.reference.stored import StoredReference
 from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore
@@ -34,6 +37,8 @@ class ReferenceOptions:
         store_path: The store's file; None for the default place.
         sync: The reference follows the policy (TR-DPO).
         alpha: Weight of the policy in each sync.
+        sync_rule: How the reference follows (`parts.UpdateRule`).
+        sync_rank: Largest rank of an averaged LoRA update; None for twice the policy's.
         sync_steps: Optimizer steps between syncs.
         dtype: Dtype of an explicit reference's weights; None for the policy's.
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
@@ -47,6 +52,8 @@ class ReferenceOptions:
     store_path: Path | None = None
     sync: bool = False
     alpha: float = 0.6
+    sync_rule: str = "soft"
+    sync_rank: int | None = None
     sync_steps: int = 512
     dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
@@ -72,8 +79,15 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     match source, options:
         case _, ReferenceOptions(precompute=True):
             return StoredReference(LogProbStore(options.store_path), source, release_when_filled=not options.streaming)
-        case FrozenReference(), ReferenceOptions(sync=True):
-            return MovingReference(source, lambda: policy, alpha=options.alpha, every=options.sync_steps)
+        case _, ReferenceOptions(sync=True):
+            return MovingReference(
+                source,
+                lambda: policy,
+                alpha=options.alpha,
+                every=options.sync_steps,
+                rule=options.sync_rule,
+                max_rank=options.sync_rank,
+            )
         case _:
             return source
 
@@ -93,7 +107,7 @@ def _source(
             shard=shard,
         )
     if is_adapter_model(policy):
-        return AdapterReference(policy, autocast_dtype=autocast_dtype)
+        return AdapterReference(policy, autocast_dtype=autocast_dtype, moves=options.sync)
     elsewhere = device if shard is None and waits_for_device(policy, device) else None
     can_run = shard is None and elsewhere is None and not has_shards(policy)
     if options.precompute and not options.streaming and dtype is None and can_run:
@@ -118,7 +132,7 @@ def _check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
 
 
 def check_options(
-    policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions, *, gets_adapter: bool = False
+    policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions, *, new_adapter: Any = None
 ) -> None:
     """Refuses options that contradict each other or the model; changes nothing.
 
@@ -126,13 +140,13 @@ def check_options(
         policy: The policy, as it is now.
         ref_model: The reference model, if one is named.
         options: The run's options.
-        gets_adapter: Whether the policy will be wrapped with an adapter before its reference is built.
+        new_adapter: The PEFT configuration of an adapter that the policy will get before its reference is built.
 
     Raises:
         ConfigurationError: Names the option.
         ReferenceModelError: If a weight of the policy is NaN or infinite and no reference would look at it.
     """
-    has_adapter = gets_adapter or is_adapter_model(policy)
+    has_adapter = new_adapter is not None or is_adapter_model(policy)
     if options.free and ref_model is not None:
         raise ConfigurationError(
             asked="`reference_free=True` together with `ref_model`.",
@@ -148,12 +162,8 @@ def check_options(
             why="Log-probs computed before training are stale once the reference has moved.",
             instead="Set one of the two to False.",
         )
-    if options.sync and has_adapter:
-        raise ConfigurationError(
-            asked="`sync_ref_model=True` with a PEFT model.",
-            why="Averaging an adapter in weight space is not there yet; averaging its factors would be another rule.",
-            instead="Train the full model, or set `sync_ref_model=False`.",
-        )
+    if options.sync:
+        _check_sync(policy, ref_model, options, new_adapter)
     if options.dtype is not None and options.shard is not None:
         raise ConfigurationError(
             asked="`ref_dtype` together with ZeRO-3 or FSDP2.",
@@ -165,4 +175,25 @@ def check_options(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
             why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
             instead="Leave `ref_dtype` out, or pass `ref_model`.",
+        )
+
+
+def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions, new_adapter: Any) -> None:
+    adapters = [policy.peft_config[name] for name in policy.active_adapters] if is_adapter_model(policy) else []
+    adapters += [] if new_adapter is None else [new_adapter]
+    check_can_follow(adapters, UpdateRule(options.sync_rule, options.alpha, options.sync_rank))
+    if adapters and ref_model is not None:
+        raise ConfigurationError(
+            asked="`sync_ref_model=True` with a PEFT model and a `ref_model`.",
+            why="An adapter's average lives on the policy's own base; it cannot be averaged into another model.",
+            instead="Leave `ref_model` out: the reference starts as the policy is now.",
+        )
+    if adapters:
+        refuse_sharded_average(None if options.shard is not None else policy)
+    if options.sync_rule == "bema" and ref_model is not None:
+        raise ConfigurationError(
+            asked="`ref_model_sync_rule='bema'` with a `ref_model`.",
+            why="BEMA is an average of the policy's own path from its start: nothing of `ref_model` would be left "
+            "after the first sync.",
+            instead="Leave `ref_model` out, or write `ref_model_sync_rule='soft'`.",
         )

@@ -139,6 +139,7 @@ class ReferenceWatch:
         self._knows_gap = False
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
+        self._start: Tensor | None = None
 
     def gap_at_start(
         self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
@@ -159,6 +160,34 @@ class ReferenceWatch:
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps what the reference says of these pairs now."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+
+    def set_start(self, policy: nn.Module) -> None:
+        """Keeps what the initial policy says of the sentinel's pairs, unless that is known or the reference stands."""
+        if self._reference.moves and self._start is None and self._sentinel is not None:
+            self._start = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
+
+    @property
+    def start(self) -> list[float] | None:
+        """What the initial policy said of the sentinel's pairs, token by token, in nats."""
+        return None if self._start is None else self._start.tolist()
+
+    @start.setter
+    def start(self, log_probs: list[float] | None) -> None:
+        self._start = None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32)
+
+    def distances(self, policy: nn.Module) -> dict[str, float]:
+        """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
+
+        The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still.
+        """
+        if not self._reference.moves or self._sentinel is None or self._start is None:
+            return {}
+        reference = self._reference.log_probs(self._sentinel).values
+        now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
+        return {
+            "reference/distance": Gap.between(now, reference, self._reduce).mean,
+            "reference/distance_from_start": Gap.between(self._start.to(now.device), reference, self._reduce).mean,
+        }
 
     def check_drift(self) -> None:
         """Scores the sentinel's pairs again.

@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tether.distributed import Sharding, copy_of_sharded, has_shards, is_fsdp, is_sharded, local_part, twin_of_fsdp
-from tether.errors import MissingLogProbsError, ReferenceModelError
-from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
+from tether.distributed import (
+    Sharding,
+    copy_of_sharded,
+    forget_gathered,
+    has_shards,
+    is_fsdp,
+    is_sharded,
+    local_part,
+    part_like,
+    twin_of_fsdp,
+    whole,
+    whole_of_part,
+    whole_shape,
+)
+from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
+from tether.reference.base import compute_dtype_name, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, model_tensors, num_bytes
+from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule, dense_part
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
 
-class FrozenReference(Reference):
+class FrozenReference(MovableReference):
     """The reference whose weights stand still: `pi_ref = pi_0`, or another model.
 
     Built from a model, it is a second tree of modules over that model's own tensors: nothing is copied, and the
@@ -177,6 +192,62 @@ class FrozenReference(Reference):
     def release(self) -> None:
         self._module = None
 
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
+        if self._module is None:
+            return super().export(folder, merged=merged)
+        forget_gathered(self._module)
+        state: dict[str, Tensor] = {}
+        gathered: dict[int, Tensor] = {}  # tied tensors are saved once
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:  # one at a time, and kept by the process that writes
+                full = whole(tensor)
+                gathered[id(tensor)] = full.cpu() if folder is not None else full.new_empty(0)
+            state[name] = gathered[id(tensor)]
+        if folder is not None:
+            self._module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+
+    def tensors(self) -> Tensors:
+        assert self._module is not None, "released"
+        forget_gathered(self._module)
+        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        return {name: local_part(tensor) for name, tensor in named}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        local_part(self._own(name)).copy_(tensor)
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        return part_like(tensor, self._own(name))
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        return whole_of_part(part, self._own(name))
+
+    def _own(self, name: str) -> Tensor:
+        """The tensor of that name as the module has it now: sharding puts other objects there."""
+        assert self._module is not None, "released"
+        path, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
+        return tensor
+
+    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
+        """Every parameter that the policy trains, and every buffer, each on its own."""
+        assert self._module is not None, "released"
+        _check_same_parameters(policy, self._module)
+        if rule.name == "factors":
+            raise ConfigurationError(
+                asked="`ref_model_sync_rule='factors'` for a full model.",
+                why="It averages the factors of LoRA, and this policy trains its weights themselves.",
+                instead="`ref_model_sync_rule='soft'`, or train with `peft_config=LoraConfig(...)`.",
+            )
+        if rule.max_rank is not None:
+            raise ConfigurationError(
+                asked=f"`ref_model_sync_rank={rule.max_rank}` for a full model.",
+                why="It bounds the rank of an averaged LoRA update, and this policy trains its weights themselves.",
+                instead="Leave `ref_model_sync_rank` out, or train with `peft_config=LoraConfig(...)`.",
+            )
+        trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
+        return [dense_part(name, rule) for name in (*trained, *buffers)]
+
 
 def frozen_twin(
     model: nn.Module,
@@ -212,6 +283,18 @@ def frozen_twin(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return twin.eval()
+
+
+def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
+    own, other = ({name: whole_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
+    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    if differing:
+        raise ReferenceModelError(
+            asked="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
+            why=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
+            f"{differing[0]!r} among them.",
+            instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
+        )
 
 
 def _refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:

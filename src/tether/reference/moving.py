@@ -1,26 +1,28 @@
 """`MovingReference`: TR-DPO, a reference that follows the policy.
 
-Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint, leaves the
-arithmetic to `averaging`.
+Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint. What moves, and
+how, is in the source's `parts`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tether.distributed import forget_gathered, local_part, part_like, whole, whole_of_part, whole_shape
-from tether.errors import ReferenceModelError, ResumeError
-from tether.reference.averaging import soft_update, soft_update_with_residual
+from tether.distributed import forget_gathered
+from tether.errors import ResumeError
 from tether.reference.base import Reference
-from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity, num_bytes
+from tether.reference.low_rank_parts import truncation_error
+from tether.reference.parts import MovableReference, Tensors, UpdateRule
 from tether.types import PairBatch, ResponseLogProbs
 
 _TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
@@ -35,35 +37,35 @@ class MovingReference(Reference):
     Args:
         source: A reference that owns a copy of every weight the policy trains.
         policy: Gives the unwrapped policy when a sync is due.
-        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
+        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update. Of no meaning for other rules than
+            `soft` and `factors`.
         every: Optimizer steps between syncs.
+        rule: `soft`, `hard`, `bema` or `factors`; see `parts.UpdateRule`.
+        max_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
 
     Raises:
-        ReferenceModelError: If the source's parameters do not match the policy's, by name and shape.
+        ReferenceModelError: If the source's tensors do not match the policy's, by name and shape.
+        ConfigurationError: If the rule has no meaning for what the policy trains; names it.
     """
 
-    def __init__(self, source: FrozenReference, policy: Callable[[], nn.Module], *, alpha: float, every: int) -> None:
-        module = source.module
-        assert module is not None
-        self._source, self._policy, self._module = source, policy, module
-        self._alpha, self._every = alpha, every
-        _check_same_parameters(policy(), module)
-        trained = {name for name, parameter in policy().named_parameters() if parameter.requires_grad}
-        forget_gathered(module)
-        self._names = [name for name, _ in module.named_parameters() if name in trained]
-        self._names += [name for name, buffer in module.named_buffers() if buffer.is_floating_point()]
-        self._residuals = {
-            name: torch.zeros_like(local_part(tensor))
-            for name, tensor in self._tensors().items()
-            if tensor.dtype in (torch.bfloat16, torch.float16) and alpha not in (0.0, 1.0)
-        }
+    def __init__(
+        self,
+        source: MovableReference,
+        policy: Callable[[], nn.Module],
+        *,
+        alpha: float = 0.6,
+        every: int,
+        rule: str = "soft",
+        max_rank: int | None = None,
+    ) -> None:
+        self._source, self._policy = source, policy
+        self._rule, self._every = UpdateRule(rule, alpha, max_rank), every
+        self._parts = source.parts(policy(), self._rule)
+        self._state: dict[str, Tensor] = {}
+        before, own = _tensors_of(policy()), source.tensors()
+        for part in self._parts:
+            self._state |= part.start(self._cut(part.names, before), own)
         self._num_syncs = 0
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What moves, of the reference; sharded tensors are averaged part by part, as both sides are cut alike."""
-        forget_gathered(self._module)
-        every = _named_tensors(self._module)
-        return {name: every[name] for name in self._names}
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -90,48 +92,60 @@ class MovingReference(Reference):
 
     @property
     def extra_bytes(self) -> int:
-        return self._source.extra_bytes + num_bytes(self._residuals.values())
+        return self._source.extra_bytes + num_bytes(self._state.values())
 
     @property
     def module(self) -> nn.Module | None:
         return self._source.module
 
+    def figures(self) -> dict[str, float]:
+        """`reference/syncs`, and `reference/truncation` where low-rank updates are averaged."""
+        error = truncation_error(self._state)
+        return {"reference/syncs": float(self._num_syncs)} | ({} if error is None else {"reference/truncation": error})
+
+    def in_policy(self) -> AbstractContextManager[None]:
+        return self._source.in_policy()
+
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         return self._source.log_probs(batch)
+
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
+        self._source.export(folder, merged=merged)
 
     def advance(self, step: int) -> bool:
         if step % self._every:
             return False
-        policy = self._policy()
-        forget_gathered(policy)
-        current = _named_tensors(policy)
+        policy = _tensors_of(self._policy())
+        own = self._source.tensors()
         with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                self._sync(name, local_part(tensor), part_like(current[name], tensor))
+            for part in self._parts:  # one at a time, so that no second set of weights is ever alive
+                moved = part.move(self._cut(part.names, policy), own, self._state, self._num_syncs)
+                self._state |= moved.state
+                for name, tensor in moved.tensors.items():
+                    self._source.write(name, tensor)
         self._num_syncs += 1
         return True
 
-    def _sync(self, name: str, reference: Tensor, policy: Tensor) -> None:
-        residual = self._residuals.get(name)
-        if residual is None:
-            reference.copy_(soft_update(reference, policy, self._alpha))
-        else:
-            moved, carried = soft_update_with_residual(reference, residual, policy, self._alpha)
-            reference.copy_(moved)
-            residual.copy_(carried)
+    def _cut(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
+        """What this process holds of some tensors, cut as the reference's own are."""
+        return {name: self._source.cut(name, tensors[name]) for name in names}
 
     @property
     def is_collective(self) -> bool:
         return self._source.is_collective
 
+    @property
+    def runs_in_policy(self) -> bool:
+        return self._source.runs_in_policy
+
     def save(self, folder: Path | None) -> None:
+        own = self._source.tensors()
+        held = {f"weight.{name}": own[name] for part in self._parts for name in part.names} | self._state
         state: dict[str, Tensor] = {}
-        for name, tensor in self._tensors().items():  # gathered one at a time, and kept by the process that writes
-            values = {f"weight.{name}": whole(tensor)}
-            if name in self._residuals:
-                values[f"residual.{name}"] = whole_of_part(self._residuals[name], self._module, name)
+        for key, part_of_it in held.items():  # gathered one at a time, and kept by the process that writes
+            tensor = self._source.whole(_name(key), part_of_it)
             if folder is not None:
-                state |= {key: value.cpu().contiguous() for key, value in values.items()}
+                state[key] = tensor.detach().cpu().contiguous()
         if folder is None:
             return
         save_file(state, folder / _TENSORS)
@@ -146,38 +160,36 @@ class MovingReference(Reference):
                 "`save_only_model=True`), or start a new run from its weights.",
             )
         saved = json.loads((folder / _SCHEDULE).read_text())
-        if {key: saved[key] for key in self._schedule()} != self._schedule():
+        if {key: saved.get(key) for key in self._schedule()} != self._schedule():
             raise ResumeError(
                 asked=f"Resuming with the sync schedule {self._schedule()}.",
                 why=f"The checkpoint {folder.parent} was made with another one: {saved}.",
-                instead="Use the checkpoint's `ref_model_mixup_alpha` and `ref_model_sync_steps`, or start a new run.",
+                instead="Use the checkpoint's `ref_model_sync_rule`, `ref_model_mixup_alpha`, `ref_model_sync_rank` "
+                "and `ref_model_sync_steps`, or start a new run.",
             )
         tensors = load_file(folder / _TENSORS)
         with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                local_part(tensor).copy_(part_like(tensors[f"weight.{name}"], tensor))
-                if name in self._residuals:
-                    self._residuals[name].copy_(part_like(tensors[f"residual.{name}"], tensor))
+            for part in self._parts:
+                for name in part.names:
+                    self._source.write(name, self._source.cut(name, tensors[f"weight.{name}"]))
+            self._state = {
+                key: self._source.cut(_name(key), tensors[key]).to(tensor.device) for key, tensor in self._state.items()
+            }
         self._num_syncs = int(saved["num_syncs"])
 
-    def _schedule(self) -> dict[str, float]:
-        return {"alpha": self._alpha, "every": self._every}
+    def _schedule(self) -> dict[str, Any]:
+        rule = asdict(self._rule)
+        return {"rule": rule["name"], "alpha": rule["alpha"], "rank": rule["max_rank"], "every": self._every}
 
     def release(self) -> None:
         """Nothing: a moving reference is needed to the end."""
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    forget_gathered(model)  # before names are looked up: FSDP2 puts other objects there while it holds them whole
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
-    own, other = ({name: whole_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
-    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
-    if differing:
-        raise ReferenceModelError(
-            asked="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
-            why=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
-            f"{differing[0]!r} among them.",
-            instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
-        )
+def _name(key: str) -> str:
+    """The tensor that an entry of the state belongs to: `residual.lm_head.weight` to `lm_head.weight`."""
+    return key.partition(".")[2]

@@ -1,0 +1,248 @@
+"""How an adapter follows the policy: which of its tensors move together, by which rule.
+
+Reads PEFT's layers and configurations; does no arithmetic (`parts`, `averaging`) and holds no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.lora.layer import ParamWrapper, _ConvNd
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from tether.distributed import has_shards
+from tether.errors import ConfigurationError
+from tether.reference.low_rank_parts import (
+    MATRIX,
+    DoraPart,
+    Layout,
+    LowRankBemaPart,
+    LowRankPart,
+    convolution,
+    experts,
+)
+from tether.reference.parts import Part, UpdateRule, dense_part
+
+# Types whose weights are linear in the tensors they train, so that the average of the tensors is the average of the
+# weights: proven one by one in tests/test_adapter_averaging.py.
+LINEAR_TYPES = frozenset(
+    """
+    IA3 LN_TUNING FOURIERFT WAVEFT C3A SHIRA MISS TRAINABLE_TOKENS PROMPT_TUNING PREFIX_TUNING
+    """.split()  # noqa: SIM905
+)
+# Layers on a quantized base, known by name: their libraries need not be there. The base is never touched.
+_QUANTIZED = ("Linear4bit", "Linear8bitLt")
+
+
+def check_can_follow(configs: Iterable[Any], rule: UpdateRule | None = None) -> None:
+    """Refuses adapters that have no average, and rules without a meaning for them.
+
+    Args:
+        configs: PEFT configurations, of adapters that exist or that will be made.
+        rule: How they are to follow; None to look at the adapters alone.
+
+    Raises:
+        ConfigurationError: Names the type, the variant of LoRA, or the option.
+    """
+    configs = list(configs)
+    for config in configs:
+        kind = _kind(config)
+        if kind == "LORA":
+            _check_variant(config)
+        elif kind and kind not in LINEAR_TYPES:
+            _refuse(
+                f"a {kind} adapter",
+                "The average of two such adapters is not known to be such an adapter: its weights are not linear in "
+                "the tensors it trains.",
+            )
+        elif kind == "PREFIX_TUNING" and config.prefix_projection:
+            _refuse(
+                "prefix tuning with `prefix_projection=True`",
+                "Its prefixes come out of a network, whose average is not the network of the average.",
+            )
+    if rule is not None and configs:
+        _check_rule(rule, [config for config in configs if _kind(config) == "LORA"])
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(getattr(config, "peft_type", None), "value", ""))
+
+
+def _check_variant(config: Any) -> None:
+    chosen = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+    for name in (*chosen, *(["use_qalora"] if getattr(config, "use_qalora", False) else [])):
+        if name != "use_dora":
+            _refuse(f"LoRA with `{name}`", "Its update is not the product of two matrices that LoRA's average is of.")
+
+
+def refuse_sharded_average(policy: nn.Module | None = None) -> None:
+    """Refuses an adapter that follows a sharded policy.
+
+    Args:
+        policy: Looked at for shards; None where training is known to shard it.
+
+    Raises:
+        ConfigurationError: If it is, or will be.
+    """
+    if policy is None or has_shards(policy):
+        _refuse(
+            "a PEFT model under ZeRO-3 or FSDP2",
+            "Each process holds a part of an adapter's factors. Their average is made of whole matrices, and may have "
+            "a rank that the sharded parameter has no room for.",
+            "DDP or ZeRO-2, where adapters stay whole; or train the full model; or `sync_ref_model=False`.",
+        )
+
+
+def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
+    """All that an adapter policy trains, in parts.
+
+    LoRA's factors are averaged as the weights they make, DoRA's exactly; everything else (biases, norms, copies of
+    whole modules, token rows, prompts, and types linear in what they train) tensor by tensor.
+
+    Raises:
+        ConfigurationError: If an adapter has no average, or the rule no meaning for it; names it.
+    """
+    check_can_follow((policy.peft_config[name] for name in policy.active_adapters), rule)
+    names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
+    low_rank = [
+        part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)
+    ]
+    _check_in_use(rule, bool(low_rank))
+    if rule.name == "factors":
+        low_rank = []
+    claimed = {name for part in low_rank for name in part.names}
+    return [*low_rank, *(dense_part(name, rule) for name in names.values() if name not in claimed)]
+
+
+def _check_rule(rule: UpdateRule, configs: Sequence[Any]) -> None:
+    """Refuses rules without a meaning for what the LoRA configurations make."""
+    if rule.name == "factors" and any(config.use_dora for config in configs):
+        _refuse(
+            "`ref_model_sync_rule='factors'` and DoRA",
+            "A magnitude averaged apart from the direction it scales is no average of anything.",
+            "`ref_model_sync_rule='soft'`, which is exact.",
+        )
+    if rule.name == "bema" and any(config.use_dora for config in configs):
+        _refuse(
+            "`ref_model_sync_rule='bema'` and DoRA",
+            "Its correction is a difference of weights, and such a sum of DoRA weights need not be one: a row's scale "
+            "may vanish.",
+            "`ref_model_sync_rule='soft'`, or `use_dora=False`.",
+        )
+    _check_in_use(rule, bool(configs))
+    rank = max([0, *(r for config in configs for r in (config.r, *config.rank_pattern.values()))])
+    if rule.max_rank is not None and rule.max_rank < rank:
+        _refuse(
+            f"`ref_model_sync_rank={rule.max_rank}` below the policy's rank",
+            f"The adapter has rank {rank}: the reference could not even be the policy.",
+            f"`ref_model_sync_rank={2 * rank}`, or None.",
+        )
+
+
+def _check_in_use(rule: UpdateRule, has_low_rank: bool) -> None:
+    if rule.name == "factors" and not has_low_rank:
+        _refuse(
+            "`ref_model_sync_rule='factors'`",
+            "It averages the factors of LoRA, and this adapter has none that train in pairs.",
+            "`ref_model_sync_rule='soft'`.",
+        )
+    if rule.max_rank is not None and (rule.name == "factors" or rule.copies or not has_low_rank):
+        _refuse(
+            f"`ref_model_sync_rank={rule.max_rank}`",
+            "Nothing here is averaged at a rank of its own: it is for LoRA and DoRA, averaged as weights with alpha "
+            "below 1.",
+            "`ref_model_sync_rank=None`.",
+        )
+
+
+def lora_layers(policy: PeftModel) -> Iterator[tuple[str, Any, str]]:
+    """Path, layer and adapter name of every active LoRA update."""
+    for path, layer in policy.named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+                    yield path, layer, adapter
+
+
+def factors_of(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """`B` and `A` of a LoRA layer."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
+    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+
+
+def _parts(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: UpdateRule) -> list[Part]:
+    """The update of one layer; nothing where only one factor trains, since the update is linear in that one."""
+    b, a = factors_of(layer, adapter)
+    is_dora = adapter in layer.lora_magnitude_vector
+    trained = [names.get(id(tensor)) for tensor in (b, a)]
+    if not is_dora and not all(trained):
+        return []
+    rank = int(layer.r[adapter])
+    options: dict[str, Any] = {
+        "scaling": float(layer.scaling[adapter]),
+        "alpha": rule.weight,
+        "max_rank": rule.max_rank or 2 * rank,
+    }
+    if is_dora:
+        return [_dora_part(path, layer, adapter, names, options)]
+    layout = _layout(path, layer, a)
+    if rule.name == "bema":
+        return [LowRankBemaPart(names[id(b)], names[id(a)], options["scaling"], options["max_rank"], layout)]
+    bias = getattr(layer.lora_B[adapter], "bias", None) if adapter in layer.lora_B else None
+    bias_name = None if bias is None else names.get(id(bias))
+    return [LowRankPart(names[id(b)], names[id(a)], layout=layout, bias=bias_name, **options)]
+
+
+def _layout(path: str, layer: Any, a: Tensor) -> Layout:
+    if isinstance(layer, ParamWrapper):
+        return experts(int(layer.num_experts)) if layer.num_experts > 1 else MATRIX
+    if isinstance(layer, _ConvNd) and layer.get_base_layer().groups == 1:
+        return convolution(tuple(a.shape[2:]))
+    if isinstance(layer, lora.Linear | lora.Embedding) or type(layer).__name__ in _QUANTIZED:
+        return MATRIX
+    _refuse(
+        f"LoRA on `{path}` ({type(layer).__name__})",
+        "Its factors do not make up one matrix, or nobody has shown that they do.",
+        "a `target_modules` without that layer, or `sync_ref_model=False`.",
+    )
+
+
+def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], options: dict[str, Any]) -> DoraPart:
+    tensors = (*factors_of(layer, adapter), layer.lora_magnitude_vector[adapter].weight)
+    base = layer.get_base_layer()
+    if not all(id(tensor) in names for tensor in tensors) or id(base.weight) in names:
+        _refuse(
+            f"DoRA on `{path}`, of which only a part trains (or the base too)",
+            "Its average is exact over one frozen base, with both factors and the magnitude free.",
+            "train all three, and no base weight under them.",
+        )
+    weight: Callable[[], Tensor]
+    if isinstance(layer, lora.Embedding):
+        weight = lambda: base.weight.detach().T  # noqa: E731
+    elif isinstance(layer, lora.Linear):
+        weight = lambda: transpose(dequantize_module_weight(base).detach(), layer.fan_in_fan_out)  # noqa: E731
+    else:
+        _refuse(
+            f"DoRA on `{path}` ({type(layer).__name__})",
+            "Its norms run over other axes than a matrix's rows.",
+            "a `target_modules` without that layer, or `use_dora=False`.",
+        )
+    b, a, magnitude = (names[id(tensor)] for tensor in tensors)
+    return DoraPart(b, a, magnitude, weight, **options)
+
+
+def _refuse(asked: str, why: str, instead: str = "") -> NoReturn:
+    raise ConfigurationError(
+        asked=f"`sync_ref_model=True` with {asked}.",
+        why=why,
+        instead=f"Write: {instead}"
+        if instead
+        else "Train LoRA, DoRA, IA3 or the full model, or set `sync_ref_model=False`.",
+    )
