@@ -7,6 +7,7 @@ loads nothing.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
 
+_STORE_MODES = ("auto", "fill", "lazy", "require")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,7 +49,8 @@ class DPOConfig(TrainingArguments):
             `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
         precompute_ref_log_probs: Score every row under the reference once, before training, and keep the answers
             on disk; no reference weights are held while training.
-        precompute_ref_batch_size: Pairs per batch of that pass; by default the per-device batch size.
+        precompute_ref_batch_size: How much that pass takes at once: the tokens of this many of the longest pairs. By
+            default four training micro-batches, up to 16,384 tokens.
         loss_type: One loss or several: `sigmoid`, `hinge`, `ipo`.
         loss_weights: Weight of each loss when there are several; by default 1 each.
         label_smoothing: Probability that a preference label is flipped, in [0, 0.5) (conservative DPO).
@@ -56,6 +59,10 @@ class DPOConfig(TrainingArguments):
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
         ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
+        ref_store_mode: With `precompute_ref_log_probs`, when the store is filled. `fill`: before training, and the
+            reference's weights are then given up. `lazy`: while training reads a row for the first time; later epochs
+            and runs find it. `require`: never; a missing row is an error that names it. `auto` is `fill`, and `lazy`
+            for the rows of a stream.
         ref_dtype: Dtype of an explicit reference's weights: `float32`, `bfloat16`, `float16`; by default the
             policy's.
 
@@ -92,7 +99,8 @@ class DPOConfig(TrainingArguments):
         False, "Score every row under the reference once, before training, and keep the answers on disk."
     )
     precompute_ref_batch_size: int | None = _option(
-        None, "Pairs per batch of the precompute pass. Default: the per-device batch size."
+        None,
+        "What the precompute pass takes at once, in longest pairs. Default: 4 training micro-batches, to 16,384 tokens.",
     )
 
     loss_type: list[str] = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
@@ -105,6 +113,11 @@ class DPOConfig(TrainingArguments):
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
 
     ref_store: str | None = _option(None, "File of the log-prob store. Default: one in the user's cache folder.")
+    ref_store_mode: str = _option(
+        "auto",
+        "When the store is filled: before training, while it runs, or never (a missing row is then an error).",
+        choices=list(_STORE_MODES),
+    )
     ref_dtype: str | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(_DTYPES)}. Default: the policy's."
     )
@@ -211,6 +224,19 @@ class DPOConfig(TrainingArguments):
                 "it is not a dtype that weights are held in",
                 f"one of {', '.join(_DTYPES)}",
             )
+        if self.ref_store_mode not in _STORE_MODES:
+            _refuse(
+                "ref_store_mode",
+                self.ref_store_mode,
+                "it says when the store of reference log-probs is filled",
+                f"one of {', '.join(f'`{mode}`' for mode in _STORE_MODES)}",
+            )
+        if self.ref_store_mode != "auto" and not self.precompute_ref_log_probs:
+            raise ConfigurationError(
+                asked=f"`ref_store_mode={self.ref_store_mode!r}` without `precompute_ref_log_probs=True`.",
+                why="Without it no store of reference log-probs is used, so there is nothing to fill or to require.",
+                instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store_mode` out.",
+            )
         if self.ref_store is not None and os.path.isdir(self.ref_store):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
 
@@ -225,6 +251,19 @@ def refuse_data_parallel(args: DPOConfig) -> None:
             instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
             "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
         )
+
+
+def how_to_fill(args: DPOConfig, model_name: str) -> str:
+    """What to write to have the rows scored that a store lacks, for messages."""
+    options = {
+        "model": model_name or "MODEL",
+        "train_data": "ROWS.jsonl",
+        "ref_store": args.ref_store,
+        "max_length": args.max_length if args.max_length is not None else "none",
+        "truncation_mode": args.truncation_mode if args.truncation_mode != "keep_start" else None,
+    }
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+    return f"Run this once with `ref_store_mode='fill'`; or, from a shell: `tether precompute {words}`."
 
 
 def _refuse(option: str, value: Any, why: str, instead: str) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.errors import ConfigurationError
+from tether.reference.frozen import Origin
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
@@ -44,6 +45,22 @@ def load_model(
     # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
     base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path, **options)
     return PeftModel.from_pretrained(base, model, is_trainable=True)
+
+
+def where_from(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> tuple[Origin, ...]:
+    """Where a model can be had from again: what it was loaded from, as far as it says so.
+
+    Whether that is still the same model is not looked at here; a reference proves it by its digest.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        return ()
+    kwargs = dict(init_kwargs or {})
+    if not isinstance(model, str):
+        kwargs["dtype"] = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
 
 
 def load_tokenizer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from tether.batches import ProcessBatches, even_loader
+from tether.batches import RowsToScore, even_loader
 from tether.checkpoints import load_reference, save_reference
-from tether.config import DPOConfig, refuse_data_parallel
+from tether.config import DPOConfig, how_to_fill, refuse_data_parallel
 from tether.data import (
     TOKEN_COLUMNS,
     PairCollator,
@@ -42,6 +43,7 @@ from tether.models import (
     disable_dropout,
     load_model,
     load_tokenizer,
+    where_from,
 )
 from tether.reference import Reference, ReferenceOptions, build_reference, check_options
 from tether.reference.adapter import is_adapter_model
@@ -116,6 +118,8 @@ class DPOTrainer(Trainer):
         refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
         set_seed(args.seed)  # a fresh adapter starts from it
+        named = model if ref_model is None else ref_model
+        origins = where_from(named, init_kwargs, args.trust_remote_code)
         policy = load_model(model, init_kwargs, args.trust_remote_code)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
@@ -124,7 +128,12 @@ class DPOTrainer(Trainer):
             check_vocabulary(ref_model, self._tokenizer)
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
-        options = self._reference_options(args, self._named_sets({"train": train_set}, eval_sets))
+        options = replace(
+            self._reference_options(args, self._named_sets({"train": train_set}, eval_sets)),
+            decode=self._tokenizer.decode,
+            origins=origins,
+            how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
+        )
         check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
@@ -177,11 +186,15 @@ class DPOTrainer(Trainer):
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
             autocast_dtype=args.autocast_dtype,
             device=args.device,
+            store_mode=args.ref_store_mode,
         )
 
     def _set_sentinel(self) -> None:
-        first: Any = self.train_dataset
-        rows = list(first.take(_SENTINEL_PAIRS))
+        # Each process watches pairs of its own share of a stream: none is scored by two.
+        pairs: Any = self.train_dataset
+        own = self.args.process_index * self.args.per_device_train_batch_size
+        rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
+        rows = rows or list(pairs.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
@@ -192,9 +205,8 @@ class DPOTrainer(Trainer):
         return largest
 
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
-        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         batches = {
-            name: lambda dataset=dataset: ProcessBatches(dataset, self.data_collator, size, self.args)
+            name: lambda dataset=dataset: RowsToScore(dataset, self.data_collator, self.args)
             for name, dataset in sets.items()
             if isinstance(dataset, Dataset)
         }

@@ -51,6 +51,7 @@ class PairBatch:
         rejected: Index of each pair's rejected response.
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
             ids. Empty where nobody asked for keys.
+        rows: Index of each pair in its set, for messages. Empty where nobody knows.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -61,6 +62,7 @@ class PairBatch:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -83,6 +85,22 @@ class PairBatch:
         lengths = [self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True)]
         return sum(lengths[c] + lengths[r] for c, r in zip(self.chosen, self.rejected, strict=True))
 
+    def fed_lengths(self) -> tuple[int, ...]:
+        """Tokens of prompt and response together, for each response."""
+        return tuple(self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True))
+
+    def only(self, indices: Sequence[int]) -> PairBatch:
+        """A batch of some of the responses, in their order here, each paired with itself."""
+        responses = self.responses()
+        return PairBatch.of_pairs([(responses[i], responses[i]) for i in sorted(indices)]).to(self.device)
+
+    def num_row_tokens(self) -> int:
+        """Tokens of the pairs one by one: each pair's prompt once, and both its responses."""
+        return sum(
+            self.prompt_lengths[self.response_group[c]] + self.response_lengths[c] + self.response_lengths[r]
+            for c, r in zip(self.chosen, self.rejected, strict=True)
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its token ids on `device`."""
         return replace(
@@ -99,6 +117,15 @@ class PairBatch:
         """Per-response values as (chosen, rejected), one entry per pair each."""
         chosen, rejected = (torch.tensor(index, device=values.device) for index in (self.chosen, self.rejected))
         return values[chosen], values[rejected]
+
+    def responses(self) -> list[Response]:
+        """Every response with its prompt, as they were given to `of_pairs`."""
+        prompts = [tuple(ids.tolist()) for ids in self.prompt_ids.split(list(self.prompt_lengths))]
+        tokens = [tuple(ids.tolist()) for ids in self.response_ids.split(list(self.response_lengths))]
+        keys = self.keys or (b"",) * self.num_responses
+        return [
+            Response(prompts[group], ids, key) for group, ids, key in zip(self.response_group, tokens, keys, strict=True)
+        ]
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[Response, Response]]) -> PairBatch:
@@ -231,6 +258,37 @@ class PairScores:
     def delta(self) -> Float[Tensor, " pairs"]:
         """Chosen minus rejected log-ratio: the reward margin before beta."""
         return self.chosen_logratios - self.rejected_logratios
+
+
+def join_log_probs(parts: Sequence[ResponseLogProbs], order: Sequence[int]) -> ResponseLogProbs:
+    """Scores of parts of a batch as those of the whole batch.
+
+    Args:
+        parts: Scores of some responses each.
+        order: For every response of the parts, one part behind the other, its index in the whole batch.
+
+    Returns:
+        All of them in the order of the whole batch; the auxiliary loss is the mean over the parts' responses.
+    """
+    place = {index: position for position, index in enumerate(order)}
+    arranged = [place[index] for index in range(len(order))]
+    lengths = torch.cat([part.lengths() for part in parts])
+
+    def rearranged(values: Sequence[Shaped[Tensor, " some"]]) -> Shaped[Tensor, " tokens"]:
+        pieces = torch.cat(list(values)).split(lengths.tolist())
+        return torch.cat([pieces[position] for position in arranged])
+
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    losses = [part.auxiliary_loss * part.num_responses for part in parts if part.auxiliary_loss is not None]
+    names = ("entropy", "mean_logit", "is_top1")
+    return ResponseLogProbs(
+        values=rearranged([part.values for part in parts]),
+        offsets=offsets_of([int(lengths[position]) for position in arranged], parts[0].values.device),
+        statistics=TokenStatistics(*(rearranged([getattr(each, name) for each in statistics]) for name in names))
+        if statistics
+        else None,
+        auxiliary_loss=torch.stack(losses).sum() / len(order) if losses else None,
+    )
 
 
 def _flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
-from tether.scoring import SCORING_VERSION
+from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
 
@@ -80,6 +80,10 @@ class AdapterReference(Reference):
     @property
     def means_policy(self) -> bool:
         return True
+
+    @property
+    def length_limit(self) -> int | None:
+        return rotary_limit(self._policy)
 
     @property
     def identity(self) -> ReferenceIdentity:

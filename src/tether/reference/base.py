@@ -70,6 +70,11 @@ class Reference(ABC):
         return []
 
     @property
+    def length_limit(self) -> int | None:
+        """Tokens of prompt and response above which an answer depends on how much was fed; None if it never does."""
+        return None
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of weights held beyond the policy's own."""
         return 0

@@ -5,6 +5,8 @@ Knows every kind of reference; knows no trainer.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from torch import nn
 from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
-from tether.reference.frozen import FrozenReference
+from tether.reference.frozen import FrozenReference, Origin
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
-from tether.reference.stored import StoredReference
+from tether.reference.stored import StoredReference, StoreMode
 from tether.store import LogProbStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class ReferenceOptions:
         dtype: Dtype of an explicit reference's weights; None for the policy's.
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
         device: Where a reference with weights of its own lives; None for where they are.
+        store_mode: When the store is filled: `fill` before training, `lazy` while it runs, `require` never; `auto`
+            is `fill`, and `lazy` for what is streamed.
+        origins: Where a reference that was released can be had from again.
+        decode: Turns token ids into text, for messages.
+        how_to_fill: What to write to have missing rows scored, for messages.
     """
 
     precompute: bool = False
@@ -46,6 +55,19 @@ class ReferenceOptions:
     dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
     device: torch.device | None = None
+    store_mode: str = "auto"
+    origins: tuple[Origin, ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = None
+    how_to_fill: str = ""
+
+    @property
+    def releases_source(self) -> bool:
+        """Whether every answer is in the store when training starts, so that the weights can go."""
+        return self.precompute and (self.store_mode in ("fill", "require") or not self._reads_through)
+
+    @property
+    def _reads_through(self) -> bool:
+        return self.store_mode == "lazy" or (self.store_mode == "auto" and self.streaming)
 
 
 def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
@@ -63,11 +85,28 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):
-            return StoredReference(LogProbStore(options.store_path), source, release_when_filled=not options.streaming)
+            return _stored(source, options)
         case FrozenReference(), ReferenceOptions(sync=True):
             return MovingReference(source, lambda: policy, alpha=options.alpha, every=options.sync_steps)
         case _:
             return source
+
+
+def _stored(source: Reference, options: ReferenceOptions) -> StoredReference:
+    if options.streaming and options.store_mode == "auto":
+        logger.warning(
+            "precompute_ref_log_probs on a stream: its rows are scored and kept when training first reads them, and "
+            "found by later epochs and runs (ref_store_mode='lazy')."
+        )
+    modes: dict[str, StoreMode] = {"auto": "fill", "fill": "fill", "lazy": "lazy", "require": "require"}
+    return StoredReference(
+        LogProbStore(options.store_path),
+        source,
+        mode=modes[options.store_mode],
+        release_when_filled=options.releases_source,
+        decode=options.decode,
+        how_to_fill=options.how_to_fill,
+    )
 
 
 def _source(
@@ -76,12 +115,20 @@ def _source(
     dtype, autocast_dtype, device = options.dtype, options.autocast_dtype, options.device
     if ref_model is not None:
         return FrozenReference.of_other_model(
-            ref_model, policy, moves=options.sync, dtype=dtype, autocast_dtype=autocast_dtype, device=device
+            ref_model,
+            policy,
+            moves=options.sync,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            device=device,
+            origins=options.origins,
         )
     if is_adapter_model(policy):
         return AdapterReference(policy, autocast_dtype=autocast_dtype)
-    if options.precompute and not options.streaming and dtype is None:
-        return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype)
+    if options.releases_source and dtype is None:
+        itself = Origin("the policy in memory", lambda: policy)  # until it has trained
+        origins = (itself, *options.origins)
+        return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype, origins=origins)
     return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype)
 
 
@@ -119,6 +166,12 @@ def check_options(
             asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
             why="Log-probs computed before training are stale once the reference has moved.",
             instead="Set one of the two to False.",
+        )
+    if options.precompute and options.streaming and options.store_mode == "fill":
+        raise ConfigurationError(
+            asked="`ref_store_mode='fill'` with a stream (`IterableDataset`).",
+            why="The rows of a stream are only known when they are read, so they cannot be scored before training.",
+            instead="Set `ref_store_mode='lazy'` (or leave it out): rows are scored when first read, and found later.",
         )
     if options.sync and has_adapter:
         raise ConfigurationError(

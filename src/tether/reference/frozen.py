@@ -6,7 +6,8 @@ Knows how to copy a model without copying what never changes. Never writes to a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +15,15 @@ from torch import nn
 from tether.errors import MissingLogProbsError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
-from tether.scoring import SCORING_VERSION
+from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
+
+
+class Origin(NamedTuple):
+    """A place that a model can be had from again, and its name for messages."""
+
+    name: str
+    load: Callable[[], nn.Module]
 
 
 class FrozenReference(Reference):
@@ -32,6 +40,8 @@ class FrozenReference(Reference):
         device: Hold the weights there instead of where they are.
         policy: The policy; what it shares with `model` is not counted as extra bytes.
         means_policy: The model is meant to be the initial policy, not another one.
+        origins: Where to get the weights again when an answer is needed after `release`; the first whose digest is
+            this reference's is taken.
 
     Raises:
         ReferenceModelError: If a weight is NaN or infinite.
@@ -51,8 +61,11 @@ class FrozenReference(Reference):
         device: torch.device | None = None,
         policy: nn.Module | None = None,
         means_policy: bool = False,
+        origins: Sequence[Origin] = (),
     ) -> None:
         self._module: nn.Module | None = frozen_twin(model, copies, dtype, device)
+        self._length_limit = rotary_limit(self._module)
+        self._origins, self._dtype, self._device = tuple(origins), dtype, next(self._module.parameters()).device
         self._autocast_dtype = autocast_dtype
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._num_passes = 0
@@ -89,6 +102,7 @@ class FrozenReference(Reference):
         dtype: torch.dtype | None = None,
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        origins: Sequence[Origin] = (),
     ) -> FrozenReference:
         """Another model, shared with its owner; tensors that the policy will train are copied.
 
@@ -103,12 +117,15 @@ class FrozenReference(Reference):
             autocast_dtype=autocast_dtype,
             device=device,
             policy=policy,
+            origins=origins,
         )
 
     @classmethod
-    def before_training(cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> FrozenReference:
+    def before_training(
+        cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None, origins: Sequence[Origin] = ()
+    ) -> FrozenReference:
         """The policy itself, for use before its first optimizer step only; `release` it then. Costs no memory."""
-        return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True)
+        return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True, origins=origins)
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -138,19 +155,41 @@ class FrozenReference(Reference):
             return 0
         return num_bytes(p for p in self._module.parameters() if _storage(p) not in self._policy_storages)
 
+    @property
+    def length_limit(self) -> int | None:
+        return self._length_limit
+
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         if self._module is None:
-            raise MissingLogProbsError(
-                asked="A log-probability was asked of a reference whose weights were released.",
-                why="They were given up when training began, because every answer known to be needed was stored.",
-                instead="Give every set at construction (`train_dataset`, `eval_dataset`), pass `ref_model`, or set "
-                "`precompute_ref_log_probs=False`.",
-            )
+            self._module = self._bring_back()
         self._num_passes += 1
         return score_without_gradient(self._module, batch, self._autocast_dtype)
 
     def release(self) -> None:
         self._module = None
+
+    def _bring_back(self) -> nn.Module:
+        """The weights again, from where they came, proven by their digest."""
+        refused = []
+        for origin in self._origins:
+            try:
+                model = origin.load()
+                twin = frozen_twin(model, lambda parameter: False, self._dtype, self._device)
+                found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
+            except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
+                refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")
+                continue
+            if found == self._identity.weights:
+                return twin
+            refused.append(f"{origin.name} has other weights by now (digest {found[:12]})")
+        raise MissingLogProbsError(
+            asked="A log-probability was asked of a reference whose weights were released "
+            f"(digest {self._identity.weights[:12]}).",
+            why="They were given up when training began, because every answer known to be needed was stored; and "
+            + (f"they cannot be brought back: {'; '.join(refused)}." if refused else "nothing says where they came from."),
+            instead="Give every set at construction (`train_dataset`, `eval_dataset`), pass model or `ref_model` by "
+            "path, or set `ref_store_mode='lazy'`, which keeps the weights.",
+        )
 
 
 def frozen_twin(

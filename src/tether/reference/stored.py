@@ -1,23 +1,28 @@
 """`StoredReference`: answers kept on disk, missing ones computed by a source.
 
-Knows the store's keys and the order of a pass over the data; knows no model.
+Knows the store's keys, and when a source may be asked; knows no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from tether.errors import MissingLogProbsError
+from tether.errors import DataError, MissingLogProbsError
 from tether.reference.base import BatchSource, Reference
+from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
-from tether.store import LogProbStore
-from tether.types import PairBatch, ResponseLogProbs, offsets_of
+from tether.store import LogProbStore, key_at_length
+from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
+
+StoreMode = Literal["fill", "lazy", "require"]
+_EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 
 
 class StoredReference(Reference):
@@ -27,8 +32,14 @@ class StoredReference(Reference):
         store: The store.
         source: Computes what is missing. Without a source, or once it was released, a missing record is an error.
         identity: Whose records to read; by default the source's.
-        release_when_filled: Release the source at the end of `prepare`. False where later rows cannot be known in
-            advance (streams).
+        mode: `fill`: `prepare` scores what the sets lack. `lazy`: `prepare` does nothing, and rows are scored and
+            kept when they are first asked for. `require`: nothing is ever scored, and `prepare` refuses sets of which
+            a row is missing.
+        release_when_filled: In mode `fill`, release the source at the end of `prepare`. False where later rows cannot
+            be known in advance (streams).
+        length_limit: As `Reference.length_limit`; by default the source's.
+        decode: Turns token ids into text, for messages that show the start of a prompt.
+        how_to_fill: What to write to have missing rows scored, for messages.
 
     Example:
         >>> reference = StoredReference(LogProbStore(path), FrozenReference(model))   # doctest: +SKIP
@@ -41,20 +52,34 @@ class StoredReference(Reference):
         source: Reference | None = None,
         *,
         identity: ReferenceIdentity | None = None,
+        mode: StoreMode = "fill",
         release_when_filled: bool = True,
+        length_limit: int | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        how_to_fill: str = "",
     ) -> None:
         if identity is None:
             if source is None:
                 raise ValueError("a StoredReference needs a source or the identity of one")
             identity = source.identity
         self._store, self._source, self._identity = store, source, identity
-        self._release_when_filled = release_when_filled
+        self._mode, self._release_when_filled = mode, release_when_filled
+        self._length_limit = source.length_limit if source is not None else length_limit
+        self._decode = decode
+        self._how_to_fill = how_to_fill or "Fill the store first (`tether precompute`)."
         self._num_found = self._num_computed = 0
+        if mode == "require" and source is not None:
+            source.release()
 
     @property
     def store(self) -> LogProbStore:
         """The store that is read."""
         return self._store
+
+    @property
+    def source(self) -> Reference | None:
+        """Who computes what is missing, if anybody."""
+        return self._source
 
     @property
     def num_found(self) -> int:
@@ -63,12 +88,16 @@ class StoredReference(Reference):
 
     @property
     def num_computed(self) -> int:
-        """Responses that `prepare` was asked for and had the source compute."""
+        """Responses that the source computed and the store took."""
         return self._num_computed
 
     @property
     def identity(self) -> ReferenceIdentity:
         return self._identity
+
+    @property
+    def length_limit(self) -> int | None:
+        return self._length_limit
 
     @property
     def num_passes(self) -> int:
@@ -93,43 +122,111 @@ class StoredReference(Reference):
         return self._source.module if self._source is not None else None
 
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
-        """Computes and stores what the sets need and the store lacks, then (by default) releases the source."""
+        """Has the store hold what the sets need, as the mode says, and then (by default) releases the source.
+
+        Raises:
+            MissingLogProbsError: In mode `require`, for a set of which a row is missing; names the first.
+            DataError: For a row to which the source gives a log-prob that is not finite; names it.
+            KeyboardInterrupt: After Ctrl-C, saying how many rows are kept.
+        """
         for name, batches in sets.items():
-            self._fill(batches(), f"Reference log-probs ({name})", show_progress)
-        if self._release_when_filled:
+            if self._mode == "fill":
+                self._fill(name, batches(), show_progress)
+            elif self._mode == "require":
+                self._check(name, batches())
+        if self._mode == "fill" and self._release_when_filled:
             self.release()
 
-    def _fill(self, batches: Iterable[PairBatch], title: str, show_progress: bool) -> None:
-        # None: on only where standard error is a terminal.
-        bar = tqdm(batches, desc=title, unit="batch", disable=None if show_progress else True)
-        for batch in bar:
-            missing = self._store.missing(self._identity.digest, batch.keys, batch.response_lengths)
-            self._num_found += batch.num_responses - len(missing)
-            self._num_computed += len(missing)
-            if missing:
-                self._compute(batch)
-            bar.set_postfix(found=self._num_found, computed=self._num_computed)
-
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        values = self._store.get(self._identity.digest, batch.keys, batch.response_lengths)
-        if any(value is None for value in values):
-            return self._compute(batch)
-        joined = torch.from_numpy(np.concatenate([value for value in values if value is not None]))
-        return ResponseLogProbs(joined.to(batch.device), offsets_of(batch.response_lengths, batch.device))
-
-    def _compute(self, batch: PairBatch) -> ResponseLogProbs:
-        if self._source is None:
-            raise MissingLogProbsError(
-                asked=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}).",
-                why="This reference only reads: it was given no source to compute them with.",
-                instead="Give `StoredReference` a source, or fill the store first (`tether precompute`).",
-            )
-        computed = self._source.log_probs(batch)
-        values = [value.cpu().numpy() for value in computed.split()]
-        self._store.put(self._identity.digest, batch.keys, values, description=self._identity.describe())
-        return computed
+        stored = self._store.get(self._identity.digest, self._keys(batch), batch.response_lengths)
+        values = [None if value is None else torch.from_numpy(value) for value in stored]
+        lacking = [index for index, value in enumerate(values) if value is None]
+        if lacking:
+            for index, value in zip(lacking, self._compute_some(batch, lacking), strict=True):
+                values[index] = value
+        joined = torch.cat([value.to(batch.device) for value in values if value is not None])
+        return ResponseLogProbs(joined, offsets_of(batch.response_lengths, batch.device))
 
     def release(self) -> None:
         """Releases the source; an adapter's base, which costs nothing and stays true, goes on answering new rows."""
         if self._source is not None:
             self._source.release()
+
+    def _lacking(self, batch: PairBatch) -> list[int]:
+        return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
+
+    def _fill(self, name: str, batches: Iterable[PairBatch], show_progress: bool) -> None:
+        filling = StorePass(name, batches, self._lacking, self._compute, show_progress=show_progress)
+        try:
+            filling.run()
+        finally:
+            self._num_found += filling.num_found
+
+    def _check(self, name: str, batches: Iterable[PairBatch]) -> None:
+        first, num_missing = "", 0
+        for batch in batches:
+            lacking = self._lacking(batch)
+            self._num_found += batch.num_responses - len(lacking)
+            if lacking and not first:
+                first = self._named(batch, lacking[0], names_of(batch, name)(lacking[0]))
+            num_missing += len(lacking)
+        if first:
+            raise self._missing(f"{num_missing} responses, the first of them {first}, are")
+
+    def _compute_some(self, batch: PairBatch, lacking: Sequence[int]) -> list[Float[Tensor, " length"]]:
+        """The answers for some responses of a batch, scored now."""
+        names = names_of(batch)
+        if self._mode == "require" or self._source is None:
+            raise self._missing(f"{self._named(batch, lacking[0], names(lacking[0]))} is")
+        if len(lacking) == batch.num_responses:
+            return self._compute(batch, names).split()
+        return self._compute(batch.only(lacking), lambda index: names(lacking[index])).split()
+
+    def _compute(self, batch: PairBatch, name_of: Callable[[int], str]) -> ResponseLogProbs:
+        """Has the source score a batch, and keeps the answers."""
+        if self._source is None:
+            raise self._missing(f"{self._named(batch, 0, name_of(0))} is")
+        computed = self._source.log_probs(batch)
+        values = [value.cpu().numpy() for value in computed.split()]
+        for index, value in enumerate(values):
+            if not np.isfinite(value).all():
+                raise self._not_finite(batch, index, name_of(index), value)
+        self._store.put(self._identity.digest, self._keys(batch), values, description=self._identity.describe())
+        self._num_computed += len(values)
+        return computed
+
+    def _keys(self, batch: PairBatch) -> Sequence[bytes]:
+        """The content keys, joined with the length that is fed where the answer depends on it."""
+        limit = self._length_limit
+        if limit is None:
+            return batch.keys
+        fed = zip(batch.keys, batch.fed_lengths(), strict=True)
+        return [key if length <= limit else key_at_length(key, length) for key, length in fed]
+
+    def _named(self, batch: PairBatch, index: int, name: str) -> str:
+        """A response's name, with the start of its prompt where it can be read."""
+        if self._decode is None:
+            return name
+        response: Response = batch.responses()[index]
+        text = " ".join(self._decode(response.prompt_ids[:_EXCERPT_TOKENS]).split())
+        return f"{name} (prompt: {text[:_EXCERPT_LETTERS]!r})"
+
+    def _missing(self, what: str) -> MissingLogProbsError:
+        return MissingLogProbsError(
+            asked=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}): "
+            f"{what} missing.",
+            why="`ref_store_mode='require'` reads stored answers only."
+            if self._mode == "require"
+            else "This reference only reads: it was given no source to compute them with.",
+            instead=self._how_to_fill,
+        )
+
+    def _not_finite(self, batch: PairBatch, index: int, name: str, value: Any) -> DataError:
+        token = int(np.argmin(np.isfinite(value)))
+        return DataError(
+            asked=f"The reference gives {self._named(batch, index, name)} a log-probability of {value[token]} at token "
+            f"{token} of {len(value)}.",
+            why="It would turn the loss of every run that reads it into NaN, so it was not stored.",
+            instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 in "
+            "place of float16), or a token that it rules out.",
+        )
