@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
-from tether.data import TOKEN_COLUMNS, batch_of
+from tether.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, batch_of
 from tether.sampling import EvenBatches
 from tether.types import PairBatch
 
@@ -152,4 +152,4 @@ def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
 
 def token_columns(dataset: Dataset) -> Any:
     """The set with what a batch needs of it."""
-    return dataset.select_columns(list(TOKEN_COLUMNS))
+    return dataset.select_columns([*TOKEN_COLUMNS, *(c for c in REFERENCE_COLUMNS if c in dataset.column_names)])

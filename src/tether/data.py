@@ -30,6 +30,7 @@ from tether.types import PairBatch, Response
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
 
 PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -159,7 +160,10 @@ class PairCollator:
         pairs = []
         for row in rows:
             prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-            pairs.append((self._response(prompt, chosen), self._response(prompt, rejected)))
+            known = [row.get(column) for column in REFERENCE_COLUMNS]
+            sides = zip((chosen, rejected), known, strict=True)
+            first, second = (self._response(prompt, ids)._replace(reference_sum=value) for ids, value in sides)
+            pairs.append((first, second))
         return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": PairBatch.of_pairs(pairs)}
 
     def _response(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Response:

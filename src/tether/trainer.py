@@ -21,8 +21,10 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.batches import RowsToScore, even_loader
 from tether.checkpoints import load_reference, save_reference
+from tether.columns import find_given
 from tether.config import DPOConfig, how_to_fill, refuse_data_parallel
 from tether.data import (
+    REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
     PairCollator,
     PairDataset,
@@ -70,6 +72,7 @@ class DPOTrainer(Trainer):
     `peft_config=...` or a `PeftModel`    the policy's own base with the adapter off (or as it started)
     `precompute_ref_log_probs=True`       any of these, scored once before training and kept on disk
     `sync_ref_model=True`                 a copy that follows the policy (TR-DPO)
+    rows with `ref_chosen_logps`, ...     what the rows say; nothing is computed
     ====================================  =================================================================
 
     Args:
@@ -128,10 +131,12 @@ class DPOTrainer(Trainer):
             check_vocabulary(ref_model, self._tokenizer)
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
+        given = find_given(self._named_sets({"train": train_set}, eval_sets), args, has_ref_model=ref_model is not None)
         options = replace(
             self._reference_options(args, self._named_sets({"train": train_set}, eval_sets)),
             decode=self._tokenizer.decode,
             origins=origins,
+            given=given,
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
@@ -254,7 +259,7 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(TOKEN_COLUMNS)
+            self._signature_columns = [*TOKEN_COLUMNS, *REFERENCE_COLUMNS]
 
     # ---- a step --------------------------------------------------------------------------------------------------
 

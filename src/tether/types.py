@@ -30,6 +30,7 @@ class Response(NamedTuple):
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     key: bytes = b""
+    reference_sum: float | None = None  # its log-prob under the reference, where its row says it
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PairBatch:
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
             ids. Empty where nobody asked for keys.
         rows: Index of each pair in its set, for messages. Empty where nobody knows.
+        reference_sums: Each response's log-prob under the reference, in nats, where the rows bring it.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -63,6 +65,7 @@ class PairBatch:
     rejected: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
     rows: tuple[int, ...] = ()
+    reference_sums: tuple[float, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -123,9 +126,9 @@ class PairBatch:
         prompts = [tuple(ids.tolist()) for ids in self.prompt_ids.split(list(self.prompt_lengths))]
         tokens = [tuple(ids.tolist()) for ids in self.response_ids.split(list(self.response_lengths))]
         keys = self.keys or (b"",) * self.num_responses
-        return [
-            Response(prompts[group], ids, key) for group, ids, key in zip(self.response_group, tokens, keys, strict=True)
-        ]
+        sums = self.reference_sums or (None,) * self.num_responses
+        each = zip(self.response_group, tokens, keys, sums, strict=True)
+        return [Response(prompts[group], ids, key, known) for group, ids, key, known in each]
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[Response, Response]]) -> PairBatch:
@@ -158,6 +161,7 @@ class PairBatch:
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
             keys=tuple(response.key for response in responses if response.key),
+            reference_sums=tuple(r.reference_sum for r in responses if r.reference_sum is not None),
         )
 
 

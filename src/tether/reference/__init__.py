@@ -4,6 +4,7 @@ from tether.reference.adapter import AdapterReference
 from tether.reference.base import Reference
 from tether.reference.build import ReferenceOptions, build_reference, check_options
 from tether.reference.frozen import FrozenReference
+from tether.reference.given import GivenReference
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
@@ -11,6 +12,7 @@ from tether.reference.stored import StoredReference
 __all__ = [
     "AdapterReference",
     "FrozenReference",
+    "GivenReference",
     "MovingReference",
     "Reference",
     "ReferenceIdentity",

@@ -17,6 +17,7 @@ from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
 from tether.reference.frozen import FrozenReference, Origin
+from tether.reference.given import GivenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference, StoreMode
@@ -44,6 +45,7 @@ class ReferenceOptions:
         origins: Where a reference that was released can be had from again.
         decode: Turns token ids into text, for messages.
         how_to_fill: What to write to have missing rows scored, for messages.
+        given: The rows bring their own reference log-probs; a digest of them.
     """
 
     precompute: bool = False
@@ -59,6 +61,7 @@ class ReferenceOptions:
     origins: tuple[Origin, ...] = ()
     decode: Callable[[Sequence[int]], str] | None = None
     how_to_fill: str = ""
+    given: str | None = None
 
     @property
     def releases_source(self) -> bool:
@@ -82,6 +85,8 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
         ConfigurationError: If the options contradict each other or the model.
     """
     check_options(policy, ref_model, options)
+    if options.given is not None:
+        return GivenReference(options.given)
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):

@@ -122,6 +122,8 @@ class StorePass:
                 del self._waiting[response]
             self.num_computed += len(part)
             self._count_kept()
+            if self._bar.total is not None:  # a prompt whose responses did not fit together is fed twice
+                self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(part))
             self._bar.update(_num_tokens(part))
             self._bar.set_postfix(found=self.num_found, computed=self.num_computed, refresh=False)
 
@@ -133,7 +135,8 @@ class StorePass:
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            torch.accelerator.empty_cache()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
             self._max_tokens = _num_tokens(part) // 2
             middle = len(part) // 2
             self._score_part(part[:middle])

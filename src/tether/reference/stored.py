@@ -138,14 +138,18 @@ class StoredReference(Reference):
             self.release()
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        stored = self._store.get(self._identity.digest, self._keys(batch), batch.response_lengths)
-        values = [None if value is None else torch.from_numpy(value) for value in stored]
+        values = self.stored(batch)
         lacking = [index for index, value in enumerate(values) if value is None]
         if lacking:
             for index, value in zip(lacking, self._compute_some(batch, lacking), strict=True):
                 values[index] = value
         joined = torch.cat([value.to(batch.device) for value in values if value is not None])
         return ResponseLogProbs(joined, offsets_of(batch.response_lengths, batch.device))
+
+    def stored(self, batch: PairBatch) -> list[Float[Tensor, " length"] | None]:
+        """What the store holds of each response, on the host; None for what it lacks. Scores nothing."""
+        values = self._store.get(self._identity.digest, self._keys(batch), batch.response_lengths)
+        return [None if value is None else torch.from_numpy(value) for value in values]
 
     def release(self) -> None:
         """Releases the source; an adapter's base, which costs nothing and stays true, goes on answering new rows."""
