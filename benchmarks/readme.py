@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md anew from benchmarks/results, between their markers."""
+"""Writes the measured tables of README.md and docs/ anew from benchmarks/results, between their markers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    written = re.sub(
-        r"(<!-- measured:([\w-]+) -->\n).*?(<!-- end -->)",
-        lambda match: match[1] + _section(match[2]) + match[3],
-        text,
-        flags=re.DOTALL,
-    )
-    if "--check" in sys.argv:
-        return int(written != text)
-    readme.write_text(written)
-    return 0
+    differing = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        written = re.sub(
+            r"(<!-- measured:([\w-]+) -->\n).*?(<!-- end -->)",
+            lambda match: match[1] + _section(match[2]) + match[3],
+            text,
+            flags=re.DOTALL,
+        )
+        differing += written != text
+        if "--check" not in sys.argv:
+            page.write_text(written)
+    return int("--check" in sys.argv and differing > 0)
 
 
 def _section(name: str) -> str:
@@ -35,7 +36,7 @@ def _section(name: str) -> str:
     machine = record["machine"]
     where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    table = _TABLES[record["benchmark"]](record["results"])
+    table = _TABLES[record["benchmark"]](record["results"] if "settings" not in record else record)
     return f"{table}\nMeasured {record['date']} on {where}; {versions}.\n"
 
 
@@ -65,7 +66,23 @@ def _precompute(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TABLES = {"step": _step, "precompute": _precompute}
+def _store(record: dict[str, Any]) -> str:
+    settings, found = record["settings"], record["results"]
+    share = found.get("share_of_a_training_step")
+    rows = {
+        "pairs": f"{settings['num_pairs']:,}",
+        "responses written a second": f"{found['rows_written_per_second']:,.0f}",
+        "responses looked up a second, 64 at a time": f"{found['rows_read_per_second']:,.0f}",
+        "bytes a pair": f"{found['bytes_per_pair']:,.0f}",
+        "peak memory, and its growth over the last nine tenths": f"{found['peak_bytes'] / 1e6:.0f} MB, "
+        f"{found['peak_growth_after_a_tenth_bytes'] / 1e6:.0f} MB",
+        "shortest step for which reading stays under 1 %, 32 pairs": f"{found['shortest_step_with_reading_under_1_percent_seconds'] * 1e3:.0f} ms",
+        "share of the fastest measured training step": f"{share:.3%}" if share is not None else "not measured here",
+    }
+    return "\n".join(["| what | measured |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
+
+
+_TABLES = {"store": _store, "step": _step, "precompute": _precompute}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_from_disk
 from peft import LoraConfig
 
 from runs import as_dataset, curve, make_trainer, stream, trained
@@ -141,6 +142,48 @@ def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
         DPOConfig(str(tmp_path), ref_store_mode="eager", precompute_ref_log_probs=True)
 
 
+# --------------------------------------------------------------------------------------------- what is found again
+
+
+def num_scored(folder: Path, rows: Any = None, **options: Any) -> int:
+    """Responses that a run of one epoch has to score; the store is shared within a test."""
+    trainer = trained(folder, rows=ROWS if rows is None else rows, max_steps=3, **PRECOMPUTE | options)
+    return stored_of(trainer).num_computed
+
+
+def test_a_store_is_reused_whatever_way_the_rows_come(tmp_path: Path) -> None:
+    assert num_scored(tmp_path / "1") > 0
+    tokens = tokenized(ROWS, tmp_path).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    tokens.save_to_disk(tmp_path / "disk")
+    split = {"rows": ROWS[:8], "eval_dataset": {"a": as_dataset(ROWS[8:10]), "b": as_dataset(ROWS[10:])}}
+    ways: dict[str, dict[str, Any]] = {
+        "tokenized": {"rows": tokens},
+        "disk": {"rows": load_from_disk(tmp_path / "disk")},
+        "stream": {"rows": stream(ROWS)},
+        "stream of tokens": {"rows": tokens.to_iterable_dataset()},
+        "split": split,
+    }
+    assert {name: num_scored(tmp_path / name, **way) for name, way in ways.items()} == dict.fromkeys(ways, 0)
+
+
+def test_a_longer_max_length_scores_the_rows_that_were_cut(tmp_path: Path) -> None:
+    num_scored(tmp_path / "1", max_length=50)
+    rows = tokenized(ROWS, tmp_path)
+    cut = [row[s] for row in rows for s in ("chosen_ids", "rejected_ids") if len(row["prompt_ids"] + row[s]) > 50]
+    assert num_scored(tmp_path / "2", max_length=512) == len(cut) > 0
+    assert num_scored(tmp_path / "3", max_length=50) == num_scored(tmp_path / "4", max_length=40) == 0
+
+
+def test_keeping_the_end_is_stored_by_what_was_fed(tmp_path: Path) -> None:
+    rows = tokenized(ROWS, tmp_path)
+    lengths = [len(row["prompt_ids"] + row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
+    keep_end = {"truncation_mode": "keep_end"}
+    num_scored(tmp_path / "1", max_length=512)
+    assert num_scored(tmp_path / "2", max_length=512, **keep_end) == 0  # nothing is cut: the same was fed
+    assert num_scored(tmp_path / "3", max_length=40, **keep_end) == sum(length > 40 for length in lengths) > 0
+    assert num_scored(tmp_path / "4", max_length=40, **keep_end) == 0
+
+
 # ------------------------------------------------------------------------------------------------------ the pass
 
 
@@ -194,8 +237,13 @@ def test_pass_scores_the_longest_first_within_the_budget_and_each_prompt_once_a_
     assert max(tokens) <= rows.max_tokens
     # Full batches: no two neighbours would have fitted together.
     assert all(one + other > rows.max_tokens for one, other in zip(tokens, tokens[1:], strict=False))
-    first, last = (max(batch.fed_lengths()) for batch in (source.batches[0], source.batches[-1]))
-    assert first == max(len(r.prompt_ids) + len(r.token_ids) for r in asked) > last
+    rows_first = max((batch.num_row_tokens() for row in ROWS for batch in row_set([row], tmp_path)))
+    longest = next(iter(rows))
+    first = longest.responses()[longest.chosen[0]]
+    assert sum(map(len, (first.prompt_ids, first.token_ids, longest.responses()[longest.rejected[0]].token_ids))) == (
+        rows_first
+    )
+    assert first in source.batches[0].responses()
     assert all(len(set(r.prompt_ids for r in batch.responses())) == batch.num_groups for batch in source.batches)
 
 
@@ -307,7 +355,7 @@ def test_progress_shows_tokens_a_second_and_the_time_left_and_is_off_where_asked
         return
     last = terminal.text.split("\r")[-1]
     assert "100%" in last and "tokens/s" in last and "<00:00" in last
-    assert f"found=0, computed={reference.num_computed}" in last
+    assert f"computed={reference.num_computed}, found=0" in last
 
 
 # ----------------------------------------------------------------------------------------- what is refused at the door

@@ -201,6 +201,7 @@ class DPOTrainer(Trainer):
         rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
         rows = rows or list(pairs.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
+        self.accelerator.wait_for_everyone()  # so that a store filled on the way has them before anybody asks again
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
         """A tensor summed over the processes, or their largest."""

@@ -278,7 +278,7 @@ def join_log_probs(parts: Sequence[ResponseLogProbs], order: Sequence[int]) -> R
     arranged = [place[index] for index in range(len(order))]
     lengths = torch.cat([part.lengths() for part in parts])
 
-    def rearranged(values: Sequence[Shaped[Tensor, " some"]]) -> Shaped[Tensor, " tokens"]:
+    def rearranged(values: Sequence[Tensor]) -> Tensor:
         pieces = torch.cat(list(values)).split(lengths.tolist())
         return torch.cat([pieces[position] for position in arranged])
 
