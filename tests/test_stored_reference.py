@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ ROWS = tiny_pairs(12)
 
 def distinct_responses(trainer: DPOTrainer) -> int:
     rows = trainer.train_dataset
-    return len({(tuple(row["prompt_ids"]), tuple(row[side])) for row in rows for side in ("chosen_ids", "rejected_ids")})
+    return len(
+        {(tuple(row["prompt_ids"]), tuple(row[side])) for row in rows for side in ("chosen_ids", "rejected_ids")}
+    )
 
 
 def stored_of(trainer: DPOTrainer) -> StoredReference:
@@ -236,8 +239,8 @@ def test_pass_scores_the_longest_first_within_the_budget_and_each_prompt_once_a_
     tokens = [sum(batch.prompt_lengths) + sum(batch.response_lengths) for batch in source.batches]
     assert max(tokens) <= rows.max_tokens
     # Full batches: no two neighbours would have fitted together.
-    assert all(one + other > rows.max_tokens for one, other in zip(tokens, tokens[1:], strict=False))
-    rows_first = max((batch.num_row_tokens() for row in ROWS for batch in row_set([row], tmp_path)))
+    assert all(one + other > rows.max_tokens for one, other in pairwise(tokens))
+    rows_first = max(batch.num_row_tokens() for row in ROWS for batch in row_set([row], tmp_path))
     longest = next(iter(rows))
     first = longest.responses()[longest.chosen[0]]
     assert sum(map(len, (first.prompt_ids, first.token_ids, longest.responses()[longest.rejected[0]].token_ids))) == (
@@ -375,12 +378,12 @@ def test_a_log_prob_that_is_not_finite_is_refused_with_its_row(value: float, tmp
 def test_a_log_prob_that_is_not_finite_is_refused_while_training_too(tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "s")
     (batch,) = row_set(ROWS[:1], tmp_path)
-    with pytest.raises(DataError, match="pair 0 of a batch|row 0"):
+    with pytest.raises(DataError, match=r"pair 0 of a batch|row 0"):
         StoredReference(store, Counting(value=float("inf")), mode="lazy").log_probs(batch)
     assert store.count() == 0
 
 
-# ------------------------------------------------------------------------------ new sets after the weights were released
+# ----------------------------------------------------------------------------- new sets after the weights were released
 
 NEW = tiny_pairs(5, seed=3)
 

@@ -77,7 +77,10 @@ def with_reference_columns(dataset: Dataset, reference: Reference, collator: Pai
 def _given_columns(dataset: PairDataset) -> list[str]:
     names = dataset.column_names
     if names is None:  # a stream that does not say: its first row does
-        names = next(iter(dataset), {})
+        try:
+            names = next(iter(dataset), {})
+        except DataError:  # of its first row; said when training reads it, as for any other row
+            names = ()
     return [name for name in REFERENCE_COLUMNS if name in names]
 
 

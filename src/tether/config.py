@@ -100,7 +100,7 @@ class DPOConfig(TrainingArguments):
     )
     precompute_ref_batch_size: int | None = _option(
         None,
-        "What the precompute pass takes at once, in longest pairs. Default: 4 training micro-batches, to 16,384 tokens.",
+        "What the precompute pass takes at once, in longest pairs. Default: 4 micro-batches, to 16,384 tokens.",
     )
 
     loss_type: list[str] = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")

@@ -134,7 +134,7 @@ class DPOTrainer(Trainer):
         given = find_given(self._named_sets({"train": train_set}, eval_sets), args, has_ref_model=ref_model is not None)
         options = replace(
             self._reference_options(args, self._named_sets({"train": train_set}, eval_sets)),
-            decode=self._tokenizer.decode,
+            decode=lambda ids: str(self._tokenizer.decode(list(ids))),
             origins=origins,
             given=given,
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),

@@ -65,7 +65,7 @@ class PairBatch:
     rejected: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
     rows: tuple[int, ...] = ()
-    reference_sums: tuple[float, ...] = ()
+    reference_sums: tuple[float | None, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -90,7 +90,9 @@ class PairBatch:
 
     def fed_lengths(self) -> tuple[int, ...]:
         """Tokens of prompt and response together, for each response."""
-        return tuple(self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True))
+        return tuple(
+            self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True)
+        )
 
     def only(self, indices: Sequence[int]) -> PairBatch:
         """A batch of some of the responses, in their order here, each paired with itself."""
@@ -151,6 +153,7 @@ class PairBatch:
                 groups.setdefault(response.prompt_ids, {})[response] = None
         responses = [response for members in groups.values() for response in members]
         index = {response: number for number, response in enumerate(responses)}
+        sums = tuple(response.reference_sum for response in responses)
         group_of = {prompt: number for number, prompt in enumerate(groups)}
         return cls(
             prompt_ids=_flatten(list(groups)),
@@ -161,7 +164,7 @@ class PairBatch:
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
             keys=tuple(response.key for response in responses if response.key),
-            reference_sums=tuple(r.reference_sum for r in responses if r.reference_sum is not None),
+            reference_sums=sums if any(known is not None for known in sums) else (),
         )
 
 

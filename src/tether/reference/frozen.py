@@ -186,7 +186,11 @@ class FrozenReference(Reference):
             asked="A log-probability was asked of a reference whose weights were released "
             f"(digest {self._identity.weights[:12]}).",
             why="They were given up when training began, because every answer known to be needed was stored; and "
-            + (f"they cannot be brought back: {'; '.join(refused)}." if refused else "nothing says where they came from."),
+            + (
+                f"they cannot be brought back: {'; '.join(refused)}."
+                if refused
+                else "nothing says where they came from."
+            ),
             instead="Give every set at construction (`train_dataset`, `eval_dataset`), pass model or `ref_model` by "
             "path, or set `ref_store_mode='lazy'`, which keeps the weights.",
         )

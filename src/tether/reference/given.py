@@ -40,7 +40,8 @@ class GivenReference(Reference):
         return False
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        if len(batch.reference_sums) != batch.num_responses:
+        sums = [known for known in batch.reference_sums if known is not None]
+        if len(sums) != batch.num_responses:
             raise MissingLogProbsError(
                 asked="Reference log-probs of a row without `ref_chosen_logps` and `ref_rejected_logps`.",
                 why="The training rows bring their own, so there is no model to compute them with.",
@@ -49,5 +50,5 @@ class GivenReference(Reference):
             )
         offsets = offsets_of(batch.response_lengths, batch.device)
         values = torch.zeros(sum(batch.response_lengths), device=batch.device)
-        values[offsets[:-1]] = torch.tensor(batch.reference_sums, device=batch.device)
+        values[offsets[:-1]] = torch.tensor(sums, device=batch.device)
         return ResponseLogProbs(values, offsets)

@@ -125,7 +125,7 @@ class StoredReference(Reference):
         """Has the store hold what the sets need, as the mode says, and then (by default) releases the source.
 
         Raises:
-            MissingLogProbsError: In mode `require`, for a set of which a row is missing; names the first.
+            MissingLogProbsError: In mode `require`, for a set of which a row is missing; names one.
             DataError: For a row to which the source gives a log-prob that is not finite; names it.
             KeyboardInterrupt: After Ctrl-C, saying how many rows are kept.
         """
@@ -175,7 +175,7 @@ class StoredReference(Reference):
                 first = self._named(batch, lacking[0], names_of(batch, name)(lacking[0]))
             num_missing += len(lacking)
         if first:
-            raise self._missing(f"{num_missing} responses, the first of them {first}, are")
+            raise self._missing(f"{num_missing} responses, one of them {first}, are")
 
     def _compute_some(self, batch: PairBatch, lacking: Sequence[int]) -> list[Float[Tensor, " length"]]:
         """The answers for some responses of a batch, scored now."""
@@ -231,6 +231,6 @@ class StoredReference(Reference):
             asked=f"The reference gives {self._named(batch, index, name)} a log-probability of {value[token]} at token "
             f"{token} of {len(value)}.",
             why="It would turn the loss of every run that reads it into NaN, so it was not stored.",
-            instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 in "
-            "place of float16), or a token that it rules out.",
+            instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 "
+            "in place of float16), or a token that it rules out.",
         )

@@ -1,7 +1,7 @@
-"""Rotary embeddings whose frequencies depend on the longest row of a forward: which models have them, and from where on.
+"""Rotary embeddings whose frequencies depend on the longest row of a forward: which models have them, from where on.
 
-`dynamic` stretches its frequencies with the length beyond its threshold, and transformers' module goes on using them for
-later, shorter rows; `longrope` changes to a second set. Knows configs and modules; knows no batch.
+`dynamic` stretches its frequencies with the length beyond its threshold, and transformers' module goes on using them
+for later, shorter rows; `longrope` changes to a second set. Knows configs and modules; knows no batch.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def _export_rows(options: Any, words: Sequence[str]) -> int:
                 why="There are none to write.",
                 instead="Name them with `eval_data` or `eval_fraction`, or leave `--set` out.",
             )
-        rows = with_reference_columns(rows, trainer.reference, trainer.data_collator)
+        collator: Any = trainer.data_collator
+        rows = with_reference_columns(rows, trainer.reference, collator)
         if trainer.is_world_process_zero():
             rows.to_parquet(Path(options.file).expanduser())
             print(f"{len(rows):,} pairs with ref_chosen_logps and ref_rejected_logps are in {options.file}.")

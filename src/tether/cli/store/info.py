@@ -29,9 +29,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _describe(identity: StoredIdentity) -> str:
     about = identity.description or {}
-    what = ", ".join(f"{name.replace('_', ' ')} {about[name]}" for name in ("compute_dtype", "scoring_version") if name in about)
+    what = ", ".join(
+        f"{name.replace('_', ' ')} {about[name]}" for name in ("compute_dtype", "scoring_version") if name in about
+    )
     return (
         f"reference  {about.get('kind', '(not described)')} {identity.digest}{f': {what}' if what else ''}\n"
         f"           {identity.num_records:,} responses, {identity.num_tokens:,} tokens, "
-        f"{identity.size_bytes / 1e6:,.1f} MB; since {identity.created:%Y-%m-%d}, last used {identity.last_used:%Y-%m-%d}"
+        f"{identity.size_bytes / 1e6:,.1f} MB; since {identity.created:%Y-%m-%d}, "
+        f"last used {identity.last_used:%Y-%m-%d}"
     )

@@ -25,7 +25,9 @@ def run(argv: Sequence[str]) -> int:
     parser = store_parser("verify", _ABOUT)
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the run whose rows and reference are meant")
     parser.add_argument("--sample", metavar="ROWS", type=int, default=64, help="how many rows [%(default)s]")
-    parser.add_argument("--sample_seed", "--sample-seed", metavar="INT", type=int, default=0, help="which [%(default)s]")
+    parser.add_argument(
+        "--sample_seed", "--sample-seed", metavar="INT", type=int, default=0, help="which [%(default)s]"
+    )
     options, of_recipe = parser.parse_known_args(argv)
     from tether.cli.store.opening import open_recipe  # not before --help: it loads torch
     from tether.reference import StoredReference
