@@ -1,7 +1,9 @@
 """Claim: time and memory grow with the useful tokens alone, and memory not with the vocabulary.
 
 Scoring forward and backward of the 39 M model, Tether against the plain way (padded batch, full logits), each point in
-a process of its own: seconds, and the peak of resident memory beyond weights and gradients.
+a process of its own: seconds, and the peak of resident memory beyond weights and gradients. The vocabulary is measured
+twice: with every weight training, where autograd holds the gradients that a tied embedding gets from its two uses
+before it adds them up, and with the embedding frozen, as under LoRA.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ AXES: dict[str, list[float]] = {
     "length": [128, 256, 512, 1024],
     "pairs": [2, 4, 8, 16],
     "vocabulary": [8_000, 32_000, 128_000, 256_000],
+    "frozen_vocabulary": [8_000, 32_000, 128_000, 256_000],
     "prompt_share": [0.1, 0.5, 0.9],
 }
 
@@ -35,10 +38,10 @@ def main() -> None:
     if arguments.child:
         _child(json.loads(arguments.child))
         return
-    results = []
+    results = [row for row in harness.read_results("growth", "cpu") if row["axis"] not in arguments.axes]
     for axis in arguments.axes:
         for value in AXES[axis]:
-            point = {**BASE, axis: value}
+            point = {**BASE, axis.removeprefix("frozen_"): value, "frozen": axis.startswith("frozen_")}
             row = {"axis": axis, **point}
             for side in ("tether", "plain"):
                 command = [sys.executable, __file__, "--child", json.dumps({**point, "side": side})]
@@ -56,8 +59,10 @@ def main() -> None:
 def _child(point: dict[str, Any]) -> None:
     sides.quiet()
     model = harness.qwen2(vocab_size=int(point["vocabulary"])).train()
+    if point["frozen"]:
+        model.get_input_embeddings().requires_grad_(False)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     prompt = int(point["length"] * point["prompt_share"])
     answer = int(point["length"]) - prompt
     generator = torch.Generator().manual_seed(0)

@@ -36,7 +36,7 @@ def main() -> None:
         default=["explicit"],
         help="references whose peak memory is measured (a process for each)",
     )
-    parser.add_argument("--sides", nargs="*", default=["tether", "trl", "plain"], help="only these sides")
+    parser.add_argument("--sides", nargs="*", default=["tether", "tether_bf16", "trl", "plain"], help="only these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "REFERENCE", "SHAPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
 def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.Namespace) -> dict[str, Any]:
     device = arguments.device
     batches = harness.batches_of(rows, BATCH)[: arguments.batches]
-    names = [name for name in _names(reference) if name in arguments.sides]
+    names = [name for name in _names(reference, device) if name in arguments.sides]
     contenders = {side: _side(side, reference, device, rows) for side in names}
     for side in contenders.values():
         # A released reference answers stored rows only.
@@ -86,6 +86,7 @@ def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.N
         result["peak_bytes"] = {
             name: harness.peak_memory_of(__file__, "--device", device, "--child", name, reference, shape)
             for name in contenders
+            if name != "plain"
         }
     return result
 
@@ -96,8 +97,11 @@ def _warm_up(device: str) -> list[dict]:
     return harness.synthetic_rows(prompt, answer, BATCH, seed=1)
 
 
-def _names(reference: str) -> tuple[str, ...]:
-    return ("tether", "trl", "plain") if reference == "explicit" else ("tether", "trl")
+def _names(reference: str, device: str = "cpu") -> tuple[str, ...]:
+    """Who takes part; `tether_bf16` holds its reference in bf16 beside a policy in fp32 (`ref_dtype`)."""
+    if reference != "explicit":
+        return ("tether", "trl")
+    return ("tether", "tether_bf16", "trl", "plain") if device == "cpu" else ("tether", "trl", "plain")
 
 
 def _dtype(device: str) -> torch.dtype:
@@ -126,7 +130,9 @@ def _side(name: str, reference: str, device: str, rows: list[dict]) -> sides.Sid
     if reference == "precomputed":
         options["precompute_ref_log_probs"] = True
     match name:
-        case "tether":
+        case "tether" | "tether_bf16":
+            if name == "tether_bf16":
+                options["ref_dtype"] = "bfloat16"
             if reference == "precomputed":
                 options |= {"ref_store": tempfile.mktemp(suffix=".sqlite"), "rows": rows}
             return sides.TetherSide(model, tokenizer, device, batch_size=BATCH, **options)

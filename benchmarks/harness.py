@@ -106,14 +106,18 @@ def useful_flops(model: Any, rows: list[dict]) -> int:
     layer_weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
     tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     responses = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    head = 2 * config.hidden_size * config.vocab_size * responses
+    return int(2 * layer_weights * tokens + attention_flops(model, rows) + head)
+
+
+def attention_flops(model: Any, rows: list[dict]) -> float:
+    """Of these, the scores and the weighted values of the attention, the causal half of each."""
     scores = 0.0
     for row in rows:
         prompt = len(row["prompt_ids"])
         scores += prompt**2 / 2
         scores += sum(len(row[side]) * (prompt + len(row[side]) / 2) for side in ("chosen_ids", "rejected_ids"))
-    attention = 4 * scores * config.hidden_size * config.num_hidden_layers
-    head = 2 * config.hidden_size * config.vocab_size * responses
-    return int(2 * layer_weights * tokens + attention + head)
+    return 4 * scores * model.config.hidden_size * model.config.num_hidden_layers
 
 
 def matmul_flops_per_second(device: str, dtype: torch.dtype) -> float:

@@ -13,19 +13,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
-    differing = 0
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = page.read_text()
-        written = re.sub(
-            r"(<!-- measured:([\w-]+) -->\n).*?(<!-- end -->)",
-            lambda match: match[1] + _section(match[2]) + match[3],
-            text,
-            flags=re.DOTALL,
-        )
-        differing += written != text
-        if "--check" not in sys.argv:
-            page.write_text(written)
-    return int("--check" in sys.argv and differing > 0)
+    stale = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if _write(page)]
+    return int("--check" in sys.argv and bool(stale))
+
+
+def _write(page: Path) -> bool:
+    """Whether the page was out of date; it is mended unless only a check was asked for."""
+    text = page.read_text()
+    written = re.sub(
+        r"(<!-- measured:([\w-]+) -->\n).*?(<!-- end -->)",
+        lambda match: match[1] + _section(match[2]) + match[3],
+        text,
+        flags=re.DOTALL,
+    )
+    if "--check" not in sys.argv:
+        page.write_text(written)
+    return written != text
 
 
 def _section(name: str) -> str:
@@ -42,17 +45,23 @@ def _section(name: str) -> str:
 
 def _step(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| pairs | reference | Tether | TRL | times faster | peak memory, Tether / TRL | share of matmul peak |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| pairs | reference | Tether | TRL | times faster | with a bf16 reference | peak memory, Tether / TRL "
+        "| share of matmul peak |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results:
         seconds, peak = row["median_seconds"], row.get("peak_bytes")
         memory = f"{peak['tether'] / 2**30:.1f} / {peak['trl'] / 2**30:.1f} GiB" if peak else ""
         lines.append(
             f"| {row['shape']} | {row['reference']} | {seconds['tether']:.2f} s | {seconds['trl']:.2f} s "
-            f"| {row['times_faster']['trl']:.1f} | {memory} | {row['share_of_matmul_peak']:.0%} |"
+            f"| {row['times_faster']['trl']:.1f} | {_with_bf16(seconds)} | {memory} "
+            f"| {row['share_of_matmul_peak']:.0%} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _with_bf16(seconds: dict[str, float]) -> str:
+    return f"{seconds['trl'] / seconds['tether_bf16']:.1f}" if "tether_bf16" in seconds else ""
 
 
 def _precompute(results: list[dict[str, Any]]) -> str:
@@ -86,7 +95,65 @@ def _store(record: dict[str, Any]) -> str:
     )
 
 
-_TABLES = {"store": _store, "step": _step, "precompute": _precompute}
+def _growth(results: list[dict[str, Any]]) -> str:
+    lines = ["| grows | to | Tether | plain way |", "| --- | --- | --- | --- |"]
+    for row in results:
+        axis = row["axis"]
+        value = row[axis.removeprefix("frozen_")]
+        cells = (f"{row[side]['seconds']:.2f} s, {row[side]['peak_bytes'] / 2**20:,.0f} MiB" for side in _SIDES)
+        lines.append(f"| {_AXES.get(axis, axis)} | {value:,g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_SIDES = ("tether", "plain")
+_AXES = {
+    "length": "tokens of a prompt and its response",
+    "vocabulary": "vocabulary, every weight training",
+    "frozen_vocabulary": "vocabulary, embedding frozen",
+    "prompt_share": "share of the prompt",
+}
+
+
+def _profile(results: list[dict[str, Any]]) -> str:
+    kinds = list(results[0]["shares"])
+    lines = [f"| pairs | step | {' | '.join(kinds)} |", "| --- | --- |" + " --- |" * len(kinds)]
+    for row in results:
+        cells = []
+        for kind, share in row["shares"].items():
+            needed = row["needed_seconds"].get(kind)
+            at_peak = f" ({needed:.2f} s at the peak)" if needed else ""
+            cells.append(f"{share * row['seconds']:.2f} s{at_peak}")
+        lines.append(f"| {row['shape']} | {row['seconds']:.2f} s | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numerics(results: list[dict[str, Any]]) -> str:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results))
+    head = [f"| mean / largest single difference, in nats | {' | '.join(dtypes)} |", "| --- |" + " --- |" * len(dtypes)]
+    found = {(row["way"], row["dtype"]): row for row in results}
+
+    def table(kind: str, mean: str, single: str) -> list[str]:
+        ways = dict.fromkeys(row["way"] for row in results if row["kind"] == kind)
+        cells = ([found.get((way, dtype)) for dtype in dtypes] for way in ways)
+        return [
+            f"| {way} | " + " | ".join(f"{row[mean]:.1g} / {row[single]:.1g}" if row else "" for row in rows) + " |"
+            for way, rows in zip(ways, cells, strict=True)
+        ]
+
+    rounding = table("rounding", "largest_mean", "largest_single")
+    faults = table("fault", "smallest_mean", "smallest_single")
+    parts = {"**Rounding**, the largest over all models:": rounding, "**Another reference**, the smallest:": faults}
+    return "\n".join(line for title, rows in parts.items() for line in (title, "", *head, *rows, ""))
+
+
+_TABLES = {
+    "step": _step,
+    "precompute": _precompute,
+    "store": _store,
+    "growth": _growth,
+    "profile": _profile,
+    "numerics": _numerics,
+}
 
 
 if __name__ == "__main__":

@@ -42,13 +42,21 @@ def naive(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, 
     return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
-TILES = {"all at once": (10**9, 10**9), "tiles": (7 * TOKENS, 10**9), "tiles and parts": (30, 5), "one": (1, 1)}
+TILES = {
+    "all at once": (10**9, 10**9, 10**9),
+    "tiles": (7 * TOKENS, 10**9, 10**9),
+    "tiles and parts": (30, 5, 10**9),
+    "one": (1, 1, 10**9),
+    "none kept": (30, 5, 0),
+    "some kept": (30, 5, 400),
+}
 
 
 @pytest.fixture(params=TILES.values(), ids=TILES.keys())
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many logits, and how many tokens, are looked at together."""
-    num_logits, num_tokens = request.param
+    """How many logits, and how many tokens, are looked at together; how many logits stay for the backward."""
+    num_logits, num_tokens, num_kept = request.param
+    monkeypatch.setattr("tether.scoring.head.LOGITS_KEPT", {"cpu": num_kept})
     monkeypatch.setattr("tether.scoring.head.LOGITS_AT_A_TIME", {"cpu": num_logits, "cuda": num_logits})
     monkeypatch.setattr("tether.scoring.head.TOKENS_AT_A_TIME", num_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,11 +135,8 @@ def test_a_second_reference_is_refused_by_name(name: str, options: dict[str, Any
 
 
 def test_an_option_that_needs_every_token_is_refused_by_name(tmp_path: Path) -> None:
-    from tether.columns import find_given
-
-    args: Any = SimpleNamespace(precompute_ref_log_probs=False, sync_ref_model=False, ld_alpha=0.5)
     with pytest.raises(ConfigurationError, match=r"ld_alpha=0\.5"):
-        find_given({"train": exported(tmp_path)}, args, has_ref_model=False)
+        make_trainer(tmp_path / "1", rows=exported(tmp_path), ld_alpha=0.5)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("-inf")])

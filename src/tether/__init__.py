@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig as DPOConfig
+    from tether.losses import LossOptions as LossOptions
     from tether.reference import AdapterReference as AdapterReference
     from tether.reference import FrozenReference as FrozenReference
     from tether.reference import MovingReference as MovingReference
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tether.store import LogProbStore as LogProbStore
     from tether.trainer import DPOTrainer as DPOTrainer
     from tether.types import PairBatch as PairBatch
+    from tether.types import PairScores as PairScores
     from tether.types import ResponseLogProbs as ResponseLogProbs
 
 __version__ = "0.1.0"
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DPOConfig": "tether.config",
     "DPOTrainer": "tether.trainer",
+    "LossOptions": "tether.losses",
     "AdapterReference": "tether.reference",
     "FrozenReference": "tether.reference",
     "MovingReference": "tether.reference",
@@ -35,6 +38,7 @@ _HOMES = {
     "score": "tether.scoring",
     "LogProbStore": "tether.store",
     "PairBatch": "tether.types",
+    "PairScores": "tether.types",
     "ResponseLogProbs": "tether.types",
 }
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
-from tether.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, batch_of
+from tether.data import MARGIN_COLUMN, REFERENCE_COLUMNS, TOKEN_COLUMNS, batch_of
 from tether.sampling import EvenBatches
 from tether.types import PairBatch
 
@@ -152,4 +152,5 @@ def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
 
 def token_columns(dataset: Dataset) -> Any:
     """The set with what a batch needs of it."""
-    return dataset.select_columns([*TOKEN_COLUMNS, *(c for c in REFERENCE_COLUMNS if c in dataset.column_names)])
+    optional = [column for column in (MARGIN_COLUMN, *REFERENCE_COLUMNS) if column in dataset.column_names]
+    return dataset.select_columns([*TOKEN_COLUMNS, *optional])

@@ -16,11 +16,10 @@ from datasets import Dataset
 from tether.config import DPOConfig
 from tether.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, PairCollator, PairDataset, batch_of
 from tether.errors import ConfigurationError, DataError
+from tether.losses import LOSSES
 from tether.reference import Reference
 
 _ROWS_AT_ONCE = 32
-# Options that look at the reference's log-prob of each token.
-_PER_TOKEN_OPTIONS = ("ld_alpha",)
 
 
 def find_given(sets: Mapping[str, PairDataset], args: DPOConfig, *, has_ref_model: bool) -> str | None:
@@ -89,24 +88,26 @@ def _refuse_two_references(args: DPOConfig, has_ref_model: bool) -> None:
         "ref_model=...": has_ref_model,
         "precompute_ref_log_probs=True": args.precompute_ref_log_probs,
         "sync_ref_model=True": args.sync_ref_model,
+        "reference_free=True": args.reference_free,
     }
     for option, is_set in others.items():
         if is_set:
             raise ConfigurationError(
                 asked=f"`{option}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
-                why="These are two references: one to compute, and one that is given.",
+                why="These are two answers to what the reference is: the option's, and the one that the rows give.",
                 instead="Leave the option out to use the columns, or take them out "
                 "(`dataset.remove_columns(['ref_chosen_logps', 'ref_rejected_logps'])`) to use the option.",
             )
-    for option in _PER_TOKEN_OPTIONS:
-        value = getattr(args, option, None)
-        if value is not None:
+    readers = {f"loss_type={name!r}": LOSSES[name].needs_per_token for name in args.loss_type}
+    readers |= {f"ld_alpha={args.ld_alpha!r}": args.loss_options.needs_per_token}
+    for option, needs_tokens in readers.items():
+        if needs_tokens:
             raise ConfigurationError(
-                asked=f"`{option}={value!r}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
+                asked=f"`{option}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
                 why="It weighs single tokens, and the columns are sums over a response: what the reference says of "
                 "each token is not known.",
-                instead=f"Leave `{option}` out, or take the columns out (`dataset.remove_columns`) and set "
-                "`precompute_ref_log_probs=True`: its store keeps every token.",
+                instead=f"Leave `{option.split('=')[0]}` out, or take the columns out (`dataset.remove_columns`) and "
+                "set `precompute_ref_log_probs=True`: its store keeps every token.",
             )
 
 

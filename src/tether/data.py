@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
+MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
 
 PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -110,6 +112,7 @@ def tokenize_row(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokeni
     across the boundary belong to the response.
     """
     row = _with_prompt(row, index, name)
+    _check_margin(row, f"Row {index} of the {name} set")
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
@@ -164,7 +167,16 @@ class PairCollator:
             sides = zip((chosen, rejected), known, strict=True)
             first, second = (self._response(prompt, ids)._replace(reference_sum=value) for ids, value in sides)
             pairs.append((first, second))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": PairBatch.of_pairs(pairs)}
+        batch = PairBatch.of_pairs(pairs, self._margins(rows))
+        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
+
+    @staticmethod
+    def _margins(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+        if not any(MARGIN_COLUMN in row for row in rows):
+            return None
+        for row in rows:  # a set that came tokenized was looked at by nobody
+            _check_margin({MARGIN_COLUMN: None} | dict(row), "A row of a batch")
+        return [float(row[MARGIN_COLUMN]) for row in rows]
 
     def _response(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Response:
         limit = self.max_length
@@ -224,6 +236,19 @@ def _with_prompt(row: Mapping[str, Any], index: int, name: str) -> dict[str, Any
     if "prompt" in given:
         return dict(row)
     return dict(row) | _split_common_start(row["chosen"], row["rejected"])
+
+
+def _check_margin(row: Mapping[str, Any], which: str) -> None:
+    if MARGIN_COLUMN not in row:
+        return
+    margin = row[MARGIN_COLUMN]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(
+            asked=f"{which} has `margin={margin!r}`.",
+            why="A margin is how much better the chosen response is, in units of reward; it is subtracted from the "
+            "reward margin.",
+            instead="Give every row a finite number (0 for none), or drop the column.",
+        )
 
 
 def _kind(value: Any) -> str:

@@ -15,7 +15,7 @@ Log-probabilities are natural logarithms (nats), in fp32 unless a caller asks fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -54,6 +54,8 @@ class PairBatch:
             ids. Empty where nobody asked for keys.
         rows: Index of each pair in its set, for messages. Empty where nobody knows.
         reference_sums: Each response's log-prob under the reference, in nats, where the rows bring it.
+        margins: By how much each pair's chosen response is better, in units of reward; None where the rows have no
+            `margin`.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -66,6 +68,7 @@ class PairBatch:
     keys: tuple[bytes, ...] = ()
     rows: tuple[int, ...] = ()
     reference_sums: tuple[float | None, ...] = ()
+    margins: Float[Tensor, " pairs"] | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -107,16 +110,24 @@ class PairBatch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """The same batch with its token ids on `device`."""
+        """The same batch with its tensors on `device`."""
+        margins = self.margins
         return replace(
             self,
             prompt_ids=self.prompt_ids.to(device, non_blocking=non_blocking),
             response_ids=self.response_ids.to(device, non_blocking=non_blocking),
+            margins=None if margins is None else margins.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
-        return replace(self, prompt_ids=self.prompt_ids.pin_memory(), response_ids=self.response_ids.pin_memory())
+        margins = self.margins
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids.pin_memory(),
+            response_ids=self.response_ids.pin_memory(),
+            margins=None if margins is None else margins.pin_memory(),
+        )
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
         """Per-response values as (chosen, rejected), one entry per pair each."""
@@ -133,8 +144,12 @@ class PairBatch:
         return [Response(prompts[group], ids, key, known) for group, ids, key, known in each]
 
     @classmethod
-    def of_pairs(cls, pairs: Sequence[tuple[Response, Response]]) -> PairBatch:
+    def of_pairs(cls, pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None = None) -> PairBatch:
         """Groups (chosen, rejected) pairs by prompt and keeps each distinct response once.
+
+        Args:
+            pairs: The (chosen, rejected) responses.
+            margins: By how much each chosen one is better, if the rows say so.
 
         Raises:
             ValueError: If a prompt or a response has no tokens.
@@ -165,22 +180,26 @@ class PairBatch:
             rejected=tuple(index[rejected] for _, rejected in pairs),
             keys=tuple(response.key for response in responses if response.key),
             reference_sums=sums if any(known is not None for known in sums) else (),
+            margins=None if margins is None else torch.tensor(margins, dtype=torch.float32),
         )
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What only the log needs of each response token; detached.
+    """What the log, and WPO's weights, need of each response token; detached.
 
     Attributes:
         entropy: Entropy of the next-token distribution, in nats.
         mean_logit: Mean over the vocabulary of the logits.
         is_top1: Whether the token was the most likely one.
+        log_expected_prob: `log sum_v pi(v)^2`: the log of the probability that a token drawn from the policy has
+            in the mean.
     """
 
     entropy: Float[Tensor, " tokens"]
     mean_logit: Float[Tensor, " tokens"]
     is_top1: Bool[Tensor, " tokens"]
+    log_expected_prob: Float[Tensor, " tokens"]
 
 
 @dataclass(frozen=True)
@@ -233,6 +252,10 @@ class PairScores:
         reference_rejected: `log pi_ref(y_l | x)`; no gradient.
         chosen_lengths: Tokens of each chosen response.
         rejected_lengths: Tokens of each rejected response.
+        margins: By how much the chosen response is better, in units of reward (`beta` times nats); None for no margin.
+        whole_policy_chosen: `log pi_theta(y_w | x)` with every token at full weight, where the sums above have LD-DPO's
+            weights in them; None where they have none.
+        reward_shift: BCO's running mean of rewards; None for none.
     """
 
     policy_chosen: Float[Tensor, " pairs"]
@@ -241,6 +264,9 @@ class PairScores:
     reference_rejected: Float[Tensor, " pairs"]
     chosen_lengths: Int[Tensor, " pairs"]
     rejected_lengths: Int[Tensor, " pairs"]
+    margins: Float[Tensor, " pairs"] | None = None
+    whole_policy_chosen: Float[Tensor, " pairs"] | None = None
+    reward_shift: Float[Tensor, ""] | None = None
 
     @classmethod
     def of(cls, batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs) -> PairScores:
@@ -249,6 +275,7 @@ class PairScores:
             *batch.of_responses(policy.sums()),
             *batch.of_responses(reference.sums()),
             *batch.of_responses(policy.lengths()),
+            margins=batch.margins,
         )
 
     @property
@@ -287,7 +314,7 @@ def join_log_probs(parts: Sequence[ResponseLogProbs], order: Sequence[int]) -> R
 
     statistics = [part.statistics for part in parts if part.statistics is not None]
     losses = [part.auxiliary_loss * part.num_responses for part in parts if part.auxiliary_loss is not None]
-    names = ("entropy", "mean_logit", "is_top1")
+    names = [field.name for field in fields(TokenStatistics)]
     return ResponseLogProbs(
         values=rearranged([part.values for part in parts]),
         offsets=offsets_of([int(lengths[position]) for position in arranged], parts[0].values.device),

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from tqdm import tqdm
 
+from tether.errors import ConfigurationError
 from tether.types import PairBatch, Response
 
 # Whether a response has to be scored is asked of a batch; the answer is the indices of those that do.
@@ -48,6 +49,8 @@ class StorePass:
         batches: Its batches: a `RowSet`, or any iterable (each batch is then scored as it comes).
         lacking: Says which responses of a batch have to be scored.
         score: Scores a batch of them and keeps the answers.
+        halves: Halve what does not fit into memory. False where other processes make the same forward at the same
+            time, each with a part of the weights: one alone cannot begin again.
         show_progress: Show a bar with tokens a second and the time left, where standard error is a terminal.
 
     Attributes:
@@ -62,9 +65,11 @@ class StorePass:
         lacking: Lacking,
         score: Scoring,
         *,
+        halves: bool = True,
         show_progress: bool = False,
     ) -> None:
         self._name, self._batches, self._lacking, self._score = name, batches, lacking, score
+        self._halves = halves
         known = batches if isinstance(batches, RowSet) else None
         self._num_rows = known.num_rows if known else None
         self._max_tokens = known.max_tokens if known else None
@@ -132,7 +137,9 @@ class StorePass:
         members, names = batch.responses(), dict(self._waiting)  # the batch has an order of its own
         try:
             self._score(batch, lambda index: names[members[index]])
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if not self._halves:
+                raise _too_much(self._name, part) from error
             if len(part) == 1:
                 raise
             if torch.accelerator.is_available():
@@ -163,6 +170,15 @@ def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list
         tokens += added
     if part:
         yield part
+
+
+def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
+    return ConfigurationError(
+        asked=f"{len(part)} responses of the {name} set ({_num_tokens(part)} tokens) were scored at once, and did not "
+        "fit into the accelerator's memory.",
+        why="The reference is sharded: every process makes this forward together, so one alone cannot make it smaller.",
+        instead="Set `precompute_ref_batch_size` (in longest pairs; 1 is the least), or a shorter `max_length`.",
+    )
 
 
 def _num_tokens(responses: Iterable[Response]) -> int:

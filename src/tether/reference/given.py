@@ -39,6 +39,10 @@ class GivenReference(Reference):
     def knows_tokens(self) -> bool:
         return False
 
+    @property
+    def answers_are_stored(self) -> bool:
+        return True
+
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         sums = [known for known in batch.reference_sums if known is not None]
         if len(sums) != batch.num_responses:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tether.distributed import any_process
 from tether.errors import DataError, MissingLogProbsError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.filling import StorePass, names_of
@@ -23,6 +24,9 @@ from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
+
+# What a process has scored that needs no answer itself, while others need its part of the weights.
+_IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
 
 
 class StoredReference(Reference):
@@ -107,8 +111,24 @@ class StoredReference(Reference):
     def means_policy(self) -> bool:
         return self._source is not None and self._source.means_policy
 
+    @property
+    def answers_are_stored(self) -> bool:
+        return True
+
     def changed_tensors(self) -> list[str]:
         return self._source.changed_tensors() if self._source is not None else []
+
+    @property
+    def is_collective(self) -> bool:
+        return self._may_score and self._source is not None and self._source.is_collective
+
+    @property
+    def runs_in_policy(self) -> bool:
+        return self._may_score and self._source is not None and self._source.runs_in_policy
+
+    @property
+    def _may_score(self) -> bool:
+        return self._mode != "require"
 
     @property
     def extra_bytes(self) -> int:
@@ -143,6 +163,8 @@ class StoredReference(Reference):
         if lacking:
             for index, value in zip(lacking, self._compute_some(batch, lacking), strict=True):
                 values[index] = value
+        else:
+            self._take_part()
         joined = torch.cat([value.to(batch.device) for value in values if value is not None])
         return ResponseLogProbs(joined, offsets_of(batch.response_lengths, batch.device))
 
@@ -160,11 +182,32 @@ class StoredReference(Reference):
         return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
 
     def _fill(self, name: str, batches: Iterable[PairBatch], show_progress: bool) -> None:
-        filling = StorePass(name, batches, self._lacking, self._compute, show_progress=show_progress)
+        filling = StorePass(
+            name,
+            batches,
+            self._lacking,
+            self._compute,
+            show_progress=show_progress,
+            halves=not self.is_collective,  # the other processes are in the midst of the same forward
+        )
         try:
             filling.run()
         finally:
             self._num_found += filling.num_found
+        while self._take_part():  # until no process has anything left to score
+            pass
+
+    def _take_part(self) -> bool:
+        """Makes a pass for nothing where another process needs one, to which this one has a part of the weights.
+
+        Every pass is announced by `any_process(True)`; whoever needs none answers with this. Returns whether there
+        was one.
+        """
+        if not (self.is_collective and any_process(False)):
+            return False
+        assert self._source is not None
+        self._source.log_probs(_IDLE)
+        return True
 
     def _check(self, name: str, batches: Iterable[PairBatch]) -> None:
         first, num_missing = "", 0
@@ -190,6 +233,8 @@ class StoredReference(Reference):
         """Has the source score a batch, and keeps the answers."""
         if self._source is None:
             raise self._missing(f"{self._named(batch, 0, name_of(0))} is")
+        if self.is_collective:
+            any_process(True)
         computed = self._source.log_probs(batch)
         values = [value.cpu().numpy() for value in computed.split()]
         for index, value in enumerate(values):

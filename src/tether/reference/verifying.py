@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tether.errors import ConfigurationError, StoreError
-from tether.reference.checks import TOLERANCES
+from tether.reference.checks import tolerance
 from tether.reference.filling import names_of
 from tether.reference.stored import StoredReference
 from tether.types import PairBatch
@@ -74,7 +74,8 @@ def check(found: Verification, reference: StoredReference) -> None:
     Raises:
         StoreError: With its size and the row that has it.
     """
-    mean, largest = TOLERANCES[reference.identity.compute_dtype]
+    own = reference.identity.compute_dtype
+    mean, largest = tolerance(own, own, alike=False)
     if found.mean <= mean and found.largest <= largest:
         return
     raise StoreError(

@@ -2,7 +2,7 @@
 
 from tether.scoring.head import LogitTransform, token_log_probs
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
-from tether.scoring.rotary import rotary_limit
+from tether.scoring.rotary import rotary_limit, uneven_forwards
 from tether.scoring.score import SCORING_VERSION, restore_attention, score
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "rotary_limit",
     "score",
     "token_log_probs",
+    "uneven_forwards",
 ]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tether.scoring.varlen import varlen_attention
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# How CUDA attends in half precision: "pairwise", proven on the CPU, or "varlen", to become the choice once the tests
+# marked `gpu` have passed on one and `benchmarks/bench_attention.py` says that it is faster.
+CUDA_ATTENTION: Literal["pairwise", "varlen"] = "pairwise"
 
 _SCORING, _KEPT = "tether_packed:", "tether_packed_or:"  # each followed by the model's own implementation
 
@@ -154,9 +160,24 @@ def packed_attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cpu" and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
         output: Tensor = _packed_flash(query, key, value, lengths, scale, window or 0)[0]
+    elif CUDA_ATTENTION == "varlen" and _fits_varlen(query, value, softcap, dropout):
+        output = _packed_varlen(query, key, value, lengths, scale, window)
     else:
         output = _packed_pairwise(query, key, value, lengths, scale, window, softcap, dropout)
     return output
+
+
+def _fits_varlen(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
+
+
+@torch.compiler.disable
+def _packed_varlen(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int | None
+) -> Tensor:
+    groups = [(group.start, group.prompt_length, group.response_lengths) for group in _groups(lengths)]
+    return varlen_attention(query, key, value, lengths, groups, scale=scale, window=window)
 
 
 # --- one sequence after the other, through autograd: any device, softcap and dropout ---------------------------------

@@ -7,7 +7,8 @@ reference or a loss is. `projection.py` puts it in a model's place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from tether.types import TokenStatistics
 # that read them; on an accelerator large enough that launching kernels costs nothing beside them (256 MB in fp32).
 LOGITS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**26}
 TOKENS_AT_A_TIME = 4096
+
+# Exponentials of logits that a forward may keep for its backward, which then need not make them again: a bound that
+# no vocabulary and no batch exceeds (512 MB in fp32). None on an accelerator until it has been measured there.
+LOGITS_KEPT = {"cpu": 2**27, "cuda": 0}
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,16 @@ def token_scores(
 ) -> TokenScores:
     """`token_log_probs`, and in the same sweep what only logging needs."""
     transform = transform or LogitTransform()
-    log_probs, *found = _TokenLogProbs.apply(hidden, weight, bias, targets, transform, statistics)
+    log_probs, *found = _TokenLogProbs.apply(
+        hidden, weight, bias, targets, transform, statistics, torch.is_grad_enabled()
+    )
     return TokenScores(log_probs, TokenStatistics(*found) if statistics else None)
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Log-softmax of a linear head at one target per position; the backward makes each tile's logits again.
+    """Log-softmax of a linear head at one target per position.
 
+    The backward makes each tile's logits again, but for the first ones, whose exponentials the forward has kept.
     With a frozen head (LoRA), `d log p_y / d hidden = W_y - sum_v p_v W_v` needs nothing from above: the forward
     sums it up along the way, as attention over the vocabulary, and the backward is one scaling.
     """
@@ -114,12 +122,24 @@ class _TokenLogProbs(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         statistics: bool,
+        has_backward: bool,
     ) -> tuple[Tensor, ...]:
         head = _Head(weight.to(_product_dtype(hidden)), bias, transform)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         ctx.head_is_frozen = wants_hidden and not wants_weight and not wants_bias
+        # `needs_input_grad` does not know of `no_grad`.
+        ctx.kept = _Kept(_room_to_keep(head) if has_backward and not ctx.head_is_frozen else 0)
+        tiles = list(head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)))
         parts = [
-            _scan(head, hidden[part], targets[part], gradient=ctx.head_is_frozen, statistics=statistics)
+            _scan(
+                head,
+                tiles,
+                hidden[part],
+                targets[part],
+                gradient=ctx.head_is_frozen,
+                statistics=statistics,
+                keep=partial(ctx.kept.offer, part),
+            )
             for part in _runs(hidden.shape[0], TOKENS_AT_A_TIME)
         ]
         log_probs, normalizer, gradient, *found = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -127,7 +147,7 @@ class _TokenLogProbs(torch.autograd.Function):
         if ctx.head_is_frozen:
             ctx.save_for_backward(gradient.to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+            ctx.save_for_backward(hidden, weight, bias, targets, normalizer, *ctx.kept.give())
         ctx.mark_non_differentiable(*found)
         return (log_probs, *found)
 
@@ -136,8 +156,8 @@ class _TokenLogProbs(torch.autograd.Function):
         upstream = grads[0]
         if ctx.head_is_frozen:
             (gradient,) = ctx.saved_tensors
-            return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None
-        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+            return (gradient * upstream[:, None]).to(gradient.dtype), *[None] * 6
+        hidden, weight, bias, targets, normalizer, *kept = ctx.saved_tensors
         head = _Head(weight.to(ctx.dtype), bias, ctx.transform)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         inputs = hidden.to(ctx.dtype)
@@ -147,9 +167,15 @@ class _TokenLogProbs(torch.autograd.Function):
         parts = list(_runs(hidden.shape[0], TOKENS_AT_A_TIME))
         for tile in head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)):
             for number, part in enumerate(parts):
-                logits = head.logits(inputs[part], tile)
-                slope = head.transform.slope(logits)
-                grad = logits.sub_(normalizer[part, None]).exp_().mul_(-upstream[part, None])
+                factor = -upstream[part, None]
+                if (place := ctx.kept.places.get((part.start, tile.start))) is not None:
+                    shares, largest = kept[place : place + 2]
+                    slope = head.transform.slope(shares)
+                    grad = shares * (factor * (largest - normalizer[part, None]).exp_())
+                else:
+                    logits = head.logits(inputs[part], tile)
+                    slope = head.transform.slope(logits)
+                    grad = logits.sub_(normalizer[part, None]).exp_().mul_(factor)
                 _add_at_targets(grad, targets[part], tile, upstream[part])
                 if slope is not None:
                     grad *= slope
@@ -160,7 +186,7 @@ class _TokenLogProbs(torch.autograd.Function):
                     _set_or_add_product(weight_grad[tile], product_grad.T, inputs[part], first=number == 0)
                 if bias_grad is not None:
                     _set_or_add(bias_grad[tile], grad.sum(0), first=number == 0)
-        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, None, None, None
+        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, *[None] * 4
 
 
 @dataclass(frozen=True)
@@ -182,20 +208,53 @@ class _Head:
         return self.transform(logits.to(_wide(logits.dtype)))
 
 
-def _scan(head: _Head, hidden: Tensor, targets: Tensor, *, gradient: bool, statistics: bool) -> tuple[Tensor, ...]:
-    """One sweep over the vocabulary with a running maximum, as flash attention has it.
+class _Kept:
+    """Tiles of `exp(logits - largest)` that a forward leaves to its backward, as long as there is room."""
+
+    def __init__(self, room: int) -> None:
+        self.places: dict[tuple[int, int], int] = {}  # by first token and first vocabulary entry
+        self._room, self._tensors = room, list[Tensor]()
+
+    def offer(self, part: slice, tile: slice, shares: Tensor, largest: Tensor) -> None:
+        if shares.numel() <= self._room:
+            self._room -= shares.numel()
+            self.places[part.start, tile.start] = len(self._tensors)
+            self._tensors += [shares, largest[:, None]]
+
+    def give(self) -> list[Tensor]:
+        """The tensors, for autograd to hold."""
+        tensors, self._tensors = self._tensors, []
+        return tensors
+
+
+def _room_to_keep(head: _Head) -> int:
+    """How many logits a backward may find kept; none under a softcap, whose slope needs the logits themselves."""
+    return 0 if head.transform.softcap is not None else LOGITS_KEPT.get(head.weight.device.type, 0)
+
+
+def _scan(
+    head: _Head,
+    tiles: list[slice],
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    gradient: bool,
+    statistics: bool,
+    keep: Callable[[slice, Tensor, Tensor], None],
+) -> tuple[Tensor, ...]:
+    """One sweep over the vocabulary with a running maximum, as flash attention has it; offers its tiles to `keep`.
 
     Returns log-probs, normalizers (log-sum-exps), the gradient with respect to `hidden` (empty unless asked for),
-    and the three statistics if asked for.
+    and the four statistics if asked for.
     """
     inputs = hidden.to(head.weight.dtype)
     wide, num_tokens = _wide(inputs.dtype), hidden.shape[0]
     largest = hidden.new_full((num_tokens,), float("-inf"), dtype=wide)
-    total, target, weighted, plain = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(4))
+    total, target, weighted, plain, squares = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(5))
     expectation = hidden.new_zeros(hidden.shape if gradient else (0, 0), dtype=wide)
     target_slope = hidden.new_ones(num_tokens, dtype=wide)
     top = torch.zeros_like(targets)
-    for tile in head.tiles(num_tokens):
+    for tile in tiles:
         logits = head.logits(inputs, tile)
         slope = head.transform.slope(logits) if gradient else None
         here, column = _places(targets, tile)
@@ -210,6 +269,9 @@ def _scan(head: _Head, hidden: Tensor, targets: Tensor, *, gradient: bool, stati
             weighted = weighted * shrink + (logits * (logits - largest[:, None]).exp_()).sum(-1)
         shares = logits.sub_(largest[:, None]).exp_()
         total = total * shrink + shares.sum(-1)
+        keep(tile, shares, largest)
+        if statistics:
+            squares = squares * shrink.square() + shares.square().sum(-1)
         if gradient:
             if slope is not None:
                 target_slope = torch.where(here, slope.gather(-1, column)[:, 0], target_slope)
@@ -221,7 +283,8 @@ def _scan(head: _Head, hidden: Tensor, targets: Tensor, *, gradient: bool, stati
         expectation = target_slope[:, None] * head.weight[targets] - expectation / total[:, None]
     found: tuple[Tensor, ...] = ()
     if statistics:
-        found = (normalizer - weighted / total, plain / head.weight.shape[0], top == targets)
+        log_expected_prob = squares.log() - 2 * total.log()
+        found = (normalizer - weighted / total, plain / head.weight.shape[0], top == targets, log_expected_prob)
     return (target - normalizer, normalizer, expectation, *found)
 
 
@@ -236,7 +299,9 @@ def logits_scores(
         return TokenScores(log_probs, None)
     with torch.no_grad():
         entropy = -(every.exp() * every).sum(-1)
-        return TokenScores(log_probs, TokenStatistics(entropy, logits.mean(-1), logits.argmax(-1) == targets))
+        expected = (2 * every).logsumexp(-1)
+        found = TokenStatistics(entropy, logits.mean(-1), logits.argmax(-1) == targets, expected)
+        return TokenScores(log_probs, found)
 
 
 def checkpointed_scores(
@@ -261,8 +326,8 @@ def checkpointed_scores(
     log_probs = torch.cat([part.log_probs for part in parts])
     if not statistics:
         return TokenScores(log_probs, None)
-    found = zip(*((s.entropy, s.mean_logit, s.is_top1) for s in (part.statistics for part in parts)), strict=True)
-    return TokenScores(log_probs, TokenStatistics(*(torch.cat(column) for column in found)))
+    found = (torch.cat([getattr(part.statistics, entry.name) for part in parts]) for entry in fields(TokenStatistics))
+    return TokenScores(log_probs, TokenStatistics(*found))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

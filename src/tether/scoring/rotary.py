@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tether.errors import ConfigurationError
+
 _known: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
@@ -35,6 +37,17 @@ def reset_rotary(model: nn.Module) -> None:
             if "dynamic" in parameters.get("rope_type", ""):
                 setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").clone())
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def uneven_forwards(limit: int, length: int | None) -> ConfigurationError:
+    """The refusal of rows above the limit where every forward needs every process."""
+    return ConfigurationError(
+        asked=f"Rows of {'any number of' if length is None else f'up to {length}'} tokens for a sharded model whose "
+        f"rotary embeddings depend on the length beyond {limit}.",
+        why="A row above that has a forward of its own, so the processes would make different numbers of forwards, and "
+        "wait for each other for ever.",
+        instead=f"Write `max_length={limit}` or less, or train without ZeRO-3 and FSDP2.",
+    )
 
 
 def _limits(module: nn.Module) -> Iterator[int]:

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tether.distributed import has_shards, num_processes
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
 from tether.scoring.head import logits_scores
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
 from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
-from tether.scoring.rotary import reset_rotary, rotary_limit
+from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, join_log_probs, offsets_of
 
 # Part of every reference's identity: raised when a change here alters the numbers beyond rounding.
@@ -80,6 +81,8 @@ def _score_apart(
     model: nn.Module, batch: PairBatch, limit: int, statistics: bool, auxiliary_loss: bool, layout: Layout
 ) -> ResponseLogProbs:
     """Rows above the limit of length-dependent rotary embeddings one by one, all others together."""
+    if has_shards(model) and num_processes() > 1:
+        raise uneven_forwards(limit, max(batch.fed_lengths()))
     lengths = batch.fed_lengths()
     within = [index for index, length in enumerate(lengths) if length <= limit]
     parts = [within] if within else []

@@ -1,0 +1,102 @@
+"""A packed row's attention as one call of torch's variable-length flash attention, on CUDA in half precision.
+
+Each query sequence is a prompt with its first response, or a further response alone, so that the queries are the row
+itself; its keys are the prompt and the response, gathered. Causal attention aligned at the end does the rest.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tether.types import offsets_of
+
+
+class VarlenPlan(NamedTuple):
+    """Where the key sequences of a packed row are, and where each sequence ends.
+
+    Attributes:
+        key_places: For every key of every sequence, its place in the row.
+        query_ends, key_ends: Cumulative lengths, from 0, as int32.
+        longest_query, longest_key: Lengths of the longest sequences.
+    """
+
+    key_places: Int[Tensor, " keys"]
+    query_ends: Int[Tensor, " sequences+1"]
+    key_ends: Int[Tensor, " sequences+1"]
+    longest_query: int
+    longest_key: int
+
+
+def plan_of(groups: list[tuple[int, int, list[int]]], device: torch.device) -> VarlenPlan:
+    """The plan of a row.
+
+    Args:
+        groups: For each prompt its start in the row, its length, and its responses' lengths.
+        device: Where the row is.
+    """
+    places: list[Tensor] = []
+    query_lengths: list[int] = []
+    key_lengths: list[int] = []
+    for start, prompt_length, response_lengths in groups:
+        prompt = torch.arange(start, start + prompt_length)
+        ends = accumulate(response_lengths, initial=start + prompt_length)
+        for number, (begin, length) in enumerate(zip(ends, response_lengths, strict=False)):
+            places += [prompt, torch.arange(begin, begin + length)]
+            query_lengths.append(length + (prompt_length if number == 0 else 0))
+            key_lengths.append(prompt_length + length)
+    return VarlenPlan(
+        torch.cat(places).to(device),
+        offsets_of(query_lengths).to(device, torch.int32),
+        offsets_of(key_lengths).to(device, torch.int32),
+        max(query_lengths),
+        max(key_lengths),
+    )
+
+
+_plans = WeakTensorKeyDictionary()  # one plan for all layers: planning copies to the device
+
+
+def varlen_attention(
+    query: Float[Tensor, "1 heads row size"],
+    key: Float[Tensor, "1 key_heads row size"],
+    value: Float[Tensor, "1 key_heads row size"],
+    lengths: Int[Tensor, " entries"],
+    groups: list[tuple[int, int, list[int]]],
+    *,
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "1 row heads size"]:
+    """`packed_attention` for CUDA tensors in half precision, without softcap and dropout.
+
+    Args:
+        query, key, value: Of the whole row.
+        lengths: The row's structure; plans are kept for as long as it lives.
+        groups: The same, taken apart.
+        scale: Factor on the scores.
+        window: Each query sees at most this many positions, its own included.
+    """
+    plan: VarlenPlan | None = _plans.get(lengths)
+    if plan is None or plan.key_places.device != query.device:
+        plan = _plans[lengths] = plan_of(groups, query.device)
+    rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = varlen.varlen_attn(
+        rows.contiguous(),
+        keys.index_select(0, plan.key_places),
+        values.index_select(0, plan.key_places),
+        plan.query_ends,
+        plan.key_ends,
+        plan.longest_query,
+        plan.longest_key,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
