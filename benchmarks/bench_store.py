@@ -120,7 +120,13 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"system": f"{platform.system()} {platform.machine()}", "cpu": model, "cpu_count": os.cpu_count()}
+    return {
+        "device": "cpu",
+        "name": model,
+        "threads": 1,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def measure(folder: Path, num_pairs: int, mean_tokens: int) -> dict[str, float]:
@@ -134,9 +140,29 @@ def measure(folder: Path, num_pairs: int, mean_tokens: int) -> dict[str, float]:
         results["rows_checked_per_second"] = find_missing(store, num_rows, verify=False)
         results["rows_verified_per_second"] = find_missing(store, num_rows, verify=True)
         results["rows_iterated_per_second"] = read_all(store, num_rows)
+    results |= share_of_step(results["read_median_seconds"])
     results["peak_bytes"] = peak_bytes()
     results["peak_growth_after_a_tenth_bytes"] = results["peak_bytes"] - results["peak_at_a_tenth_bytes"]
     return results
+
+
+def shortest_step() -> dict[str, Any] | None:
+    """The fastest training step that benchmarks/bench_step.py has measured on this kind of machine."""
+    path = Path(__file__).parent / "results" / "step-cpu.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    step = min(record["results"], key=lambda result: result["median_seconds"]["tether"])
+    return step if record["machine"]["name"] == machine()["name"] else None
+
+
+def share_of_step(read_seconds: float) -> dict[str, float]:
+    """The share of that step that reading its responses takes."""
+    step = shortest_step()
+    if step is None:
+        return {}
+    reading = read_seconds * 2 * step["pairs"] / (2 * READ_PAIRS)
+    return {"share_of_a_training_step": reading / step["median_seconds"]["tether"]}
 
 
 def main() -> None:
@@ -153,7 +179,6 @@ def main() -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {
-            "python": platform.python_version(),
             "numpy": np.__version__,
             "sqlite": sqlite3.sqlite_version,
         },

@@ -39,7 +39,7 @@ def _section(name: str) -> str:
     machine = record["machine"]
     where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    table = _TABLES[record["benchmark"]](record["results"])
+    table = _TABLES[record["benchmark"]](record["results"] if "settings" not in record else record)
     return f"{table}\nMeasured {record['date']} on {where}; {versions}.\n"
 
 
@@ -73,6 +73,26 @@ def _precompute(results: list[dict[str, Any]]) -> str:
             f"| {row['times_faster']['trl']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _store(record: dict[str, Any]) -> str:
+    settings, found = record["settings"], record["results"]
+    share = found.get("share_of_a_training_step")
+    shortest = found["shortest_step_with_reading_under_1_percent_seconds"]
+    rows = {
+        "pairs": f"{settings['num_pairs']:,}",
+        "responses written a second": f"{found['rows_written_per_second']:,.0f}",
+        "responses looked up a second, 64 at a time": f"{found['rows_read_per_second']:,.0f}",
+        "bytes a pair": f"{found['bytes_per_pair']:,.0f}",
+        "peak memory, and its growth over the last nine tenths": f"{found['peak_bytes'] / 1e6:.0f} MB, "
+        f"{found['peak_growth_after_a_tenth_bytes'] / 1e6:.0f} MB",
+        "shortest step for which reading stays under 1 %, 32 pairs": f"{1e3 * shortest:.0f} ms",
+        "share of the fastest measured training step": f"{share:.3%}" if share is not None else "not measured here",
+    }
+    return (
+        "\n".join(["| what | measured |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+        + "\n"
+    )
 
 
 def _growth(results: list[dict[str, Any]]) -> str:
@@ -126,7 +146,14 @@ def _numerics(results: list[dict[str, Any]]) -> str:
     return "\n".join(line for title, rows in parts.items() for line in (title, "", *head, *rows, ""))
 
 
-_TABLES = {"step": _step, "precompute": _precompute, "growth": _growth, "profile": _profile, "numerics": _numerics}
+_TABLES = {
+    "step": _step,
+    "precompute": _precompute,
+    "store": _store,
+    "growth": _growth,
+    "profile": _profile,
+    "numerics": _numerics,
+}
 
 
 if __name__ == "__main__":

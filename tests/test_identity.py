@@ -29,7 +29,7 @@ def adapter_digest(seed: int = 0, **options: Any) -> str:
     base = tiny_model()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(base, LoraConfig(r=4, target_modules=LAYERS, **options))
+        model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": LAYERS} | options))
     return AdapterReference(model).identity.digest
 
 
@@ -48,6 +48,10 @@ DIFFERENT = {
     "one weight by one bit": lambda m: m.model.norm.weight[0].add_(1e-7),
     "two weights exchanged": lambda m: setattr(m.model.layers[0], "mlp", m.model.layers[1].mlp),
     "a config that shapes the forward": set_config("rms_norm_eps", 1e-3),
+    "the number of heads": set_config("num_attention_heads", 8),
+    "the activation": set_config("hidden_act", "gelu"),
+    "a softcap of the logits": set_config("final_logit_softcapping", 5.0),
+    "a scale of the logits": set_config("logit_scale", 2.0),
     "the rotary base": set_config("rope_parameters", {"rope_theta": 5.0, "rope_type": "default"}),
 }
 ALIKE: dict[str, Callable[[Any], Any]] = {
@@ -83,6 +87,7 @@ def test_identity_depends_on_the_dtype_of_the_weights_and_of_the_products() -> N
 def test_identity_of_a_base_under_a_fresh_adapter_is_that_of_the_base_alone() -> None:
     assert adapter_digest() == adapter_digest(seed=1) == digest_of(tiny_model())
     assert adapter_digest(bias="all") == digest_of(tiny_model())
+    assert adapter_digest(r=8) == adapter_digest(lora_alpha=99, use_rslora=True) == digest_of(tiny_model())
 
 
 def test_identity_of_a_trained_adapter_is_its_own() -> None:
@@ -91,8 +96,10 @@ def test_identity_of_a_trained_adapter_is_its_own() -> None:
         adapter_digest(init_lora_weights=False),
         adapter_digest(init_lora_weights=False, seed=1),
         adapter_digest(init_lora_weights=False, lora_alpha=16),
+        adapter_digest(init_lora_weights=False, use_rslora=True),
+        adapter_digest(init_lora_weights=False, r=2),
     }
-    assert len(digests) == 4
+    assert len(digests) == 6
     assert adapter_digest(init_lora_weights=False) == adapter_digest(init_lora_weights=False)
 
 

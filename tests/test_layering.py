@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.models",
         "tether.batches",
         "tether.checkpoints",
+        "tether.columns",
         "tether.trainer",
         "tether.testing",
     ),

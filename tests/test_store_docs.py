@@ -99,3 +99,13 @@ def test_store_memory_does_not_grow_with_its_rows(tmp_path: Path) -> None:
     results = run_benchmark(tmp_path / "store.json", 100_000)
     size = 100_000 * results["bytes_per_pair"]
     assert results["peak_growth_after_a_tenth_bytes"] < 48e6 < size / 4  # SQLite's page cache, 32 MB, fills up
+
+
+def test_every_line_of_the_table_of_changes_has_its_test() -> None:
+    page = (ROOT / "docs" / "store.md").read_text()
+    table = page.partition("## Change X")[2].partition("\n## ")[0]
+    lines = [line for line in table.splitlines() if (line.startswith("| ") and "reused" in line) or "again" in line]
+    assert len(lines) >= 15
+    for line in lines:
+        file, name = re.search(r"`(test_\w+\.py): (\w+)`", line).groups()  # type: ignore[union-attr]
+        assert f"def test_{name}(" in (ROOT / "tests" / file).read_text(), line

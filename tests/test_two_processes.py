@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tiny import tiny_pairs
+
 SCRIPT = Path(__file__).parent / "scripts" / "two_processes.py"
 KINDS = (
     "explicit",
@@ -83,6 +85,23 @@ def test_two_processes_precompute_each_row_once(one: dict[str, Any], two: list[d
     total = sum(process["precomputed"]["num_computed"] for process in two)
     assert total == one["precomputed"]["num_computed"] > 0
     assert all(process["precomputed"]["num_passes"] > 0 for process in two), "both take part"
+
+
+@pytest.mark.parametrize("way", ["memory", "disk", "stream", "lazy"])
+def test_two_processes_fill_one_store_together_each_row_once(
+    way: str, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    shares = [process["stored"][way] for process in two]
+    total = one["stored"][way]["num_computed"]
+    assert total == len(_distinct_responses())
+    assert sum(share["num_computed"] for share in shares) == total, "each once, by one of the two"
+    assert all(0 < share["num_computed"] < total for share in shares), "both take part"
+    assert all(share["num_in_store"] == total for share in shares), "in one store"
+    assert all(share["num_passes_again"] == 0 for share in shares), "which serves both"
+
+
+def _distinct_responses() -> set[tuple[str, str]]:
+    return {(row["prompt"], row[side]) for row in tiny_pairs(16) for side in ("chosen", "rejected")}
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -13,16 +13,17 @@ A, B, C = Response((1, 2), (3,)), Response((1, 2), (4,)), Response((1, 2), (5, 6
 OTHER = Response((7,), (3,)), Response((7,), (8, 9, 10))
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple)
-responses = st.builds(Response, ids, ids, st.just(b""))
+responses = st.builds(Response, ids, ids, st.just(b""), st.none() | st.floats(-9, 0))
 pairs_of_responses = st.lists(st.tuples(responses, responses), min_size=1, max_size=6)
 
 
 def response_of(batch: PairBatch, index: int) -> Response:
-    """One response of a batch as it was given: its prompt and its tokens."""
+    """One response of a batch as it was given: its prompt, its tokens, and its sum if it brought one."""
     group = batch.response_group[index]
     prompt = batch.prompt_ids.split(list(batch.prompt_lengths))[group]
     tokens = batch.response_ids.split(list(batch.response_lengths))[index]
-    return Response(tuple(prompt.tolist()), tuple(tokens.tolist()))
+    known = batch.reference_sums[index] if batch.reference_sums else None
+    return Response(tuple(prompt.tolist()), tuple(tokens.tolist()), reference_sum=known)
 
 
 def log_probs_of(lengths: list[int], **options: object) -> ResponseLogProbs:
@@ -38,6 +39,7 @@ def test_batch_gives_every_pair_back(pairs: list[tuple[Response, Response]]) -> 
     batch = PairBatch.of_pairs(pairs)
     found = [(response_of(batch, c), response_of(batch, r)) for c, r in zip(batch.chosen, batch.rejected, strict=True)]
     assert found == pairs
+    assert [batch.responses()[index] for index in batch.chosen] == [chosen for chosen, _ in pairs]
 
 
 @given(pairs_of_responses)

@@ -7,43 +7,109 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, TypeAlias
 
-import torch
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
-from tether.data import MARGIN_COLUMN, TOKEN_COLUMNS, batch_of
+from tether.data import MARGIN_COLUMN, REFERENCE_COLUMNS, TOKEN_COLUMNS, batch_of
 from tether.sampling import EvenBatches
 from tether.types import PairBatch
+
+_Numbers: TypeAlias = npt.NDArray[np.int64]
+_ROWS_AT_ONCE, _ROWS_READ_AT_ONCE = 32, 10_000
+_ENOUGH_TOKENS = 16_384  # more at once is hardly faster, and a stopped pass loses what is in flight
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-class ProcessBatches:
-    """Every n-th batch of a set, n the number of processes: together they see each row once.
+class RowsToScore:
+    """The rows of a set that this process scores: the longest first, rows of one prompt together, each once.
+
+    The processes share the rows between them, evenly by tokens, and every process finds the same shares by itself.
 
     Args:
         dataset: A tokenized set.
         collator: Makes a batch of rows.
-        size: Pairs of a batch.
-        args: The run's options: which process this is, and its device.
+        args: The run's options: which process this is, and how much it takes at once.
+
+    Attributes:
+        num_rows: Rows of this process.
+        num_tokens: Tokens of them, each row's prompt once.
+        max_tokens: Tokens to score at once.
     """
 
-    def __init__(self, dataset: Dataset, collator: Collator, size: int, args: DPOConfig) -> None:
-        rows = token_columns(dataset)
-        starts = range(args.process_index * size, len(rows), size * args.world_size)
-        parts = [list(range(start, min(start + size, len(rows)))) for start in starts]
-        self._loader: DataLoader[Any] = DataLoader(rows, batch_sampler=parts, collate_fn=collator)
-        self._device: torch.device = args.device
-
-    def __len__(self) -> int:
-        return len(self._loader)
+    def __init__(self, dataset: Dataset, collator: Collator, args: DPOConfig) -> None:
+        self._dataset, self._collator = token_columns(dataset), collator
+        lengths, groups = _lengths_and_prompts(self._dataset, args.max_length)
+        order = _longest_first(lengths, groups)
+        self._order = _share_of(order, lengths, groups, args.process_index, args.world_size)
+        self.num_rows = len(self._order)
+        self.num_tokens = int(lengths[self._order].sum())
+        self.max_tokens = _tokens_at_once(int(lengths.max()), args)
 
     def __iter__(self) -> Iterator[PairBatch]:
-        return (batch_of(inputs).to(self._device) for inputs in self._loader)
+        for start in range(0, self.num_rows, _ROWS_AT_ONCE):
+            rows = self._order[start : start + _ROWS_AT_ONCE].tolist()
+            batch = batch_of(self._collator(self._dataset.__getitems__(rows)))
+            yield replace(batch, rows=tuple(rows))
+
+
+def _lengths_and_prompts(dataset: Any, max_length: int | None) -> tuple[_Numbers, _Numbers]:
+    """Tokens of each row as it is laid out, and a number for each that rows of one prompt share; in bounded memory."""
+    limit = max_length or sys.maxsize
+    lengths: list[_Numbers] = []
+    prompts: list[int] = []
+    for table in dataset.with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE):
+        prompt, chosen, rejected = (
+            pc.list_value_length(table[column]).to_numpy().astype(np.int64) for column in TOKEN_COLUMNS
+        )
+        room = np.maximum(limit - prompt, 1)
+        lengths.append(prompt + np.minimum(chosen, room) + np.minimum(rejected, room))
+        ids = pc.list_flatten(table[TOKEN_COLUMNS[0]]).to_numpy()
+        for part in np.split(ids, np.cumsum(prompt)[:-1]):
+            prompts.append(int.from_bytes(blake2b(part.tobytes(), digest_size=8).digest()))
+    return np.concatenate(lengths), np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)[1]
+
+
+def _longest_first(lengths: _Numbers, groups: _Numbers) -> _Numbers:
+    """Row numbers: groups by their longest row, and within a group as the rows come."""
+    longest = np.zeros(groups.max() + 1, dtype=np.int64)
+    np.maximum.at(longest, groups, lengths)
+    first = np.full(len(longest), len(groups))
+    np.minimum.at(first, groups, np.arange(len(groups)))
+    return np.lexsort((np.arange(len(groups)), first[groups], -longest[groups]))
+
+
+def _share_of(order: _Numbers, lengths: _Numbers, groups: _Numbers, process: int, num_processes: int) -> _Numbers:
+    """The rows of one process, in order. Rows of a prompt stay together, unless they are very many."""
+    if num_processes == 1:
+        return order
+    starts = [0]
+    for place in range(1, len(order)):
+        if groups[order[place]] != groups[order[place - 1]] or place - starts[-1] >= _ROWS_AT_ONCE:
+            starts.append(place)
+    loads, shares = [0] * num_processes, []
+    for part in np.split(order, starts[1:]):
+        owner = loads.index(min(loads))
+        loads[owner] += int(lengths[part].sum())
+        if owner == process:
+            shares.append(part)
+    return np.concatenate(shares) if shares else order[:0]
+
+
+def _tokens_at_once(longest: int, args: DPOConfig) -> int:
+    if args.precompute_ref_batch_size is not None:
+        return args.precompute_ref_batch_size * longest
+    trained = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest
+    return max(trained, min(4 * trained, _ENOUGH_TOKENS))
 
 
 def even_loader(
@@ -86,5 +152,5 @@ def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
 
 def token_columns(dataset: Dataset) -> Any:
     """The set with what a batch needs of it."""
-    margin = [MARGIN_COLUMN] if MARGIN_COLUMN in dataset.column_names else []
-    return dataset.select_columns([*TOKEN_COLUMNS, *margin])
+    optional = [column for column in (MARGIN_COLUMN, *REFERENCE_COLUMNS) if column in dataset.column_names]
+    return dataset.select_columns([*TOKEN_COLUMNS, *optional])

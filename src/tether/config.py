@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, check_loss_options
 
+_STORE_MODES = ("auto", "fill", "lazy", "require")
 _DTYPES = ("float32", "bfloat16", "float16")
 _SYNC_RULES = ("soft", "hard", "bema", "factors")  # those of reference.parts
 _SYNC_ALPHA = 0.6
@@ -56,7 +58,8 @@ class DPOConfig(TrainingArguments):
             `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
         precompute_ref_log_probs: Score every row under the reference once, before training, and keep the answers
             on disk; no reference weights are held while training.
-        precompute_ref_batch_size: Pairs per batch of that pass; by default the per-device batch size.
+        precompute_ref_batch_size: How much that pass takes at once: the tokens of this many of the longest pairs. By
+            default four training micro-batches, up to 16,384 tokens.
         loss_type: One loss or several, of the names in `docs/losses.md`; `loss=` of the trainer takes one's own.
         loss_weights: Weight of each loss when there are several (MPO); by default 1 each.
         label_smoothing: Probability that a preference label is flipped, in [0, 0.5); `exo_pair` needs some.
@@ -79,6 +82,10 @@ class DPOConfig(TrainingArguments):
             average of LoRA's factors one by one.
         ref_model_sync_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
         ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
+        ref_store_mode: With `precompute_ref_log_probs`, when the store is filled. `fill`: before training, and the
+            reference's weights are then given up. `lazy`: while training reads a row for the first time; later epochs
+            and runs find it. `require`: never; a missing row is an error that names it. `auto` is `fill`, and `lazy`
+            for the rows of a stream.
         ref_dtype: Dtype of an explicit reference's weights: `float32`, `bfloat16`, `float16`; by default the
             policy's.
 
@@ -120,7 +127,8 @@ class DPOConfig(TrainingArguments):
         False, "Score every row under the reference once, before training, and keep the answers on disk."
     )
     precompute_ref_batch_size: int | None = _option(
-        None, "Pairs per batch of the precompute pass. Default: the per-device batch size."
+        None,
+        "What the precompute pass takes at once, in longest pairs. Default: 4 micro-batches, to 16,384 tokens.",
     )
 
     loss_type: list[str] = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
@@ -153,6 +161,11 @@ class DPOConfig(TrainingArguments):
     )
 
     ref_store: str | None = _option(None, "File of the log-prob store. Default: one in the user's cache folder.")
+    ref_store_mode: str = _option(
+        "auto",
+        "When the store is filled: before training, while it runs, or never (a missing row is then an error).",
+        choices=list(_STORE_MODES),
+    )
     ref_dtype: str | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(_DTYPES)}. Default: the policy's."
     )
@@ -257,6 +270,25 @@ class DPOConfig(TrainingArguments):
                 "it is not a dtype that weights are held in",
                 f"one of {', '.join(_DTYPES)}",
             )
+        if self.ref_store_mode not in _STORE_MODES:
+            _refuse(
+                "ref_store_mode",
+                self.ref_store_mode,
+                "it says when the store of reference log-probs is filled",
+                f"one of {', '.join(f'`{mode}`' for mode in _STORE_MODES)}",
+            )
+        if self.ref_store_mode != "auto" and not self.precompute_ref_log_probs:
+            raise ConfigurationError(
+                asked=f"`ref_store_mode={self.ref_store_mode!r}` without `precompute_ref_log_probs=True`.",
+                why="Without it no store of reference log-probs is used, so there is nothing to fill or to require.",
+                instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store_mode` out.",
+            )
+        if self.ref_store is not None and not self.precompute_ref_log_probs:
+            raise ConfigurationError(
+                asked=f"`ref_store={self.ref_store!r}` without `precompute_ref_log_probs=True`.",
+                why="Without it no store of reference log-probs is used: the file would be neither read nor written.",
+                instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store` out.",
+            )
         if self.ref_store is not None and os.path.isdir(self.ref_store):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
 
@@ -313,6 +345,7 @@ class DPOConfig(TrainingArguments):
             "precompute_ref_log_probs": self.precompute_ref_log_probs,
             "ref_dtype": self.ref_dtype,
             "ref_store": self.ref_store,
+            "ref_store_mode": self.ref_store_mode if self.ref_store_mode != "auto" else None,
         }
         for option, value in options.items():
             if value:
@@ -333,6 +366,19 @@ def refuse_data_parallel(args: DPOConfig) -> None:
             instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
             "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
         )
+
+
+def how_to_fill(args: DPOConfig, model_name: str) -> str:
+    """What to write to have the rows scored that a store lacks, for messages."""
+    options = {
+        "model": model_name or "MODEL",
+        "train_data": "ROWS.jsonl",
+        "ref_store": args.ref_store,
+        "max_length": args.max_length if args.max_length is not None else "none",
+        "truncation_mode": args.truncation_mode if args.truncation_mode != "keep_start" else None,
+    }
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+    return f"Run this once with `ref_store_mode='fill'`; or, from a shell: `tether precompute {words}`."
 
 
 def _refuse(option: str, value: Any, why: str, instead: str) -> None:

@@ -31,6 +31,7 @@ from tether.types import PairBatch, Response
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
 MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
 
 PairDataset: TypeAlias = Dataset | IterableDataset
@@ -162,7 +163,10 @@ class PairCollator:
         pairs = []
         for row in rows:
             prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-            pairs.append((self._response(prompt, chosen), self._response(prompt, rejected)))
+            known = [row.get(column) for column in REFERENCE_COLUMNS]
+            sides = zip((chosen, rejected), known, strict=True)
+            first, second = (self._response(prompt, ids)._replace(reference_sum=value) for ids, value in sides)
+            pairs.append((first, second))
         batch = PairBatch.of_pairs(pairs, self._margins(rows))
         return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
 

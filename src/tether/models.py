@@ -15,6 +15,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.distributed import whole_shape
 from tether.errors import ConfigurationError
+from tether.reference.frozen import Origin
+from tether.scoring import rotary_limit, uneven_forwards
 from tether.scoring.score import can_pack
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
@@ -46,6 +48,22 @@ def load_model(
     # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
     base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path, **options)
     return PeftModel.from_pretrained(base, model, is_trainable=True)
+
+
+def where_from(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> tuple[Origin, ...]:
+    """Where a model can be had from again: what it was loaded from, as far as it says so.
+
+    Whether that is still the same model is not looked at here; a reference proves it by its digest.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        return ()
+    kwargs = dict(init_kwargs or {})
+    if not isinstance(model, str):
+        kwargs["dtype"] = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
 
 
 def load_tokenizer(
@@ -101,6 +119,17 @@ def check_padding_free(model: nn.Module) -> None:
             why="Without padding, its attention gives other log-probs than for each sequence alone.",
             instead="Set `padding_free=False`: it is then trained on padded rows.",
         )
+
+
+def check_even_forwards(model: nn.Module, max_length: int | None) -> None:
+    """Refuses a model to shard whose rows may need a forward of their own.
+
+    Raises:
+        ConfigurationError: If its rotary embeddings depend on a length that rows may reach.
+    """
+    limit = rotary_limit(model)
+    if limit is not None and (max_length is None or max_length > limit):
+        raise uneven_forwards(limit, max_length)
 
 
 def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) -> float:

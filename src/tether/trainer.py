@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from tether.batches import ProcessBatches, even_loader
+from tether.batches import RowsToScore, even_loader
 from tether.checkpoints import (
     load_reference,
     load_reward_shift,
@@ -30,9 +30,11 @@ from tether.checkpoints import (
     warn_of_no_sync,
     warn_of_weights_alone,
 )
-from tether.config import DPOConfig, refuse_data_parallel
+from tether.columns import find_given
+from tether.config import DPOConfig, how_to_fill, refuse_data_parallel
 from tether.data import (
     MARGIN_COLUMN,
+    REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
     PairCollator,
     PairDataset,
@@ -49,6 +51,7 @@ from tether.losses import Objective, PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
 from tether.models import (
     add_adapter,
+    check_even_forwards,
     check_padding_free,
     check_trainable,
     check_vocabulary,
@@ -58,6 +61,7 @@ from tether.models import (
     load_tokenizer,
     router_coefficient,
     use_pad_token,
+    where_from,
 )
 from tether.reference import Reference, ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.adapter import is_adapter_model
@@ -84,6 +88,7 @@ class DPOTrainer(Trainer):
     `peft_config=...` or a `PeftModel`    the policy's own base with the adapter off (or as it started)
     `precompute_ref_log_probs=True`       any of these, scored once before training and kept on disk
     `sync_ref_model=True`                 a copy that follows the policy (TR-DPO)
+    rows with `ref_chosen_logps`, ...     what the rows say; nothing is computed
     `reference_free=True`                 none: every response has the same log-prob, 0
     ====================================  =================================================================
 
@@ -136,6 +141,8 @@ class DPOTrainer(Trainer):
         refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
         set_seed(args.seed)  # a fresh adapter starts from it
+        named = model if ref_model is None else ref_model
+        origins = where_from(named, init_kwargs, args.trust_remote_code)
         policy = load_model(model, init_kwargs, args.trust_remote_code)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
@@ -152,7 +159,14 @@ class DPOTrainer(Trainer):
         sets = self._named_sets({"train": train_set}, eval_sets)
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
-        options = self._reference_options(args, sets)
+        given = find_given(sets, args, has_ref_model=ref_model is not None)
+        options = replace(
+            self._reference_options(args, sets),
+            decode=lambda ids: str(self._tokenizer.decode(list(ids))),
+            origins=origins,
+            given=given,
+            how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
+        )
         check_options(policy, ref_model, options, new_adapter=peft_config)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
@@ -177,6 +191,9 @@ class DPOTrainer(Trainer):
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
         shard = sharding_of(self.accelerator)
+        if shard is not None:
+            for sharded in filter(None, (self.model, ref_model)):
+                check_even_forwards(sharded, args.max_length)
         cast_as_training_will(self.model, self.accelerator)
         with together():
             self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
@@ -218,6 +235,7 @@ class DPOTrainer(Trainer):
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
             autocast_dtype=args.autocast_dtype,
             device=args.device,
+            store_mode=args.ref_store_mode,
         )
 
     def save_reference(self, folder: str | Path, *, merged: bool = False) -> None:
@@ -241,9 +259,13 @@ class DPOTrainer(Trainer):
 
     def _watch_from_start(self, *, has_trained: bool) -> None:
         """Keeps what reference and policy say of a few fixed pairs; a resumed policy is not the initial one."""
-        first: Any = self.train_dataset
-        rows = list(first.take(_SENTINEL_PAIRS))
+        # Each process watches pairs of its own share of a stream: none is scored by two.
+        pairs: Any = self.train_dataset
+        own = self.args.process_index * self.args.per_device_train_batch_size
+        rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
+        rows = rows or list(pairs.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
+        self.accelerator.wait_for_everyone()  # so that a store filled on the way has them before anybody asks again
         if not has_trained:
             self._watch.set_start(self.accelerator.unwrap_model(self.model))
 
@@ -256,9 +278,8 @@ class DPOTrainer(Trainer):
             self._prepare_reference(self._all_sets())
 
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
-        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         batches = {
-            name: lambda dataset=dataset: ProcessBatches(dataset, self.data_collator, size, self.args)
+            name: lambda dataset=dataset: RowsToScore(dataset, self.data_collator, self.args)
             for name, dataset in sets.items()
             if isinstance(dataset, Dataset)
         }
@@ -306,7 +327,7 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*TOKEN_COLUMNS, MARGIN_COLUMN]
+            self._signature_columns = [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS]
 
     # ---- the loss ------------------------------------------------------------------------------------------------
 

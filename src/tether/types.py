@@ -15,7 +15,7 @@ Log-probabilities are natural logarithms (nats), in fp32 unless a caller asks fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ class Response(NamedTuple):
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     key: bytes = b""
+    reference_sum: float | None = None  # its log-prob under the reference, where its row says it
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class PairBatch:
         rejected: Index of each pair's rejected response.
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
             ids. Empty where nobody asked for keys.
+        rows: Index of each pair in its set, for messages. Empty where nobody knows.
+        reference_sums: Each response's log-prob under the reference, in nats, where the rows bring it.
         margins: By how much each pair's chosen response is better, in units of reward; None where the rows have no
             `margin`.
     """
@@ -63,6 +66,8 @@ class PairBatch:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
+    rows: tuple[int, ...] = ()
+    reference_sums: tuple[float | None, ...] = ()
     margins: Float[Tensor, " pairs"] | None = None
 
     @property
@@ -85,6 +90,24 @@ class PairBatch:
         """Tokens of the padded layout without its padding: each pair counts its prompt twice."""
         lengths = [self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True)]
         return sum(lengths[c] + lengths[r] for c, r in zip(self.chosen, self.rejected, strict=True))
+
+    def fed_lengths(self) -> tuple[int, ...]:
+        """Tokens of prompt and response together, for each response."""
+        return tuple(
+            self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True)
+        )
+
+    def only(self, indices: Sequence[int]) -> PairBatch:
+        """A batch of some of the responses, in their order here, each paired with itself."""
+        responses = self.responses()
+        return PairBatch.of_pairs([(responses[i], responses[i]) for i in sorted(indices)]).to(self.device)
+
+    def num_row_tokens(self) -> int:
+        """Tokens of the pairs one by one: each pair's prompt once, and both its responses."""
+        return sum(
+            self.prompt_lengths[self.response_group[c]] + self.response_lengths[c] + self.response_lengths[r]
+            for c, r in zip(self.chosen, self.rejected, strict=True)
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
@@ -111,6 +134,15 @@ class PairBatch:
         chosen, rejected = (torch.tensor(index, device=values.device) for index in (self.chosen, self.rejected))
         return values[chosen], values[rejected]
 
+    def responses(self) -> list[Response]:
+        """Every response with its prompt, as they were given to `of_pairs`."""
+        prompts = [tuple(ids.tolist()) for ids in self.prompt_ids.split(list(self.prompt_lengths))]
+        tokens = [tuple(ids.tolist()) for ids in self.response_ids.split(list(self.response_lengths))]
+        keys = self.keys or (b"",) * self.num_responses
+        sums = self.reference_sums or (None,) * self.num_responses
+        each = zip(self.response_group, tokens, keys, sums, strict=True)
+        return [Response(prompts[group], ids, key, known) for group, ids, key, known in each]
+
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None = None) -> PairBatch:
         """Groups (chosen, rejected) pairs by prompt and keeps each distinct response once.
@@ -136,6 +168,7 @@ class PairBatch:
                 groups.setdefault(response.prompt_ids, {})[response] = None
         responses = [response for members in groups.values() for response in members]
         index = {response: number for number, response in enumerate(responses)}
+        sums = tuple(response.reference_sum for response in responses)
         group_of = {prompt: number for number, prompt in enumerate(groups)}
         return cls(
             prompt_ids=_flatten(list(groups)),
@@ -146,6 +179,7 @@ class PairBatch:
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
             keys=tuple(response.key for response in responses if response.key),
+            reference_sums=sums if any(known is not None for known in sums) else (),
             margins=None if margins is None else torch.tensor(margins, dtype=torch.float32),
         )
 
@@ -258,6 +292,37 @@ class PairScores:
     def delta(self) -> Float[Tensor, " pairs"]:
         """Chosen minus rejected log-ratio: the reward margin before beta."""
         return self.chosen_logratios - self.rejected_logratios
+
+
+def join_log_probs(parts: Sequence[ResponseLogProbs], order: Sequence[int]) -> ResponseLogProbs:
+    """Scores of parts of a batch as those of the whole batch.
+
+    Args:
+        parts: Scores of some responses each.
+        order: For every response of the parts, one part behind the other, its index in the whole batch.
+
+    Returns:
+        All of them in the order of the whole batch; the auxiliary loss is the mean over the parts' responses.
+    """
+    place = {index: position for position, index in enumerate(order)}
+    arranged = [place[index] for index in range(len(order))]
+    lengths = torch.cat([part.lengths() for part in parts])
+
+    def rearranged(values: Sequence[Tensor]) -> Tensor:
+        pieces = torch.cat(list(values)).split(lengths.tolist())
+        return torch.cat([pieces[position] for position in arranged])
+
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    losses = [part.auxiliary_loss * part.num_responses for part in parts if part.auxiliary_loss is not None]
+    names = [field.name for field in fields(TokenStatistics)]
+    return ResponseLogProbs(
+        values=rearranged([part.values for part in parts]),
+        offsets=offsets_of([int(lengths[position]) for position in arranged], parts[0].values.device),
+        statistics=TokenStatistics(*(rearranged([getattr(each, name) for each in statistics]) for name in names))
+        if statistics
+        else None,
+        auxiliary_loss=torch.stack(losses).sum() / len(order) if losses else None,
+    )
 
 
 def _flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:

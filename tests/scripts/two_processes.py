@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import load_from_disk
 from peft import LoraConfig
 
 from observe import bits, same_bits
 from runs import as_dataset, make_trainer, steps, stream
-from tether import DPOTrainer
+from tether import DPOTrainer, StoredReference
 from tiny import tiny_pairs
 
 LORA: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "learning_rate": 1e-2}
@@ -31,6 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2, "loss_type": "ipo"},
     "reward shift": {"gradient_accumulation_steps": 2, "loss_type": "bco_pair", "beta": 0.5},
     "streamed": {"rows": stream(tiny_pairs(16)), "precompute_ref_log_probs": True},
+}
+# Ways to the same store, each into one of its own; the kinds above share a store.
+STORED: dict[str, dict[str, Any]] = {
+    "memory": {},
+    "disk": {},
+    "stream": {},
+    "lazy": {"ref_store_mode": "lazy"},
 }
 NUM_ROWS, NUM_EVAL_ROWS = 16, 7  # the evaluation set does not divide by anything
 
@@ -58,8 +67,53 @@ def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
         results[name] = {"steps": steps(trainer), "evaluation": trainer.evaluate()}
         results[name]["num_passes"] = trainer.reference.num_passes
         results[name]["num_computed"] = getattr(trainer.reference, "num_computed", None)
+    results["stored"] = {
+        name: stored(
+            lambda name=name, options=options: trainer_of(
+                f"stored-{name}",
+                rows=rows_of(name, folder / f"rows-{num_processes}"),
+                eval_dataset=None,
+                precompute_ref_log_probs=True,
+                ref_store=str(folder / f"{name}.sqlite"),
+                max_steps=NUM_ROWS // pairs_per_step,
+                **options,
+            )
+        )
+        for name, options in STORED.items()
+    }
     results["resumed"] = resumes(lambda: trainer_of("resumed", **SYNC, save_strategy="steps", save_steps=3), folder)
     return results
+
+
+def rows_of(name: str, folder: Path) -> Any:
+    """The same rows from memory, from disk, or as a stream."""
+    rows = tiny_pairs(NUM_ROWS)
+    if name == "stream":
+        return stream(rows)
+    if name != "disk":
+        return rows
+    if os.environ.get("RANK", "0") == "0":
+        as_dataset(rows).save_to_disk(folder)
+        (folder / "done").touch()
+    while not (folder / "done").exists():
+        time.sleep(0.05)
+    return load_from_disk(folder)
+
+
+def stored(make: Callable[[], DPOTrainer]) -> dict[str, Any]:
+    """What this process scored in one epoch over the rows, and what is then in the store that all share."""
+    trainer = make()
+    trainer.train()
+    reference = trainer.reference
+    assert isinstance(reference, StoredReference)
+    trainer.accelerator.wait_for_everyone()
+    again = make()
+    again.train()
+    return {
+        "num_computed": reference.num_computed,
+        "num_in_store": reference.store.count(),
+        "num_passes_again": again.reference.num_passes,
+    }
 
 
 def resumes(make: Callable[[], DPOTrainer], folder: Path) -> bool:

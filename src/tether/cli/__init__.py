@@ -25,6 +25,7 @@ model as a thing you can hold, name, store, verify and swap.
   tether train RECIPE.yaml           train a policy on pairs
   tether precompute RECIPE.yaml      score the pairs under the reference once and keep the answers on
                                      disk: `train` then needs no reference model
+  tether store VERB                  what is kept: info, verify, export, import, merge, prune
 
 A recipe is a YAML file of options; any of them is also a flag, and the flag wins:
 
@@ -39,7 +40,7 @@ To read more: README.md, docs/recipes.md, examples/. In Python: from tether impo
 """
 
 # Each is a module beside this file with `run(argv) -> int`.
-VERBS = ("demo", "train", "precompute")
+VERBS = ("demo", "train", "precompute", "store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tether: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if traceback:
             raise
-        print("\ntether: stopped.", file=sys.stderr)
+        print(f"\ntether: stopped. {stop}".rstrip(), file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -16,15 +16,22 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from tether.cli.pairs import hold_out, load_pairs
+from tether.cli.pairs import hold_out, load_pairs, take_shard
 from tether.cli.recipe import Recipe
 from tether.errors import ConfigurationError
 from tether.models import lora_config
 from tether.trainer import DPOTrainer
 
 
-def build_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> DPOTrainer:
+def build_trainer(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), shard: tuple[int, int] | None = None
+) -> DPOTrainer:
     """The trainer of a recipe, its reference ready.
+
+    Args:
+        recipe: The recipe.
+        callbacks: Of the trainer.
+        shard: Take part `i` of `n` of each set's rows, `i` counted from 1; None for all.
 
     Raises:
         TetherError: If the recipe names what does not exist, or options that contradict each other.
@@ -36,6 +43,9 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> 
         _check_model(option, name, recipe)
     tokenizer = _load_tokenizer(recipe)
     train_pairs, eval_pairs = load_sets(recipe)
+    if shard is not None:
+        train_pairs, eval_pairs = take_shard(train_pairs, *shard), eval_pairs and take_shard(eval_pairs, *shard)
+        eval_pairs = eval_pairs or None
     assert script.model is not None
     trainer = DPOTrainer(
         script.model,

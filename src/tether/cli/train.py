@@ -16,7 +16,7 @@ from tether.cli.interrupt import StopOnInterrupt
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.summary import describe_end, describe_start
-from tether.errors import ResumeError
+from tether.errors import MissingLogProbsError, ResumeError
 from tether.trainer import DPOTrainer
 
 _ABOUT = """\
@@ -36,7 +36,12 @@ def run(argv: Sequence[str]) -> int:
     recipe = read_recipe("train", _ABOUT, argv)
     checkpoint = find_checkpoint(recipe)
     stop, progress = StopOnInterrupt(), ProgressLines()
-    trainer = build_trainer(recipe, [progress, stop])
+    try:
+        trainer = build_trainer(recipe, [progress, stop])
+    except MissingLogProbsError as error:  # `ref_store_mode: require`
+        raise MissingLogProbsError(
+            error.asked, error.why, f"Score what is missing: `tether precompute {shlex.join(argv)}`."
+        ) from error
     _say(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
     started = time.perf_counter()
     try:

@@ -4,6 +4,7 @@ from tether.reference.adapter import AdapterReference
 from tether.reference.base import Reference
 from tether.reference.build import ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.frozen import FrozenReference
+from tether.reference.given import GivenReference
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
@@ -12,6 +13,7 @@ from tether.reference.uniform import UniformReference
 __all__ = [
     "AdapterReference",
     "FrozenReference",
+    "GivenReference",
     "MovingReference",
     "Reference",
     "ReferenceIdentity",

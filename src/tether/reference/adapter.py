@@ -26,7 +26,7 @@ from tether.reference.adapter_parts import adapter_parts, refuse_sharded_average
 from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
 from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule
-from tether.scoring import SCORING_VERSION
+from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
 
@@ -94,6 +94,10 @@ class AdapterReference(MovableReference):
     @property
     def means_policy(self) -> bool:
         return True
+
+    @property
+    def length_limit(self) -> int | None:
+        return rotary_limit(self._policy)
 
     @property
     def identity(self) -> ReferenceIdentity:

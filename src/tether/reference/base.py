@@ -85,6 +85,16 @@ class Reference(ABC):
         return []
 
     @property
+    def knows_tokens(self) -> bool:
+        """Whether the log-prob of each token is known; else only the sum is, and stands at the first token."""
+        return True
+
+    @property
+    def length_limit(self) -> int | None:
+        """Tokens of prompt and response above which an answer depends on how much was fed; None if it never does."""
+        return None
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of weights held beyond the policy's own."""
         return 0

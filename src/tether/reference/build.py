@@ -5,6 +5,8 @@ Knows every kind of reference; knows no trainer.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.adapter_parts import check_can_follow, refuse_sharded_average
 from tether.reference.base import Reference
-from tether.reference.frozen import FrozenReference
+from tether.reference.frozen import FrozenReference, Origin
+from tether.reference.given import GivenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
 from tether.reference.parts import UpdateRule
-from tether.reference.stored import StoredReference
+from tether.reference.stored import StoredReference, StoreMode
 from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class ReferenceOptions:
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
         device: Where a reference with weights of its own lives; None for where they are.
         shard: Shards a reference with weights of its own as training shards the policy; None where that stays whole.
+        store_mode: When the store is filled: `fill` before training, `lazy` while it runs, `require` never; `auto`
+            is `fill`, and `lazy` for what is streamed.
+        origins: Where a reference that was released can be had from again.
+        decode: Turns token ids into text, for messages.
+        how_to_fill: What to write to have missing rows scored, for messages.
+        given: The rows bring their own reference log-probs; a digest of them.
     """
 
     free: bool = False
@@ -59,6 +70,20 @@ class ReferenceOptions:
     autocast_dtype: torch.dtype | None = None
     device: torch.device | None = None
     shard: Sharding | None = None
+    store_mode: str = "auto"
+    origins: tuple[Origin, ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = None
+    how_to_fill: str = ""
+    given: str | None = None
+
+    @property
+    def releases_source(self) -> bool:
+        """Whether every answer is in the store when training starts, so that the weights can go."""
+        return self.precompute and (self.store_mode in ("fill", "require") or not self._reads_through)
+
+    @property
+    def _reads_through(self) -> bool:
+        return self.store_mode == "lazy" or (self.store_mode == "auto" and self.streaming)
 
 
 def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
@@ -73,12 +98,14 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
         ConfigurationError: If the options contradict each other or the model.
     """
     check_options(policy, ref_model, options)
+    if options.given is not None:
+        return GivenReference(options.given)
     if options.free:
         return UniformReference()
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):
-            return StoredReference(LogProbStore(options.store_path), source, release_when_filled=not options.streaming)
+            return _stored(source, options)
         case _, ReferenceOptions(sync=True):
             return MovingReference(
                 source,
@@ -90,6 +117,23 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
             )
         case _:
             return source
+
+
+def _stored(source: Reference, options: ReferenceOptions) -> StoredReference:
+    if options.streaming and options.store_mode == "auto":
+        logger.warning(
+            "precompute_ref_log_probs on a stream: its rows are scored and kept when training first reads them, and "
+            "found by later epochs and runs (ref_store_mode='lazy')."
+        )
+    modes: dict[str, StoreMode] = {"auto": "fill", "fill": "fill", "lazy": "lazy", "require": "require"}
+    return StoredReference(
+        LogProbStore(options.store_path),
+        source,
+        mode=modes[options.store_mode],
+        release_when_filled=options.releases_source,
+        decode=options.decode,
+        how_to_fill=options.how_to_fill,
+    )
 
 
 def _source(
@@ -104,14 +148,17 @@ def _source(
             dtype=dtype,
             autocast_dtype=autocast_dtype,
             device=device if shard is None else None,  # sharding takes it there, one part for each process
+            origins=options.origins,
             shard=shard,
         )
     if is_adapter_model(policy):
         return AdapterReference(policy, autocast_dtype=autocast_dtype, moves=options.sync)
     elsewhere = device if shard is None and waits_for_device(policy, device) else None
     can_run = shard is None and elsewhere is None and not has_shards(policy)
-    if options.precompute and not options.streaming and dtype is None and can_run:
-        return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype)
+    if options.releases_source and dtype is None and can_run:
+        itself = Origin("the policy in memory", lambda: policy)  # until it has trained
+        origins = (itself, *options.origins)
+        return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype, origins=origins)
     return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard)
 
 
@@ -164,6 +211,12 @@ def check_options(
         )
     if options.sync:
         _check_sync(policy, ref_model, options, new_adapter)
+    if options.precompute and options.streaming and options.store_mode == "fill":
+        raise ConfigurationError(
+            asked="`ref_store_mode='fill'` with a stream (`IterableDataset`).",
+            why="The rows of a stream are only known when they are read, so they cannot be scored before training.",
+            instead="Set `ref_store_mode='lazy'` (or leave it out): rows are scored when first read, and found later.",
+        )
     if options.dtype is not None and options.shard is not None:
         raise ConfigurationError(
             asked="`ref_dtype` together with ZeRO-3 or FSDP2.",

@@ -87,9 +87,16 @@ def initial_gap(
     reference: ResponseLogProbs,
     autocast_dtype: torch.dtype | None,
     reduce: Callable[[Tensor, str], Tensor],
+    knows_tokens: bool = True,
 ) -> Gap:
-    """Gap between the policy, in evaluation mode and under training's autocast, and what its reference said."""
-    return Gap.between(score_without_gradient(policy, batch, autocast_dtype).values, reference.values, reduce)
+    """Gap between the policy, in evaluation mode and under training's autocast, and what its reference said.
+
+    Per token; where the reference knows sums only, the mean over each response's tokens stands for each of them.
+    """
+    scores = score_without_gradient(policy, batch, autocast_dtype)
+    if not knows_tokens:
+        return Gap.between(scores.means(), reference.means(), reduce)
+    return Gap.between(scores.values, reference.values, reduce)
 
 
 def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None:
@@ -152,7 +159,7 @@ class ReferenceWatch:
         if self._knows_gap or has_trained:
             return {}
         self._knows_gap = True
-        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce)
+        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, self._reference.knows_tokens)
         if self._reference.means_policy:
             check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype))
         return {"reference/initial_gap": gap.mean}

@@ -6,8 +6,9 @@ Knows how to copy a model without copying what never changes. Never writes to a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,24 @@ from tether.distributed import (
 )
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.reference.base import compute_dtype_name, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, model_tensors, num_bytes
+from tether.reference.identity import (
+    ReferenceIdentity,
+    digest_parts,
+    digest_tensors,
+    digest_weights,
+    model_tensors,
+    num_bytes,
+)
 from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule, dense_part
-from tether.scoring import SCORING_VERSION
+from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
+
+
+class Origin(NamedTuple):
+    """A place that a model can be had from again, and its name for messages."""
+
+    name: str
+    load: Callable[[], nn.Module]
 
 
 class FrozenReference(MovableReference):
@@ -50,6 +65,8 @@ class FrozenReference(MovableReference):
         means_policy: The model is meant to be the initial policy, not another one.
         shard: Shards the reference's module as training shards the policy; it then shares no tensor with any other.
             A model to which `fully_shard` was applied needs none: its copy is sharded the same way.
+        origins: Where to get the weights again when an answer is needed after `release`; the first whose digest is
+            this reference's is taken. Not where the weights are sharded.
 
     Raises:
         ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed and `shard` is
@@ -70,6 +87,7 @@ class FrozenReference(MovableReference):
         device: torch.device | None = None,
         policy: nn.Module | None = None,
         means_policy: bool = False,
+        origins: Sequence[Origin] = (),
         shard: Sharding | None = None,
     ) -> None:
         # Two roots of FSDP2 can't share a block, and parts that ZeRO-3 gathers for one would be freed by the other.
@@ -77,6 +95,10 @@ class FrozenReference(MovableReference):
         _refuse_lost_hooks(model, shard)
         dtype = shard.dtype if shard is not None else dtype
         self._module: nn.Module | None = frozen_twin(model, (lambda p: True) if apart else copies, dtype, device)
+        self._length_limit = rotary_limit(self._module)
+        # Reading weights again would be collective, and one process alone may need an answer.
+        self._origins = () if apart else tuple(origins)
+        self._is_apart, self._dtype, self._device = apart, dtype, next(self._module.parameters()).device
         self._autocast_dtype = autocast_dtype
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._num_passes = 0
@@ -123,6 +145,7 @@ class FrozenReference(MovableReference):
         dtype: torch.dtype | None = None,
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        origins: Sequence[Origin] = (),
         shard: Sharding | None = None,
     ) -> FrozenReference:
         """Another model, shared with its owner; tensors that the policy will train are copied.
@@ -138,13 +161,16 @@ class FrozenReference(MovableReference):
             autocast_dtype=autocast_dtype,
             device=device,
             policy=policy,
+            origins=origins,
             shard=shard,
         )
 
     @classmethod
-    def before_training(cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> FrozenReference:
+    def before_training(
+        cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None, origins: Sequence[Origin] = ()
+    ) -> FrozenReference:
         """The policy itself, for use before its first optimizer step only; `release` it then. Costs no memory."""
-        return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True)
+        return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True, origins=origins)
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -178,14 +204,13 @@ class FrozenReference(MovableReference):
             return 0
         return num_bytes(p for p in self._module.parameters() if _storage(p) not in self._policy_storages)
 
+    @property
+    def length_limit(self) -> int | None:
+        return self._length_limit
+
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         if self._module is None:
-            raise MissingLogProbsError(
-                asked="A log-probability was asked of a reference whose weights were released.",
-                why="They were given up when training began, because every answer known to be needed was stored.",
-                instead="Give every set at construction (`train_dataset`, `eval_dataset`), pass `ref_model`, or set "
-                "`precompute_ref_log_probs=False`.",
-            )
+            self._module = self._bring_back()
         self._num_passes += 1
         return score_without_gradient(self._module, batch, self._autocast_dtype)
 
@@ -247,6 +272,35 @@ class FrozenReference(MovableReference):
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
         return [dense_part(name, rule) for name in (*trained, *buffers)]
+
+    def _bring_back(self) -> nn.Module:
+        """The weights again, from where they came, proven by their digest."""
+        refused = []
+        for origin in self._origins:
+            try:
+                model = origin.load()
+                twin = frozen_twin(model, lambda parameter: False, self._dtype, self._device)
+                found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
+            except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
+                refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")
+                continue
+            if found == self._identity.weights:
+                return twin
+            refused.append(f"{origin.name} has other weights by now (digest {found[:12]})")
+        raise MissingLogProbsError(
+            asked="A log-probability was asked of a reference whose weights were released "
+            f"(digest {self._identity.weights[:12]}).",
+            why="They were given up when training began, because every answer known to be needed was stored; and "
+            + (
+                f"they cannot be brought back: {'; '.join(refused)}."
+                if refused
+                else "weights that were sharded are not brought back."
+                if self._is_apart
+                else "nothing says where they came from."
+            ),
+            instead="Give every set at construction (`train_dataset`, `eval_dataset`), pass model or `ref_model` by "
+            "path, or set `ref_store_mode='lazy'`, which keeps the weights.",
+        )
 
 
 def frozen_twin(

@@ -1,24 +1,29 @@
 """`StoredReference`: answers kept on disk, missing ones computed by a source.
 
-Knows the store's keys and the order of a pass over the data; knows no model.
+Knows the store's keys, and when a source may be asked; knows no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from tether.distributed import any_process
-from tether.errors import MissingLogProbsError
+from tether.errors import DataError, MissingLogProbsError
 from tether.reference.base import BatchSource, Reference
+from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
-from tether.store import LogProbStore
+from tether.store import LogProbStore, key_at_length
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
+
+StoreMode = Literal["fill", "lazy", "require"]
+_EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 
 # What a process has scored that needs no answer itself, while others need its part of the weights.
 _IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
@@ -31,8 +36,14 @@ class StoredReference(Reference):
         store: The store.
         source: Computes what is missing. Without a source, or once it was released, a missing record is an error.
         identity: Whose records to read; by default the source's.
-        release_when_filled: Release the source at the end of `prepare`. False where later rows cannot be known in
-            advance (streams).
+        mode: `fill`: `prepare` scores what the sets lack. `lazy`: `prepare` does nothing, and rows are scored and
+            kept when they are first asked for. `require`: nothing is ever scored, and `prepare` refuses sets of which
+            a row is missing.
+        release_when_filled: In mode `fill`, release the source at the end of `prepare`. False where later rows cannot
+            be known in advance (streams).
+        length_limit: As `Reference.length_limit`; by default the source's.
+        decode: Turns token ids into text, for messages that show the start of a prompt.
+        how_to_fill: What to write to have missing rows scored, for messages.
 
     Example:
         >>> reference = StoredReference(LogProbStore(path), FrozenReference(model))   # doctest: +SKIP
@@ -45,20 +56,34 @@ class StoredReference(Reference):
         source: Reference | None = None,
         *,
         identity: ReferenceIdentity | None = None,
+        mode: StoreMode = "fill",
         release_when_filled: bool = True,
+        length_limit: int | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        how_to_fill: str = "",
     ) -> None:
         if identity is None:
             if source is None:
                 raise ValueError("a StoredReference needs a source or the identity of one")
             identity = source.identity
         self._store, self._source, self._identity = store, source, identity
-        self._release_when_filled = release_when_filled
+        self._mode, self._release_when_filled = mode, release_when_filled
+        self._length_limit = source.length_limit if source is not None else length_limit
+        self._decode = decode
+        self._how_to_fill = how_to_fill or "Fill the store first (`tether precompute`)."
         self._num_found = self._num_computed = 0
+        if mode == "require" and source is not None:
+            source.release()
 
     @property
     def store(self) -> LogProbStore:
         """The store that is read."""
         return self._store
+
+    @property
+    def source(self) -> Reference | None:
+        """Who computes what is missing, if anybody."""
+        return self._source
 
     @property
     def num_found(self) -> int:
@@ -67,12 +92,16 @@ class StoredReference(Reference):
 
     @property
     def num_computed(self) -> int:
-        """Responses that `prepare` was asked for and had the source compute."""
+        """Responses that the source computed and the store took."""
         return self._num_computed
 
     @property
     def identity(self) -> ReferenceIdentity:
         return self._identity
+
+    @property
+    def length_limit(self) -> int | None:
+        return self._length_limit
 
     @property
     def num_passes(self) -> int:
@@ -91,11 +120,15 @@ class StoredReference(Reference):
 
     @property
     def is_collective(self) -> bool:
-        return self._source is not None and self._source.is_collective
+        return self._may_score and self._source is not None and self._source.is_collective
 
     @property
     def runs_in_policy(self) -> bool:
-        return self._source is not None and self._source.runs_in_policy
+        return self._may_score and self._source is not None and self._source.runs_in_policy
+
+    @property
+    def _may_score(self) -> bool:
+        return self._mode != "require"
 
     @property
     def extra_bytes(self) -> int:
@@ -109,65 +142,140 @@ class StoredReference(Reference):
         return self._source.module if self._source is not None else None
 
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
-        """Computes and stores what the sets need and the store lacks, then (by default) releases the source."""
+        """Has the store hold what the sets need, as the mode says, and then (by default) releases the source.
+
+        Raises:
+            MissingLogProbsError: In mode `require`, for a set of which a row is missing; names one.
+            DataError: For a row to which the source gives a log-prob that is not finite; names it.
+            KeyboardInterrupt: After Ctrl-C, saying how many rows are kept.
+        """
         for name, batches in sets.items():
-            self._fill(batches(), f"Reference log-probs ({name})", show_progress)
-        if self._release_when_filled:
+            if self._mode == "fill":
+                self._fill(name, batches(), show_progress)
+            elif self._mode == "require":
+                self._check(name, batches())
+        if self._mode == "fill" and self._release_when_filled:
             self.release()
 
-    def _fill(self, batches: Iterable[PairBatch], title: str, show_progress: bool) -> None:
-        # None: on only where standard error is a terminal.
-        bar = tqdm(batches, desc=title, unit="batch", disable=None if show_progress else True)
-        for batch in self._rounds(bar):
-            missing = []
-            if batch is not None:
-                missing = self._store.missing(self._identity.digest, batch.keys, batch.response_lengths)
-                self._num_found += batch.num_responses - len(missing)
-                self._num_computed += len(missing)
-            if batch is not None and missing:
-                self._compute(batch)
-            else:
-                self._take_part()
-            bar.set_postfix(found=self._num_found, computed=self._num_computed)
-
-    def _rounds(self, batches: Iterable[PairBatch]) -> Iterator[PairBatch | None]:
-        """The batches; where passes are collective, None for as long as only other processes still have some."""
-        if not self.is_collective:
-            yield from batches
-            return
-        iterator = iter(batches)
-        while any_process((batch := next(iterator, None)) is not None):
-            yield batch
-
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        values = self._store.get(self._identity.digest, batch.keys, batch.response_lengths)
-        if any(value is None for value in values):
-            return self._compute(batch)
-        self._take_part()
-        joined = torch.from_numpy(np.concatenate([value for value in values if value is not None]))
-        return ResponseLogProbs(joined.to(batch.device), offsets_of(batch.response_lengths, batch.device))
+        values = self.stored(batch)
+        lacking = [index for index, value in enumerate(values) if value is None]
+        if lacking:
+            for index, value in zip(lacking, self._compute_some(batch, lacking), strict=True):
+                values[index] = value
+        else:
+            self._take_part()
+        joined = torch.cat([value.to(batch.device) for value in values if value is not None])
+        return ResponseLogProbs(joined, offsets_of(batch.response_lengths, batch.device))
 
-    def _compute(self, batch: PairBatch) -> ResponseLogProbs:
-        if self._source is None:
-            raise MissingLogProbsError(
-                asked=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}).",
-                why="This reference only reads: it was given no source to compute them with.",
-                instead="Give `StoredReference` a source, or fill the store first (`tether precompute`).",
-            )
-        if self.is_collective:
-            any_process(True)
-        computed = self._source.log_probs(batch)
-        values = [value.cpu().numpy() for value in computed.split()]
-        self._store.put(self._identity.digest, batch.keys, values, description=self._identity.describe())
-        return computed
-
-    def _take_part(self) -> None:
-        """Makes a pass for nothing where another process needs one, to which this one has a part of the weights."""
-        if self.is_collective and any_process(False):
-            assert self._source is not None
-            self._source.log_probs(_IDLE)
+    def stored(self, batch: PairBatch) -> list[Float[Tensor, " length"] | None]:
+        """What the store holds of each response, on the host; None for what it lacks. Scores nothing."""
+        values = self._store.get(self._identity.digest, self._keys(batch), batch.response_lengths)
+        return [None if value is None else torch.from_numpy(value) for value in values]
 
     def release(self) -> None:
         """Releases the source; an adapter's base, which costs nothing and stays true, goes on answering new rows."""
         if self._source is not None:
             self._source.release()
+
+    def _lacking(self, batch: PairBatch) -> list[int]:
+        return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
+
+    def _fill(self, name: str, batches: Iterable[PairBatch], show_progress: bool) -> None:
+        filling = StorePass(
+            name,
+            batches,
+            self._lacking,
+            self._compute,
+            show_progress=show_progress,
+            halves=not self.is_collective,  # the other processes are in the midst of the same forward
+        )
+        try:
+            filling.run()
+        finally:
+            self._num_found += filling.num_found
+        while self._take_part():  # until no process has anything left to score
+            pass
+
+    def _take_part(self) -> bool:
+        """Makes a pass for nothing where another process needs one, to which this one has a part of the weights.
+
+        Every pass is announced by `any_process(True)`; whoever needs none answers with this. Returns whether there
+        was one.
+        """
+        if not (self.is_collective and any_process(False)):
+            return False
+        assert self._source is not None
+        self._source.log_probs(_IDLE)
+        return True
+
+    def _check(self, name: str, batches: Iterable[PairBatch]) -> None:
+        first, num_missing = "", 0
+        for batch in batches:
+            lacking = self._lacking(batch)
+            self._num_found += batch.num_responses - len(lacking)
+            if lacking and not first:
+                first = self._named(batch, lacking[0], names_of(batch, name)(lacking[0]))
+            num_missing += len(lacking)
+        if first:
+            raise self._missing(f"{num_missing} responses, one of them {first}, are")
+
+    def _compute_some(self, batch: PairBatch, lacking: Sequence[int]) -> list[Float[Tensor, " length"]]:
+        """The answers for some responses of a batch, scored now."""
+        names = names_of(batch)
+        if self._mode == "require" or self._source is None:
+            raise self._missing(f"{self._named(batch, lacking[0], names(lacking[0]))} is")
+        if len(lacking) == batch.num_responses:
+            return self._compute(batch, names).split()
+        return self._compute(batch.only(lacking), lambda index: names(lacking[index])).split()
+
+    def _compute(self, batch: PairBatch, name_of: Callable[[int], str]) -> ResponseLogProbs:
+        """Has the source score a batch, and keeps the answers."""
+        if self._source is None:
+            raise self._missing(f"{self._named(batch, 0, name_of(0))} is")
+        if self.is_collective:
+            any_process(True)
+        computed = self._source.log_probs(batch)
+        values = [value.cpu().numpy() for value in computed.split()]
+        for index, value in enumerate(values):
+            if not np.isfinite(value).all():
+                raise self._not_finite(batch, index, name_of(index), value)
+        self._store.put(self._identity.digest, self._keys(batch), values, description=self._identity.describe())
+        self._num_computed += len(values)
+        return computed
+
+    def _keys(self, batch: PairBatch) -> Sequence[bytes]:
+        """The content keys, joined with the length that is fed where the answer depends on it."""
+        limit = self._length_limit
+        if limit is None:
+            return batch.keys
+        fed = zip(batch.keys, batch.fed_lengths(), strict=True)
+        return [key if length <= limit else key_at_length(key, length) for key, length in fed]
+
+    def _named(self, batch: PairBatch, index: int, name: str) -> str:
+        """A response's name, with the start of its prompt where it can be read."""
+        if self._decode is None:
+            return name
+        response: Response = batch.responses()[index]
+        text = " ".join(self._decode(response.prompt_ids[:_EXCERPT_TOKENS]).split())
+        return f"{name} (prompt: {text[:_EXCERPT_LETTERS]!r})"
+
+    def _missing(self, what: str) -> MissingLogProbsError:
+        return MissingLogProbsError(
+            asked=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}): "
+            f"{what} missing.",
+            why="`ref_store_mode='require'` reads stored answers only."
+            if self._mode == "require"
+            else "This reference only reads: it was given no source to compute them with.",
+            instead=self._how_to_fill,
+        )
+
+    def _not_finite(self, batch: PairBatch, index: int, name: str, value: Any) -> DataError:
+        token = int(np.argmin(np.isfinite(value)))
+        return DataError(
+            asked=f"The reference gives {self._named(batch, index, name)} a log-probability of {value[token]} at token "
+            f"{token} of {len(value)}.",
+            why="It would turn the loss of every run that reads it into NaN, so it was not stored.",
+            instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 "
+            "in place of float16), or a token that it rules out.",
+        )

@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tether.distributed import has_shards, num_processes
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
 from tether.scoring.head import logits_scores
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
 from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
-from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, offsets_of
+from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
+from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, join_log_probs, offsets_of
 
 # Part of every reference's identity: raised when a change here alters the numbers beyond rounding.
 SCORING_VERSION = 1
@@ -57,6 +59,11 @@ def score(
         >>> chosen, rejected = batch.of_responses(log_probs.sums())  # doctest: +SKIP
     """
     batch = batch.to(next(model.parameters()).device)
+    limit = rotary_limit(model)
+    if limit is not None:
+        reset_rotary(model)
+        if batch.num_responses > 1 and max(batch.fed_lengths()) > limit:
+            return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
     packed = layout == "packed" or (layout == "auto" and can_pack(model))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
     if hasattr(model, "_orig_mod"):
@@ -68,6 +75,24 @@ def score(
         statistics=answer.statistics,
         auxiliary_loss=answer.outputs.aux_loss if auxiliary_loss else None,
     )
+
+
+def _score_apart(
+    model: nn.Module, batch: PairBatch, limit: int, statistics: bool, auxiliary_loss: bool, layout: Layout
+) -> ResponseLogProbs:
+    """Rows above the limit of length-dependent rotary embeddings one by one, all others together."""
+    if has_shards(model) and num_processes() > 1:
+        raise uneven_forwards(limit, max(batch.fed_lengths()))
+    lengths = batch.fed_lengths()
+    within = [index for index, length in enumerate(lengths) if length <= limit]
+    parts = [within] if within else []
+    parts += [[index] for index, length in enumerate(lengths) if length > limit]
+    scores = [
+        score(model, batch.only(part), statistics=statistics, auxiliary_loss=auxiliary_loss, layout=layout)
+        for part in parts
+    ]
+    order = [index for part in parts for index in part]
+    return join_log_probs(scores, order)
 
 
 def can_pack(model: nn.Module) -> bool:

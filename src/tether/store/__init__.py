@@ -1,7 +1,7 @@
 """Reference log-probs on disk: scored once, found by what was computed, never served when in doubt."""
 
 from tether.store.exchange import export_parquet, import_parquet, merge, prune
-from tether.store.key import KEY_BYTES, content_key
+from tether.store.key import KEY_BYTES, content_key, key_at_length
 from tether.store.log_prob_store import LogProbStore, StoredIdentity, default_store_path
 from tether.store.salvage import salvage
 
@@ -13,6 +13,7 @@ __all__ = [
     "default_store_path",
     "export_parquet",
     "import_parquet",
+    "key_at_length",
     "merge",
     "prune",
     "salvage",

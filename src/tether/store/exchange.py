@@ -184,6 +184,9 @@ def _from_arrow(batch: pa.RecordBatch, source: Path) -> tuple[list[bytes], list[
 def _read_owner(schema: pa.Schema, source: Path, identity: str | None) -> tuple[str, Mapping[str, Any] | None]:
     """Whose log-probs the file holds, and what is said of it."""
     if not {"key", "log_probs"} <= set(schema.names):
+        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(schema.names):
+            why = "its rows bring sums over responses, and a store keeps every token"
+            raise _not_ours(source, why, "name it as the training data: the trainer reads the columns itself")
         raise _not_ours(source, f"its columns are {schema.names}", "give it columns `key` and `log_probs`")
     about = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
     owner = about.get("identity", identity)

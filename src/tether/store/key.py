@@ -14,6 +14,7 @@ import numpy as np
 from tether.errors import StoreError
 
 KEY_BYTES = 16
+_AT_LENGTH = b"tether length v1"
 _ENCODING = b"tether key v1"  # raised when the encoding below changes: old records are then never found
 
 
@@ -55,6 +56,21 @@ def content_key(
         state.update(encoded_name + kind)
         state.update(content)
     return state.digest()
+
+
+def key_at_length(key: bytes, num_tokens: int) -> bytes:
+    """The key of a response whose log-probs depend on how much was fed: rotary embeddings that look at the length.
+
+    A record under it is not the start of a record at another length, and is never served for one.
+
+    Args:
+        key: Its `content_key`.
+        num_tokens: Tokens of prompt and response as they were fed.
+
+    Returns:
+        16 bytes.
+    """
+    return blake2b(key + struct.pack("<q", num_tokens), digest_size=KEY_BYTES, person=_AT_LENGTH).digest()
 
 
 def _encode_ids(ids: Sequence[int] | np.ndarray, argument: str) -> bytes:

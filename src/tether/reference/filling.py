@@ -1,0 +1,202 @@
+"""One pass over a set of rows: what a store lacks is scored, each response once, a budget of tokens at a time.
+
+Knows batches, what is lacking and whom to ask; knows no store, no model and no process but its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from tqdm import tqdm
+
+from tether.errors import ConfigurationError
+from tether.types import PairBatch, Response
+
+# Whether a response has to be scored is asked of a batch; the answer is the indices of those that do.
+Lacking = Callable[[PairBatch], Sequence[int]]
+# Scores a batch and keeps the answers; the second argument names a response by its index, for messages.
+Scoring = Callable[[PairBatch, Callable[[int], str]], object]
+
+
+@runtime_checkable
+class RowSet(Protocol):
+    """Batches of a set whose size is known, the longest rows first.
+
+    Attributes:
+        num_rows: Rows that this process is to see.
+        num_tokens: Tokens of them: each row's prompt once, and both its responses.
+        max_tokens: Tokens to score at once; a row longer than this stands alone.
+    """
+
+    num_rows: int
+    num_tokens: int
+    max_tokens: int
+
+    def __iter__(self) -> Iterator[PairBatch]: ...
+
+
+class StorePass:
+    """Scores what is lacking of one set, longest first, and says how far it got.
+
+    Responses that are lacking wait until together they fill the budget, so that a few new rows among many old ones
+    make few forwards. A response that waits already is not taken twice, and a prompt counts once. Where a batch does
+    not fit into an accelerator's memory, it is halved, and so is the budget from then on.
+
+    Args:
+        name: The set's name.
+        batches: Its batches: a `RowSet`, or any iterable (each batch is then scored as it comes).
+        lacking: Says which responses of a batch have to be scored.
+        score: Scores a batch of them and keeps the answers.
+        halves: Halve what does not fit into memory. False where other processes make the same forward at the same
+            time, each with a part of the weights: one alone cannot begin again.
+        show_progress: Show a bar with tokens a second and the time left, where standard error is a terminal.
+
+    Attributes:
+        num_found: Responses that were not lacking.
+        num_computed: Responses that were scored.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        batches: Iterable[PairBatch],
+        lacking: Lacking,
+        score: Scoring,
+        *,
+        halves: bool = True,
+        show_progress: bool = False,
+    ) -> None:
+        self._name, self._batches, self._lacking, self._score = name, batches, lacking, score
+        self._halves = halves
+        known = batches if isinstance(batches, RowSet) else None
+        self._num_rows = known.num_rows if known else None
+        self._max_tokens = known.max_tokens if known else None
+        self.num_found = self.num_computed = 0
+        self._num_kept = self._num_seen = 0
+        self._waiting: dict[Response, str] = {}  # what waits to be scored, and its name
+        self._rows: list[tuple[Response, Response]] = []  # rows that wait for a response
+        self._bar = tqdm(
+            total=known.num_tokens if known else None,
+            desc=f"Reference log-probs ({name})",
+            unit=" tokens",
+            unit_scale=True,
+            disable=None if show_progress else True,  # None: on only where standard error is a terminal
+        )
+
+    def run(self) -> None:
+        """Makes the pass.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, saying how many rows are kept; what was in flight is lost.
+        """
+        try:
+            for batch in self._batches:
+                self._take(batch)
+                self._score_waiting(keep_rest=self._max_tokens is not None)
+            self._score_waiting()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._progress()) from None
+        finally:
+            self._bar.close()
+
+    def _progress(self) -> str:
+        total = self._num_seen if self._num_rows is None else self._num_rows
+        return f"{self._num_kept} of {total} rows of the {self._name} set are kept"
+
+    def _take(self, batch: PairBatch) -> None:
+        """Puts what is lacking of a batch among what waits."""
+        responses, lacking, names = batch.responses(), self._lacking(batch), names_of(batch, self._name)
+        self._num_seen += batch.num_pairs
+        self.num_found += batch.num_responses - len(lacking)
+        self._rows += [(responses[c], responses[r]) for c, r in zip(batch.chosen, batch.rejected, strict=True)]
+        new = {responses[index]: names(index) for index in lacking if responses[index] not in self._waiting}
+        self._waiting |= new
+        self._count_kept()
+        # Tokens that need no scoring are not counted as done: they would flatter the speed and the time left.
+        if self._bar.total is not None:
+            self._bar.total = max(self._bar.total - batch.num_row_tokens() + _num_tokens(new), self._bar.n)
+
+    def _score_waiting(self, keep_rest: bool = False) -> None:
+        """Scores what waits, budget by budget; `keep_rest` leaves the last, unfilled one."""
+        parts = list(_cut(self._waiting, self._max_tokens))
+        for part in parts[:-1] if keep_rest else parts:
+            self._score_part(part)
+            for response in part:
+                del self._waiting[response]
+            self.num_computed += len(part)
+            self._count_kept()
+            if self._bar.total is not None:  # a prompt whose responses did not fit together is fed twice
+                self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(part))
+            self._bar.update(_num_tokens(part))
+            self._bar.set_postfix(found=self.num_found, computed=self.num_computed, refresh=False)
+
+    def _score_part(self, part: Sequence[Response]) -> None:
+        batch = PairBatch.of_pairs([(response, response) for response in part])
+        members, names = batch.responses(), dict(self._waiting)  # the batch has an order of its own
+        try:
+            self._score(batch, lambda index: names[members[index]])
+        except torch.OutOfMemoryError as error:
+            if not self._halves:
+                raise _too_much(self._name, part) from error
+            if len(part) == 1:
+                raise
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            self._max_tokens = _num_tokens(part) // 2
+            middle = len(part) // 2
+            self._score_part(part[:middle])
+            self._score_part(part[middle:])
+
+    def _count_kept(self) -> None:
+        waiting = [pair for pair in self._rows if pair[0] in self._waiting or pair[1] in self._waiting]
+        self._num_kept += len(self._rows) - len(waiting)
+        self._rows = waiting
+
+
+def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list[Response]]:
+    """Consecutive responses within a budget of tokens; a single one may exceed it."""
+    part: list[Response] = []
+    tokens, prompts = 0, set[tuple[int, ...]]()
+    for response in responses:
+        added = len(response.token_ids) + (0 if response.prompt_ids in prompts else len(response.prompt_ids))
+        if part and max_tokens is not None and tokens + added > max_tokens:
+            yield part
+            part, tokens, prompts = [], 0, set()
+            added = len(response.token_ids) + len(response.prompt_ids)
+        part.append(response)
+        prompts.add(response.prompt_ids)
+        tokens += added
+    if part:
+        yield part
+
+
+def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
+    return ConfigurationError(
+        asked=f"{len(part)} responses of the {name} set ({_num_tokens(part)} tokens) were scored at once, and did not "
+        "fit into the accelerator's memory.",
+        why="The reference is sharded: every process makes this forward together, so one alone cannot make it smaller.",
+        instead="Set `precompute_ref_batch_size` (in longest pairs; 1 is the least), or a shorter `max_length`.",
+    )
+
+
+def _num_tokens(responses: Iterable[Response]) -> int:
+    """Tokens of a packed row of them: each prompt once."""
+    responses = list(responses)
+    prompts = {response.prompt_ids for response in responses}
+    return sum(len(prompt) for prompt in prompts) + sum(len(response.token_ids) for response in responses)
+
+
+def names_of(batch: PairBatch, name: str = "") -> Callable[[int], str]:
+    """How to name the responses of a batch: by row and side where the batch knows its rows."""
+
+    def name_of(index: int) -> str:
+        for pair, (chosen, rejected) in enumerate(zip(batch.chosen, batch.rejected, strict=True)):
+            if index in (chosen, rejected):
+                side = "chosen" if index == chosen else "rejected"
+                where = f"row {batch.rows[pair]}" if batch.rows else f"pair {pair} of a batch"
+                return f"the {side} response of {where}" + (f" of the {name} set" if name else "")
+        return f"response {index} of a batch"
+
+    return name_of

@@ -1,0 +1,58 @@
+"""`GivenReference`: rows that bring their own answers, in the columns `ref_chosen_logps` and `ref_rejected_logps`.
+
+Knows sums only; knows no model, no store and no column.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tether.errors import MissingLogProbsError
+from tether.reference.base import Reference
+from tether.reference.identity import ReferenceIdentity
+from tether.types import PairBatch, ResponseLogProbs, offsets_of
+
+
+class GivenReference(Reference):
+    """The reference is what the rows say it is: the sum of each response's log-probs, computed elsewhere.
+
+    No model is run and no weight is held. Which model the sums come from, and whether it was fed the same tokens,
+    cannot be checked here. How a sum is spread over the response's tokens is not known: `knows_tokens` is False, and
+    the whole of it stands at the first token.
+
+    Args:
+        digest: Of the given numbers, where they can be known in advance; tells one set of them from another.
+    """
+
+    def __init__(self, digest: str) -> None:
+        self._identity = ReferenceIdentity(kind="given", weights=digest, compute_dtype="float32", scoring_version=0)
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        return self._identity
+
+    @property
+    def num_passes(self) -> int:
+        return 0
+
+    @property
+    def knows_tokens(self) -> bool:
+        return False
+
+    @property
+    def answers_are_stored(self) -> bool:
+        return True
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        sums = [known for known in batch.reference_sums if known is not None]
+        if len(sums) != batch.num_responses:
+            raise MissingLogProbsError(
+                asked="Reference log-probs of a row without `ref_chosen_logps` and `ref_rejected_logps`.",
+                why="The training rows bring their own, so there is no model to compute them with.",
+                instead="Give this set the two columns too, or take them out of the training set "
+                "(`dataset.remove_columns`) to have a reference computed.",
+            )
+        offsets = offsets_of(batch.response_lengths, batch.device)
+        values = torch.zeros(sum(batch.response_lengths), device=batch.device)
+        values[offsets[:-1]] = torch.tensor(sums, device=batch.device)
+        return ResponseLogProbs(values, offsets)

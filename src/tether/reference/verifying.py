@@ -1,0 +1,87 @@
+"""Is what a store holds still what the reference says? Scores some responses again and compares.
+
+Knows stored references; knows no file and no command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tether.errors import ConfigurationError, StoreError
+from tether.reference.checks import tolerance
+from tether.reference.filling import names_of
+from tether.reference.stored import StoredReference
+from tether.types import PairBatch
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of scoring stored responses again.
+
+    Attributes:
+        num_responses: Responses that were compared.
+        num_missing: Responses that the store does not hold.
+        num_tokens: Tokens of those that were compared.
+        mean: Mean absolute difference per token, in nats.
+        largest: The largest, in nats.
+        where: The response that has it.
+    """
+
+    num_responses: int
+    num_missing: int
+    num_tokens: int
+    mean: float
+    largest: float
+    where: str
+
+
+def verify(reference: StoredReference, batches: Iterable[PairBatch], name: str = "train") -> Verification:
+    """Scores the responses of some batches again, by the reference's source, and compares with what is stored.
+
+    Args:
+        reference: Still with its source.
+        batches: The rows to look at; those that the store lacks are counted and left alone.
+        name: Their set's name.
+    """
+    if reference.source is None:
+        raise ConfigurationError(
+            asked="A verification of a stored reference without a source.",
+            why="There is no model to score the responses again with.",
+            instead="Give `StoredReference` its source.",
+        )
+    num_responses = num_missing = num_tokens = 0
+    total, largest, where = 0.0, 0.0, ""
+    for batch in batches:
+        stored, names = reference.stored(batch), names_of(batch, name)
+        num_missing += sum(value is None for value in stored)
+        if all(value is None for value in stored):
+            continue
+        for index, (old, new) in enumerate(zip(stored, reference.source.log_probs(batch).split(), strict=True)):
+            if old is None:
+                continue
+            difference = (new.cpu() - old).abs()
+            num_responses, num_tokens = num_responses + 1, num_tokens + len(old)
+            total += float(difference.double().sum())
+            if not where or not float(difference.max()) <= largest:
+                largest, where = float(difference.max()), names(index)
+    return Verification(num_responses, num_missing, num_tokens, total / max(num_tokens, 1), largest, where)
+
+
+def check(found: Verification, reference: StoredReference) -> None:
+    """Refuses a difference that rounding does not explain.
+
+    Raises:
+        StoreError: With its size and the row that has it.
+    """
+    own = reference.identity.compute_dtype
+    mean, largest = tolerance(own, own, alike=False)
+    if found.mean <= mean and found.largest <= largest:
+        return
+    raise StoreError(
+        asked=f"The store {reference.store.path} differs from what the reference says now by {found.largest:.3g} nats "
+        f"at most ({found.where}), {found.mean:.3g} per token in the mean.",
+        why=f"Rounding in {reference.identity.compute_dtype} explains {largest:g} at most and {mean:g} in the mean. "
+        "The identity is the same, so other numbers were put under it: imported, or computed by other kernels.",
+        instead=f"Remove them, and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
+    )
