@@ -19,7 +19,7 @@ from tether import DPOTrainer
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference import FrozenReference, MovingReference
 from tether.reference.averaging import bema
-from tiny import naive_log_probs, tiny_model
+from tiny import naive_log_probs, tiny_model, tiny_pairs
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
@@ -119,6 +119,15 @@ def test_the_distance_to_the_start_is_that_of_the_policy_even_with_another_refer
     trainer = trained(tmp_path, ref_model=tiny_model(seed=1), **sync(1.0, 2), max_steps=2)
     before, after = curve(trainer, "reference/distance_from_start")
     assert before > 5 * after > 0
+
+
+def test_a_run_resumed_with_other_rows_logs_no_distance_to_a_start_that_it_never_saw(tmp_path: Path) -> None:
+    options = sync(0.5, 1) | {"max_steps": 4}
+    trained(tmp_path, **options, save_strategy="steps", save_steps=2)
+    resumed = make_trainer(tmp_path, rows=tiny_pairs(12, seed=3), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    last = steps(resumed)[-1]
+    assert last["reference/distance"] > 0 and "reference/distance_from_start" not in last
 
 
 def test_a_reference_that_stands_still_logs_no_distance(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tether.distributed import together
 from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
+from tether.reference.checks import Start
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig
@@ -99,16 +100,16 @@ def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     shift.load(json.loads(path.read_text())["sum_and_count"])
 
 
-def save_start(checkpoint: Path, log_probs: Sequence[float] | None) -> None:
+def save_start(checkpoint: Path, start: Start | None) -> None:
     """Writes what the initial policy said of the fixed pairs, where a reference that moves is compared with it."""
-    if log_probs is not None:
-        (checkpoint / _FOLDER / _START).write_text(json.dumps({"log_probs": list(log_probs)}))
+    if start is not None:
+        (checkpoint / _FOLDER / _START).write_text(json.dumps(start._asdict()))
 
 
-def load_start(checkpoint: Path) -> list[float] | None:
+def load_start(checkpoint: Path) -> Start | None:
     """Reads it, if the checkpoint has it; fp32 as decimal text comes back bit for bit."""
     path = checkpoint / _FOLDER / _START
-    return [float(value) for value in json.loads(path.read_text())["log_probs"]] if path.is_file() else None
+    return Start(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def _check_same(folder: Path, reference: Reference) -> None:

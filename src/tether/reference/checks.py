@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +126,25 @@ def _dtypes(policy: str, reference: str) -> str:
     return policy if policy == reference else f"policy in {policy}, reference in {reference}"
 
 
+class Start(NamedTuple):
+    """What the initial policy said of some responses.
+
+    Attributes:
+        responses: Their content keys, in hexadecimal.
+        log_probs: Token by token, one response after the other, in nats.
+    """
+
+    responses: list[str]
+    log_probs: list[float]
+
+
 class ReferenceWatch:
     """Watches one reference through a run: the gap at step 0, and a few fixed pairs for ever after.
 
     A reference that stands still says the same of the fixed pairs (the sentinel) at every evaluation and every save.
+
+    Attributes:
+        start: What the initial policy said of the fixed pairs, once that is known; a resumed run is given it.
 
     Args:
         reference: The reference to watch.
@@ -146,7 +162,7 @@ class ReferenceWatch:
         self._knows_gap = False
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
-        self._start: Tensor | None = None
+        self.start: Start | None = None
 
     def gap_at_start(
         self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
@@ -169,32 +185,31 @@ class ReferenceWatch:
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
 
     def set_start(self, policy: nn.Module) -> None:
-        """Keeps what the initial policy says of the sentinel's pairs, unless that is known or the reference stands."""
-        if self._reference.moves and self._start is None and self._sentinel is not None:
-            self._start = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
+        """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves."""
+        if self._reference.moves and self._sentinel is not None and not self._knows_start():
+            log_probs = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values.tolist()
+            self.start = Start([key.hex() for key in self._sentinel.keys], log_probs)
 
-    @property
-    def start(self) -> list[float] | None:
-        """What the initial policy said of the sentinel's pairs, token by token, in nats."""
-        return None if self._start is None else self._start.tolist()
-
-    @start.setter
-    def start(self, log_probs: list[float] | None) -> None:
-        self._start = None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32)
+    def _knows_start(self) -> bool:
+        """Whether `start` is of the sentinel's pairs: a resumed run may have other rows."""
+        keys = [] if self._sentinel is None else [key.hex() for key in self._sentinel.keys]
+        return self.start is not None and self.start.responses == keys
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
         """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
 
-        The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still.
+        The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still; nothing of
+        the start where a resumed run has other rows.
         """
-        if not self._reference.moves or self._sentinel is None or self._start is None:
+        if not self._reference.moves or self._sentinel is None:
             return {}
         reference = self._reference.log_probs(self._sentinel).values
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
-        return {
-            "reference/distance": Gap.between(now, reference, self._reduce).mean,
-            "reference/distance_from_start": Gap.between(self._start.to(now.device), reference, self._reduce).mean,
-        }
+        found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
+        if self.start is not None and self._knows_start():
+            start = reference.new_tensor(self.start.log_probs)
+            found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
+        return found
 
     def check_drift(self) -> None:
         """Scores the sentinel's pairs again.
