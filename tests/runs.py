@@ -20,7 +20,15 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "activation_checkpointing": False,
 }
-TRAINER_ARGUMENTS = ("processing_class", "eval_dataset", "ref_model", "peft_config", "callbacks", "optimizers")
+TRAINER_ARGUMENTS = (
+    "processing_class",
+    "data_collator",
+    "eval_dataset",
+    "ref_model",
+    "peft_config",
+    "callbacks",
+    "optimizers",
+)
 
 
 def make_trainer(folder: Path, model: Any = None, rows: Any = None, **options: Any) -> DPOTrainer:

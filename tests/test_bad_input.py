@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loss_weights": {"loss_weights": [1.0, 2.0]},
     "max_length": {"max_length": 1},
     "truncation_mode": {"truncation_mode": "keep_middle"},
+    "bad_rows": {"bad_rows": "keep"},
     "precompute_ref_batch_size": {"precompute_ref_batch_size": 0},
     "ref_dtype": {"ref_dtype": "int8"},
     "fp16 on a CPU": {"fp16": True, "use_cpu": True},

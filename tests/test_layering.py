@@ -21,7 +21,16 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 # A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("tether.types", "tether.errors"),
-    ("tether.scoring", "tether.losses", "tether.data", "tether.sampling", "tether.store"),
+    (
+        "tether.scoring",
+        "tether.losses",
+        "tether.rows",
+        "tether.tokenizing",
+        "tether.data",
+        "tether.collators",
+        "tether.sampling",
+        "tether.store",
+    ),
     ("tether.reference",),
     (
         "tether.planner",

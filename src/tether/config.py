@@ -42,6 +42,8 @@ class DPOConfig(TrainingArguments):
         dataset_num_proc: Processes that tokenize.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        bad_rows: What becomes of rows that are no pairs (an empty response, say): `raise` refuses the set and names
+            them, `drop` leaves them out and says how many and why.
         max_tokens_per_micro_batch: Token budget of a training micro-batch, each prompt counted once;
             `per_device_train_batch_size` is then the most pairs it may have. With it, or with
             `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
@@ -82,6 +84,10 @@ class DPOConfig(TrainingArguments):
     max_length: int | None = _option(1024, "Tokens of prompt and response together; None for no limit.")
     truncation_mode: str = _option(
         "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
+    )
+
+    bad_rows: str = _option(
+        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them.", choices=["raise", "drop"]
     )
 
     max_tokens_per_micro_batch: int | None = _option(
@@ -202,6 +208,8 @@ class DPOConfig(TrainingArguments):
             )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             _refuse("truncation_mode", self.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
+        if self.bad_rows not in ("raise", "drop"):
+            _refuse("bad_rows", self.bad_rows, "a set is refused, or its rows are dropped", "`raise` or `drop`")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             _refuse("precompute_ref_batch_size", self.precompute_ref_batch_size, "a batch has a pair", "1 or more")
         if self.ref_dtype is not None and self.ref_dtype not in _DTYPES:

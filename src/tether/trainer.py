@@ -20,10 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.batches import ProcessBatches, even_loader
 from tether.checkpoints import load_reference, save_reference
+from tether.collators import Collator, pair_collator
 from tether.config import DPOConfig, refuse_data_parallel
 from tether.data import (
     TOKEN_COLUMNS,
-    PairCollator,
     PairDataset,
     Rows,
     as_dataset,
@@ -74,6 +74,8 @@ class DPOTrainer(Trainer):
         model: The policy: a path or name, a `PreTrainedModel`, or a `PeftModel`.
         ref_model: The reference model, or a path to one; by default the policy as it is now.
         args: The options; by default `DPOConfig` with an output folder named after the model.
+        data_collator: A collator of your own that returns the padded batches of `DataCollatorForPreference`. The
+            default pads nothing and needs no padding token.
         train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`.
         eval_dataset: The same, or a dict of named sets.
         processing_class: The tokenizer; by default the one beside the model.
@@ -105,6 +107,7 @@ class DPOTrainer(Trainer):
         ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: DPOConfig | None = None,
         *,
+        data_collator: Collator | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -139,7 +142,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=PairCollator(args.max_length, args.truncation_mode),
+            data_collator=pair_collator(data_collator, args.max_length, args.truncation_mode),
             train_dataset=train_set,
             eval_dataset=eval_sets,
             processing_class=self._tokenizer,
@@ -213,6 +216,7 @@ class DPOTrainer(Trainer):
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
                 name=name,
+                bad_rows=args.bad_rows,
             )
 
     def _tokenized_sets(self, sets: Rows | Mapping[str, Rows] | None, args: DPOConfig) -> Any:
