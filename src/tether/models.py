@@ -91,7 +91,12 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 
 
 def lora_config(
-    rank: int, *, alpha: float | None = None, dropout: float = 0.0, target_modules: list[str] | None = None
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: list[str] | None = None,
+    **further: Any,
 ) -> PeftConfig:
     """A fresh LoRA adapter for a causal language model: the update of a layer is `alpha / rank * B A`.
 
@@ -101,10 +106,13 @@ def lora_config(
         dropout: Dropout in front of `A`.
         target_modules: Names of the layers that get one; by default what PEFT takes for the model's family, and
             `["all-linear"]` is every linear layer but the head.
+        further: Other fields of `peft.LoraConfig`, such as `use_dora`.
     """
     targets = "all-linear" if target_modules == ["all-linear"] else target_modules
     scale: Any = 2 * rank if alpha is None else alpha  # PEFT declares an int, and takes any number
-    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", **further
+    )
 
 
 def check_trainable(model: nn.Module) -> None:
