@@ -93,6 +93,13 @@ def test_padding_on_the_left_is_taken_off_too() -> None:
     assert fed(batch_of(PairsOfPadded(left)(rows))) == fed(batch_of(PairCollator()(rows)))
 
 
+def test_pairs_are_left_alone() -> None:
+    rows = drawn_rows()
+    found = PairsOfPadded(lambda given: PairCollator(9)(given[:3]))(rows)
+    assert found["pairs"].tolist() == [1, 1, 1]
+    assert fed(batch_of(found)) == fed(batch_of(PairCollator(9)(rows[:3])))
+
+
 def test_each_collator_has_its_way_to_pairs() -> None:
     own = PairCollator(7, "keep_end")
     assert pair_collator(None, 5, "keep_end") == PairCollator(5, "keep_end")

@@ -135,13 +135,19 @@ class PairsOfPadded:
 
     Args:
         collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
-            sequences, then all rejected ones.
+            sequences, then all rejected ones. What it returns as pairs already is left alone.
+
+    Raises:
+        ConfigurationError: If it returns other keys or shapes.
+        DataError: If a sequence has no response, or one with a hole.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         padded = self.collator(list(rows))
+        if isinstance(padded, Mapping) and isinstance(padded.get("batch"), PairBatch):
+            return dict(padded)
         _check_layout(padded, len(rows))
         sequences = [
             _response(number, *(tensor.tolist() for tensor in sequence))
