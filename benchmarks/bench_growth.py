@@ -38,7 +38,7 @@ def main() -> None:
     if arguments.child:
         _child(json.loads(arguments.child))
         return
-    results = []
+    results = [row for row in harness.read_results("growth", "cpu") if row["axis"] not in arguments.axes]
     for axis in arguments.axes:
         for value in AXES[axis]:
             point = {**BASE, axis.removeprefix("frozen_"): value, "frozen": axis.startswith("frozen_")}

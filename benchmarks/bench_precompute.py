@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=3, help="measured batches of each shape (default 3)")
     parser.add_argument("--repeats", type=int, default=2, help="times each batch is measured (default 2)")
+    parser.add_argument("--shapes", nargs="*", help="only these shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     sides.quiet()
@@ -32,8 +33,12 @@ def main() -> None:
         "trl": sides.TRLSide(copy.deepcopy(model), tokenizer, arguments.device, **bf16),
         "plain": sides.PlainSide(copy.deepcopy(model), arguments.device, autocast=torch.bfloat16 if bf16 else None),
     }
-    results = [_measure(shape, rows, contenders, arguments) for shape, rows in harness.each_shape(_count(arguments))]
-    harness.write_results("precompute", results, arguments.device)
+    results = harness.read_results("precompute", arguments.device)
+    for shape, rows in harness.each_shape(_count(arguments)):
+        if not arguments.shapes or shape in arguments.shapes:
+            result = _measure(shape, rows, contenders, arguments)
+            results = [row for row in results if row["shape"] != shape] + [result]
+            harness.write_results("precompute", results, arguments.device)
 
 
 def _count(arguments: argparse.Namespace) -> int:

@@ -107,7 +107,26 @@ def _profile(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TABLES = {"step": _step, "precompute": _precompute, "growth": _growth, "profile": _profile}
+def _numerics(results: list[dict[str, Any]]) -> str:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results))
+    head = [f"| mean / largest single difference, in nats | {' | '.join(dtypes)} |", "| --- |" + " --- |" * len(dtypes)]
+    found = {(row["way"], row["dtype"]): row for row in results}
+
+    def table(kind: str, mean: str, single: str) -> list[str]:
+        ways = dict.fromkeys(row["way"] for row in results if row["kind"] == kind)
+        cells = ([found.get((way, dtype)) for dtype in dtypes] for way in ways)
+        return [
+            f"| {way} | " + " | ".join(f"{row[mean]:.1g} / {row[single]:.1g}" if row else "" for row in rows) + " |"
+            for way, rows in zip(ways, cells, strict=True)
+        ]
+
+    rounding = table("rounding", "largest_mean", "largest_single")
+    faults = table("fault", "smallest_mean", "smallest_single")
+    parts = {"**Rounding**, the largest over all models:": rounding, "**Another reference**, the smallest:": faults}
+    return "\n".join(line for title, rows in parts.items() for line in (title, "", *head, *rows, ""))
+
+
+_TABLES = {"step": _step, "precompute": _precompute, "growth": _growth, "profile": _profile, "numerics": _numerics}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TRAINER_ARGUMENTS = (
     "peft_config",
     "callbacks",
     "optimizers",
+    "loss",
 )
 
 

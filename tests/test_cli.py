@@ -25,6 +25,7 @@ from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
 from tether.config import DPOConfig
 from tether.errors import ConfigurationError, DataError
+from tether.losses import LossOptions
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
@@ -187,6 +188,18 @@ warmup_steps: 10
     assert config.max_length is None and config.run_name == "2024"
     assert config.loss_type == ["sigmoid"] and config.loss_weights == [1.0]
     assert config.model_init_kwargs == {"attn_implementation": "eager", "rope_theta": 1e4}
+
+
+def test_a_recipe_and_flags_take_the_options_of_the_losses(tmp_path: Path) -> None:
+    text = "loss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1]\nld_alpha: 0.5\nbco_reward_shift: no"
+    config = read(text, tmp_path, "--use_weighting", "--router_aux_loss_coef", "0", "--label_smoothing=0.1").config
+    assert config.loss_type == ["sigmoid", "bco_pair", "sft"] and config.loss_weights == [0.8, 0.2, 1.0]
+    assert config.loss_options == LossOptions(label_smoothing=0.1, ld_alpha=0.5)
+    assert config.use_weighting and not config.bco_reward_shift and config.router_aux_loss_coef == 0
+    flags = ["--f_divergence_type", "alpha_divergence", "--f_alpha_divergence_coef", "0.3", "--reference_free"]
+    other = read("", tmp_path, *flags).config
+    assert other.loss_options == LossOptions(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3)
+    assert other.reference_free
 
 
 @pytest.mark.parametrize("flags", [["--max_length", "none"], ["--max_length=none"], ["--max-length", "None"]])

@@ -22,6 +22,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("tether.types", "tether.errors"),
     (
+        "tether.distributed",
         "tether.scoring",
         "tether.losses",
         "tether.rows",
@@ -40,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.batches",
         "tether.checkpoints",
         "tether.trainer",
+        "tether.testing",
     ),
     ("tether.report", "tether.demo", "tether.cli"),
     ("tether", "tether.__main__"),  # the package's own __init__: inside, name the module that defines a thing
@@ -70,6 +72,7 @@ HOMES: tuple[Home, ...] = (
     Home("matplotlib", ("tether.report",)),
     Home("transformers.Trainer", ("tether.trainer",)),
     Home("transformers.trainer", ("tether.trainer",)),
+    Home("pytest", ("tether.testing",)),
     Home("trl", ()),
 )
 
@@ -244,6 +247,8 @@ def test_every_module_has_its_layer() -> None:
         ("tether.config", "import transformers as tf\ntf.Trainer", "Trainer has its home in tether.trainer"),
         ("tether.metrics", "from transformers.trainer import Trainer", "has its home in tether.trainer"),
         ("tether.config", "import trl", "trl has its home in no file"),
+        ("tether.reference.checks", "import pytest", "pytest has its home in tether.testing"),
+        ("tether.testing.contract", "import trl", "trl has its home in no file"),
     ],
 )
 def test_the_checker_catches_a_violation(module: str, source: str, reason: str) -> None:

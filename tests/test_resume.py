@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "fresh LoRA, precomputed": lambda: {"peft_config": LoraConfig(**LORA), "precompute_ref_log_probs": True},
     "continued LoRA": lambda: {"model": continued()},
     "prompt tuning": lambda: {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+    "reward shift": lambda: {"loss_type": ["sigmoid", "bco_pair"], "beta": 0.5},
     "batches by length": lambda: {"max_tokens_per_micro_batch": 200},
 }
 
@@ -113,12 +114,106 @@ def test_a_checkpoint_is_refused_with_another_reference(kind: str, tmp_path: Pat
     assert other.state.global_step == STOP, "no step was taken"
 
 
-def test_a_trainer_built_from_the_weights_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
-    """The usual mistake: the reference would be the half-trained policy."""
-    trained(tmp_path, **RUN)
-    checkpoint = str(tmp_path / f"checkpoint-{STOP}")
-    with pytest.raises(ResumeError, match="weights"):
-        make_trainer(tmp_path, checkpoint, **RUN).train(resume_from_checkpoint=checkpoint)
+def saved(model: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def continued_from(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return get_peft_model(tiny_model(), LoraConfig(**LORA, init_lora_weights=False))
+
+
+class Mistake(NamedTuple):
+    """How a run began, how it was wrongly resumed, and what the error must name as different and as the same."""
+
+    began: Callable[[Path], dict[str, Any]]
+    resumed: Callable[[Path], dict[str, Any]]
+    differs: str
+    alike: str
+
+
+def checkpoint_of(folder: Path) -> str:
+    return str(folder / f"checkpoint-{STOP}")
+
+
+FRESH: dict[str, Any] = {"peft_config": LoraConfig(**LORA)}
+MISTAKES: dict[str, Mistake] = {
+    "the folder of the model was overwritten": Mistake(
+        lambda folder: {"model": saved(tiny_model(), folder / "model")},
+        lambda folder: {"model": saved(tiny_model(seed=1), folder / "model")},
+        "The base weights differ",
+        "The same in both: the model's config.",
+    ),
+    "the folder of the base under an adapter was overwritten": Mistake(
+        lambda folder: {"model": saved(tiny_model(), folder / "model"), **FRESH},
+        lambda folder: {"model": saved(tiny_model(seed=1), folder / "model"), **FRESH},
+        "The base weights differ",
+        "The same in both: the model's config.",
+    ),
+    "built from the weights of the checkpoint": Mistake(
+        lambda folder: {"model": saved(tiny_model(), folder / "model")},
+        lambda folder: {"model": checkpoint_of(folder)},
+        "The base weights differ",
+        "The same in both: the model's config.",
+    ),
+    "built from the adapter of the checkpoint": Mistake(
+        lambda folder: {"model": saved(tiny_model(), folder / "model"), **FRESH},
+        lambda folder: {"model": checkpoint_of(folder)},
+        "The adapter differs: none (the base alone) in the checkpoint",
+        "The same in both: the base weights, the model's config.",
+    ),
+    "another adapter": Mistake(
+        lambda folder: {"model": continued_from(0)},
+        lambda folder: {"model": continued_from(1)},
+        "The adapter differs",
+        "The same in both: the base weights, the model's config.",
+    ),
+    "a fresh adapter in place of the one that was continued": Mistake(
+        lambda folder: {"model": continued_from(0)},
+        lambda folder: FRESH,
+        "none (the base alone) in this trainer",
+        "The same in both: the base weights, the model's config.",
+    ),
+    "another config": Mistake(
+        lambda folder: {"model": tiny_model()},
+        lambda folder: {"model": tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 50.0})},
+        "The model's config differs",
+        "The same in both: the base weights.",
+    ),
+    "another reference model": Mistake(
+        lambda folder: {"ref_model": tiny_model(seed=1)},
+        lambda folder: {"ref_model": tiny_model(seed=2)},
+        "The base weights differ",
+        "The same in both: the model's config.",
+    ),
+    "without the reference model": Mistake(
+        lambda folder: {"ref_model": tiny_model(seed=1)}, lambda folder: {}, "The base weights differ", "config."
+    ),
+    "in another dtype": Mistake(
+        lambda folder: {},
+        lambda folder: {"bf16": True, "use_cpu": True},
+        "Its `compute_dtype` was float32 and is bfloat16 in this trainer.",
+        "The same in both: the base weights, the model's config.",
+    ),
+    "no longer following": Mistake(
+        lambda folder: SYNC, lambda folder: {}, "Its `kind` was moving and is frozen", "the base weights"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_resume_with_another_reference_says_what_differs_and_how_to_give_the_right_one(
+    name: str, tmp_path: Path
+) -> None:
+    mistake = MISTAKES[name]
+    trained(tmp_path, **RUN | {"max_steps": STOP}, **mistake.began(tmp_path))
+    other = make_trainer(tmp_path, **RUN, **mistake.resumed(tmp_path))
+    with pytest.raises(ResumeError) as caught:
+        other.train(resume_from_checkpoint=checkpoint_of(tmp_path))
+    assert mistake.differs in caught.value.why and mistake.alike in caught.value.why
+    assert "Or start a new run" in caught.value.instead and len(caught.value.instead) > 60
+    assert other.state.global_step == STOP, "no step was taken"
 
 
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:

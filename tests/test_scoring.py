@@ -190,6 +190,7 @@ def test_score_statistics_are_those_of_the_naive_logits(family: str, layout: Any
     torch.testing.assert_close(found.entropy, -(log_probs.exp() * log_probs).sum(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.mean_logit, torch.cat(logits).mean(-1), atol=1e-5, rtol=1e-5)
     assert torch.equal(found.is_top1, torch.cat(logits).argmax(-1) == BATCH.response_ids)
+    torch.testing.assert_close(found.log_expected_prob, log_probs.exp().square().sum(-1).log(), atol=1e-5, rtol=1e-5)
 
 
 def test_score_has_statistics_only_where_they_are_asked_for() -> None:

@@ -107,7 +107,7 @@ def test_log_probs_sums_carry_the_gradient_to_every_token() -> None:
 
 
 def test_log_probs_detach_keeps_values_and_statistics_without_gradient() -> None:
-    statistics = TokenStatistics(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+    statistics = TokenStatistics(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.bool), torch.zeros(3))
     values = torch.zeros(3, requires_grad=True)
     detached = ResponseLogProbs(values, offsets_of([1, 2]), statistics, values.sum()).detach()
     assert not detached.values.requires_grad and detached.auxiliary_loss is None

@@ -1,12 +1,21 @@
 """Whatever the model or the adapter: the reference is the policy at step 0, and training does not move it.
 
-`TETHER_WRITE_DOCS=1` writes docs/which-reference.md anew from what is measured here.
+`TETHER_WRITE_DOCS=1` writes the table of docs/which-reference.md anew from what is measured here.
+
+What else may go wrong with a reference, and where it is tested:
+
+    shared or partly shared with the policy, in two trainers      test_shared_reference.py
+    mode, adapter, `requires_grad`, hooks, random state, dropout  test_reference_contract.py
+    resumed with another one                                      test_resume.py
+    the gap at step 0 and the drift                               test_checks.py
+    each protection taken away                                    test_protections.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +25,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from observe import bits, same_bits
 from tether import DPOConfig, DPOTrainer
 from tether.data import batch_of
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
@@ -50,6 +60,7 @@ _QV = ["q_proj", "v_proj"]
 ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
     "LoRA": _lora,
     "LoRA, gaussian": lambda: _lora(init_lora_weights="gaussian"),
+    "LoRA, orthogonal": lambda: _lora(init_lora_weights="orthogonal"),
     "LoRA, random start": lambda: _lora(init_lora_weights=False),
     "LoRA, dropout": lambda: _lora(lora_dropout=0.5),
     "rsLoRA": lambda: _lora(use_rslora=True),
@@ -95,8 +106,18 @@ OTHER_FAMILIES: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
 }
 
 
+def eva() -> Any:
+    """LoRA whose A is made from the activations of some data. (LoftQ needs bitsandbytes on a GPU.)"""
+    config = _lora(init_lora_weights="eva", target_modules=_QV, r=2, eva_config=peft.EvaConfig(rho=1.0))
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    ids = torch.randint(5, 256, (4, 24), generator=torch.Generator().manual_seed(0))
+    peft.initialize_lora_eva_weights(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 4)
+    return model
+
+
 def _cases() -> dict[str, Case]:
     cases = {name: Case(make) for name, make in MODELS.items()}
+    cases |= {"EVA": Case(eva), "EVA, continued": Case(eva, continued=True)}
     for name, make in ADAPTERS.items():
         cases[name] = Case(lambda: tiny_model("llama"), make())
         cases[f"{name}, continued"] = Case(lambda: tiny_model("llama"), make(), continued=True)
@@ -135,6 +156,44 @@ def other_rope(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, rope_parameters={"rope_type": "default", "rope_theta": 50.0})
 
 
+def other_config(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    tiny_model("llama").save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=0.5, attention_bias=False, hidden_act="gelu")
+
+
+def relative_path(folder: Path) -> Any:
+    """Loaded by a name that means nothing, or another model, from where the run is started."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_model("llama").save_pretrained(folder)
+    with contextlib.chdir(folder.parent):
+        model = AutoModelForCausalLM.from_pretrained(folder.name)
+    elsewhere = folder.parent / "elsewhere"
+    tiny_model("llama", seed=5).save_pretrained(elsewhere / folder.name)
+    os.chdir(elsewhere)  # the test's own folder again when it ends (`working_folder`)
+    return model
+
+
+def cast_in_memory(dtype: torch.dtype) -> Callable[[Path], Any]:
+    """`.to` rounds rotary frequencies, which a model that is loaded in this dtype keeps in fp32."""
+
+    def cast(_: Path) -> Any:
+        model = tiny_model("llama").to(dtype)
+        assert model.model.rotary_emb.inv_freq.dtype == dtype
+        return model
+
+    return cast
+
+
+def attention_dropout_in_the_config(_: Path) -> Any:
+    """A number that the attention keeps; there is no `nn.Dropout` to switch off."""
+    model = tiny_model("llama", attention_dropout=0.3)
+    assert not any(isinstance(module, nn.Dropout) for module in model.modules())
+    return model
+
+
 def folder_overwritten(folder: Path) -> Any:
     model = _reloaded(folder)
     tiny_model("llama", seed=5).save_pretrained(folder)
@@ -164,9 +223,14 @@ IN_MEMORY: dict[str, Callable[[Path], Any]] = {
     "merged adapter": merged_adapter,
     "resized embeddings": resized_embeddings,
     "loaded with another rope theta": other_rope,
+    "loaded with another config": other_config,
     "folder overwritten afterwards": folder_overwritten,
+    "relative path, then `chdir`": relative_path,
     "loaded from a subfolder": subfolder,
+    "cast to bfloat16 in memory": cast_in_memory(torch.bfloat16),
+    "cast to float16 in memory": cast_in_memory(torch.float16),
     "dropout in the config": dropout_in_the_config,
+    "attention dropout in the config": attention_dropout_in_the_config,
     "partly frozen": partly_frozen,
 }
 
@@ -200,6 +264,7 @@ def _disturb(parameters: Any) -> None:
 
 def measure(model: nn.Module, adapter: peft.PeftConfig | None, folder: Path, **options: Any) -> Measured:
     """Trains three steps; the reference's answers on fixed pairs before and after, and the first loss."""
+    given = bits(model)
     trainer = DPOTrainer(
         model,
         args=DPOConfig(
@@ -213,12 +278,15 @@ def measure(model: nn.Module, adapter: peft.PeftConfig | None, folder: Path, **o
             save_strategy="no",
             gradient_checkpointing=False,
             disable_dropout=False,
+            router_aux_loss_coef=0.0,  # it would be in the first loss of a mixture of experts
             **options,
         ),
         train_dataset=Dataset.from_list(tiny_pairs(12)),
         processing_class=tiny_tokenizer(),
         peft_config=adapter,
     )
+    if adapter is None:  # a fresh adapter is put into the model, and some of them change its weights
+        assert same_bits(bits(trainer.model), given), "building the trainer changed the policy"
     batch = batch_of(trainer.data_collator([trainer.train_dataset[row] for row in range(4)]))
     before = trainer.reference.log_probs(batch).values
     trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -236,7 +304,7 @@ def _prepared(case: Case) -> tuple[nn.Module, peft.PeftConfig | None]:
     model = case.model()
     if not case.continued:
         return model, case.adapter
-    adapted = peft.get_peft_model(model, case.adapter)
+    adapted = peft.get_peft_model(model, case.adapter) if case.adapter is not None else model
     _disturb(p for p in adapted.parameters() if p.requires_grad)
     return adapted, None
 
@@ -244,7 +312,6 @@ def _prepared(case: Case) -> tuple[nn.Module, peft.PeftConfig | None]:
 @pytest.mark.parametrize("name", _cases())
 def test_reference_is_the_policy_at_step_0_and_stays(name: str, tmp_path: Path) -> None:
     model, adapter = _prepared(_cases()[name])
-    state = {key: value.clone() for key, value in model.state_dict().items()}
     dropout = "dropout" in name
     measured = measure(model, adapter, tmp_path)
     if not dropout:  # with dropout in the policy its first loss is not log 2; the gap below is without
@@ -252,11 +319,15 @@ def test_reference_is_the_policy_at_step_0_and_stays(name: str, tmp_path: Path) 
     assert measured.initial_gap == 0
     assert measured.drift == 0
     _record(name, measured)
-    if adapter is None and _cases()[name].continued:  # building the trainer changed no bit of the policy
-        again, _ = _prepared(_cases()[name])
-        assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
 
 
+@pytest.fixture
+def working_folder() -> Iterator[None]:
+    with contextlib.chdir(Path.cwd()):
+        yield
+
+
+@pytest.mark.usefixtures("working_folder")
 @pytest.mark.parametrize("name", IN_MEMORY)
 def test_reference_is_what_is_in_memory(name: str, tmp_path: Path) -> None:
     measured = measure(IN_MEMORY[name](tmp_path / "model"), None, tmp_path)
@@ -267,26 +338,29 @@ def test_reference_is_what_is_in_memory(name: str, tmp_path: Path) -> None:
     _record(name, measured)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("precompute", [False, True])
-def test_evaluate_before_train_gives_rewards_of_zero(dtype: str, precompute: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("kind", ["explicit", "adapter", "precomputed", "synchronized"])
+def test_evaluate_before_train_gives_rewards_of_zero(dtype: str, kind: str, tmp_path: Path) -> None:
     rows = Dataset.from_list(tiny_pairs(8))
     trainer = DPOTrainer(
-        tiny_model("llama", dtype=getattr(torch, dtype)),
+        tiny_model("llama", dtype=torch.float32 if dtype == "autocast" else getattr(torch, dtype)),
         args=DPOConfig(
             output_dir=str(tmp_path),
             report_to="none",
             disable_tqdm=True,
-            precompute_ref_log_probs=precompute,
-            precompute_ref_batch_size=8,
+            use_cpu=True,
+            bf16=dtype == "autocast",
+            sync_ref_model=kind == "synchronized",
+            precompute_ref_log_probs=kind == "precomputed",
+            precompute_ref_batch_size=8,  # as in the evaluation: other batches round otherwise
         ),
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=tiny_tokenizer(),
+        peft_config=_lora() if kind == "adapter" else None,
     )
     metrics = trainer.evaluate()
-    assert metrics["eval_rewards/margins"] == 0
-    assert metrics["eval_rewards/chosen"] == 0
+    assert metrics["eval_rewards/margins"] == metrics["eval_rewards/chosen"] == metrics["eval_rewards/rejected"] == 0
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -33,49 +33,91 @@ def trl_loss(
         policy: Chosen and rejected log-probs of the policy, one entry per pair.
         reference: The same of the reference.
         lengths: Tokens of the chosen and the rejected responses.
-        options: `loss_type`, `beta`, `label_smoothing`.
+        options: `loss_type` (a name or several), and the other numbers of `_LossOnly`.
     """
-    num_tokens = torch.cat(lengths)
-    width = int(num_tokens.max()) + 1
-    completion_mask = (torch.arange(width) >= 1) & (torch.arange(width) <= num_tokens[:, None])
-    # The whole of a sequence's log-prob stands at its first token.
-    log_probs = torch.zeros(len(num_tokens), width - 1, dtype=policy[0].dtype)
-    log_probs[:, 0] = torch.cat(policy)
-    outputs = SimpleNamespace(
-        log_probs=log_probs,
-        entropy=torch.zeros_like(log_probs),
-        mean_logits=torch.zeros_like(log_probs),
-        is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
-    )
+    width = int(torch.cat(lengths).max())
+
+    def tokens(sums: tuple[Tensor, Tensor]) -> Tensor:
+        # The whole of a sequence's log-prob stands at its first token.
+        first = torch.nn.functional.one_hot(torch.tensor(0), width)
+        return torch.cat(sums)[:, None] * first
+
+    return trl_loss_of_tokens(tokens(policy), tokens(reference), torch.cat(lengths), **options)
+
+
+def trl_loss_of_tokens(
+    policy: Tensor, reference: Tensor, lengths: Tensor, log_sum_sq: Tensor | None = None, **options: Any
+) -> Tensor:
+    """TRL's loss (the mean over pairs) of given token log-probs.
+
+    Args:
+        policy: Log-probs of the policy: all chosen, then all rejected responses, padded with 0.
+        reference: The same of the reference.
+        lengths: Tokens of each of these.
+        log_sum_sq: Of each token `log sum_v p(v)^2` under the policy; needed for `use_weighting`.
+        options: `loss_type` (a name or several), and the other numbers of `_LossOnly`.
+    """
+    width = policy.shape[1] + 1
+    completion_mask = (torch.arange(width) >= 1) & (torch.arange(width) <= lengths[:, None])
+    zeros = torch.zeros_like(policy)
+
+    def outputs(log_probs: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(
+            log_probs=log_probs,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
+            log_sum_sq_probs=log_sum_sq,
+        )
+
     inputs = {
         "input_ids": torch.zeros_like(completion_mask, dtype=torch.long),
         "attention_mask": torch.ones_like(completion_mask, dtype=torch.long),
         "completion_mask": completion_mask.long(),
-        "ref_chosen_logps": reference[0],
-        "ref_rejected_logps": reference[1],
     }
-    loss: Tensor = DPOTrainer._compute_loss(_LossOnly(**options), lambda **_: outputs, inputs, False)
+    trainer = _LossOnly(lambda **_: outputs(reference), **options)
+    loss: Tensor = DPOTrainer._compute_loss(trainer, lambda **_: outputs(policy), inputs, False)
     return loss
+
+
+class _Policy(torch.nn.Module):
+    is_gradient_checkpointing = False
 
 
 class _LossOnly(SimpleNamespace):
     """What `DPOTrainer._compute_loss` reads of its trainer, and nothing else."""
 
-    def __init__(self, loss_type: str, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        ref_model: Any,
+        loss_type: str | list[str],
+        loss_weights: list[float] | None = None,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        discopop_tau: float = 0.05,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+    ) -> None:
+        names = [loss_type] if isinstance(loss_type, str) else loss_type
         super().__init__(
-            model=SimpleNamespace(training=True),
+            model=_Policy(),
+            ref_model=ref_model,
+            args=SimpleNamespace(discopop_tau=discopop_tau, gradient_checkpointing_kwargs=None),
             accelerator=SimpleNamespace(
                 device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
             ),
             aux_loss_enabled=False,
-            ld_alpha=None,
-            precompute_ref_logps=True,
-            f_divergence_type="reverse_kl",
-            loss_types=[loss_type],
-            loss_weights=[1.0],
+            ld_alpha=ld_alpha,
+            precompute_ref_logps=False,
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha_divergence_coef,
+            loss_types=names,
+            loss_weights=loss_weights or [1.0] * len(names),
             beta=beta,
             label_smoothing=label_smoothing,
-            use_weighting=False,
+            use_weighting=use_weighting,
             _metrics={"train": defaultdict(list)},
             _total_train_tokens=0,
             _tp_size=1,

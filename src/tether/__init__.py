@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tether.collators import DataCollatorForPreference as DataCollatorForPreference
     from tether.config import DPOConfig as DPOConfig
+    from tether.losses import LossOptions as LossOptions
     from tether.reference import AdapterReference as AdapterReference
     from tether.reference import FrozenReference as FrozenReference
     from tether.reference import MovingReference as MovingReference
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tether.store import LogProbStore as LogProbStore
     from tether.trainer import DPOTrainer as DPOTrainer
     from tether.types import PairBatch as PairBatch
+    from tether.types import PairScores as PairScores
     from tether.types import ResponseLogProbs as ResponseLogProbs
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ _HOMES = {
     "DataCollatorForPreference": "tether.collators",
     "DPOConfig": "tether.config",
     "DPOTrainer": "tether.trainer",
+    "LossOptions": "tether.losses",
     "AdapterReference": "tether.reference",
     "FrozenReference": "tether.reference",
     "MovingReference": "tether.reference",
@@ -37,6 +40,7 @@ _HOMES = {
     "score": "tether.scoring",
     "LogProbStore": "tether.store",
     "PairBatch": "tether.types",
+    "PairScores": "tether.types",
     "ResponseLogProbs": "tether.types",
 }
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
-from tether.data import TOKEN_COLUMNS, batch_of
+from tether.data import MARGIN_COLUMN, TOKEN_COLUMNS, batch_of
 from tether.sampling import EvenBatches
 from tether.types import PairBatch
 
@@ -86,4 +86,5 @@ def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
 
 def token_columns(dataset: Dataset) -> Any:
     """The set with what a batch needs of it."""
-    return dataset.select_columns(list(TOKEN_COLUMNS))
+    margin = [MARGIN_COLUMN] if MARGIN_COLUMN in dataset.column_names else []
+    return dataset.select_columns([*TOKEN_COLUMNS, *margin])

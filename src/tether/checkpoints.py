@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run besides what transformers keeps: the reference, and how many tokens were seen.
+"""What a checkpoint keeps of a run besides what transformers keeps: the reference, the tokens seen, BCO's mean.
 
 Knows files and references; knows no trainer.
 """
@@ -6,16 +6,26 @@ Knows files and references; knows no trainer.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tether.distributed import together
 from tether.errors import ResumeError
+from tether.losses.weighting import RewardShift
 from tether.reference import Reference
 
-_FOLDER, _IDENTITY, _PROGRESS = "reference", "identity.json", "progress.json"
+_FOLDER, _IDENTITY, _PROGRESS, _SHIFT = "reference", "identity.json", "progress.json", "reward_shift.json"
 
 
-def save_reference(checkpoint: Path, reference: Reference, num_tokens: float) -> None:
-    """Writes the reference's identity and state (`checkpoint/reference/`), and the tokens trained on."""
+def save_reference(checkpoint: Path, reference: Reference, num_tokens: float, *, writes: bool = True) -> None:
+    """Writes the reference's identity and state (`checkpoint/reference/`), and the tokens trained on.
+
+    Every process calls it, because a sharded state is gathered; the one with `writes` writes.
+    """
+    if not writes:
+        reference.save(None)
+        return
     folder = checkpoint / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _IDENTITY).write_text(json.dumps(reference.identity.describe(), indent=2))
@@ -27,12 +37,39 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     """Restores the reference's state and returns the tokens trained on.
 
     Raises:
-        ResumeError: If the checkpoint was trained against another reference, or does not say against which.
+        ResumeError: On every process, if on any of them the checkpoint was trained against another reference, or does
+            not say against which.
     """
     folder = checkpoint / _FOLDER
-    _check_same(folder, reference)
-    reference.load(folder)
+    with together():
+        _check_same(folder, reference)
+    with together():
+        reference.load(folder)
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
+
+
+def save_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
+    """Writes BCO's running mean of rewards, where a run keeps one."""
+    if shift is not None:
+        (checkpoint / _SHIFT).write_text(json.dumps({"sum_and_count": shift.state()}))
+
+
+def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
+    """Restores it; double precision as decimal text comes back bit for bit.
+
+    Raises:
+        ResumeError: If the checkpoint's run kept none.
+    """
+    if shift is None:
+        return
+    path = checkpoint / _SHIFT
+    if not path.is_file():
+        raise ResumeError(
+            asked=f"Resuming from {checkpoint} with `bco_pair`.",
+            why="Its run kept no running mean of rewards, so the loss would start from another one.",
+            instead="Set `bco_reward_shift=False`, take the losses of the checkpoint's run, or start a new run.",
+        )
+    shift.load(json.loads(path.read_text())["sum_and_count"])
 
 
 def _check_same(folder: Path, reference: Reference) -> None:
@@ -44,12 +81,41 @@ def _check_same(folder: Path, reference: Reference) -> None:
             instead="Resume from a checkpoint written by Tether without `save_only_model=True`, or start a new run.",
         )
     saved, own = json.loads(path.read_text()), reference.identity.describe()
-    differing = [name for name in own if saved.get(name) != own[name]]
-    if differing:
-        there, here = ({name: side.get(name) for name in differing} for side in (saved, own))
-        raise ResumeError(
-            asked=f"Resuming from {folder.parent} with another reference.",
-            why=f"It differs in {', '.join(differing)}: the checkpoint has {there}, this trainer {here}.",
-            instead="Build the trainer from the same initial model (not from the checkpoint's weights) and with the "
-            "same reference options, or start a new run.",
-        )
+    if all(saved.get(name) == own[name] for name in ("kind", "weights", "compute_dtype", "scoring_version")):
+        return
+    differing = [name for name in _REMEDIES if saved.get(name) != own[name]]
+    raise ResumeError(
+        asked=f"Resuming from {folder.parent} with another reference.",
+        why=" ".join([*(_difference(name, saved, own) for name in differing), _what_is_alike(differing, own)]).strip(),
+        instead=" ".join([*(_REMEDIES[name] for name in differing), "Or start a new run."]),
+    )
+
+
+# In the order in which they are best mended: the parts of an identity, and how to give the right one.
+_REMEDIES = {
+    "scoring_version": "Resume with the version of Tether that wrote the checkpoint.",
+    "kind": "Give the reference options of that run (`sync_ref_model`, `ref_model`, an adapter or none).",
+    "compute_dtype": "Give that run's dtypes: the model's own, `bf16` or `fp16`, and `ref_dtype`.",
+    "base": "Build the trainer from the weights that the run began with, and with the `ref_model` it had, if any: not "
+    "from the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, and not from a "
+    "folder that was written to since.",
+    "config": "Load the model with the config that the run began with (rotary base, norms, windows, ...).",
+    "adapter": "Begin with the adapter that the run began with, not with the checkpoint's: the same `peft_config` for "
+    "a fresh one, the same adapter folder for a continued one.",
+}
+_PARTS = {"base": "the base weights", "config": "the model's config", "adapter": "the adapter"}
+
+
+def _difference(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    there, here = saved.get(name), own[name]
+    if name not in _PARTS:
+        return f"Its `{name}` was {there} and is {here} in this trainer."
+    if name == "adapter":
+        there, here = (value or "none (the base alone)" for value in (there, here))
+    what = _PARTS[name].capitalize()
+    return f"{what} {'differ' if name == 'base' else 'differs'}: {there} in the checkpoint, {here} in this trainer."
+
+
+def _what_is_alike(differing: list[str], own: Mapping[str, Any]) -> str:
+    alike = [what for part, what in _PARTS.items() if part not in differing and own[part]]
+    return f"The same in both: {', '.join(alike)}." if alike else ""

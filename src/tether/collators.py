@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.data.data_collator import DataCollatorMixin
 
-from tether.data import PairCollator
+from tether.data import PairCollator, margins_of
 from tether.errors import ConfigurationError, DataError
 from tether.store import content_key
 from tether.types import PairBatch, Response
@@ -154,7 +154,8 @@ class PairsOfPadded:
             for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
         ]
         pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": PairBatch.of_pairs(pairs)}
+        batch = PairBatch.of_pairs(pairs, margins_of(rows))
+        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
 
 
 def _check_layout(padded: Any, num_rows: int) -> None:

@@ -6,7 +6,9 @@ loads nothing.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.errors import ConfigurationError
-from tether.losses import LOSSES, LossOptions
+from tether.losses import DIVERGENCES, LOSSES, LossOptions, check_loss_options
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,16 +46,31 @@ class DPOConfig(TrainingArguments):
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
         bad_rows: What becomes of rows that are no pairs (an empty response, say): `raise` refuses the set and names
             them, `drop` leaves them out and says how many and why.
+        padding_free: Insist on rows without padding. They are laid out so by default wherever the model's attention is
+            proven to allow it; True makes it an error where it is not.
+        pad_to_multiple_of: `auto` or None: there is no padding to round up.
+        pad_token: Deprecated, as in TRL: set the tokenizer's own.
+        activation_offloading: False; checkpointing activations is what there is.
         max_tokens_per_micro_batch: Token budget of a training micro-batch, each prompt counted once;
             `per_device_train_batch_size` is then the most pairs it may have. With it, or with
             `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
         precompute_ref_log_probs: Score every row under the reference once, before training, and keep the answers
             on disk; no reference weights are held while training.
         precompute_ref_batch_size: Pairs per batch of that pass; by default the per-device batch size.
-        loss_type: One loss or several: `sigmoid`, `hinge`, `ipo`.
-        loss_weights: Weight of each loss when there are several; by default 1 each.
-        label_smoothing: Probability that a preference label is flipped, in [0, 0.5) (conservative DPO).
+        loss_type: One loss or several, of the names in `docs/losses.md`; `loss=` of the trainer takes one's own.
+        loss_weights: Weight of each loss when there are several (MPO); by default 1 each.
+        label_smoothing: Probability that a preference label is flipped, in [0, 0.5); `exo_pair` needs some.
         beta: Strength of the pull towards the reference (for IPO, the regularisation tau).
+        f_divergence_type: The divergence behind that pull (f-DPO), for losses on the difference of two rewards:
+            `reverse_kl`, `forward_kl`, `js_divergence`, `alpha_divergence`.
+        f_alpha_divergence_coef: Coefficient of the alpha-divergence; 1 is the reverse KL, 0 the forward KL.
+        ld_alpha: Weight, in [0, 1], of tokens beyond the length that both responses have (LD-DPO); None for 1.
+        discopop_tau: Temperature of `discopop`.
+        use_weighting: Weigh each pair by how likely the policy is to say it itself (WPO).
+        bco_reward_shift: Keep `bco_pair`'s running mean of rewards, as its paper does; TRL 1.16 has none.
+        router_aux_loss_coef: Weight of a mixture of experts' load-balancing loss; by default the model config's own,
+            0 for none.
+        reference_free: No reference at all: each response's reward is `beta` times its own log-prob.
         sync_ref_model: The reference follows the policy (TR-DPO).
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
@@ -85,10 +102,14 @@ class DPOConfig(TrainingArguments):
     truncation_mode: str = _option(
         "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
     )
-
     bad_rows: str = _option(
         "raise", "What becomes of rows that are no pairs: refuse the set, or drop them.", choices=["raise", "drop"]
     )
+
+    padding_free: bool = _option(False, "Insist on rows without padding, which is the default where it is proven.")
+    pad_to_multiple_of: int | str | None = _option("auto", "auto or none: there is no padding to round up.")
+    pad_token: str | None = _option(None, "Deprecated: set the tokenizer's own.")
+    activation_offloading: bool = _option(False, "Not there; gradient_checkpointing saves activations.")
 
     max_tokens_per_micro_batch: int | None = _option(
         None, "Token budget of a training micro-batch (each prompt once); with it, the batch size is a maximum."
@@ -105,6 +126,20 @@ class DPOConfig(TrainingArguments):
     loss_weights: list[float] | None = _option(None, "Weight of each loss when there are several. Default: 1 each.")
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped, in [0, 0.5).")
     beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO: tau).")
+    f_divergence_type: str = _option(
+        "reverse_kl", f"The divergence behind that pull: {', '.join(DIVERGENCES)}.", choices=list(DIVERGENCES)
+    )
+    f_alpha_divergence_coef: float = _option(0.5, "Coefficient of the alpha-divergence; 1 is the reverse KL.")
+    ld_alpha: float | None = _option(
+        None, "Weight, in [0, 1], of tokens beyond the length that both responses have (LD-DPO). Default: 1."
+    )
+    discopop_tau: float = _option(0.05, "Temperature of discopop.")
+    use_weighting: bool = _option(False, "Weigh each pair by how likely the policy is to say it itself (WPO).")
+    bco_reward_shift: bool = _option(True, "Keep bco_pair's running mean of rewards; TRL 1.16 has none.")
+    router_aux_loss_coef: float | None = _option(
+        None, "Weight of a mixture of experts' load-balancing loss. Default: the model's own; 0 for none."
+    )
+    reference_free: bool = _option(False, "No reference: each response's reward is beta times its own log-prob.")
 
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
     ref_model_mixup_alpha: float = _option(0.6, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
@@ -119,6 +154,7 @@ class DPOConfig(TrainingArguments):
         loss_type: str | list[str] = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check()
+        self._check_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
             self.bf16 = bool(on_accelerator and not self.fp16)
@@ -131,7 +167,14 @@ class DPOConfig(TrainingArguments):
 
     @property
     def loss_options(self) -> LossOptions:
-        return LossOptions(beta=self.beta, label_smoothing=self.label_smoothing)
+        return LossOptions(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+            ld_alpha=self.ld_alpha,
+        )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -139,33 +182,22 @@ class DPOConfig(TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def _check(self) -> None:
-        unknown = [name for name in self.loss_type if name not in LOSSES]
-        if unknown or not self.loss_type:
-            why = f"there is no loss named {unknown[0]!r}" if unknown else "a policy needs a loss to train"
-            _refuse("loss_type", self.loss_type, why, f"one or more of {', '.join(LOSSES)}")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+        check_loss_options(
+            self.loss_type,
+            self.loss_weights,
+            self.loss_options,
+            use_weighting=self.use_weighting,
+            bco_reward_shift=self.bco_reward_shift,
+        )
+        if self.router_aux_loss_coef is not None and not math.isfinite(self.router_aux_loss_coef):
             _refuse(
-                "loss_weights",
-                self.loss_weights,
-                f"there are {len(self.loss_type)} losses",
-                f"{len(self.loss_type)} weights, in the order of `loss_type`",
+                "router_aux_loss_coef",
+                self.router_aux_loss_coef,
+                "the router's loss is multiplied by it",
+                "a finite number, or None for the model's own",
             )
-        if not self.beta > 0:
-            _refuse("beta", self.beta, "rewards are scaled by it, so it must be positive", "`beta=0.1`, say")
-        if not 0 <= self.label_smoothing < 0.5:
-            _refuse(
-                "label_smoothing",
-                self.label_smoothing,
-                "it is the probability that a label is flipped; from 0.5 on, labels say nothing or the opposite",
-                "a value in [0, 0.5)",
-            )
-        if self.label_smoothing and "sigmoid" not in self.loss_type:
-            _refuse(
-                "label_smoothing",
-                self.label_smoothing,
-                f"no loss of {self.loss_type} has it in its equation",
-                "0, or add `sigmoid` to `loss_type`",
-            )
+        if self.reference_free:
+            self._check_reference_free()
         if not 0 <= self.ref_model_mixup_alpha <= 1:
             _refuse(
                 "ref_model_mixup_alpha",
@@ -221,6 +253,44 @@ class DPOConfig(TrainingArguments):
             )
         if self.ref_store is not None and os.path.isdir(self.ref_store):
             _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
+
+    def _check_padding(self) -> None:
+        if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
+            _refuse(
+                "pad_to_multiple_of",
+                self.pad_to_multiple_of,
+                "pairs are laid out one behind the other, without padding that could be rounded up",
+                "`auto`, the default, or None",
+            )
+        self.pad_to_multiple_of = None
+        if self.activation_offloading:
+            _refuse(
+                "activation_offloading",
+                self.activation_offloading,
+                "activations cannot be moved to host memory here yet",
+                "False; `gradient_checkpointing=True`, the default, holds the activations of one layer at a time",
+            )
+        if self.pad_token is not None:
+            warnings.warn(
+                "`pad_token` is deprecated. Set `tokenizer.pad_token` and pass the tokenizer as `processing_class`.",
+                FutureWarning,
+                stacklevel=4,  # whoever wrote `DPOConfig(...)`
+            )
+
+    def _check_reference_free(self) -> None:
+        options = {
+            "sync_ref_model": self.sync_ref_model,
+            "precompute_ref_log_probs": self.precompute_ref_log_probs,
+            "ref_dtype": self.ref_dtype,
+            "ref_store": self.ref_store,
+        }
+        for option, value in options.items():
+            if value:
+                raise ConfigurationError(
+                    asked=f"`reference_free=True` together with `{option}={value!r}`.",
+                    why="Without a reference there is nothing to compute, to keep or to move.",
+                    instead=f"Leave `{option}` out, or set `reference_free=False`.",
+                )
 
 
 def refuse_data_parallel(args: DPOConfig) -> None:

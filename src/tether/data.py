@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ConfigurationError, DataError
+from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
+from tether.rows import check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.types import PairBatch, Response
@@ -114,7 +116,8 @@ class PairCollator:
         for row in rows:
             prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
             pairs.append((self._response(prompt, chosen), self._response(prompt, rejected)))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": PairBatch.of_pairs(pairs)}
+        batch = PairBatch.of_pairs(pairs, margins_of(rows))
+        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
 
     def _response(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Response:
         limit = self.max_length
@@ -134,6 +137,19 @@ class PairCollator:
         start = max(1, limit - len(response_ids))
         fed = tuple(sequence[:start]), tuple(sequence[start:])
         return Response(*fed, content_key(*fed))
+
+
+def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """The rows' margins; None where no row has one.
+
+    Raises:
+        DataError: If only some have one, or one is no finite number.
+    """
+    if not any(MARGIN_COLUMN in row for row in rows):
+        return None
+    for row in rows:  # a set that came tokenized was looked at by nobody
+        check_margin({MARGIN_COLUMN: None} | dict(row), "A row of a batch")
+    return [float(row[MARGIN_COLUMN]) for row in rows]
 
 
 def batch_of(inputs: Mapping[str, Any]) -> PairBatch:

@@ -55,3 +55,7 @@ class InitialGapError(TetherError, ValueError):
 
 class DriftError(TetherError, RuntimeError):
     """A reference that should stand still, and moved during training."""
+
+
+class MissingPackageError(TetherError, ImportError):
+    """A library that this part of Tether needs, and Tether as a whole does not, is not installed."""

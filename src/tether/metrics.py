@@ -41,6 +41,8 @@ def pair_metrics(
     }
     one = torch.ones_like(losses, dtype=torch.float32)
     metrics = {name: (value.float(), one) for name, value in per_pair.items()}
+    if policy.auxiliary_loss is not None:
+        metrics["aux_loss"] = (policy.auxiliary_loss.detach().float() * one, one)
     return metrics | _token_metrics(batch, scores, policy)
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from tether.distributed import whole_shape
 from tether.errors import ConfigurationError
+from tether.scoring.score import can_pack
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
@@ -68,6 +70,56 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
+    """Gives the tokenizer the padding token of the deprecated option, if one is named.
+
+    Raises:
+        ConfigurationError: If the vocabulary does not have it.
+    """
+    if pad_token is None:
+        return
+    if pad_token not in tokenizer.get_vocab():
+        raise ConfigurationError(
+            asked=f"`pad_token={pad_token!r}`.",
+            why=f"The vocabulary of the {type(tokenizer).__name__} has no such token.",
+            instead="Name a token that it has, or leave `pad_token` out.",
+        )
+    tokenizer.pad_token = pad_token
+
+
+def check_padding_free(model: nn.Module) -> None:
+    """Refuses a model whose rows have to be padded.
+
+    Raises:
+        ConfigurationError: If packed rows do not give the model's own numbers.
+    """
+    if not can_pack(model):
+        raise ConfigurationError(
+            asked=f"`padding_free=True` with a {type(model).__name__}.",
+            why="Without padding, its attention gives other log-probs than for each sequence alone.",
+            instead="Set `padding_free=False`: it is then trained on padded rows.",
+        )
+
+
+def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
+    """Weight of the model's own load-balancing loss: as asked, else as its config says; 0 where it has no experts.
+
+    Raises:
+        ConfigurationError: If one is asked for and the model has no router.
+    """
+    config: Any = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if asked and not has_router:
+        raise ConfigurationError(
+            asked=f"`router_aux_loss_coef={asked!r}` with a {type(model).__name__}.",
+            why="It is not a mixture of experts that returns its router's logits: there is no loss to weigh.",
+            instead="Leave `router_aux_loss_coef` out, or write 0.",
+        )
+    if not has_router:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked)
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
@@ -145,7 +197,7 @@ def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrain
     """
     largest = max(tokenizer.get_vocab().values())
     embeddings: Any = ref_model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    rows = whole_shape(embeddings.weight)[0]
     if largest >= rows:
         _refuse_vocabulary(f"The tokenizer's largest id is {largest}, and the reference embeds {rows} tokens")
     own = _own_vocabulary(ref_model)

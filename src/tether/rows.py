@@ -6,6 +6,7 @@ Knows tokenizers and chat templates; knows no set of rows, no limit of length an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.errors import DataError
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
 _RESPONSES = ("chosen", "rejected")
 
 # Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the answer.
@@ -58,7 +60,7 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
 
     Args:
         row: `prompt`, `chosen`, `rejected` as text or messages; or without `prompt`; or the `TOKEN_COLUMNS`. For
-            messages also `tools` and `chat_template_kwargs`.
+            messages also `tools` and `chat_template_kwargs`; in any format a `MARGIN_COLUMN`.
         where: The row's name in a sentence: "Row 3 of the train set".
         tokenizer: With a chat template, if the row is made of messages.
 
@@ -66,8 +68,11 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
         DataError: If it is not a pair.
     """
     if any(row.get(column) is not None for column in TOKEN_COLUMNS):
-        return _given_tokens(row, where, len(tokenizer))
+        tokens = _given_tokens(row, where, len(tokenizer))
+        check_margin(row, where)
+        return tokens
     row = _with_prompt(row, where)
+    check_margin(row, where)
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
@@ -170,6 +175,20 @@ def _with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return row | _split_common_start(row["chosen"], row["rejected"])
     _check_prompt_comes_once(row, where)
     return row
+
+
+def check_margin(row: Mapping[str, Any], where: str) -> None:
+    """Raises a `DataError` if the row has a margin that is no finite number."""
+    if MARGIN_COLUMN not in row:
+        return
+    margin = row[MARGIN_COLUMN]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(
+            asked=f"{where} has `margin={margin!r}`.",
+            why="A margin is how much better the chosen response is, in units of reward; it is subtracted from the "
+            "reward margin.",
+            instead="Give every row a finite number (0 for none), or drop the column.",
+        )
 
 
 def without_nulls(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from tether.batches import ProcessBatches, even_loader
-from tether.checkpoints import load_reference, save_reference
+from tether.checkpoints import load_reference, load_reward_shift, save_reference, save_reward_shift
 from tether.collators import Collator, pair_collator
 from tether.config import DPOConfig, refuse_data_parallel
 from tether.data import (
+    MARGIN_COLUMN,
     TOKEN_COLUMNS,
     PairDataset,
     Rows,
@@ -32,23 +34,28 @@ from tether.data import (
     progress_bars_off,
     tokenize_pairs,
 )
-from tether.losses import LOSSES
+from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
+from tether.errors import ConfigurationError
+from tether.losses import Objective, PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
 from tether.models import (
     add_adapter,
+    check_padding_free,
     check_trainable,
     check_vocabulary,
     default_output_dir,
     disable_dropout,
     load_model,
     load_tokenizer,
+    router_coefficient,
+    use_pad_token,
 )
-from tether.reference import Reference, ReferenceOptions, build_reference, check_options
+from tether.reference import Reference, ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
-from tether.types import PairBatch, PairScores
+from tether.types import PairBatch
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -68,6 +75,7 @@ class DPOTrainer(Trainer):
     `peft_config=...` or a `PeftModel`    the policy's own base with the adapter off (or as it started)
     `precompute_ref_log_probs=True`       any of these, scored once before training and kept on disk
     `sync_ref_model=True`                 a copy that follows the policy (TR-DPO)
+    `reference_free=True`                 none: every response has the same log-prob, 0
     ====================================  =================================================================
 
     Args:
@@ -82,6 +90,8 @@ class DPOTrainer(Trainer):
         callbacks: Further `transformers.TrainerCallback`s.
         optimizers: An optimizer and a scheduler of your own.
         peft_config: Puts a fresh adapter on the model.
+        loss: A loss of your own instead of `loss_type`: a function of `tether.PairScores` and `tether.LossOptions`
+            that gives one value per pair.
 
     Raises:
         ConfigurationError: For options that contradict each other or the model.
@@ -114,6 +124,7 @@ class DPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
+        loss: PreferenceLoss | None = None,
     ) -> None:
         args = args or DPOConfig(default_output_dir(model))
         refuse_data_parallel(args)
@@ -123,11 +134,19 @@ class DPOTrainer(Trainer):
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
         self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        use_pad_token(self._tokenizer, args.pad_token)
+        if args.padding_free:
+            check_padding_free(policy)
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
+        self._objective = self._objective_of(args, loss)
+        self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
-        options = self._reference_options(args, self._named_sets({"train": train_set}, eval_sets))
+        sets = self._named_sets({"train": train_set}, eval_sets)
+        if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
+            self._objective.check_margin()
+        options = self._reference_options(args, sets)
         check_options(policy, ref_model, options, gets_adapter=peft_config is not None)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
@@ -151,9 +170,17 @@ class DPOTrainer(Trainer):
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
-        self.reference = build_reference(self.model, ref_model, options)
-        self._watch = ReferenceWatch(self.reference, args.autocast_dtype, self._reduced)
-        self._prepare_reference(self._named_sets({"train": self.train_dataset}, self.eval_dataset))
+        shard = sharding_of(self.accelerator)
+        cast_as_training_will(self.model, self.accelerator)
+        with together():
+            self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
+        check_alike(self.reference.identity.digest, "reference")
+        self._watch = ReferenceWatch(self.reference, args.autocast_dtype)
+        # A pass through the policy's own modules must wait until training has sharded them and put them in place.
+        is_early = shard is not None or waits_for_device(self.model, args.device)
+        self._prepares_late = is_early and self.reference.runs_in_policy
+        if not self._prepares_late:
+            self._prepare_reference(self._all_sets())
         self.model.add_model_tags(["tether", "dpo"])
         self.add_callback(_FollowTraining(self))
 
@@ -171,6 +198,7 @@ class DPOTrainer(Trainer):
     @staticmethod
     def _reference_options(args: DPOConfig, sets: Mapping[str, PairDataset]) -> ReferenceOptions:
         return ReferenceOptions(
+            free=args.reference_free,
             precompute=args.precompute_ref_log_probs,
             streaming=any(isinstance(dataset, IterableDataset) for dataset in sets.values()),
             store_path=Path(args.ref_store) if args.ref_store else None,
@@ -187,12 +215,13 @@ class DPOTrainer(Trainer):
         rows = list(first.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
 
-    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
-        """A tensor summed over the processes, or their largest."""
-        if how == "sum":
-            return self._sum_over_processes(tensor)
-        largest: Tensor = self.accelerator.gather(tensor.reshape(1)).max()
-        return largest
+    def _all_sets(self) -> dict[str, Any]:
+        return self._named_sets({"train": self.train_dataset}, self.eval_dataset)
+
+    def _prepare_if_late(self) -> None:
+        if self._prepares_late:
+            self._prepares_late = False
+            self._prepare_reference(self._all_sets())
 
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
@@ -246,7 +275,26 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(TOKEN_COLUMNS)
+            self._signature_columns = [*TOKEN_COLUMNS, MARGIN_COLUMN]
+
+    # ---- the loss ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
+        if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
+            raise ConfigurationError(
+                asked=f"`loss=...` together with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`.",
+                why="A loss of your own takes the place of the named ones.",
+                instead="Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` "
+                "and add what it gives.",
+            )
+        return Objective(
+            [loss] if loss is not None else args.loss_type,
+            args.loss_weights,
+            args.loss_options,
+            use_weighting=args.use_weighting,
+            bco_reward_shift=args.bco_reward_shift,
+        )
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -267,14 +315,17 @@ class DPOTrainer(Trainer):
         unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
         gap = self._watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
         self._train_sums.add_once(gap)
-        policy = score(model, batch, statistics=not self.model.training or self._logs_after_this_step())
-        scores = PairScores.of(batch, policy, reference)
-        weights = self.args.loss_weights or [1.0] * len(self.args.loss_type)
-        parts = [
-            weight * LOSSES[name](scores, self.args.loss_options)
-            for name, weight in zip(self.args.loss_type, weights, strict=True)
-        ]
-        losses = torch.stack(parts).sum(0)
+        policy = score(
+            model,
+            batch,
+            statistics=self._objective.use_weighting or not self.model.training or self._logs_after_this_step(),
+            auxiliary_loss=self._router_coefficient != 0,
+        )
+        scores, losses = self._objective(
+            batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
+        )
+        if policy.auxiliary_loss is not None:
+            losses = losses + self._router_coefficient * policy.auxiliary_loss
         sums.add(pair_metrics(batch, scores, losses, self.args.beta, policy), self._num_counted_pairs(batch))
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -363,7 +414,7 @@ class DPOTrainer(Trainer):
         """Evaluates the sets given at construction, or new ones (rows of text, or tokenized)."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenized_sets(eval_dataset, self.args)
-            if eval_dataset is not self.eval_dataset:
+            if eval_dataset is not self.eval_dataset and not self._prepares_late:
                 self._prepare_reference(self._named_sets({}, eval_dataset))
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
@@ -380,14 +431,16 @@ class DPOTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         num_tokens = self._sum_tokens()  # every process takes part
+        save_reference(Path(output_dir), self.reference, num_tokens, writes=self.args.should_save)
         if self.args.should_save:
-            save_reference(Path(output_dir), self.reference, num_tokens)
+            save_reward_shift(Path(output_dir), self._objective.reward_shift)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             num_tokens = load_reference(Path(checkpoint), self.reference)
             self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
+            load_reward_shift(Path(checkpoint), self._objective.reward_shift)
 
 
 _SENTINEL_PAIRS = 2
@@ -403,6 +456,7 @@ class _FollowTraining(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._prepare_if_late()
         self._trainer._set_sentinel()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

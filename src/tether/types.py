@@ -51,6 +51,8 @@ class PairBatch:
         rejected: Index of each pair's rejected response.
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
             ids. Empty where nobody asked for keys.
+        margins: By how much each pair's chosen response is better, in units of reward; None where the rows have no
+            `margin`.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -61,6 +63,7 @@ class PairBatch:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
+    margins: Float[Tensor, " pairs"] | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -84,16 +87,24 @@ class PairBatch:
         return sum(lengths[c] + lengths[r] for c, r in zip(self.chosen, self.rejected, strict=True))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """The same batch with its token ids on `device`."""
+        """The same batch with its tensors on `device`."""
+        margins = self.margins
         return replace(
             self,
             prompt_ids=self.prompt_ids.to(device, non_blocking=non_blocking),
             response_ids=self.response_ids.to(device, non_blocking=non_blocking),
+            margins=None if margins is None else margins.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
-        return replace(self, prompt_ids=self.prompt_ids.pin_memory(), response_ids=self.response_ids.pin_memory())
+        margins = self.margins
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids.pin_memory(),
+            response_ids=self.response_ids.pin_memory(),
+            margins=None if margins is None else margins.pin_memory(),
+        )
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
         """Per-response values as (chosen, rejected), one entry per pair each."""
@@ -101,8 +112,12 @@ class PairBatch:
         return values[chosen], values[rejected]
 
     @classmethod
-    def of_pairs(cls, pairs: Sequence[tuple[Response, Response]]) -> PairBatch:
+    def of_pairs(cls, pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None = None) -> PairBatch:
         """Groups (chosen, rejected) pairs by prompt and keeps each distinct response once.
+
+        Args:
+            pairs: The (chosen, rejected) responses.
+            margins: By how much each chosen one is better, if the rows say so.
 
         Raises:
             ValueError: If a prompt or a response has no tokens.
@@ -131,22 +146,26 @@ class PairBatch:
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
             keys=tuple(response.key for response in responses if response.key),
+            margins=None if margins is None else torch.tensor(margins, dtype=torch.float32),
         )
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What only the log needs of each response token; detached.
+    """What the log, and WPO's weights, need of each response token; detached.
 
     Attributes:
         entropy: Entropy of the next-token distribution, in nats.
         mean_logit: Mean over the vocabulary of the logits.
         is_top1: Whether the token was the most likely one.
+        log_expected_prob: `log sum_v pi(v)^2`: the log of the probability that a token drawn from the policy has
+            in the mean.
     """
 
     entropy: Float[Tensor, " tokens"]
     mean_logit: Float[Tensor, " tokens"]
     is_top1: Bool[Tensor, " tokens"]
+    log_expected_prob: Float[Tensor, " tokens"]
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,10 @@ class PairScores:
         reference_rejected: `log pi_ref(y_l | x)`; no gradient.
         chosen_lengths: Tokens of each chosen response.
         rejected_lengths: Tokens of each rejected response.
+        margins: By how much the chosen response is better, in units of reward (`beta` times nats); None for no margin.
+        whole_policy_chosen: `log pi_theta(y_w | x)` with every token at full weight, where the sums above have LD-DPO's
+            weights in them; None where they have none.
+        reward_shift: BCO's running mean of rewards; None for none.
     """
 
     policy_chosen: Float[Tensor, " pairs"]
@@ -207,6 +230,9 @@ class PairScores:
     reference_rejected: Float[Tensor, " pairs"]
     chosen_lengths: Int[Tensor, " pairs"]
     rejected_lengths: Int[Tensor, " pairs"]
+    margins: Float[Tensor, " pairs"] | None = None
+    whole_policy_chosen: Float[Tensor, " pairs"] | None = None
+    reward_shift: Float[Tensor, ""] | None = None
 
     @classmethod
     def of(cls, batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs) -> PairScores:
@@ -215,6 +241,7 @@ class PairScores:
             *batch.of_responses(policy.sums()),
             *batch.of_responses(reference.sums()),
             *batch.of_responses(policy.lengths()),
+            margins=batch.margins,
         )
 
     @property

@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "precomputed": {"precompute_ref_log_probs": True},
     "synchronized": SYNC,
     "accumulated": {"gradient_accumulation_steps": 2, "loss_type": "ipo"},
+    "reward shift": {"gradient_accumulation_steps": 2, "loss_type": "bco_pair", "beta": 0.5},
     "streamed": {"rows": stream(tiny_pairs(16)), "precompute_ref_log_probs": True},
 }
 NUM_ROWS, NUM_EVAL_ROWS = 16, 7  # the evaluation set does not divide by anything

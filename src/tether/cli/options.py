@@ -160,15 +160,16 @@ _GROUPS: Mapping[str, tuple[str | None, str]] = {
     ),
     "how to train": (
         None,
-        "beta loss_type loss_weights label_smoothing learning_rate lr_scheduler_type warmup_steps num_train_epochs "
-        "max_steps per_device_train_batch_size max_tokens_per_micro_batch gradient_accumulation_steps seed bf16 "
-        "gradient_checkpointing disable_dropout",
+        "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha discopop_tau "
+        "use_weighting bco_reward_shift router_aux_loss_coef learning_rate lr_scheduler_type warmup_steps "
+        "num_train_epochs max_steps per_device_train_batch_size max_tokens_per_micro_batch "
+        "gradient_accumulation_steps seed bf16 gradient_checkpointing disable_dropout",
     ),
     "LoRA": (None, _LORA),
     "the reference": (
         REFERENCE_TABLE,
         "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store sync_ref_model ref_model_mixup_alpha "
-        "ref_model_sync_steps ref_dtype",
+        "ref_model_sync_steps ref_dtype reference_free",
     ),
     "when to say, evaluate and save something": (
         None,

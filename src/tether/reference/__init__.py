@@ -2,11 +2,12 @@
 
 from tether.reference.adapter import AdapterReference
 from tether.reference.base import Reference
-from tether.reference.build import ReferenceOptions, build_reference, check_options
+from tether.reference.build import ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
+from tether.reference.uniform import UniformReference
 
 __all__ = [
     "AdapterReference",
@@ -16,6 +17,8 @@ __all__ = [
     "ReferenceIdentity",
     "ReferenceOptions",
     "StoredReference",
+    "UniformReference",
     "build_reference",
     "check_options",
+    "waits_for_device",
 ]

@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
 from tether.reference.base import Reference, compute_dtype_name, evaluation_mode, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -38,7 +39,7 @@ class AdapterReference(Reference):
     place and by pointer: no weight is moved, and PEFT never has to hold a second adapter.
 
     Must be built before the first optimizer step. A pass must come before the policy's forward of the same step,
-    because that forward's graph refers to the policy's tensors.
+    because that forward's graph refers to the policy's tensors. Training may shard the policy after this was built.
 
     Args:
         policy: The PEFT model that trains.
@@ -52,29 +53,33 @@ class AdapterReference(Reference):
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self._adapter_off = has_zero_delta(policy)
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
-        self._frozen = [(parameter, parameter.detach().clone()) for parameter in kept.values()]
+        # By name: FSDP2 puts other parameter objects into the modules when it shards them.
+        self._frozen = {name: local_part(parameter).clone() for name, parameter in kept.items()}
         self._digests = digest_tensors(self._tensors())
-        base_config = policy.get_base_model().config
+        base = policy.get_base_model()
+        of_adapter = self._digests.keys() - base_tensors(base).keys()
+        adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
             kind="adapter",
-            weights=digest_weights(self._digests, base_config, None if self._adapter_off else _adapter_config(policy)),
+            **digest_parts(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor that shapes the reference's answers, as the reference sees it."""
-        frozen = {id(parameter): copy for parameter, copy in self._frozen}
+        """Every tensor that shapes the reference's answers; the frozen ones are right while exchanged."""
+        forget_gathered(self._policy)
         tensors = base_tensors(self._policy.get_base_model())
         if not self._adapter_off:
             # Not only what trains: a frozen projection, or a second adapter, shapes the answers as well.
             of_base = {id(tensor) for tensor in tensors.values()}
             state = self._policy.state_dict(keep_vars=True)
             tensors |= {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
-        return {name: frozen.get(id(tensor), tensor).detach() for name, tensor in tensors.items()}
+        return tensors
 
     def changed_tensors(self) -> list[str]:
-        now = digest_tensors(self._tensors())
+        with self._exchanged():
+            now = digest_tensors(self._tensors())
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
     @property
@@ -96,7 +101,15 @@ class AdapterReference(Reference):
 
     @property
     def extra_bytes(self) -> int:
-        return num_bytes(frozen for _, frozen in self._frozen)
+        return num_bytes(self._frozen.values())
+
+    @property
+    def is_collective(self) -> bool:
+        return has_shards(self._policy)
+
+    @property
+    def runs_in_policy(self) -> bool:
+        return True
 
     @contextmanager
     def in_policy(self) -> Iterator[None]:
@@ -111,14 +124,14 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        trained = [parameter.data for parameter, _ in self._frozen]
-        for parameter, frozen in self._frozen:
-            parameter.data = frozen.to(parameter.device)
-        try:
+        if not self._frozen:
             yield
-        finally:
-            for (parameter, _), data in zip(self._frozen, trained, strict=True):
-                parameter.data = data
+            return
+        forget_gathered(self._policy)
+        parameters = dict(self._policy.named_parameters())
+        self._frozen = {name: part_like(values, parameters[name]) for name, values in self._frozen.items()}
+        with exchanged(self._policy, self._frozen):
+            yield
 
 
 def _adapter_config(policy: PeftModel) -> Any:
@@ -155,10 +168,14 @@ def has_zero_delta(policy: PeftModel) -> bool:
     embedding): the tensors themselves, where a type's can be told to change nothing, and a forward with the adapter
     on against one with it off.
     """
-    if not all(_changes_nothing(module) for module in policy.modules()):
-        return False
     if any(config.is_prompt_learning for config in policy.peft_config.values()):
         return False
+    if has_shards(policy) and not _trains_only_what_is_switched_off(policy):
+        return False
+    if not all(_changes_nothing(module) for module in policy.modules()):
+        return False
+    if has_shards(policy):
+        return True
     probe = _probe_ids(policy)
     with torch.no_grad(), evaluation_mode(policy):
         with_adapter = policy(input_ids=probe, use_cache=False).logits
@@ -199,10 +216,23 @@ def _changes_nothing(module: nn.Module) -> bool:
         indices = module.token_indices
         return all(torch.equal(delta, rows[indices[name]]) for name, delta in module.trainable_tokens_delta.items())
     if isinstance(module, ModulesToSaveWrapper):
-        original = module.original_module.state_dict()
-        copies = [module.modules_to_save[name].state_dict() for name in module.active_adapters]
-        return all(torch.equal(original[name], value) for copy in copies for name, value in copy.items())
+        original = module.original_module.state_dict(keep_vars=True)
+        copies = [module.modules_to_save[name].state_dict(keep_vars=True) for name in module.active_adapters]
+        return all(
+            [torch.equal(whole(original[name]), whole(value)) for copy in copies for name, value in copy.items()]
+        )
     return not isinstance(module, BaseTunerLayer) or _is_zero_pair(module)
+
+
+def _trains_only_what_is_switched_off(policy: PeftModel) -> bool:
+    """Whether only LoRA factors and `modules_to_save` train.
+
+    By themselves they say whether they change anything, and none reaches a forward with the adapter off. That is all
+    there is to go by where a sharded base can't be probed with a forward and a backward. Any other adapter is then
+    kept as it was, which is as right and only costs its tensors.
+    """
+    known = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
+    return all(known & set(name.split(".")) for name, parameter in policy.named_parameters() if parameter.requires_grad)
 
 
 def _is_zero_pair(layer: BaseTunerLayer) -> bool:
@@ -211,13 +241,15 @@ def _is_zero_pair(layer: BaseTunerLayer) -> bool:
             factors = [getattr(layer, name, {}) for name in (first, second)]
             if all(adapter in factor for factor in factors):
                 weights = [getattr(factor[adapter], "weight", factor[adapter]) for factor in factors]
-                if all(bool(weight.any()) for weight in weights):
+                if all(bool(whole(weight).any()) for weight in weights):
                     return False
     return True
 
 
 def _reaching_forward(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The trainable tensors that still change the forward with the adapter off; one backward finds them."""
+    if has_shards(policy):
+        return {}  # see `_trains_only_what_is_switched_off`
     probe = _probe_ids(policy)
     with torch.enable_grad(), evaluation_mode(policy), adapter_off(policy):
         for parameter in trainable.values():
@@ -231,7 +263,7 @@ def _reaching_forward(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) 
 
 def _probe_ids(policy: PeftModel) -> Tensor:
     embeddings: Any = policy.get_base_model().get_input_embeddings()  # type: ignore[operator]
-    vocab_size = int(embeddings.weight.shape[0])
+    vocab_size = int(whole_shape(embeddings.weight)[0])
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     ids = torch.randint(vocab_size, (2, 16), generator=generator)
     return ids.to(next(policy.parameters()).device)

@@ -56,6 +56,16 @@ class Reference(ABC):
         """Batches a model was really run for."""
 
     @property
+    def is_collective(self) -> bool:
+        """Whether a pass gathers sharded weights, so that every process must make it at the same time."""
+        return False
+
+    @property
+    def runs_in_policy(self) -> bool:
+        """Whether a pass goes through the policy's own modules, and needs them where training puts them."""
+        return False
+
+    @property
     def means_policy(self) -> bool:
         """Whether this is meant to be the initial policy, so that both must score alike before the first step."""
         return False
@@ -63,6 +73,11 @@ class Reference(ABC):
     @property
     def moves(self) -> bool:
         """Whether training moves this reference on purpose."""
+        return False
+
+    @property
+    def answers_are_stored(self) -> bool:
+        """Whether answers may come from an earlier pass, made in other batches or on another machine."""
         return False
 
     def changed_tensors(self) -> list[str]:
@@ -99,8 +114,11 @@ class Reference(ABC):
         """Called after optimizer step `step` (counted from 1). Returns whether the reference moved."""
         return False
 
-    def save(self, folder: Path) -> None:
-        """Writes the state that the user's own inputs do not determine."""
+    def save(self, folder: Path | None) -> None:
+        """Writes the state that the user's own inputs do not determine; without a folder, only takes part in it.
+
+        Called on every process, because sharded tensors are gathered; one of them is given the folder.
+        """
         return None
 
     def load(self, folder: Path) -> None:

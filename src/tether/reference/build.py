@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tether.distributed import Sharding, has_shards
 from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
@@ -18,6 +19,7 @@ from tether.reference.frozen import FrozenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
 from tether.reference.stored import StoredReference
+from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore
 
 
@@ -26,6 +28,7 @@ class ReferenceOptions:
     """What a run says of its reference.
 
     Attributes:
+        free: No reference: every response has the same log-prob.
         precompute: Score every row once before training and read the answers from a store.
         streaming: Some rows are only known when they are read; the store is then filled on the way.
         store_path: The store's file; None for the default place.
@@ -35,8 +38,10 @@ class ReferenceOptions:
         dtype: Dtype of an explicit reference's weights; None for the policy's.
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
         device: Where a reference with weights of its own lives; None for where they are.
+        shard: Shards a reference with weights of its own as training shards the policy; None where that stays whole.
     """
 
+    free: bool = False
     precompute: bool = False
     streaming: bool = False
     store_path: Path | None = None
@@ -46,6 +51,7 @@ class ReferenceOptions:
     dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
     device: torch.device | None = None
+    shard: Sharding | None = None
 
 
 def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
@@ -60,6 +66,8 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
         ConfigurationError: If the options contradict each other or the model.
     """
     check_options(policy, ref_model, options)
+    if options.free:
+        return UniformReference()
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):
@@ -73,16 +81,30 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
 def _source(
     policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions
 ) -> FrozenReference | AdapterReference:
-    dtype, autocast_dtype, device = options.dtype, options.autocast_dtype, options.device
+    dtype, autocast_dtype, device, shard = options.dtype, options.autocast_dtype, options.device, options.shard
     if ref_model is not None:
         return FrozenReference.of_other_model(
-            ref_model, policy, moves=options.sync, dtype=dtype, autocast_dtype=autocast_dtype, device=device
+            ref_model,
+            policy,
+            moves=options.sync,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            device=device if shard is None else None,  # sharding takes it there, one part for each process
+            shard=shard,
         )
     if is_adapter_model(policy):
         return AdapterReference(policy, autocast_dtype=autocast_dtype)
-    if options.precompute and not options.streaming and dtype is None:
+    elsewhere = device if shard is None and waits_for_device(policy, device) else None
+    can_run = shard is None and elsewhere is None and not has_shards(policy)
+    if options.precompute and not options.streaming and dtype is None and can_run:
         return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype)
-    return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype)
+    return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard)
+
+
+def waits_for_device(policy: nn.Module, device: torch.device | None) -> bool:
+    """Whether the policy is still on the CPU, from where sharding will take it to its device."""
+    kinds = {parameter.device.type for parameter in policy.parameters()}
+    return kinds == {"cpu"} and device is not None and device.type != "cpu"
 
 
 def _check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
@@ -111,6 +133,12 @@ def check_options(
         ReferenceModelError: If a weight of the policy is NaN or infinite and no reference would look at it.
     """
     has_adapter = gets_adapter or is_adapter_model(policy)
+    if options.free and ref_model is not None:
+        raise ConfigurationError(
+            asked="`reference_free=True` together with `ref_model`.",
+            why="Without a reference there is nothing to compare with.",
+            instead="Leave `ref_model` out, or set `reference_free=False`.",
+        )
     if ref_model is not None:
         _check_ref_model(policy, ref_model)
         check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
@@ -125,6 +153,12 @@ def check_options(
             asked="`sync_ref_model=True` with a PEFT model.",
             why="Averaging an adapter in weight space is not there yet; averaging its factors would be another rule.",
             instead="Train the full model, or set `sync_ref_model=False`.",
+        )
+    if options.dtype is not None and options.shard is not None:
+        raise ConfigurationError(
+            asked="`ref_dtype` together with ZeRO-3 or FSDP2.",
+            why="A sharded reference is held and cast as the policy is, by the options of the sharding.",
+            instead="Leave `ref_dtype` out.",
         )
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from tether.errors import MissingLogProbsError
+from tether.distributed import Sharding, copy_of_sharded, has_shards, is_fsdp, is_sharded, local_part, twin_of_fsdp
+from tether.errors import MissingLogProbsError, ReferenceModelError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.identity import ReferenceIdentity, digest_tensors, digest_weights, model_tensors, num_bytes
+from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, model_tensors, num_bytes
 from tether.scoring import SCORING_VERSION
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -27,14 +28,17 @@ class FrozenReference(Reference):
     Args:
         model: The model to answer with. Weights that are not copied must not change while the reference lives.
         copies: Which parameters to copy; by default none.
-        dtype: Hold the weights in this dtype instead of the model's own.
+        dtype: Hold the weights in this dtype instead of the model's own; where `shard` is given, it decides.
         autocast_dtype: Run under autocast with this dtype, as the policy does.
         device: Hold the weights there instead of where they are.
         policy: The policy; what it shares with `model` is not counted as extra bytes.
         means_policy: The model is meant to be the initial policy, not another one.
+        shard: Shards the reference's module as training shards the policy; it then shares no tensor with any other.
+            A model to which `fully_shard` was applied needs none: its copy is sharded the same way.
 
     Raises:
-        ReferenceModelError: If a weight is NaN or infinite.
+        ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed and `shard` is
+            missing, or comes too late.
 
     Example:
         >>> reference = FrozenReference(model)                       # doctest: +SKIP
@@ -51,8 +55,13 @@ class FrozenReference(Reference):
         device: torch.device | None = None,
         policy: nn.Module | None = None,
         means_policy: bool = False,
+        shard: Sharding | None = None,
     ) -> None:
-        self._module: nn.Module | None = frozen_twin(model, copies, dtype, device)
+        # Two roots of FSDP2 can't share a block, and parts that ZeRO-3 gathers for one would be freed by the other.
+        apart = shard is not None or has_shards(model)
+        _refuse_lost_hooks(model, shard)
+        dtype = shard.dtype if shard is not None else dtype
+        self._module: nn.Module | None = frozen_twin(model, (lambda p: True) if apart else copies, dtype, device)
         self._autocast_dtype = autocast_dtype
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._num_passes = 0
@@ -60,14 +69,22 @@ class FrozenReference(Reference):
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind="frozen",
-            weights=digest_weights(self._digests, self._module.config),
+            **digest_parts(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
+        if shard is not None:
+            shard.apply(self._module)
 
     @classmethod
     def of_policy(
-        cls, policy: nn.Module, *, dtype: torch.dtype | None = None, autocast_dtype: torch.dtype | None = None
+        cls,
+        policy: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        shard: Sharding | None = None,
     ) -> FrozenReference:
         """The policy as it is now: parameters that train are copied, those that do not are shared."""
         return cls(
@@ -75,8 +92,10 @@ class FrozenReference(Reference):
             copies=lambda p: p.requires_grad,
             dtype=dtype,
             autocast_dtype=autocast_dtype,
+            device=device,
             policy=policy,
             means_policy=True,
+            shard=shard,
         )
 
     @classmethod
@@ -89,6 +108,7 @@ class FrozenReference(Reference):
         dtype: torch.dtype | None = None,
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        shard: Sharding | None = None,
     ) -> FrozenReference:
         """Another model, shared with its owner; tensors that the policy will train are copied.
 
@@ -103,6 +123,7 @@ class FrozenReference(Reference):
             autocast_dtype=autocast_dtype,
             device=device,
             policy=policy,
+            shard=shard,
         )
 
     @classmethod
@@ -121,6 +142,10 @@ class FrozenReference(Reference):
     @property
     def means_policy(self) -> bool:
         return self._means_policy
+
+    @property
+    def is_collective(self) -> bool:
+        return self._module is not None and has_shards(self._module)
 
     @property
     def module(self) -> nn.Module | None:
@@ -163,14 +188,17 @@ def frozen_twin(
 
     Buffers are copied (they are small, and a training forward may write to them). Parameters that must change dtype
     or device are copied too, so that the given model never does; buffers keep their dtype, as rotary frequencies
-    must.
+    must. The copy of a sharded parameter is sharded alike, and is never whole for longer than it takes to cut it.
     """
+    if is_fsdp(model):
+        return twin_of_fsdp(model, dtype)
 
     def copies(parameter: nn.Parameter) -> bool:
         casts = dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
         return casts or owns(parameter) or (device is not None and parameter.device != device)
 
     kept = {id(parameter): parameter for parameter in model.parameters() if not copies(parameter)}
+    kept |= {id(p): copy_of_sharded(p, dtype) for p in model.parameters() if id(p) not in kept and is_sharded(p)}
     twin = copy.deepcopy(model, dict(kept))
     for module in twin.modules():
         if "_original_forward" in vars(module):  # accelerate's autocast wrapper still points to the original
@@ -186,7 +214,19 @@ def frozen_twin(
     return twin.eval()
 
 
+def _refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:
+    """Refuses a model of ZeRO-3 whose copy could not gather its own weights."""
+    if shard is None and has_shards(model) and not is_fsdp(model):
+        raise ReferenceModelError(
+            asked="A frozen copy of a model whose parameters are partitioned (ZeRO-3, or another sharding).",
+            why="The copy would have parts of weights, and nothing that gathers them for a forward.",
+            instead="Train with `DPOTrainer(deepspeed=...)`, pass `shard`, or build the reference before the model is "
+            "sharded.",
+        )
+
+
 def _storage(parameter: torch.Tensor) -> int:
+    parameter = local_part(parameter)  # all partitioned ones have the same, empty storage
     return parameter.untyped_storage().data_ptr()
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tether.distributed import is_sharded, local_part, on_main_process, whole
 from tether.errors import ReferenceModelError
 
 # Entries of a model config that do not change what the model computes.
@@ -37,16 +38,22 @@ class ReferenceIdentity:
     """What tells one reference from another.
 
     Attributes:
-        kind: `frozen`, `adapter` or `moving`; for people, not part of `digest`.
+        kind: `frozen`, `adapter`, `moving` or `uniform`; for people, not part of `digest`.
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
+        base: Digest of the base weights alone; like the next two, it only says where two `weights` differ.
+        config: Digest of the config alone.
+        adapter: Digest of the adapter's tensors and configuration; empty where none shapes the answers.
     """
 
     kind: str
     weights: str
     compute_dtype: str
     scoring_version: int
+    base: str = field(default="", compare=False)
+    config: str = field(default="", compare=False)
+    adapter: str = field(default="", compare=False)
 
     @property
     def digest(self) -> str:
@@ -58,12 +65,38 @@ class ReferenceIdentity:
         return asdict(self)
 
 
+def digest_parts(
+    digests: Mapping[str, bytes], config: Any, adapter: Collection[str] = (), adapter_config: Any = None
+) -> dict[str, str]:
+    """The digests of an identity: `weights` of everything, and its parts.
+
+    Args:
+        digests: Of all tensors that shape the answers (`digest_tensors`).
+        config: The transformers config.
+        adapter: The names among them that belong to an adapter.
+        adapter_config: The configuration of that adapter, as JSON-able data.
+    """
+    base = {name: digest for name, digest in digests.items() if name not in adapter}
+    of_adapter = {name: digests[name] for name in adapter}
+    has_adapter = bool(of_adapter) or adapter_config is not None
+    return {
+        "weights": digest_weights(digests, config, adapter_config),
+        "base": _digest_named(base, None),
+        "config": _digest_named({}, _forward_config(config)),
+        "adapter": _digest_named(of_adapter, adapter_config) if has_adapter else "",
+    }
+
+
 def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Digest of each named tensor: its dtype, shape and content.
+
+    Sharded tensors are gathered one at a time and digested on the main process; then every process must take part.
 
     Raises:
         ReferenceModelError: If a weight is NaN or infinite; names it.
     """
+    if any(map(is_sharded, tensors.values())):
+        return on_main_process(_digest_tensor, tensors)
     names = sorted(tensors)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         return dict(zip(names, pool.map(lambda name: _digest_tensor(name, tensors[name]), names), strict=True))
@@ -77,27 +110,28 @@ def digest_weights(digests: Mapping[str, bytes], config: Any, extra: Any = None)
         config: The transformers config.
         extra: Anything else that changes the answer (the adapter's configuration), as JSON-able data.
     """
+    return _digest_named(digests, [_forward_config(config), extra])
+
+
+def _digest_named(digests: Mapping[str, bytes], data: Any) -> str:
     total = hashlib.blake2b(digest_size=16)
-    total.update(json.dumps([_forward_config(config), extra], sort_keys=True, default=_plain).encode())
+    total.update(json.dumps(data, sort_keys=True, default=_plain).encode())
     for name in sorted(digests):
         total.update(f"{name}:".encode() + digests[name])
     return total.hexdigest()
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are NaN or infinite.
+    """Refuses weights that are NaN or infinite; every process must take part where some are sharded.
 
     Raises:
         ReferenceModelError: Names the first of them.
     """
+    if any(map(is_sharded, tensors.values())):
+        on_main_process(_check_finite, tensors)
+        return
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ReferenceModelError(
-                asked=f"The model's weight `{name}` has NaN or infinite values.",
-                why="Every log-probability made from it would be NaN, for the policy and for the reference.",
-                instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 "
-                "overflow).",
-            )
+        _check_finite(name, tensor)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -106,18 +140,27 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
-    return {name: state[name].detach() for name in first.values()}
+    return {name: state[name] for name in first.values()}  # not detached: a sharded one would not say so any more
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    """Bytes of the distinct storages behind some tensors, or behind this process's parts of them."""
+    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ReferenceModelError(
+            asked=f"The model's weight `{name}` has NaN or infinite values.",
+            why="Every log-probability made from it would be NaN, for the policy and for the reference.",
+            instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 overflow).",
+        )
 
 
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
-    tensor = tensor.detach()
-    check_finite({name: tensor})
+    tensor = whole(tensor)
+    _check_finite(name, tensor)
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tether.distributed import forget_gathered, local_part, part_like, whole, whole_of_part, whole_shape
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference.averaging import soft_update, soft_update_with_residual
 from tether.reference.base import Reference
@@ -44,18 +45,25 @@ class MovingReference(Reference):
     def __init__(self, source: FrozenReference, policy: Callable[[], nn.Module], *, alpha: float, every: int) -> None:
         module = source.module
         assert module is not None
-        self._source, self._policy = source, policy
+        self._source, self._policy, self._module = source, policy, module
         self._alpha, self._every = alpha, every
         _check_same_parameters(policy(), module)
         trained = {name for name, parameter in policy().named_parameters() if parameter.requires_grad}
-        self._tensors = {name: p for name, p in module.named_parameters() if name in trained}
-        self._tensors |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}  # type: ignore[misc]
+        forget_gathered(module)
+        self._names = [name for name, _ in module.named_parameters() if name in trained]
+        self._names += [name for name, buffer in module.named_buffers() if buffer.is_floating_point()]
         self._residuals = {
-            name: torch.zeros_like(tensor, requires_grad=False)
-            for name, tensor in self._tensors.items()
+            name: torch.zeros_like(local_part(tensor))
+            for name, tensor in self._tensors().items()
             if tensor.dtype in (torch.bfloat16, torch.float16) and alpha not in (0.0, 1.0)
         }
         self._num_syncs = 0
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What moves, of the reference; sharded tensors are averaged part by part, as both sides are cut alike."""
+        forget_gathered(self._module)
+        every = _named_tensors(self._module)
+        return {name: every[name] for name in self._names}
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -95,10 +103,11 @@ class MovingReference(Reference):
         if step % self._every:
             return False
         policy = self._policy()
-        current: dict[str, Tensor] = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
+        forget_gathered(policy)
+        current = _named_tensors(policy)
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                self._sync(name, tensor.data, current[name].detach())
+            for name, tensor in self._tensors().items():
+                self._sync(name, local_part(tensor), part_like(current[name], tensor))
         self._num_syncs += 1
         return True
 
@@ -111,10 +120,21 @@ class MovingReference(Reference):
             reference.copy_(moved)
             residual.copy_(carried)
 
-    def save(self, folder: Path) -> None:
-        state = {f"weight.{name}": t.detach() for name, t in self._tensors.items()}
-        state |= {f"residual.{name}": t for name, t in self._residuals.items()}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / _TENSORS)
+    @property
+    def is_collective(self) -> bool:
+        return self._source.is_collective
+
+    def save(self, folder: Path | None) -> None:
+        state: dict[str, Tensor] = {}
+        for name, tensor in self._tensors().items():  # gathered one at a time, and kept by the process that writes
+            values = {f"weight.{name}": whole(tensor)}
+            if name in self._residuals:
+                values[f"residual.{name}"] = whole_of_part(self._residuals[name], self._module, name)
+            if folder is not None:
+                state |= {key: value.cpu().contiguous() for key, value in values.items()}
+        if folder is None:
+            return
+        save_file(state, folder / _TENSORS)
         (folder / _SCHEDULE).write_text(json.dumps(self._schedule() | {"num_syncs": self._num_syncs}))
 
     def load(self, folder: Path) -> None:
@@ -134,10 +154,10 @@ class MovingReference(Reference):
             )
         tensors = load_file(folder / _TENSORS)
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.data.copy_(tensors[f"weight.{name}"])
-            for name, residual in self._residuals.items():
-                residual.copy_(tensors[f"residual.{name}"])
+            for name, tensor in self._tensors().items():
+                local_part(tensor).copy_(part_like(tensors[f"weight.{name}"], tensor))
+                if name in self._residuals:
+                    self._residuals[name].copy_(part_like(tensors[f"residual.{name}"], tensor))
         self._num_syncs = int(saved["num_syncs"])
 
     def _schedule(self) -> dict[str, float]:
@@ -147,8 +167,12 @@ class MovingReference(Reference):
         """Nothing: a moving reference is needed to the end."""
 
 
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
-    own, other = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
+    own, other = ({name: whole_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differing:
         raise ReferenceModelError(

@@ -5,7 +5,7 @@ Knows the store's keys and the order of a pass over the data; knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -13,11 +13,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from tether.distributed import any_process
 from tether.errors import MissingLogProbsError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.identity import ReferenceIdentity
 from tether.store import LogProbStore
-from tether.types import PairBatch, ResponseLogProbs, offsets_of
+from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
+
+# What a process has scored that needs no answer itself, while others need its part of the weights.
+_IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
 
 
 class StoredReference(Reference):
@@ -78,8 +82,20 @@ class StoredReference(Reference):
     def means_policy(self) -> bool:
         return self._source is not None and self._source.means_policy
 
+    @property
+    def answers_are_stored(self) -> bool:
+        return True
+
     def changed_tensors(self) -> list[str]:
         return self._source.changed_tensors() if self._source is not None else []
+
+    @property
+    def is_collective(self) -> bool:
+        return self._source is not None and self._source.is_collective
+
+    @property
+    def runs_in_policy(self) -> bool:
+        return self._source is not None and self._source.runs_in_policy
 
     @property
     def extra_bytes(self) -> int:
@@ -102,18 +118,32 @@ class StoredReference(Reference):
     def _fill(self, batches: Iterable[PairBatch], title: str, show_progress: bool) -> None:
         # None: on only where standard error is a terminal.
         bar = tqdm(batches, desc=title, unit="batch", disable=None if show_progress else True)
-        for batch in bar:
-            missing = self._store.missing(self._identity.digest, batch.keys, batch.response_lengths)
-            self._num_found += batch.num_responses - len(missing)
-            self._num_computed += len(missing)
-            if missing:
+        for batch in self._rounds(bar):
+            missing = []
+            if batch is not None:
+                missing = self._store.missing(self._identity.digest, batch.keys, batch.response_lengths)
+                self._num_found += batch.num_responses - len(missing)
+                self._num_computed += len(missing)
+            if batch is not None and missing:
                 self._compute(batch)
+            else:
+                self._take_part()
             bar.set_postfix(found=self._num_found, computed=self._num_computed)
+
+    def _rounds(self, batches: Iterable[PairBatch]) -> Iterator[PairBatch | None]:
+        """The batches; where passes are collective, None for as long as only other processes still have some."""
+        if not self.is_collective:
+            yield from batches
+            return
+        iterator = iter(batches)
+        while any_process((batch := next(iterator, None)) is not None):
+            yield batch
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         values = self._store.get(self._identity.digest, batch.keys, batch.response_lengths)
         if any(value is None for value in values):
             return self._compute(batch)
+        self._take_part()
         joined = torch.from_numpy(np.concatenate([value for value in values if value is not None]))
         return ResponseLogProbs(joined.to(batch.device), offsets_of(batch.response_lengths, batch.device))
 
@@ -124,10 +154,18 @@ class StoredReference(Reference):
                 why="This reference only reads: it was given no source to compute them with.",
                 instead="Give `StoredReference` a source, or fill the store first (`tether precompute`).",
             )
+        if self.is_collective:
+            any_process(True)
         computed = self._source.log_probs(batch)
         values = [value.cpu().numpy() for value in computed.split()]
         self._store.put(self._identity.digest, batch.keys, values, description=self._identity.describe())
         return computed
+
+    def _take_part(self) -> None:
+        """Makes a pass for nothing where another process needs one, to which this one has a part of the weights."""
+        if self.is_collective and any_process(False):
+            assert self._source is not None
+            self._source.log_probs(_IDLE)
 
     def release(self) -> None:
         """Releases the source; an adapter's base, which costs nothing and stays true, goes on answering new rows."""

@@ -7,7 +7,7 @@ reference or a loss is. `projection.py` puts it in a model's place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -245,12 +245,12 @@ def _scan(
     """One sweep over the vocabulary with a running maximum, as flash attention has it; offers its tiles to `keep`.
 
     Returns log-probs, normalizers (log-sum-exps), the gradient with respect to `hidden` (empty unless asked for),
-    and the three statistics if asked for.
+    and the four statistics if asked for.
     """
     inputs = hidden.to(head.weight.dtype)
     wide, num_tokens = _wide(inputs.dtype), hidden.shape[0]
     largest = hidden.new_full((num_tokens,), float("-inf"), dtype=wide)
-    total, target, weighted, plain = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(4))
+    total, target, weighted, plain, squares = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(5))
     expectation = hidden.new_zeros(hidden.shape if gradient else (0, 0), dtype=wide)
     target_slope = hidden.new_ones(num_tokens, dtype=wide)
     top = torch.zeros_like(targets)
@@ -270,6 +270,8 @@ def _scan(
         shares = logits.sub_(largest[:, None]).exp_()
         total = total * shrink + shares.sum(-1)
         keep(tile, shares, largest)
+        if statistics:
+            squares = squares * shrink.square() + shares.square().sum(-1)
         if gradient:
             if slope is not None:
                 target_slope = torch.where(here, slope.gather(-1, column)[:, 0], target_slope)
@@ -281,7 +283,8 @@ def _scan(
         expectation = target_slope[:, None] * head.weight[targets] - expectation / total[:, None]
     found: tuple[Tensor, ...] = ()
     if statistics:
-        found = (normalizer - weighted / total, plain / head.weight.shape[0], top == targets)
+        log_expected_prob = squares.log() - 2 * total.log()
+        found = (normalizer - weighted / total, plain / head.weight.shape[0], top == targets, log_expected_prob)
     return (target - normalizer, normalizer, expectation, *found)
 
 
@@ -296,7 +299,9 @@ def logits_scores(
         return TokenScores(log_probs, None)
     with torch.no_grad():
         entropy = -(every.exp() * every).sum(-1)
-        return TokenScores(log_probs, TokenStatistics(entropy, logits.mean(-1), logits.argmax(-1) == targets))
+        expected = (2 * every).logsumexp(-1)
+        found = TokenStatistics(entropy, logits.mean(-1), logits.argmax(-1) == targets, expected)
+        return TokenScores(log_probs, found)
 
 
 def checkpointed_scores(
@@ -321,8 +326,8 @@ def checkpointed_scores(
     log_probs = torch.cat([part.log_probs for part in parts])
     if not statistics:
         return TokenScores(log_probs, None)
-    found = zip(*((s.entropy, s.mean_logit, s.is_top1) for s in (part.statistics for part in parts)), strict=True)
-    return TokenScores(log_probs, TokenStatistics(*(torch.cat(column) for column in found)))
+    found = (torch.cat([getattr(part.statistics, entry.name) for part in parts]) for entry in fields(TokenStatistics))
+    return TokenScores(log_probs, TokenStatistics(*found))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from tether.distributed import whole_shape
 from tether.types import PairBatch, Response
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def probe_batch(base: nn.Module) -> PairBatch:
     embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
 
     def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(embeddings.weight.shape[0], (count,), generator=generator).tolist())
+        return tuple(torch.randint(whole_shape(embeddings.weight)[0], (count,), generator=generator).tolist())
 
     first, second = ids(length), ids(7)
     pairs = [(first, 9, 5), (first, 9, 3), (second, 4, 8)]
@@ -99,6 +100,9 @@ def layouts_agree(packed: torch.Tensor, padded: torch.Tensor, other_context: tor
 def _is_proven(base: nn.Module) -> bool:
     config: Any = base.config
     if config.model_type not in PROVEN_FAMILIES or not type(base).__module__.startswith("transformers.models."):
+        return False
+    # A layer taken from another model reads that model's config, and would not notice that attention is switched.
+    if any(getattr(module, "config", config) is not config for module in base.modules()):
         return False
     # GPT-2 has a second attention of its own behind this flag.
     return not getattr(config, "reorder_and_upcast_attn", False)

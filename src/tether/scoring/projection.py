@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tether.distributed import plain_class
 from tether.scoring.head import LogitTransform, checkpointed_scores, token_scores
 from tether.scoring.layout import ScoringRows
 from tether.types import TokenStatistics
@@ -81,7 +82,7 @@ def _answer(hidden: Tensor) -> Tensor:
     rows, head, wanted = request.rows, request.head, request.statistics_wanted
     # Prompt-learning adapters put virtual tokens in front of each row.
     selected = hidden[rows.row, rows.column + (hidden.shape[1] - rows.width)]
-    if type(head) is nn.Linear:
+    if plain_class(head) is nn.Linear:
         scores = token_scores(selected, rows.targets, head.weight, head.bias, request.transform, statistics=wanted)
     else:
         scores = checkpointed_scores(

@@ -1,0 +1,208 @@
+"""A second model, sharded as the policy is: for a reference with weights of its own.
+
+The only file that knows how accelerate, DeepSpeed and FSDP2 are told to shard a model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from tether.distributed.shards import deepspeed, forget_gathered, is_sharded, local_part, plain_class, whole
+from tether.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How training shards the policy, to be done to a second model.
+
+    Attributes:
+        apply: Shards a model in place, so that it runs beside the policy.
+        dtype: What it casts the weights to; None where it leaves them.
+    """
+
+    apply: Callable[[nn.Module], None]
+    dtype: torch.dtype | None = None
+
+
+def sharding_of(accelerator: Any) -> Sharding | None:
+    """How training will shard the policy, to be done to a reference of its own; None where models stay whole.
+
+    Raises:
+        ConfigurationError: For a way of sharding in which a reference is not known to be right; names it.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        config = plugin.deepspeed_config
+        _refuse_untested_zero(config)
+        return Sharding(lambda model: _shard_by_zero(model, config), _deepspeed_dtype(accelerator))
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is None or accelerator.distributed_type != "FSDP":
+        return None
+    _refuse_untested_fsdp(fsdp)
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    return Sharding(lambda model: fsdp2_prepare_model(accelerator, model))
+
+
+def cast_as_training_will(model: nn.Module, accelerator: Any) -> None:
+    """Casts the policy to the precision of DeepSpeed's config, as DeepSpeed would when training starts.
+
+    The reference is what will train. Made of weights that are rounded later, it would differ from the policy by as
+    much as rounding does, which is too little for an error and too much for a first loss of log 2.
+    """
+    dtype = _deepspeed_dtype(accelerator)
+    if dtype is None:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not is_sharded(tensor):  # a partitioned one was made in that precision
+            tensor.data = tensor.data.to(dtype)
+
+
+def _deepspeed_dtype(accelerator: Any) -> torch.dtype | None:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    config = {} if plugin is None else plugin.deepspeed_config
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(name, {}).get("enabled") is True:
+            return dtype
+    return None
+
+
+def copy_of_sharded(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    """A frozen parameter with the content of a partitioned one, partitioned the same way. Collective.
+
+    Never whole for longer than it takes to cut it again.
+    """
+    holder = nn.Module()
+    values = whole(parameter)
+    holder.copied = nn.Parameter(values.to(dtype if values.is_floating_point() else None), requires_grad=False)
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    deepspeed().zero.Init(module=holder, data_parallel_group=group, dtype=holder.copied.dtype)
+    return holder.copied
+
+
+def _shard_by_zero(model: nn.Module, training_config: Mapping[str, Any]) -> None:
+    """Partitions a model that only answers, and gives it the hooks that gather its weights."""
+    zero = {
+        key: value
+        for key, value in training_config["zero_optimization"].items()
+        if value != "auto" and key != "offload_optimizer"
+    }
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    config |= {name: training_config[name] for name in ("bf16", "fp16") if name in training_config}
+    deepspeed().initialize(model=model, config=config)
+    model.eval()
+
+
+def _refuse_untested_zero(config: Mapping[str, Any]) -> None:
+    zero = config["zero_optimization"]
+    nvme = (zero.get("offload_param") or {}).get("device") == "nvme"
+    found = "offload_param to NVMe" if nvme else None
+    for name in ("mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights"):
+        if int(zero.get(name) or 0) > (1 if name == "zero_hpz_partition_size" else 0):
+            found = name
+    if found:
+        raise ConfigurationError(
+            asked=f"DeepSpeed ZeRO-3 with `{found}`.",
+            why="It keeps weights where a reference would be read from the wrong copy, or not at all; it is untested.",
+            instead="Leave it out of the DeepSpeed config, or store the reference's log-probs in a run without "
+            "DeepSpeed first (`precompute_ref_log_probs=True`).",
+        )
+
+
+def _refuse_untested_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ConfigurationError(
+            asked=f"FSDP version {plugin.fsdp_version}.",
+            why="It flattens the parameters, so that a reference can no longer tell them apart.",
+            instead='Use FSDP2: `fsdp_config={"fsdp_version": 2, ...}`.',
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ConfigurationError(
+            asked="FSDP with `cpu_ram_efficient_loading=True`.",
+            why="Only the first process then has weights while the reference is built; the others would read none.",
+            instead='Write `fsdp_config={"cpu_ram_efficient_loading": False, ...}`.',
+        )
+
+
+def twin_of_fsdp(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A second tree of modules with parts of its own, sharded by `fully_shard` exactly as the given model is.
+
+    No weight is gathered: the tree is made without content, sharded, and given each process's part.
+
+    Args:
+        model: A model that `fully_shard` was applied to.
+        dtype: Hold floating-point weights in this dtype instead of the model's own.
+    """
+    forget_gathered(model)
+    memo: dict[int, Any] = {id(state): state for state in _fsdp_states(model)}  # copied hooks are taken off below
+    for parameter in model.parameters():
+        kind = dtype if parameter.is_floating_point() else None
+        empty = torch.empty(parameter.shape, dtype=kind or parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    with _plain_classes(model):
+        twin = copy.deepcopy(model, memo)
+    _take_fsdp_off(twin)
+    _shard_alike(twin, model)
+    device = next(model.parameters()).device
+    # `to_empty` would empty the buffers too.
+    twin._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    contents = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        local_part(parameter).copy_(local_part(contents[name]))
+    return twin.eval()
+
+
+def _fsdp_states(model: nn.Module) -> list[Any]:
+    """One state for each call of `fully_shard`, parents before children."""
+    states = {id(state): state for module in model.modules() if (state := _fsdp_state(module)) is not None}
+    return list(states.values())
+
+
+def _fsdp_state(module: nn.Module) -> Any:
+    return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+
+
+@contextmanager
+def _plain_classes(model: nn.Module) -> Iterator[None]:
+    """While open, sharded modules have the classes they had before, because `FSDPModule` refuses to be copied."""
+    sharded: list[tuple[Any, type]] = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
+    for module, _ in sharded:
+        module.__class__ = plain_class(module)
+    try:
+        yield
+    finally:
+        for module, kind in sharded:
+            module.__class__ = kind
+
+
+def _take_fsdp_off(twin: nn.Module) -> None:
+    """Removes what `fully_shard` left on the copied modules: its hooks and its mark that it was there."""
+    for module in twin.modules():
+        for name, hooks in list(vars(module).items()):
+            if isinstance(name, str) and name.startswith("__composable_api"):
+                del vars(module)[name]
+            elif name.endswith("_hooks") and isinstance(hooks, dict):
+                for key, hook in list(hooks.items()):
+                    if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
+                        del hooks[key]
+
+
+def _shard_alike(twin: nn.Module, model: nn.Module) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    for state in reversed(_fsdp_states(model)):  # children before parents
+        modules = [twin.get_submodule(names[id(module)]) for module in state._modules]
+        settings: dict[str, Any] = {"mp_policy": state._mp_policy}
+        group = state._fsdp_param_group
+        if group is not None:
+            settings |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
+            if not state._auto_reshard_after_forward:
+                settings["reshard_after_forward"] = group._reshard_after_forward
+        fully_shard(modules[0] if len(modules) == 1 else modules, **settings)

@@ -1,0 +1,112 @@
+"""Sums and verdicts over the processes of a run.
+
+A *collective* call must be made by every process, in the same order. All of it is also right in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tether.errors import ReferenceModelError, TetherError
+
+T = TypeVar("T")
+
+
+def num_processes() -> int:
+    """How many processes take part in this run."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def reduced(tensor: Tensor, how: str) -> Tensor:
+    """The tensor reduced over the processes by `"sum"` or `"max"`, on each of them. Collective."""
+    operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how]
+    tensor = tensor.clone()
+    if is_distributed():
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process. Collective."""
+    return any(_gathered(flag))
+
+
+def union(names: Iterable[str]) -> list[str]:
+    """What any process named, sorted. Collective."""
+    return sorted(set().union(*_gathered(list(names))))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block whose failure on one process is raised on all of them, so that none goes on and waits for the others.
+
+    The block itself must not be collective, or must fail on every process alike. Collective at its end.
+
+    Raises:
+        TetherError: This process's own error, or else that of the first process that has one.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    _raise_first(error)
+
+
+def check_alike(value: str, what: str) -> None:
+    """Refuses a value that differs between processes. Collective.
+
+    Raises:
+        ReferenceModelError: On every process; names the first process that differs.
+    """
+    values = _gathered(value)
+    differing = [number for number, other in enumerate(values) if other != values[0]]
+    if differing:
+        raise ReferenceModelError(
+            asked=f"{len(values)} processes train one policy, each with a {what} of its own.",
+            why=f"That of process {differing[0]} ({values[differing[0]]}) is not that of process 0 ({values[0]}).",
+            instead="Load the same weights on every process, and change them in memory the same way (same seed).",
+        )
+
+
+def _raise_first(error: Exception | None) -> None:
+    errors = _gathered(None if error is None else _for_others(error))
+    if error is not None:
+        raise error
+    for process, found in enumerate(errors):
+        if found is not None:
+            found.asked = f"Process {process}: {found.asked}"
+            raise found
+
+
+def _for_others(error: Exception) -> TetherError:
+    if isinstance(error, TetherError):
+        return error
+    return TetherError(
+        asked=f"It failed: {type(error).__name__}: {error}",
+        why="The processes of a run go on together or not at all.",
+        instead="Look at that process's own traceback.",
+    )
+
+
+def _gathered(value: T) -> list[T]:
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_distributed() -> bool:
+    """Whether more than one process takes part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,223 @@
+"""Tensors of which each process holds a part: a `DTensor` of FSDP2, a partitioned parameter of ZeRO-3.
+
+Reads them whole one at a time, and lets parts be compared, written and exchanged. Right for whole tensors too. Knows no
+reference. A *collective* call must be made by every process, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tether.distributed.processes import is_distributed, is_main_process
+from tether.errors import ReferenceModelError, TetherError
+
+T = TypeVar("T")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of the tensor."""
+    return isinstance(tensor, DTensor) or _partitioned(tensor) is not None
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether some parameter of the model is sharded, so that each forward is collective."""
+    return is_fsdp(model) or any(map(is_sharded, model.parameters()))
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model, or to a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without the one that `fully_shard` put in front of it."""
+    kind: Any = type(module)
+    plain: type[nn.Module] = kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
+    return plain
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor; a partitioned parameter says of itself that it is empty."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, without gradient; a copy where it had to be gathered. Collective for a sharded tensor.
+
+    Raises:
+        ReferenceModelError: If the tensor has no content (it is on the meta device).
+    """
+    if _partitioned(tensor) is not None:
+        with deepspeed().zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    if isinstance(tensor, DTensor):
+        full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        return full
+    if tensor.is_meta:
+        raise ReferenceModelError(
+            asked="A weight on the meta device was to be read.",
+            why="It has a shape and no content, so neither a digest nor a copy of it would mean anything.",
+            instead="Load the weights on every process before the reference is built (with FSDP: "
+            "`cpu_ram_efficient_loading=False`).",
+        )
+    return tensor.detach()
+
+
+def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, Tensor]) -> dict[str, T]:
+    """`function(name, whole tensor)` for each tensor, on the main process alone; its answers on all. Collective.
+
+    Tensors are gathered one at a time, in the order of their names, so that none is held longer than it is looked at.
+
+    Raises:
+        TetherError: What the function raised, on every process.
+    """
+    answers: dict[str, T] = {}
+    error: TetherError | None = None
+    for name in sorted(tensors):
+        tensor = whole(tensors[name])
+        if is_main_process() and error is None:
+            try:
+                answers[name] = function(name, tensor)
+            except TetherError as caught:  # the others are still gathering
+                error = caught
+    if is_distributed():
+        shared: list[Any] = [answers, error]
+        dist.broadcast_object_list(shared)
+        answers, error = shared
+    if error is not None:
+        raise error
+    return answers
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of the tensor, without gradient and to be written to; the tensor itself if whole.
+
+    `forget_gathered` the model it belongs to before and after writing.
+    """
+    part: Tensor
+    if (partitioned := _partitioned(tensor)) is not None:
+        part = partitioned.ds_tensor.data
+    elif isinstance(tensor, DTensor):
+        part = tensor.detach().to_local()  # type: ignore[attr-defined]
+    else:
+        part = tensor.detach()
+    return part
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process would hold of `tensor`, were it sharded as `like` is. Collective unless both are held alike.
+
+    Args:
+        tensor: A tensor, whole or sharded, or a part that is already cut so.
+        like: A tensor of the same whole shape.
+    """
+    if _are_cut_alike(tensor, like):
+        return local_part(tensor)
+    if not is_sharded(tensor) and tensor.shape == local_part(like).shape:
+        return tensor.detach()
+    full = whole(tensor)
+    if (partitioned := _partitioned(like)) is not None:
+        part = torch.zeros_like(partitioned.ds_tensor, dtype=full.dtype)  # the last part is padded
+        start = part.numel() * dist.get_rank(partitioned.ds_process_group)
+        own = full.flatten()[start : start + part.numel()]
+        part[: own.numel()] = own
+        return part
+    if isinstance(like, DTensor):
+        # Each process cuts its own; none is sent.
+        return local_part(distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None))
+    return full
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Gives up whole copies of sharded parameters that earlier passes left behind; the next pass gathers them anew.
+
+    The root of FSDP2 keeps its parameters whole after a forward, and ZeRO-3 keeps small ones whole for ever. Either
+    would hide the part from whoever reads or writes it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for parameter in model.parameters():
+        partitioned = _partitioned(parameter)
+        if partitioned is not None and partitioned.ds_status.name == "AVAILABLE":
+            partitioned.partition()
+
+
+def _partitioned(tensor: Tensor) -> Any:
+    """The tensor if it is a parameter that DeepSpeed partitions, else None."""
+    return tensor if hasattr(tensor, "ds_id") else None
+
+
+def _are_cut_alike(one: Tensor, other: Tensor) -> bool:
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        return one.device_mesh == other.device_mesh and one.placements == other.placements
+    ours, theirs = _partitioned(one), _partitioned(other)
+    if ours is not None and theirs is not None:
+        return bool(ours.ds_process_group == theirs.ds_process_group and ours.ds_tensor.shape == theirs.ds_tensor.shape)
+    return not is_sharded(one) and not is_sharded(other)
+
+
+@contextmanager
+def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, the named parameters have the given values: whole ones, or this process's parts.
+
+    Whole parameters are exchanged by pointer, so no weight moves. A part of ZeRO-3 too; FSDP2 gathers from memory that
+    it holds itself, so there the values are copied in and out. Must not be open while a graph of the policy is alive.
+    """
+    if not parts:
+        yield
+        return
+    forget_gathered(model)
+    parameters = dict(model.named_parameters())
+    with ExitStack() as restored:
+        for name, part in parts.items():
+            restored.callback(_put(parameters[name], part))
+        # Last in, first out: what was gathered of the exchanged values goes first.
+        restored.callback(forget_gathered, model)
+        yield
+
+
+def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
+    """Gives a parameter other values; returns what undoes it."""
+    if isinstance(parameter, DTensor):
+        local = local_part(parameter)
+        before = local.clone()
+        local.copy_(part)
+
+        def copy_back() -> None:
+            local.copy_(before)
+
+        return copy_back
+    partitioned = _partitioned(parameter)
+    holder: Any = parameter if partitioned is None else partitioned.ds_tensor
+    held = holder.data
+    holder.data = part.to(held.device)
+
+    def point_back() -> None:
+        holder.data = held
+
+    return point_back
+
+
+def whole_of_part(part: Tensor, model: nn.Module, name: str) -> Tensor:
+    """The whole tensor of which `part` is what this process holds, cut as the named parameter is. Collective."""
+    if not is_sharded(dict(model.named_parameters())[name]):
+        return part
+    with exchanged(model, {name: part}):
+        return whole(dict(model.named_parameters())[name])
+
+
+def deepspeed() -> Any:
+    """DeepSpeed, imported where a parameter was partitioned by it or the run's config asks for it, and only there."""
+    import deepspeed as library
+
+    return library

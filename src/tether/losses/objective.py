@@ -1,0 +1,105 @@
+"""`Objective`: what a run minimises, from its losses, their weights and what weighs pairs and tokens.
+
+Knows losses and log-probabilities; knows no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tether.errors import ConfigurationError
+from tether.losses.checks import check_margin
+from tether.losses.options import LossOptions, PreferenceLoss
+from tether.losses.table import LOSSES, Loss
+from tether.losses.weighting import RewardShift, pair_scores, policy_weights
+from tether.types import PairBatch, PairScores, ResponseLogProbs
+
+
+class Objective:
+    """The weighted sum of a run's losses: `w(pair) sum_k weight_k loss_k(pair)`.
+
+    Several losses make MPO (Wang et al. 2024, arXiv 2411.10442). `w` is WPO's weight, or 1.
+
+    Args:
+        losses: Names from `LOSSES`, or functions of `PairScores` and `LossOptions` that give one value per pair.
+        weights: One for each; by default 1.
+        options: The numbers in the losses' equations.
+        use_weighting: Weigh pairs by how likely the policy is to say them (WPO).
+        bco_reward_shift: Keep BCO's running mean of rewards, where `bco_pair` is one of the losses.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[str | PreferenceLoss],
+        weights: Sequence[float] | None = None,
+        options: LossOptions | None = None,
+        *,
+        use_weighting: bool = False,
+        bco_reward_shift: bool = True,
+    ) -> None:
+        functions = [LOSSES[loss] if isinstance(loss, str) else loss for loss in losses]
+        self._terms = list(zip(weights or [1.0] * len(functions), functions, strict=True))
+        self._options = options or LossOptions()
+        self.use_weighting = use_weighting
+        self.reward_shift = RewardShift() if bco_reward_shift and "bco_pair" in losses else None
+
+    def __call__(
+        self,
+        batch: PairBatch,
+        policy: ResponseLogProbs,
+        reference: ResponseLogProbs,
+        *,
+        training: bool = True,
+        reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+    ) -> tuple[PairScores, Float[Tensor, " pairs"]]:
+        """The scores of the pairs, and one loss for each.
+
+        Args:
+            batch: The pairs.
+            policy: The policy's log-probs; with statistics if pairs are weighted.
+            reference: The reference's.
+            training: Whether BCO's running mean takes the batch in; evaluation reads it as it is.
+            reduce: Sums a tensor over the processes.
+
+        Raises:
+            ConfigurationError: If a loss gives anything but one value per pair, or the rows have a margin that no
+                loss reads.
+        """
+        if batch.margins is not None:
+            self.check_margin()
+        scores = pair_scores(batch, policy, reference, self._options.ld_alpha)
+        if self.reward_shift is not None:
+            shift = self.reward_shift.update(scores, self._options.beta, reduce) if training else None
+            scores = replace(
+                scores, reward_shift=self.reward_shift.mean(scores.policy_chosen) if shift is None else shift
+            )
+        values = [weight * _checked(loss(scores, self._options), loss, batch) for weight, loss in self._terms]
+        losses = torch.stack(values).sum(0)
+        return scores, losses * policy_weights(batch, policy) if self.use_weighting else losses
+
+    def check_margin(self) -> None:
+        """Refuses rows with a `margin` where no loss reads it.
+
+        Raises:
+            ConfigurationError: Names the losses that do.
+        """
+        named = [loss for _, loss in self._terms if isinstance(loss, Loss)]
+        if len(named) == len(self._terms):
+            check_margin(named)
+
+
+def _checked(losses: Any, loss: PreferenceLoss, batch: PairBatch) -> Tensor:
+    if isinstance(losses, Tensor) and losses.shape == (batch.num_pairs,):
+        return losses
+    found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise ConfigurationError(
+        asked=f"The loss {getattr(loss, '__name__', loss)!r} gave {found} for {batch.num_pairs} pairs.",
+        why="A loss has one value per pair; the mean over the pairs of the optimizer step is taken by the trainer.",
+        instead="Return a tensor with one entry per pair, without `.mean()` or `.sum()`.",
+    )

@@ -1,0 +1,45 @@
+"""The numbers that parametrise the losses, and the shape of a loss.
+
+Knows no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tether.types import PairScores
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The numbers that parametrise the losses; each loss reads those its equation names.
+
+    Attributes:
+        beta: Strength of the pull towards the reference; for IPO the regularisation `tau`.
+        label_smoothing: Probability that a preference label is flipped, in [0, 0.5).
+        f_divergence_type: The divergence that keeps the policy near the reference: one of `DIVERGENCES`.
+        f_alpha_divergence_coef: Its coefficient, where it is the alpha-divergence.
+        discopop_tau: Temperature of DiscoPOP's blend.
+        ld_alpha: Weight, in [0, 1], of a response's tokens beyond the length that both responses of the pair have
+            (LD-DPO); None for 1.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+
+    @property
+    def needs_per_token(self) -> bool:
+        """Whether the reference must answer token by token; otherwise a sum per response is enough."""
+        return self.ld_alpha is not None and self.ld_alpha != 1
+
+
+PreferenceLoss = Callable[[PairScores, LossOptions], Float[Tensor, " pairs"]]
+"""What a loss is, one's own too: one value per pair; the mean over the pairs of the optimizer step is taken outside."""

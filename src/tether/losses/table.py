@@ -1,0 +1,61 @@
+"""Every loss by its name, and what each takes.
+
+A loss explains itself in its docstring; here is only what the options must know of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tether.losses import pairwise, pointwise, transport
+from tether.losses.options import LossOptions, PreferenceLoss
+from tether.types import PairScores
+
+_DIFFERENCE = frozenset({"f_divergence_type", "margin", "ld_alpha"})
+_SMOOTHED = _DIFFERENCE | {"label_smoothing"}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it takes.
+
+    Attributes:
+        function: The loss itself.
+        takes: Which of `label_smoothing`, `f_divergence_type`, `discopop_tau`, `bco_reward_shift`, `ld_alpha`
+            and the rows' `margin` reach its value.
+        couples_pairs: A pair's value depends on the other pairs of its micro-batch.
+        needs_per_token: The reference must answer token by token whatever the options (`LossOptions.needs_per_token`
+            says what they ask for); otherwise a sum per response is enough.
+    """
+
+    function: PreferenceLoss
+    takes: frozenset[str]
+    couples_pairs: bool = False
+    needs_per_token: bool = False
+
+    def __call__(self, scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
+        return self.function(scores, options)
+
+
+_SUMS = frozenset({"ld_alpha"})
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(pairwise.sigmoid, _SMOOTHED),
+    "hinge": Loss(pairwise.hinge, _DIFFERENCE),
+    "ipo": Loss(pairwise.ipo, _DIFFERENCE - {"margin"}),  # its target is in nats per token, a margin in rewards
+    "exo_pair": Loss(pairwise.exo_pair, _SMOOTHED),
+    "nca_pair": Loss(pointwise.nca_pair, _SUMS),
+    "robust": Loss(pairwise.robust, _SMOOTHED),
+    "bco_pair": Loss(pointwise.bco_pair, _SUMS | {"bco_reward_shift"}),
+    "sppo_hard": Loss(pointwise.sppo_hard, _SUMS),
+    "aot": Loss(transport.aot, _SUMS | {"label_smoothing"}, couples_pairs=True),
+    "aot_unpaired": Loss(transport.aot_unpaired, _SUMS | {"label_smoothing"}, couples_pairs=True),
+    "apo_zero": Loss(pointwise.apo_zero, _SUMS),
+    "apo_down": Loss(pointwise.apo_down, _SUMS),
+    "discopop": Loss(pairwise.discopop, _DIFFERENCE | {"discopop_tau"}),
+    "sft": Loss(pointwise.sft, frozenset()),
+    "sigmoid_norm": Loss(pairwise.sigmoid_norm, _SMOOTHED),
+}

@@ -1,0 +1,38 @@
+"""`UniformReference`: no reference at all; every response is as likely as any other.
+
+Knows no model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tether.reference.base import Reference
+from tether.reference.identity import ReferenceIdentity
+from tether.types import PairBatch, ResponseLogProbs, offsets_of
+
+
+class UniformReference(Reference):
+    """The reference of reference-free training: `log pi_ref(y|x) = 0` for every response.
+
+    Any other constant would do as well, for losses that see the difference of two responses alone. A reward is then
+    `beta log pi_theta(y|x)`. Nothing pulls the policy back to where it started.
+
+    Example:
+        >>> from tether.types import Response
+        >>> batch = PairBatch.of_pairs([(Response((1,), (2, 3)), Response((1,), (4,)))])
+        >>> UniformReference().log_probs(batch).sums()
+        tensor([0., 0.])
+    """
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        return ReferenceIdentity("uniform", "none", "float32", 0)
+
+    @property
+    def num_passes(self) -> int:
+        return 0
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        zeros = torch.zeros(sum(batch.response_lengths), device=batch.device)
+        return ResponseLogProbs(zeros, offsets_of(batch.response_lengths, batch.device))

@@ -1,0 +1,34 @@
+"""What a reference must hold to, as tests that anyone can run on a reference of their own.
+
+For test suites: needs pytest, which Tether itself does not. Nothing else in the package imports this one.
+"""
+
+from importlib.util import find_spec
+
+from tether.errors import MissingPackageError
+
+
+def _has_pytest() -> bool:
+    try:
+        return find_spec("pytest") is not None
+    except ValueError:  # a module that was put there by hand, or barred
+        return False
+
+
+if not _has_pytest():
+    raise MissingPackageError(
+        asked="`tether.testing` was imported.",
+        why="Its contract suites are pytest tests, and pytest is not installed: Tether does not need it to train.",
+        instead="Install it where you run the tests: `pip install pytest`.",
+    )
+
+import pytest  # noqa: E402
+
+# Before they are imported: a failing clause then shows the values it compared.
+pytest.register_assert_rewrite("tether.testing.contract")
+
+from tether.testing.contract import ReferenceContract, Subject  # noqa: E402
+from tether.testing.observation import bits, random_state, same_bits, traces  # noqa: E402
+from tether.testing.oracle import naive_log_probs_of  # noqa: E402
+
+__all__ = ["ReferenceContract", "Subject", "bits", "naive_log_probs_of", "random_state", "same_bits", "traces"]

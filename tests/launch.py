@@ -1,0 +1,30 @@
+"""Starts a script of `tests/scripts` in one process or in several, and reads what each of them saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def launch(script: str, folder: Path, *arguments: str, num_processes: int = 1) -> list[dict[str, Any]]:
+    """Runs `script FOLDER *arguments`; returns the `process-N.json` that each process wrote into the folder."""
+    folder.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
+        "PYTHONWARNINGS": "ignore",
+        "TETHER_HOME": str(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    launcher = [sys.executable, *(torchrun if num_processes > 1 else [])]
+    command = [*launcher, str(TESTS / "scripts" / script), str(folder), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("process-*.json"))]

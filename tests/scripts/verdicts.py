@@ -1,0 +1,110 @@
+"""The faults of `test_verdicts.py`, each on process 1 alone; writes what every process raised.
+
+torchrun --standalone --nproc_per_node 2 tests/scripts/verdicts.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from runs import make_trainer
+from tether import DPOTrainer
+from tether.errors import TetherError
+from tiny import tiny_model
+
+RANK = int(os.environ["RANK"])
+
+
+def trainer_of(folder: Path, **options: Any) -> DPOTrainer:
+    return make_trainer(folder, **{"per_device_train_batch_size": 2, "use_cpu": True} | options)
+
+
+def change(model: nn.Module | None) -> None:
+    """On process 1 alone."""
+    if RANK == 1:
+        assert model is not None
+        with torch.no_grad():
+            next(model.parameters()).add_(0.5)
+
+
+class ChangeReference(TrainerCallback):
+    def __init__(self) -> None:
+        self.trainer: DPOTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            assert self.trainer is not None
+            change(self.trainer.ref_model)
+
+
+def gap(folder: Path) -> None:
+    trainer = trainer_of(folder)
+    change(trainer.ref_model)
+    trainer.train()
+
+
+def drift(folder: Path) -> None:
+    callback = ChangeReference()
+    trainer = trainer_of(folder, callbacks=[callback], save_strategy="steps", save_steps=2)
+    callback.trainer = trainer
+    trainer.train()
+
+
+def other_weights(folder: Path) -> None:
+    model = tiny_model()
+    change(model)
+    trainer_of(folder, model=model)
+
+
+def nan_weights(folder: Path) -> None:
+    model = tiny_model()
+    if RANK == 1:
+        next(model.parameters()).data[0, 0] = torch.nan
+    trainer_of(folder, model=model)
+
+
+def resume(folder: Path) -> None:
+    """As where each machine has a disk of its own, and that of process 1 holds another run's checkpoint."""
+    trainer_of(folder, save_strategy="steps", save_steps=1, max_steps=1).train()
+    own = folder / f"disk-{RANK}"
+    shutil.copytree(folder / "checkpoint-1", own)
+    identity = own / "reference" / "identity.json"
+    if RANK == 1:
+        identity.write_text(json.dumps(json.loads(identity.read_text()) | {"weights": "another"}))
+    trainer_of(folder, max_steps=2).train(resume_from_checkpoint=str(own))
+
+
+FAULTS: dict[str, Callable[[Path], None]] = {
+    "gap": gap,
+    "drift": drift,
+    "other_weights": other_weights,
+    "nan_weights": nan_weights,
+    "resume": resume,
+}
+
+
+def raised_by(fault: Callable[[Path], None], folder: Path) -> dict[str, str]:
+    try:
+        fault(folder)
+    except TetherError as error:
+        return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": "none", "message": ""}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1])
+    seen = {name: raised_by(fault, target / name) for name, fault in FAULTS.items()}
+    (target / f"process-{RANK}.json").write_text(json.dumps(seen))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,32 @@
+"""A fault that one process sees is raised by all of them: none goes on, and none waits for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from launch import launch
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process raised; had one of them waited for the other, the launcher would run out of time."""
+    return launch("verdicts.py", tmp_path_factory.mktemp("verdicts") / "run", num_processes=2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "says"),
+    [
+        ("gap", "InitialGapError", "scores the first batch differently"),
+        ("drift", "DriftError", "These of its tensors changed: model.embed_tokens.weight."),
+        ("other_weights", "ReferenceModelError", "process 1"),
+        ("nan_weights", "ReferenceModelError", "`model.embed_tokens.weight` has NaN"),
+        ("resume", "ResumeError", "another reference"),
+    ],
+)
+def test_a_fault_on_one_process_is_raised_on_both(fault: str, error: str, says: str, two: list[dict[str, Any]]) -> None:
+    for process in two:
+        assert process[fault]["kind"] == error, process[fault]["message"]
+        assert says in process[fault]["message"]
