@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.callbacks import BEMACallback as BEMACallback
     from tether.config import DPOConfig as DPOConfig
     from tether.reference import AdapterReference as AdapterReference
     from tether.reference import FrozenReference as FrozenReference
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used: `tether --help` should not wait for torch and transformers.
 _HOMES = {
+    "BEMACallback": "tether.callbacks",
     "DPOConfig": "tether.config",
     "DPOTrainer": "tether.trainer",
     "AdapterReference": "tether.reference",

@@ -52,6 +52,7 @@ class DPOConfig(TrainingArguments):
         loss_weights: Weight of each loss when there are several; by default 1 each.
         label_smoothing: Probability that a preference label is flipped, in [0, 0.5) (conservative DPO).
         beta: Strength of the pull towards the reference (for IPO, the regularisation tau).
+        activation_offloading: Keep what the backward needs in host memory; needs an accelerator.
         sync_ref_model: The reference follows the policy (TR-DPO).
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
@@ -100,6 +101,8 @@ class DPOConfig(TrainingArguments):
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped, in [0, 0.5).")
     beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO: tau).")
 
+    activation_offloading: bool = _option(False, "Keep what the backward needs in host memory.")
+
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
     ref_model_mixup_alpha: float = _option(0.6, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
@@ -132,6 +135,15 @@ class DPOConfig(TrainingArguments):
         """Dtype of mixed precision, which policy and reference share; None for none."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
+    def set_beta(self, value: float) -> None:
+        """Changes `beta` while training.
+
+        Raises:
+            ConfigurationError: If it is not positive.
+        """
+        _check_beta(value)
+        self.beta = value
+
     def _check(self) -> None:
         unknown = [name for name in self.loss_type if name not in LOSSES]
         if unknown or not self.loss_type:
@@ -144,8 +156,7 @@ class DPOConfig(TrainingArguments):
                 f"there are {len(self.loss_type)} losses",
                 f"{len(self.loss_type)} weights, in the order of `loss_type`",
             )
-        if not self.beta > 0:
-            _refuse("beta", self.beta, "rewards are scaled by it, so it must be positive", "`beta=0.1`, say")
+        _check_beta(self.beta)
         if not 0 <= self.label_smoothing < 0.5:
             _refuse(
                 "label_smoothing",
@@ -200,6 +211,15 @@ class DPOConfig(TrainingArguments):
                 "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
                 "`bf16=True`, or `fp16=False`",
             )
+        if self.use_liger_kernel:
+            raise ConfigurationError(
+                asked="`use_liger_kernel=True`.",
+                why="Full logits never exist here, so its fused head would save nothing; its other kernels are put "
+                "into the policy when training starts, after its reference was made: the two would compute "
+                "differently.",
+                instead='Leave it out. `model_init_kwargs={"use_kernels": True}` loads kernels with the model, for '
+                "policy and reference alike.",
+            )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             _refuse("truncation_mode", self.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
@@ -225,6 +245,11 @@ def refuse_data_parallel(args: DPOConfig) -> None:
             instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
             "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
         )
+
+
+def _check_beta(beta: float) -> None:
+    if not beta > 0:
+        _refuse("beta", beta, "rewards are scaled by it, so it must be positive", "`beta=0.1`, say")
 
 
 def _refuse(option: str, value: Any, why: str, instead: str) -> None:

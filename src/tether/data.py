@@ -23,7 +23,7 @@ from datasets import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.errors import ConfigurationError, DataError
+from tether.errors import ArgumentTypeError, DataError
 from tether.store import content_key
 from tether.types import PairBatch, Response
 
@@ -39,13 +39,13 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     """The rows as a dataset; a list of dicts becomes one.
 
     Raises:
-        ConfigurationError: If they are nothing of the kind.
+        ArgumentTypeError: If they are nothing of the kind.
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, list):
         return Dataset.from_list(rows)
-    raise ConfigurationError(
+    raise ArgumentTypeError(
         asked=f"A set of pairs was given as {type(rows).__name__}.",
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead="Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`.",

@@ -14,6 +14,7 @@ from torch import nn
 from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
+from tether.reference.following import FollowingReference
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
@@ -35,6 +36,7 @@ class ReferenceOptions:
         dtype: Dtype of an explicit reference's weights; None for the policy's.
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
         device: Where a reference with weights of its own lives; None for where they are.
+        follows: Somebody else sets the reference's weights (`BEMACallback(update_ref_model=True)`).
     """
 
     precompute: bool = False
@@ -46,6 +48,7 @@ class ReferenceOptions:
     dtype: torch.dtype | None = None
     autocast_dtype: torch.dtype | None = None
     device: torch.device | None = None
+    follows: bool = False
 
 
 def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
@@ -64,6 +67,8 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     match source, options:
         case _, ReferenceOptions(precompute=True):
             return StoredReference(LogProbStore(options.store_path), source, release_when_filled=not options.streaming)
+        case FrozenReference(), ReferenceOptions(follows=True):
+            return FollowingReference(source)
         case FrozenReference(), ReferenceOptions(sync=True):
             return MovingReference(source, lambda: policy, alpha=options.alpha, every=options.sync_steps)
         case _:
@@ -76,7 +81,12 @@ def _source(
     dtype, autocast_dtype, device = options.dtype, options.autocast_dtype, options.device
     if ref_model is not None:
         return FrozenReference.of_other_model(
-            ref_model, policy, moves=options.sync, dtype=dtype, autocast_dtype=autocast_dtype, device=device
+            ref_model,
+            policy,
+            moves=options.sync or options.follows,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            device=device,
         )
     if is_adapter_model(policy):
         return AdapterReference(policy, autocast_dtype=autocast_dtype)
@@ -126,9 +136,27 @@ def check_options(
             why="Averaging an adapter in weight space is not there yet; averaging its factors would be another rule.",
             instead="Train the full model, or set `sync_ref_model=False`.",
         )
+    if options.follows:
+        _check_can_follow(options, has_adapter)
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
             why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
             instead="Leave `ref_dtype` out, or pass `ref_model`.",
         )
+
+
+def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
+    reasons = {
+        "`precompute_ref_log_probs=True`": (options.precompute, "Log-probs computed before training would be stale."),
+        "`sync_ref_model=True`": (options.sync, "Both would set the reference's weights, each by its own rule."),
+        "a PEFT model": (has_adapter, "The reference is the policy's own base: setting it would change the policy."),
+    }
+    for other, (given, why) in reasons.items():
+        if given:
+            raise ConfigurationError(
+                asked=f"`BEMACallback(update_ref_model=True)` together with {other}.",
+                why=why,
+                instead="Set `update_ref_model=False` (the average is still saved), or train the full model with a "
+                "reference of its own.",
+            )
