@@ -20,7 +20,19 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "activation_checkpointing": False,
 }
-TRAINER_ARGUMENTS = ("processing_class", "eval_dataset", "ref_model", "peft_config", "callbacks", "optimizers")
+TRAINER_ARGUMENTS = (
+    "callbacks",
+    "compute_metrics",
+    "data_collator",
+    "eval_dataset",
+    "optimizer_cls_and_kwargs",
+    "optimizers",
+    "peft_config",
+    "preprocess_logits_for_metrics",
+    "processing_class",
+    "quantization_config",
+    "ref_model",
+)
 
 
 def make_trainer(folder: Path, model: Any = None, rows: Any = None, **options: Any) -> DPOTrainer:

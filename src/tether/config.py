@@ -211,6 +211,13 @@ class DPOConfig(TrainingArguments):
                 "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
                 "`bf16=True`, or `fp16=False`",
             )
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ConfigurationError(
+                asked="`activation_offloading=True` without an accelerator.",
+                why="It moves activations from an accelerator's memory to the host's, and on a CPU they are there "
+                "already.",
+                instead="Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
+            )
         if self.use_liger_kernel:
             raise ConfigurationError(
                 asked="`use_liger_kernel=True`.",

@@ -88,7 +88,8 @@ def load_tokenizer(
                 why="The model was made in memory, so there is no folder to load its tokenizer from.",
                 instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+        options = {"revision": revision} if revision else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ArgumentTypeError(
             asked=f"`processing_class` is a {type(tokenizer).__name__}.",

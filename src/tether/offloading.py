@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tether.errors import ConfigurationError
-
 _MIN_BYTES = 1024  # below, the call costs more than the memory is worth
 
 
@@ -57,20 +55,11 @@ class OffloadedActivations(saved_tensors_hooks):
 
 
 def activations_of(model: nn.Module, *, offloaded: bool) -> AbstractContextManager[None]:
-    """What a training step is run in.
-
-    Raises:
-        ConfigurationError: If activations are to be moved to host memory and there is no other.
-    """
+    """What a training step is run in; `DPOConfig` refuses offloading where there is no accelerator."""
     if not offloaded:
         return nullcontext()
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        raise ConfigurationError(
-            asked="`activation_offloading=True` without an accelerator.",
-            why="It moves activations from an accelerator's memory to the host's, and on a CPU they are there already.",
-            instead="Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
-        )
+    assert accelerator is not None
     return OffloadedActivations(model, accelerator.type)
 
 
