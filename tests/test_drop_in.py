@@ -17,6 +17,7 @@ import trl
 from datasets import Dataset
 
 import tether
+from observe import bits, same_bits
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 CLOCK = ("runtime", "per_second", "preparation_time", "total_flos")
@@ -53,7 +54,8 @@ counting = Counting()
 model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** step)
-trainer = DPOTrainer(model, None, config(), None, rows, eval_rows, tokenizer, None, [counting],
+args = config(gradient_checkpointing_kwargs={"use_reentrant": True})
+trainer = DPOTrainer(model, None, args, None, rows, eval_rows, tokenizer, None, [counting],
                      (optimizer, schedule), None, None)
 trainer.train()
 result = [*trainer.state.log_history, trainer.evaluate(), {"steps": counting.steps}]
@@ -310,6 +312,33 @@ def test_beta_set_by_a_callback_holds_from_the_next_step_on(model_folder: str, t
     assert doubled == pytest.approx([plain[0], 2 * plain[1], 4 * plain[2]], rel=1e-5)
     with pytest.raises(ValueError, match="positive"):
         trainer.beta = 0.0
+
+
+def test_an_optimizer_by_class_is_that_optimizer(model_folder: str, tmp_path: Path) -> None:
+    weights = []
+    for by_class in (True, False):
+        model, options = tiny_model(), {"lr": 0.05, "momentum": 0.5}
+        args = tether.DPOConfig(
+            str(tmp_path),
+            max_steps=3,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            lr_scheduler_type="constant",
+        )
+        schedule_of = torch.optim.lr_scheduler.ConstantLR
+        if by_class:
+            given: dict[str, Any] = {"optimizer_cls_and_kwargs": (torch.optim.SGD, options)}
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), **options)
+            given = {"optimizers": (optimizer, schedule_of(optimizer, factor=1.0))}
+        trainer = tether.DPOTrainer(
+            model, args=args, train_dataset=tiny_pairs(12), processing_class=tiny_tokenizer(), **given
+        )
+        trainer.train()
+        assert type(trainer.optimizer.optimizer) is torch.optim.SGD
+        weights.append(bits(model))
+    assert same_bits(*weights) and not same_bits(weights[0], bits(tiny_model()))
 
 
 def test_torch_compile_gives_the_same_curve(model_folder: str, tmp_path: Path) -> None:

@@ -82,9 +82,7 @@ def test_a_run_is_pushed_with_its_card_and_weights(tmp_path: Path, monkeypatch: 
         pushed.append(options | {"files": files, "card": (Path(options["folder_path"]) / "README.md").read_text()})
         return "commit"
 
-    hub = SimpleNamespace(
-        create_repo=lambda name, **_: SimpleNamespace(repo_id=name), upload_folder=upload_folder
-    )
+    hub = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name), upload_folder=upload_folder)
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
     trainer = make_trainer(tmp_path, hub_model_id="someone/trained", max_steps=1)
     trainer.train()
