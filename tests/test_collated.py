@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runs import as_dataset, curve, make_trainer, trained
-from tether.collated import CollatedPairs
+from tether.collators import PairsOfPadded
 from tether.data import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
 from tiny import tiny_pairs
@@ -43,7 +43,7 @@ def padded(rows: list[dict[str, Any]], left: bool = False, last: int | None = No
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padded_rows_are_the_pairs_that_our_own_collator_makes(left: bool) -> None:
-    ours, theirs = batch_of(PairCollator()(ROWS)), batch_of(CollatedPairs(lambda rows: padded(rows, left))(ROWS))
+    ours, theirs = batch_of(PairCollator()(ROWS)), batch_of(PairsOfPadded(lambda rows: padded(rows, left))(ROWS))
     for name, value in vars(ours).items():
         other = getattr(theirs, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
@@ -51,7 +51,7 @@ def test_padded_rows_are_the_pairs_that_our_own_collator_makes(left: bool) -> No
 
 def test_rows_cut_from_the_left_are_those_of_keep_end() -> None:
     ours = batch_of(PairCollator(max_length=2, truncation_mode="keep_end")(ROWS))
-    theirs = batch_of(CollatedPairs(lambda rows: padded(rows, last=2))(ROWS))
+    theirs = batch_of(PairsOfPadded(lambda rows: padded(rows, last=2))(ROWS))
     assert ours.prompt_ids.tolist() == theirs.prompt_ids.tolist() and ours.keys == theirs.keys
     assert ours.response_ids.tolist() == theirs.response_ids.tolist()
 
@@ -76,5 +76,5 @@ def test_a_row_without_a_response_is_refused() -> None:
     def cut(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {name: values[:, :3] for name, values in padded(rows).items()}
 
-    with pytest.raises(DataError, match="3 tokens, 0 of them of the response"):
-        CollatedPairs(cut)(ROWS)
+    with pytest.raises(DataError, match="data_collator"):
+        PairsOfPadded(cut)(ROWS)

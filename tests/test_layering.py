@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.attributes",
         "tether.callbacks",
         "tether.checkpoints",
-        "tether.collated",
+        "tether.collators",
         "tether.evaluation",
         "tether.model_card",
         "tether.offloading",

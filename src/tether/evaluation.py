@@ -7,12 +7,14 @@ asked for: evaluation itself never builds them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from tether.data import batch_of
 from tether.scoring.layout import padded_rows
 from tether.types import PairBatch
 
@@ -39,6 +41,18 @@ def padded_ids(batch: PairBatch, pad_token_id: int) -> Tensor:
     """The token ids of the same rows (`2n`, longest sequence)."""
     ids: Tensor = padded_rows(batch, pad_token_id).inputs["input_ids"]
     return ids[[*batch.chosen, *batch.rejected]]
+
+
+@dataclass
+class WithTokenIds:
+    """A collator that also returns those ids as `input_ids`, for `include_for_metrics=["inputs"]`."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = self.collator(rows)
+        return inputs | {"input_ids": padded_ids(batch_of(inputs), self.pad_token_id)}
 
 
 class PairGather:

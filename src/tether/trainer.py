@@ -23,7 +23,7 @@ from tether.attributes import OptionsAsAttributes
 from tether.batches import ProcessBatches, even_loader
 from tether.callbacks import BEMACallback
 from tether.checkpoints import load_reference, save_reference
-from tether.collated import collator_of
+from tether.collators import pair_collator
 from tether.config import DPOConfig, refuse_data_parallel
 from tether.data import (
     TOKEN_COLUMNS,
@@ -35,7 +35,7 @@ from tether.data import (
     progress_bars_off,
     tokenize_pairs,
 )
-from tether.evaluation import PairGather, padded_logits
+from tether.evaluation import PairGather, WithTokenIds, padded_logits
 from tether.losses import LOSSES
 from tether.metrics import MetricSums, pair_metrics
 from tether.model_card import CardFacts, write_model_card
@@ -160,17 +160,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
+        collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode)
+        if compute_metrics is not None and "inputs" in args.include_for_metrics:
+            collator = WithTokenIds(collator, self._pad_token_id)
         # A batch is one object; it cannot be cut into slices.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(
             model=policy,
             args=args,
-            data_collator=collator_of(
-                args,
-                data_collator,
-                with_input_ids=compute_metrics is not None and "inputs" in args.include_for_metrics,
-                pad_token_id=self._pad_token_id,
-            ),
+            data_collator=collator,
             train_dataset=train_set,
             eval_dataset=eval_sets,
             processing_class=self._tokenizer,

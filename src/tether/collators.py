@@ -13,45 +13,27 @@ import torch
 from torch import Tensor
 
 from tether.batches import Collator
-from tether.config import DPOConfig
-from tether.data import PairCollator, batch_of
+from tether.data import PairCollator
 from tether.errors import ConfigurationError, DataError
-from tether.evaluation import padded_ids
 from tether.store import content_key
 from tether.types import PairBatch, Response
 
 _KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 
-def collator_of(args: DPOConfig, given: Any, *, with_input_ids: bool, pad_token_id: int) -> Collator:
-    """The run's collator: our own, or what the user's makes, as pairs.
+def pair_collator(given: Any, max_length: int | None, truncation_mode: str) -> Collator:
+    """What the trainer makes its batches with: our own collator, or the user's.
 
     Args:
-        args: The run's options.
-        given: The user's own collator, or None.
-        with_input_ids: Also return padded `input_ids`, which `include_for_metrics=["inputs"]` reads.
-        pad_token_id: What fills them.
+        given: None, or a callable that returns the padded layout of TRL's collator. It truncates by itself.
+        max_length: For our own.
+        truncation_mode: The same.
     """
-    collator: Collator = PairCollator(args.max_length, args.truncation_mode)
-    if given is not None:
-        collator = CollatedPairs(given)
-    return WithTokenIds(collator, pad_token_id) if with_input_ids else collator
+    return PairCollator(max_length, truncation_mode) if given is None else PairsOfPadded(given)
 
 
 @dataclass
-class WithTokenIds:
-    """A collator that also returns `input_ids`: padded, the chosen sequences and then the rejected ones."""
-
-    collator: Collator
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = self.collator(rows)
-        return inputs | {"input_ids": padded_ids(batch_of(inputs), self.pad_token_id)}
-
-
-@dataclass
-class CollatedPairs:
+class PairsOfPadded:
     """Calls a collator and makes a `PairBatch` of the padded rows it returns.
 
     The rows are `n` chosen and then `n` rejected sequences, padded on either side; `completion_mask` is 1 where a
