@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -14,14 +16,24 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
-from tether.cli import main, pairs
-from tether.cli.assemble import _adapter, held_out_split, load_sets
+from tether.cli import main, pairs, quantization
+from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
 from tether.cli.options import RecipeParser
+from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.trl_options import REFUSED
-from tether.errors import ConfigurationError, DataError
+from tether.errors import ConfigurationError, DataError, MissingPackageError
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 TRL_OPTIONS = (ScriptArguments, ModelConfig, DatasetMixtureConfig)
@@ -75,6 +87,38 @@ def test_a_refused_option_may_say_what_is_done_anyway(name: str) -> None:
         assert name in caught.value.asked and caught.value.why and caught.value.instead
     with pytest.raises(ConfigurationError, match=name):
         read("train_data: d.jsonl\n", f"--{name}")
+
+
+def test_quantization_is_that_of_trls_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config alone: bitsandbytes is not needed to write it down."""
+    monkeypatch.setattr(quantization, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0.0")
+    for options in (
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "dtype": "bfloat16"},
+        {
+            "load_in_4bit": True,
+            "dtype": "float16",
+            "bnb_4bit_quant_type": "fp4",
+            "use_bnb_nested_quant": True,
+            "bnb_4bit_quant_storage": "bfloat16",
+        },
+    ):
+        theirs = get_quantization_config(ModelConfig(**options))
+        ours = quantization_of(read("train_data: d.jsonl\n" + yaml.safe_dump(options)).script)
+        assert ours is not None and ours.to_dict() == theirs.to_dict()
+
+
+def test_quantization_needs_bitsandbytes_and_options_that_go_together() -> None:
+    with pytest.raises(ConfigurationError, match="together with `load_in_8bit`"):
+        read("train_data: d.jsonl\nload_in_4bit: true\nload_in_8bit: true")
+    with pytest.raises(ConfigurationError, match="use_bnb_nested_quant"):
+        read("train_data: d.jsonl", "--use_bnb_nested_quant")
+    assert quantization_of(read("train_data: d.jsonl").script) is None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(MissingPackageError, match="bitsandbytes"):
+            build_trainer(read("train_data: d.jsonl\nload_in_4bit: true"))
 
 
 def test_options_of_the_launcher_are_refused_with_a_launcher() -> None:

@@ -21,7 +21,7 @@ from datasets import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.errors import ConfigurationError, DataError
+from tether.errors import ArgumentTypeError, DataError
 from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.rows import check_margin
@@ -37,14 +37,14 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     """The rows as a dataset; a list of dicts becomes one.
 
     Raises:
-        ConfigurationError: If they are nothing of the kind.
+        ArgumentTypeError: If they are nothing of the kind.
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, list):
         return Dataset.from_list(rows)
     several = f", for instance `dataset[{next(iter(rows))!r}]`" if isinstance(rows, Mapping) and rows else ""
-    raise ConfigurationError(
+    raise ArgumentTypeError(
         asked=f"A set of pairs was given as {type(rows).__name__}.",
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`{several}.",

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from tether.cli.mixture import load_mixture
 from tether.cli.options import ScriptOptions
 from tether.cli.pairs import hold_out, is_file, load_pairs
+from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe
 from tether.data import PairDataset
 from tether.errors import ConfigurationError
@@ -35,6 +36,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> 
     script, config = recipe.script, recipe.config
     _quiet_libraries(recipe)
     _check_evaluation(recipe)
+    quantization = quantization_of(script)
     for option, name in (("model", script.model), ("ref_model", script.ref_model)):
         _check_model(option, name, recipe)
     tokenizer = _load_tokenizer(recipe)
@@ -48,6 +50,7 @@ def build_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> 
         eval_dataset=eval_pairs,
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        quantization_config=quantization,
         peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
     )
     for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at

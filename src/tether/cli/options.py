@@ -95,6 +95,13 @@ class ScriptOptions:
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 4 bits (QLoRA)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Which 4 bits.", "choices": ["fp4", "nf4"]})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit blocks' scales too."})
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Dtype of the tensors that 4-bit weights lie in. Default: uint8."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention implementation of the policy, as transformers names them."}
     )
@@ -156,7 +163,8 @@ _GROUPS: Mapping[str, tuple[str | None, str]] = {
         None,
         "recipe config model train_data datasets dataset_config dataset_train_split eval_data eval_fraction "
         "dataset_test_split split_seed dataset_streaming output_dir tokenizer resume max_length truncation_mode "
-        "bad_rows dataset_num_proc model_revision dtype attn_implementation model_init_kwargs trust_remote_code",
+        "bad_rows dataset_num_proc model_revision dtype load_in_8bit load_in_4bit bnb_4bit_quant_type "
+        "use_bnb_nested_quant bnb_4bit_quant_storage attn_implementation model_init_kwargs trust_remote_code",
     ),
     "how to train": (
         None,

@@ -14,6 +14,7 @@ from typing import Any
 from tether.cli.checks import check_script
 from tether.cli.mixture import Part, check_streaming, read_parts
 from tether.cli.options import RecipeParser, ScriptOptions, option_names
+from tether.cli.quantization import check_quantization
 from tether.cli.recipe_file import read_recipe_file
 from tether.config import DPOConfig
 from tether.errors import ConfigurationError, TetherError
@@ -55,6 +56,7 @@ def read_recipe(verb: str, about: str, argv: Sequence[str], **forced: Any) -> Re
     script_values = {name: value for name, value in given.items() if name in option_names(ScriptOptions)}
     config_values = {name: value for name, value in given.items() if name not in script_values}
     script = check_script(ScriptOptions(**script_values), given, parser.prog)
+    check_quantization(script)
     parts = tuple(read_parts(script.datasets or (), parser.prog))
     if script.dataset_streaming:
         check_streaming(parts)

@@ -27,10 +27,6 @@ class RefusedOption:
     instead: str
 
 
-_QUANTIZED = (
-    "The command loads a model's weights as they are, in `dtype`.",
-    "Take it out; `use_peft: true` with `dtype: bfloat16` also saves memory.",
-)
 _LAUNCHED = (
     "How many processes run, and where, is their launcher's business.",
     "Take it out, and start with `torchrun --nproc_per_node N -m tether train recipe.yaml`, or with `accelerate "
@@ -50,11 +46,6 @@ REFUSED: Mapping[str, RefusedOption] = {
     "lora_task_type": RefusedOption(
         "CAUSAL_LM", "Responses are scored by a causal language model, whatever its adapter.", "Take it out."
     ),
-    "load_in_8bit": RefusedOption(False, *_QUANTIZED),
-    "load_in_4bit": RefusedOption(False, *_QUANTIZED),
-    "bnb_4bit_quant_type": RefusedOption("nf4", *_QUANTIZED),
-    "use_bnb_nested_quant": RefusedOption(False, *_QUANTIZED),
-    "bnb_4bit_quant_storage": RefusedOption(None, *_QUANTIZED),
     "mixed_precision": RefusedOption(
         None, "It is an option of the launcher's, and the trainer's own would win.", "Write `bf16: true`."
     ),

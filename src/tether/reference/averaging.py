@@ -66,6 +66,7 @@ def bema(
     bias_power: float = 0.2,
     multiplier: float = 1.0,
     lag: float = 10.0,
+    min_ema_weight: float = 0.0,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Bias-corrected exponential moving average.
 
@@ -83,12 +84,13 @@ def bema(
         bias_power: `eta`.
         multiplier: `gamma`.
         lag: `rho`.
+        min_ema_weight: Smallest `b_t`; the paper has none.
 
     Returns:
         `EMA_t`, to be kept, and `BEMA_t`, to be used.
     """
     age = lag + multiplier * update
-    moved = soft_update(average, policy, min(1.0, age**-ema_power))
+    moved = soft_update(average, policy, min(1.0, max(age**-ema_power, min_ema_weight)))
     return moved, moved + age**-bias_power * (policy.to(moved.dtype) - initial.to(moved.dtype))
 
 

@@ -15,6 +15,7 @@ from tether.distributed import Sharding, has_shards
 from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.base import Reference
+from tether.reference.following import FollowingReference
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import check_finite, model_tensors
 from tether.reference.moving import MovingReference
@@ -39,6 +40,7 @@ class ReferenceOptions:
         autocast_dtype: Autocast dtype of the reference pass; None for no autocast.
         device: Where a reference with weights of its own lives; None for where they are.
         shard: Shards a reference with weights of its own as training shards the policy; None where that stays whole.
+        follows: Somebody else sets the reference's weights (`BEMACallback(update_ref_model=True)`).
     """
 
     free: bool = False
@@ -52,6 +54,7 @@ class ReferenceOptions:
     autocast_dtype: torch.dtype | None = None
     device: torch.device | None = None
     shard: Sharding | None = None
+    follows: bool = False
 
 
 def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions) -> Reference:
@@ -72,6 +75,8 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     match source, options:
         case _, ReferenceOptions(precompute=True):
             return StoredReference(LogProbStore(options.store_path), source, release_when_filled=not options.streaming)
+        case FrozenReference(), ReferenceOptions(follows=True):
+            return FollowingReference(source)
         case FrozenReference(), ReferenceOptions(sync=True):
             return MovingReference(source, lambda: policy, alpha=options.alpha, every=options.sync_steps)
         case _:
@@ -86,7 +91,7 @@ def _source(
         return FrozenReference.of_other_model(
             ref_model,
             policy,
-            moves=options.sync,
+            moves=options.sync or options.follows,
             dtype=dtype,
             autocast_dtype=autocast_dtype,
             device=device if shard is None else None,  # sharding takes it there, one part for each process
@@ -160,9 +165,29 @@ def check_options(
             why="A sharded reference is held and cast as the policy is, by the options of the sharding.",
             instead="Leave `ref_dtype` out.",
         )
+    if options.follows:
+        _check_can_follow(options, has_adapter)
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
             why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
             instead="Leave `ref_dtype` out, or pass `ref_model`.",
         )
+
+
+def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
+    reasons = {
+        "`reference_free=True`": (options.free, "Without a reference there is nothing to set."),
+        "ZeRO-3 or FSDP2": (options.shard is not None, "Each process holds a part of the weights, not their average."),
+        "`precompute_ref_log_probs=True`": (options.precompute, "Log-probs computed before training would be stale."),
+        "`sync_ref_model=True`": (options.sync, "Both would set the reference's weights, each by its own rule."),
+        "a PEFT model": (has_adapter, "The reference is the policy's own base: setting it would change the policy."),
+    }
+    for other, (given, why) in reasons.items():
+        if given:
+            raise ConfigurationError(
+                asked=f"`BEMACallback(update_ref_model=True)` together with {other}.",
+                why=why,
+                instead="Set `update_ref_model=False` (the average is still saved), or train the full model with a "
+                "reference of its own.",
+            )
