@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from tether.reference import AdapterReference, FrozenReference, MovingReference, Reference, StoredReference
+from tether.reference import (
+    AdapterReference,
+    FollowingReference,
+    FrozenReference,
+    MovingReference,
+    Reference,
+    StoredReference,
+)
+from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response
 from tiny import tiny_model
@@ -130,6 +139,29 @@ def other_model() -> Any:
     return dropping_gpt2(seed=1)
 
 
+def followed(policy: Any, folder: Path) -> Reference:
+    return FollowingReference(FrozenReference.of_policy(policy))
+
+
+def after_taking(policy: Any, folder: Path) -> Reference:
+    """One that was given the weights of another model, as an average would be."""
+    reference = FollowingReference(FrozenReference.of_policy(policy))
+    reference.take(dict(other_model().named_parameters()))
+    return reference
+
+
+class Certain(nn.Module):
+    """A model to which every token is certain: what a reference that says 0 is meant to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.certainty = nn.Parameter(torch.tensor(1e4))
+
+    def forward(self, input_ids: Any, **options: Any) -> Any:
+        following = nn.functional.one_hot(input_ids.roll(-1, -1), 256)
+        return SimpleNamespace(logits=self.certainty * following)
+
+
 SOURCES: dict[str, Kind] = {
     "explicit": Kind(dropping_gpt2, explicit),
     "explicit, partly frozen": Kind(partly_frozen, explicit),
@@ -174,7 +206,11 @@ SOURCES: dict[str, Kind] = {
     "moving, DoRA": Kind(lambda: llama_lora(use_dora=True), moving_adapter()),
     "moving, IA3": Kind(ia3, moving_adapter()),
     "moving, in bfloat16": Kind(dropping_gpt2, moving(dtype=torch.bfloat16), tolerance=(0.05, 0.5)),
+    "following": Kind(dropping_gpt2, followed),
+    "following, after taking weights": Kind(dropping_gpt2, after_taking, meant=lambda policy: other_model()),
+    "none": Kind(dropping_gpt2, lambda policy, folder: UniformReference(), meant=lambda policy: Certain()),
 }
+_NOT_STORED = ("moving", "following", "none")
 
 
 def precomputed(kind: Kind) -> Kind:
@@ -188,7 +224,11 @@ def precomputed(kind: Kind) -> Kind:
 
 KINDS: dict[str, Kind] = {
     **SOURCES,
-    **{f"precomputed over {name}": precomputed(kind) for name, kind in SOURCES.items() if "moving" not in name},
+    **{
+        f"precomputed over {name}": precomputed(kind)
+        for name, kind in SOURCES.items()
+        if not name.startswith(_NOT_STORED)
+    },
     "precomputed over the policy itself": precomputed(
         Kind(dropping_gpt2, lambda policy, folder: FrozenReference.before_training(policy))
     ),

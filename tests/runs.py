@@ -21,13 +21,18 @@ DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": False,
 }
 TRAINER_ARGUMENTS = (
-    "processing_class",
-    "eval_dataset",
-    "ref_model",
-    "peft_config",
     "callbacks",
-    "optimizers",
+    "compute_metrics",
+    "data_collator",
+    "eval_dataset",
     "loss",
+    "optimizer_cls_and_kwargs",
+    "optimizers",
+    "peft_config",
+    "preprocess_logits_for_metrics",
+    "processing_class",
+    "quantization_config",
+    "ref_model",
 )
 
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from observe import bits, same_bits, traces
 from runs import DEFAULTS, make_trainer, stream
-from tether import DPOConfig
+from tether import BEMACallback, DPOConfig
 from tether.errors import ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
 from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
@@ -75,9 +75,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reference_free with sync_ref_model": {"reference_free": True, "sync_ref_model": True},
     "max_length": {"max_length": 1},
     "truncation_mode": {"truncation_mode": "keep_middle"},
+    "bad_rows": {"bad_rows": "keep"},
     "precompute_ref_batch_size": {"precompute_ref_batch_size": 0},
     "ref_dtype": {"ref_dtype": "int8"},
     "fp16 on a CPU": {"fp16": True, "use_cpu": True},
+    "activation_offloading": {"activation_offloading": True, "use_cpu": True},
+    "use_liger_kernel": {"use_liger_kernel": True},
     "sync_ref_model with precompute_ref_log_probs": {"sync_ref_model": True, "precompute_ref_log_probs": True},
 }
 
@@ -254,6 +257,7 @@ def test_several_gpus_without_a_launcher_are_refused_with_the_command_to_use(
 LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
 VERA = {"peft_config": VeraConfig(target_modules=["q_proj"])}
 BEMA = {"ref_model_sync_rule": "bema", "sync_ref_model": True}
+FOLLOWED = BEMACallback(update_ref_model=True)
 COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sync with VeRA": ("VERA", lambda: VERA | {"sync_ref_model": True}),
     "sync with a VeRA model": ("VERA", lambda: {"model": adapted(VERA), "sync_ref_model": True}),
@@ -269,6 +273,8 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "peft_config with an adapter": ("peft_config", lambda: LORA | {"model": adapted()}),
     "no tokenizer for an instance": ("processing_class", lambda: {"processing_class": None}),
     "a tokenizer that is none": ("processing_class", lambda: {"processing_class": str}),
+    "a quantization for an instance": ("quantization_config", lambda: {"quantization_config": object()}),
+    "an average for an adapter's reference": ("update_ref_model", lambda: LORA | {"callbacks": [FOLLOWED]}),
     "arguments for an instance": ("model_init_kwargs", lambda: {"model_init_kwargs": {"dtype": "auto"}}),
 }
 

@@ -175,7 +175,42 @@ def test_rows_whose_prompt_fills_max_length_are_dropped_and_counted_in_one_line(
         kept = tokens_of(rows, tokenizer, max_length=20, name="eval")
     assert kept == tokens_of([rows[0], rows[2]], tokenizer)
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
-    assert line == "2 of 4 rows of the eval set were dropped: their prompt alone fills max_length=20."
+    assert line == (
+        "2 of 4 rows of the eval set were dropped:\n  2: has a prompt that alone fills `max_length=20` (rows 1, 3)"
+    )
+
+
+def test_bad_rows_are_dropped_with_a_summary_of_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [pair(rejected=""), pair(), pair("Why " * 40), pair("W"), *[pair(chosen="")] * 6, pair(rejected="")]
+    with caplog.at_level(logging.WARNING, "tether"):
+        kept = tokens_of(rows, tiny_tokenizer(), max_length=20, bad_rows="drop")
+    assert kept == tokens_of([rows[1], rows[3]], tiny_tokenizer())
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
+    assert line.splitlines() == [
+        "9 of 11 rows of the train set were dropped:",
+        "  2: has an empty `rejected` response (rows 0, 10)",
+        "  6: has an empty `chosen` response (rows 4, 5, 6, 7, 8, ...)",
+        "  1: has a prompt that alone fills `max_length=20` (row 2)",
+    ]
+
+
+def test_all_bad_rows_are_listed_in_one_error() -> None:
+    rows = [pair(), pair(rejected=""), pair("W"), pair(chosen=""), pair(rejected="")]
+    with pytest.raises(DataError) as caught:
+        tokens_of(rows, tiny_tokenizer())
+    assert caught.value.asked.splitlines() == [
+        "Row 1 of the train set has an empty `rejected` response. In all, 3 of 5 rows cannot be used:",
+        "  2: has an empty `rejected` response (rows 1, 4)",
+        "  1: has an empty `chosen` response (row 3).",
+    ]
+    assert 'bad_rows="drop"' in caught.value.instead
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_bad_rows_at_the_start_do_not_decide_the_type_of_the_others(num_proc: int | None) -> None:
+    rows = [*[pair(chosen="")] * 3, pair()]
+    kept = tokens_of(rows, tiny_tokenizer(), bad_rows="drop", num_proc=num_proc)
+    assert kept == tokens_of([pair()], tiny_tokenizer())
 
 
 def test_rows_are_dropped_silently_only_where_there_are_none_to_drop(caplog: pytest.LogCaptureFixture) -> None:
@@ -187,7 +222,7 @@ def test_rows_are_dropped_silently_only_where_there_are_none_to_drop(caplog: pyt
 
 @pytest.mark.parametrize(
     ("rows", "found"),
-    [([], "has no row to use."), ([pair("Why " * 40)] * 3, r"has no row to use \(3 were dropped\)")],
+    [([], "has no row to use."), ([pair("Why " * 40)] * 3, r"has no row to use; all were dropped:\s+3: has a prompt")],
     ids=["empty set", "all dropped"],
 )
 def test_a_set_in_which_no_row_remains_is_an_error(rows: list[Row], found: str) -> None:
@@ -196,10 +231,25 @@ def test_a_set_in_which_no_row_remains_is_an_error(rows: list[Row], found: str) 
         tokenize_pairs(dataset, tiny_tokenizer(), max_length=20)
 
 
-def test_a_stream_leaves_out_rows_whose_prompt_fills_max_length() -> None:
-    rows = [pair(), pair("Why " * 40), pair("W")]
-    found = tokenize_pairs(IterableDataset.from_generator(lambda: iter(rows)), tiny_tokenizer(), max_length=20)
-    assert len(list(found)) == 2
+def test_a_stream_names_each_row_that_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [pair(), pair("Why " * 40), pair(rejected=""), pair("W")]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with caplog.at_level(logging.WARNING, "tether"):
+        found = list(tokenize_pairs(stream, tiny_tokenizer(), max_length=20, bad_rows="drop"))
+    assert [{name: row[name] for name in COLUMNS} for row in found] == tokens_of([rows[0], rows[3]], tiny_tokenizer())
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("tether")] == [
+        "Row 1 of the train set was dropped: it has a prompt that alone fills `max_length=20`.",
+        "Row 2 of the train set was dropped: it has an empty `rejected` response.",
+    ]
+
+
+def test_a_stream_sums_up_when_it_has_left_out_many(caplog: pytest.LogCaptureFixture) -> None:
+    stream = IterableDataset.from_generator(lambda: iter([pair("Why " * 40)] * 150))
+    with caplog.at_level(logging.WARNING, "tether"):
+        assert list(tokenize_pairs(stream, tiny_tokenizer(), max_length=20)) == []
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
+    assert len(messages) == 11
+    assert messages[-1].startswith("100 rows of the train set were dropped so far:\n  100: has a prompt")
 
 
 # -------------------------------------------------------------------------------------------------- bad rows

@@ -7,11 +7,13 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tether
 from tiny import tiny_model, tiny_tokenizer
+from trl_oracle import trl_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if "```python" in path.read_text())
@@ -53,6 +55,22 @@ def test_the_first_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.M
     exec(compile(block.replace("path/or/name", str(tmp_path / "model")), "README.md", "exec"), names)
     trainer = names["trainer"]
     assert isinstance(trainer, tether.DPOTrainer) and trainer.state.global_step == trainer.state.max_steps > 0
+
+
+def test_each_format_of_the_data_page_trains_with_trls_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    names: dict[str, Any] = {}
+    formats = 0
+    for block in python_blocks(ROOT / "docs" / "data.md"):
+        names.pop("rows", None)
+        exec(compile(block, "data.md", "exec"), names)
+        if "rows" in names:
+            prompt_ids = names["train"](tiny_model(), tokenizer, names["rows"])
+            expected = names["rows"] if "prompt_ids" in names["rows"][0] else trl_tokens(names["rows"], tokenizer)
+            assert prompt_ids == expected[0]["prompt_ids"]
+            formats += 1
+    assert formats == 8  # the seven, and one with a margin
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -21,7 +21,17 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 # A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("tether.types", "tether.errors"),
-    ("tether.distributed", "tether.scoring", "tether.losses", "tether.data", "tether.sampling", "tether.store"),
+    (
+        "tether.distributed",
+        "tether.scoring",
+        "tether.losses",
+        "tether.rows",
+        "tether.tokenizing",
+        "tether.data",
+        "tether.collators",
+        "tether.sampling",
+        "tether.store",
+    ),
     ("tether.reference",),
     (
         "tether.planner",
@@ -29,8 +39,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.config",
         "tether.models",
         "tether.batches",
+        "tether.attributes",
+        "tether.callbacks",
         "tether.checkpoints",
         "tether.columns",
+        "tether.collators",
+        "tether.evaluation",
+        "tether.model_card",
+        "tether.offloading",
         "tether.trainer",
         "tether.testing",
     ),

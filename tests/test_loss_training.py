@@ -12,7 +12,7 @@ from torch import Tensor
 
 from observe import bits, same_bits
 from runs import as_dataset, curve, differences, make_trainer, steps, stream, trained
-from tether import DPOConfig, LossOptions, PairScores
+from tether import DataCollatorForPreference, DPOConfig, LossOptions, PairScores
 from tether.errors import ConfigurationError, DataError, ResumeError
 from tether.losses import LOSSES
 from tether.reference import UniformReference
@@ -163,7 +163,7 @@ def with_margins(rows: list[dict[str, Any]], margin: Any) -> list[dict[str, Any]
     return [row | {"margin": margin} for row in rows]
 
 
-@pytest.mark.parametrize("shape", ["rows", "tokenized", "stream", "grouped by length"])
+@pytest.mark.parametrize("shape", ["rows", "tokenized", "stream", "grouped by length", "padded"])
 def test_a_margin_column_reaches_the_loss(shape: str, tmp_path: Path) -> None:
     """At the first step every reward margin is 0, so the loss is that of minus the margin."""
     rows: Any = with_margins(tiny_pairs(8), 0.75)
@@ -175,6 +175,9 @@ def test_a_margin_column_reaches_the_loss(shape: str, tmp_path: Path) -> None:
         rows = stream(rows)
     elif shape == "grouped by length":
         options = {"max_tokens_per_micro_batch": 200}
+    elif shape == "padded":
+        collator = DataCollatorForPreference(pad_token_id=0)
+        options = {"data_collator": lambda rows: collator(rows)}  # a function's batches are taken apart
     trainer = trained(tmp_path, rows=rows, max_steps=1, **options)
     assert curve(trainer)[0] == pytest.approx(math.log1p(math.exp(0.75)), rel=1e-5)
     assert curve(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
@@ -192,6 +195,18 @@ def test_margins_belong_to_their_rows(tmp_path: Path) -> None:
 def test_a_margin_that_is_no_number_is_refused_by_its_row(margin: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Row 0 of the train set has `margin="):
         make_trainer(tmp_path, rows=with_margins(tiny_pairs(2), margin))
+
+
+def test_bad_margins_are_counted_with_the_other_bad_rows_and_dropped_with_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = with_margins(tiny_pairs(5), 0.5)
+    rows[1]["margin"] = rows[3]["margin"] = math.inf
+    rows[4]["rejected"] = ""
+    with pytest.raises(DataError, match=r"3 of 5 rows cannot be used(.|\n)*2: has `margin=inf` \(rows 1, 3\)"):
+        make_trainer(tmp_path, rows=rows)
+    trainer = make_trainer(tmp_path, rows=rows, bad_rows="drop")
+    assert trainer.train_dataset["margin"][:] == [0.5, 0.5] and "2: has `margin=inf` (rows 1, 3)" in caplog.text
 
 
 def test_a_margin_that_no_loss_reads_is_refused_at_construction(tmp_path: Path) -> None:

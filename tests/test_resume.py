@@ -269,3 +269,46 @@ def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path: Path) -> None:
     figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.state.best_metric == min(figures)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(figures), abs=1e-6)
+
+
+@pytest.mark.parametrize("which", ["the last", "named by True", "named in the options", "the best"])
+def test_every_way_to_name_a_checkpoint_resumes_it(which: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = RUN | {
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": as_dataset(tiny_pairs(8, seed=1)),
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/margins",
+    }
+    whole = trained(tmp_path, **options)
+    best = whole.state.best_model_checkpoint
+    assert best is not None
+    shutil.rmtree(tmp_path / f"checkpoint-{END}")  # the run was stopped before it was done
+    name = {
+        "the last": str(tmp_path / f"checkpoint-{END - 2}"),
+        "named by True": True,
+        "named in the options": str(tmp_path / f"checkpoint-{END - 2}"),
+        "the best": best if Path(best).is_dir() else str(tmp_path / "checkpoint-2"),
+    }[which]
+    in_options = {"resume_from_checkpoint": name} if which == "named in the options" else {}
+    resumed = make_trainer(tmp_path, **options, **in_options)
+    resumed.train(resume_from_checkpoint=resumed.args.resume_from_checkpoint or name)
+    assert without_clock(resumed) == without_clock(whole)
+    assert resumed.state.best_metric == whole.state.best_metric
+    assert same_bits(bits(resumed.model), bits(whole.model))
+
+
+def test_resuming_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_is_resumed_from_its_best_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint that holds the adapter alone: its base is the trainer's."""
+    options: dict[str, Any] = RUN | {"peft_config": LoraConfig(**LORA), "save_steps": 2, "learning_rate": 1e-2}
+    whole = trained(tmp_path, **options)
+    resumed = make_trainer(tmp_path, **options)
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same_bits(bits(resumed.model), bits(whole.model))

@@ -107,3 +107,10 @@ def _distinct_responses() -> set[tuple[str, str]]:
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_processes_resume_bit_for_bit(process: int, two: list[dict[str, Any]]) -> None:
     assert two[process]["resumed"] is True
+
+
+def test_compute_metrics_gets_every_row_of_two_processes_once(one: Any, two: Any) -> None:
+    assert one["metrics"]["eval_rows"] == 14
+    for seen in two:
+        for name in ("eval_rows", "eval_ids", "eval_logits"):
+            assert seen["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5), name

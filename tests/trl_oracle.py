@@ -124,12 +124,16 @@ class _LossOnly(SimpleNamespace):
         )
 
 
-def trl_tokens(rows: list[Row], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Row]:
+def trl_tokens(rows: list[Row] | Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Row]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of each row that TRL keeps."""
     options = {"max_length": None, "truncation_mode": "keep_start", "dataset_num_proc": None} | options
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     tokens = DPOTrainer._prepare_dataset(
-        trainer, Dataset.from_list(rows), tokenizer, SimpleNamespace(**options), "train"
+        trainer,
+        rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
+        tokenizer,
+        SimpleNamespace(**options),
+        "train",
     )
     return [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in tokens]
 

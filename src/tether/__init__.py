@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.callbacks import BEMACallback as BEMACallback
+    from tether.collators import DataCollatorForPreference as DataCollatorForPreference
     from tether.config import DPOConfig as DPOConfig
     from tether.losses import LossOptions as LossOptions
     from tether.reference import AdapterReference as AdapterReference
@@ -26,6 +28,8 @@ __version__ = "0.1.0"
 
 # Loaded when first used: `tether --help` should not wait for torch and transformers.
 _HOMES = {
+    "BEMACallback": "tether.callbacks",
+    "DataCollatorForPreference": "tether.collators",
     "DPOConfig": "tether.config",
     "DPOTrainer": "tether.trainer",
     "LossOptions": "tether.losses",

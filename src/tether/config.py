@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,11 +48,13 @@ class DPOConfig(TrainingArguments):
         dataset_num_proc: Processes that tokenize.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        bad_rows: What becomes of rows that are no pairs (an empty response, say): `raise` refuses the set and names
+            them, `drop` leaves them out and says how many and why.
         padding_free: Insist on rows without padding. They are laid out so by default wherever the model's attention is
             proven to allow it; True makes it an error where it is not.
         pad_to_multiple_of: `auto` or None: there is no padding to round up.
         pad_token: Deprecated, as in TRL: set the tokenizer's own.
-        activation_offloading: False; checkpointing activations is what there is.
+        activation_offloading: Keep what the backward needs in host memory; needs an accelerator.
         max_tokens_per_micro_batch: Token budget of a training micro-batch, each prompt counted once;
             `per_device_train_batch_size` is then the most pairs it may have. With it, or with
             `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
@@ -113,11 +115,14 @@ class DPOConfig(TrainingArguments):
     truncation_mode: str = _option(
         "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
     )
+    bad_rows: str = _option(
+        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them.", choices=["raise", "drop"]
+    )
 
     padding_free: bool = _option(False, "Insist on rows without padding, which is the default where it is proven.")
     pad_to_multiple_of: int | str | None = _option("auto", "auto or none: there is no padding to round up.")
     pad_token: str | None = _option(None, "Deprecated: set the tokenizer's own.")
-    activation_offloading: bool = _option(False, "Not there; gradient_checkpointing saves activations.")
+    activation_offloading: bool = _option(False, "Keep what the backward needs in host memory.")
 
     max_tokens_per_micro_batch: int | None = _option(
         None, "Token budget of a training micro-batch (each prompt once); with it, the batch size is a maximum."
@@ -201,14 +206,26 @@ class DPOConfig(TrainingArguments):
         """Dtype of mixed precision, which policy and reference share; None for none."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
-    def _check(self) -> None:
+    def set_beta(self, value: float) -> None:
+        """Changes `beta` while training.
+
+        Raises:
+            ConfigurationError: If it is not positive.
+        """
+        self._check_losses(replace(self.loss_options, beta=value))
+        self.beta = value
+
+    def _check_losses(self, options: LossOptions) -> None:
         check_loss_options(
             self.loss_type,
             self.loss_weights,
-            self.loss_options,
+            options,
             use_weighting=self.use_weighting,
             bco_reward_shift=self.bco_reward_shift,
         )
+
+    def _check(self) -> None:
+        self._check_losses(self.loss_options)
         if self.router_aux_loss_coef is not None and not math.isfinite(self.router_aux_loss_coef):
             _refuse(
                 "router_aux_loss_coef",
@@ -259,8 +276,26 @@ class DPOConfig(TrainingArguments):
                 "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
                 "`bf16=True`, or `fp16=False`",
             )
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ConfigurationError(
+                asked="`activation_offloading=True` without an accelerator.",
+                why="It moves activations from an accelerator's memory to the host's, and on a CPU they are there "
+                "already.",
+                instead="Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
+            )
+        if self.use_liger_kernel:
+            raise ConfigurationError(
+                asked="`use_liger_kernel=True`.",
+                why="Full logits never exist here, so its fused head would save nothing; its other kernels are put "
+                "into the policy when training starts, after its reference was made: the two would compute "
+                "differently.",
+                instead='Leave it out. `model_init_kwargs={"use_kernels": True}` loads kernels with the model, for '
+                "policy and reference alike.",
+            )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             _refuse("truncation_mode", self.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
+        if self.bad_rows not in ("raise", "drop"):
+            _refuse("bad_rows", self.bad_rows, "a set is refused, or its rows are dropped", "`raise` or `drop`")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             _refuse("precompute_ref_batch_size", self.precompute_ref_batch_size, "a batch has a pair", "1 or more")
         if self.ref_dtype is not None and self.ref_dtype not in _DTYPES:
@@ -325,13 +360,6 @@ class DPOConfig(TrainingArguments):
                 "`auto`, the default, or None",
             )
         self.pad_to_multiple_of = None
-        if self.activation_offloading:
-            _refuse(
-                "activation_offloading",
-                self.activation_offloading,
-                "activations cannot be moved to host memory here yet",
-                "False; `gradient_checkpointing=True`, the default, holds the activations of one layer at a time",
-            )
         if self.pad_token is not None:
             warnings.warn(
                 "`pad_token` is deprecated. Set `tokenizer.pad_token` and pass the tokenizer as `processing_class`.",

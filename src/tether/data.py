@@ -1,13 +1,10 @@
-"""From rows of text to pairs of token ids: the only place that tokenizes, keys and truncates.
+"""From rows of text to batches of token ids: what the trainer asks for its sets, and its collator, which truncates.
 
-Knows tokenizers and datasets; knows no model and no reference.
+Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no model and no reference.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,15 +21,15 @@ from datasets import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tether.errors import ConfigurationError, DataError
+from tether.errors import ArgumentTypeError, DataError
+from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
+from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
+from tether.rows import check_margin
 from tether.store import content_key
+from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.types import PairBatch, Response
 
-logger = logging.getLogger(__name__)
-
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
-MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
 
 PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -42,16 +39,17 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     """The rows as a dataset; a list of dicts becomes one.
 
     Raises:
-        ConfigurationError: If they are nothing of the kind.
+        ArgumentTypeError: If they are nothing of the kind.
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, list):
         return Dataset.from_list(rows)
-    raise ConfigurationError(
+    several = f", for instance `dataset[{next(iter(rows))!r}]`" if isinstance(rows, Mapping) and rows else ""
+    raise ArgumentTypeError(
         asked=f"A set of pairs was given as {type(rows).__name__}.",
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
-        instead="Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`.",
+        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`{several}.",
     )
 
 
@@ -63,32 +61,30 @@ def tokenize_pairs(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
+    bad_rows: str = "raise",
 ) -> PairDataset:
-    """Adds the `TOKEN_COLUMNS` (untruncated), unless they are there, and drops rows that cannot be used.
+    """Adds the `TOKEN_COLUMNS` (untruncated), unless they are there, and drops rows whose prompt fills `max_length`.
+
+    What was dropped is said in one message for each set, with reasons and row numbers; for a stream, as it is read.
 
     Args:
-        dataset: Rows with `prompt`, `chosen`, `rejected`: strings, or lists of messages. Without `prompt`, it is the
-            common start of the two responses.
-        tokenizer: With a chat template if the rows are conversational.
+        dataset: Rows in any of the formats of `tether.rows.tokenize_row`; the formats may be mixed.
+        tokenizer: With a chat template if rows are conversational.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: `keep_start` or `keep_end`.
         num_proc: Worker processes.
         name: The set's name, for messages.
+        bad_rows: `raise`, or `drop`: what becomes of rows that are no pairs.
 
     Raises:
-        DataError: For a row that is not a pair (names it), or when no row remains. Rows of a stream are checked
-            when they are read.
+        DataError: For a row that is not a pair (names it, and counts the others), or when no row remains. Rows of a
+            stream are looked at when they are read.
     """
-    options: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer, "name": name}, "with_indices": True}
+    limit = max_length if truncation_mode == "keep_start" else None
+    plan = TokenizingPlan(tokenizer, name, limit, drops=bad_rows == "drop")
     if isinstance(dataset, Dataset):
-        if len(dataset) == 0:
-            raise _no_rows(name, 0, max_length)
-        options |= {"num_proc": num_proc, "desc": f"Tokenizing {name} set"}
-    if not set(TOKEN_COLUMNS) <= set(dataset.column_names or ()):
-        dataset = dataset.map(tokenize_row, **options)
-    if max_length is None or truncation_mode == "keep_end":
-        return dataset
-    return _drop_full_prompts(dataset, max_length, name)
+        return tokenize_set(dataset, plan, num_proc)
+    return tokenize_stream(dataset, plan)
 
 
 @contextmanager
@@ -102,48 +98,6 @@ def progress_bars_off(off: bool) -> Iterator[None]:
     finally:
         if switches:
             enable_progress_bars()
-
-
-def tokenize_row(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
-    """Token ids of one row: `prompt_ids`, `chosen_ids`, `rejected_ids`.
-
-    Prompt and response are tokenized together. The response starts where the tokens of prompt + response leave
-    those of the prompt alone, for the chosen or the rejected response, whichever comes first: tokens that merge
-    across the boundary belong to the response.
-    """
-    row = _with_prompt(row, index, name)
-    _check_margin(row, f"Row {index} of the {name} set")
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if isinstance(prompt, str):
-        end = tokenizer.eos_token or ""
-        chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
-        prompt_ids, full_chosen, full_rejected = (
-            list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + chosen, prompt + rejected)
-        )
-    elif tokenizer.chat_template is None:
-        raise DataError(
-            asked=f"Row {index} of the {name} set is made of messages, and the tokenizer has no chat template.",
-            why="The template is what turns messages into the text that the model reads.",
-            instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
-        )
-    else:
-        prompt_ids = _render(tokenizer, prompt, row, add_generation_prompt=True)
-        full_chosen, full_rejected = (_render(tokenizer, prompt + part, row) for part in (chosen, rejected))
-    start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
-    tokens = {
-        "prompt_ids": list(prompt_ids[:start]),
-        "chosen_ids": list(full_chosen[start:]),
-        "rejected_ids": list(full_rejected[start:]),
-    }
-    for column, ids in tokens.items():
-        if not ids:
-            raise DataError(
-                asked=f"Row {index} of the {name} set has no tokens in `{column.removesuffix('_ids')}`.",
-                why="A response is scored token by token, each predicted from what stands before it.",
-                instead="Give the row a prompt and two responses (a tokenizer with a BOS token allows an empty "
-                "prompt), or drop the row.",
-            )
-    return tokens
 
 
 @dataclass
@@ -167,22 +121,20 @@ class PairCollator:
             sides = zip((chosen, rejected), known, strict=True)
             first, second = (self._response(prompt, ids)._replace(reference_sum=value) for ids, value in sides)
             pairs.append((first, second))
-        batch = PairBatch.of_pairs(pairs, self._margins(rows))
+        batch = PairBatch.of_pairs(pairs, margins_of(rows))
         return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
-
-    @staticmethod
-    def _margins(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
-        if not any(MARGIN_COLUMN in row for row in rows):
-            return None
-        for row in rows:  # a set that came tokenized was looked at by nobody
-            _check_margin({MARGIN_COLUMN: None} | dict(row), "A row of a batch")
-        return [float(row[MARGIN_COLUMN]) for row in rows]
 
     def _response(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Response:
         limit = self.max_length
         if limit is None or len(prompt_ids) + len(response_ids) <= limit:
             return Response(tuple(prompt_ids), tuple(response_ids), content_key(prompt_ids, response_ids))
         if self.truncation_mode == "keep_start":
+            if len(prompt_ids) >= limit:
+                raise DataError(
+                    asked=f"A row of a batch has a prompt of {len(prompt_ids)} tokens, where `max_length={limit}`.",
+                    why="No token of its response would be scored.",
+                    instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
+                )
             key = content_key(prompt_ids, response_ids)
             return Response(tuple(prompt_ids), tuple(response_ids[: limit - len(prompt_ids)]), key)
         # Keep the end: a response that fills the row gives up its first token as the context of its second.
@@ -190,6 +142,19 @@ class PairCollator:
         start = max(1, limit - len(response_ids))
         fed = tuple(sequence[:start]), tuple(sequence[start:])
         return Response(*fed, content_key(*fed))
+
+
+def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """The rows' margins; None where no row has one.
+
+    Raises:
+        DataError: If only some have one, or one is no finite number.
+    """
+    if not any(MARGIN_COLUMN in row for row in rows):
+        return None
+    for row in rows:  # a set that came tokenized was looked at by nobody
+        check_margin({MARGIN_COLUMN: None} | dict(row), "A row of a batch")
+    return [float(row[MARGIN_COLUMN]) for row in rows]
 
 
 def batch_of(inputs: Mapping[str, Any]) -> PairBatch:
@@ -204,121 +169,3 @@ def num_pairs_tensor(inputs: Mapping[str, Any]) -> Tensor:
     pairs = inputs["pairs"]
     assert isinstance(pairs, Tensor)
     return pairs.sum()
-
-
-def _with_prompt(row: Mapping[str, Any], index: int, name: str) -> dict[str, Any]:
-    """Checks a row's fields and takes the prompt from the common start where it has none."""
-    for field in ("chosen", "rejected"):
-        if row.get(field) is None:
-            raise DataError(
-                asked=f"Row {index} of the {name} set has no `{field}`.",
-                why="A preference pair is a chosen and a rejected response to one prompt.",
-                instead=f"Add `{field}`, or drop the row. Found the columns: {', '.join(sorted(row))}.",
-            )
-    given = [field for field in ("prompt", "chosen", "rejected") if row.get(field) is not None]
-    kinds = {field: _kind(row[field]) for field in given}
-    if set(kinds.values()) not in ({"text"}, {"messages"}):
-        raise DataError(
-            asked=f"Row {index} of the {name} set is neither all text nor all messages: "
-            + ", ".join(f"`{field}` is {kind}" for field, kind in kinds.items())
-            + ".",
-            why="The responses continue the prompt, so all are of one kind.",
-            instead='Write {"prompt": "...", "chosen": "...", "rejected": "..."} or a list of '
-            '{"role": ..., "content": ...} for each.',
-        )
-    for field in ("chosen", "rejected"):
-        if _is_empty(row[field]):
-            raise DataError(
-                asked=f"Row {index} of the {name} set has an empty `{field}` response.",
-                why="An empty response has no token to score, so the pair says nothing.",
-                instead="Drop the row, or give the response its text.",
-            )
-    if "prompt" in given:
-        return dict(row)
-    return dict(row) | _split_common_start(row["chosen"], row["rejected"])
-
-
-def _check_margin(row: Mapping[str, Any], which: str) -> None:
-    if MARGIN_COLUMN not in row:
-        return
-    margin = row[MARGIN_COLUMN]
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(
-            asked=f"{which} has `margin={margin!r}`.",
-            why="A margin is how much better the chosen response is, in units of reward; it is subtracted from the "
-            "reward margin.",
-            instead="Give every row a finite number (0 for none), or drop the column.",
-        )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list) and all(isinstance(message, Mapping) and "role" in message for message in value):
-        return "messages"
-    return f"`{type(value).__name__}`"
-
-
-def _is_empty(response: str | list[dict[str, Any]]) -> bool:
-    if isinstance(response, str):
-        return not response
-    return not response or not any(message.get("content") or message.get("tool_calls") for message in response)
-
-
-def _split_common_start(chosen: Any, rejected: Any) -> dict[str, Any]:
-    """The longest common start as prompt; for text, a space before the difference belongs to the responses."""
-    length = _common_prefix(chosen, rejected)
-    if length == min(len(chosen), len(rejected)):
-        length = max(0, length - 1)  # the end is the response, also where one begins the other or both are alike
-    elif isinstance(chosen, str) and chosen[:length].endswith(" "):
-        length -= 1
-    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
-
-
-def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
-    for position, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return position
-    return min(len(first), len(second))
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Any], row: Mapping[str, Any], **options: Any
-) -> list[int]:
-    tools = row.get("tools")
-    options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-    options |= row.get("chat_template_kwargs") or {}
-    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return list(rendered["input_ids"])
-
-
-def _drop_full_prompts(dataset: PairDataset, max_length: int, name: str) -> PairDataset:
-    if not isinstance(dataset, Dataset):
-        return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length)
-    prompts: Any = dataset.select_columns("prompt_ids")
-    keep = [index for index, row in enumerate(prompts) if len(row["prompt_ids"]) < max_length]
-    dropped = len(dataset) - len(keep)
-    if not keep:
-        raise _no_rows(name, dropped, max_length)
-    if dropped:
-        logger.warning(
-            "%d of %d rows of the %s set were dropped: their prompt alone fills max_length=%d.",
-            dropped,
-            len(dataset),
-            name,
-            max_length,
-        )
-        dataset = dataset.select(keep)
-    return dataset
-
-
-def _no_rows(name: str, dropped: int, max_length: int | None) -> DataError:
-    return DataError(
-        asked=f"The {name} set has no row to use" + (f" ({dropped} were dropped)." if dropped else "."),
-        why=f"Each prompt alone fills `max_length={max_length}`, so no response token would be scored."
-        if dropped
-        else "It is empty.",
-        instead="Raise `max_length`, shorten the prompts, or set `max_length=None`."
-        if dropped
-        else "Pass a set with at least one pair.",
-    )

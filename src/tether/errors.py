@@ -29,6 +29,10 @@ class ConfigurationError(TetherError, ValueError):
     """An option, or a combination of options, that cannot be honoured. Raised at construction."""
 
 
+class ArgumentTypeError(ConfigurationError, TypeError):
+    """An argument of another kind than the one that is needed."""
+
+
 class DataError(TetherError, ValueError):
     """A row that cannot be trained on. Names the row."""
 

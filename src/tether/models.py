@@ -5,6 +5,7 @@ Knows transformers and PEFT; knows no data and no training.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.distributed import whole_shape
-from tether.errors import ConfigurationError
+from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.reference.frozen import Origin
 from tether.scoring import rotary_limit, uneven_forwards
 from tether.scoring.score import can_pack
@@ -66,8 +67,37 @@ def where_from(
     return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
 
 
+def loading_options(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, quantization_config: Any
+) -> dict[str, Any] | None:
+    """The keyword arguments of `from_pretrained`, with the quantization that the trainer was given.
+
+    Raises:
+        ConfigurationError: For a quantization that was given twice, or with a model that is already loaded.
+    """
+    if quantization_config is None:
+        return init_kwargs
+    if not isinstance(model, str):
+        raise ConfigurationError(
+            asked="`quantization_config` together with a model that is already an instance.",
+            why="Weights are quantized while they are loaded, and these were.",
+            instead="Pass the model's path or name, or load the instance with `quantization_config=` yourself and "
+            "leave it out here.",
+        )
+    if "quantization_config" in (init_kwargs or {}):
+        raise ConfigurationError(
+            asked="`quantization_config` given to the trainer and in `model_init_kwargs`.",
+            why="They may differ, and a model is loaded with one.",
+            instead="Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
+        )
+    return {**(init_kwargs or {}), "quantization_config": quantization_config}
+
+
 def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel | PeftModel, trust_remote_code: bool
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | PeftModel,
+    trust_remote_code: bool,
+    revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, from the model's folder if none is given; without a pad token it pads with EOS."""
     if tokenizer is None:
@@ -78,9 +108,10 @@ def load_tokenizer(
                 why="The model was made in memory, so there is no folder to load its tokenizer from.",
                 instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        options = {"revision": revision} if revision else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ConfigurationError(
+        raise ArgumentTypeError(
             asked=f"`processing_class` is a {type(tokenizer).__name__}.",
             why="Rows are text, and only a tokenizer turns text into token ids.",
             instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`).",
@@ -156,7 +187,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
     if peft_config is None:
         return model
     if not isinstance(peft_config, PeftConfig):
-        raise ConfigurationError(
+        raise ArgumentTypeError(
             asked=f"`peft_config` is a {type(peft_config).__name__}.",
             why="It says which adapter to put on the model.",
             instead="Pass a PEFT config, such as `peft.LoraConfig(...)`.",
@@ -168,11 +199,29 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
             instead="Leave `peft_config` out to go on training the adapter, or merge it first "
             "(`model = model.merge_and_unload()`) to start a new one on top.",
         )
-    return get_peft_model(model, peft_config)
+    return _in_bfloat16_if_quantized(get_peft_model(model, peft_config))
+
+
+def _in_bfloat16_if_quantized(model: PeftModel) -> PeftModel:
+    """The adapter of a base in 4 or 8 bits trains in bfloat16 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, sec. 3).
+
+    DoRA's magnitudes stay as they are: their steps are smaller than bfloat16 can hold.
+    """
+    base = model.get_base_model()
+    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def lora_config(
-    rank: int, *, alpha: float | None = None, dropout: float = 0.0, target_modules: list[str] | None = None
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: list[str] | None = None,
+    **further: Any,
 ) -> PeftConfig:
     """A fresh LoRA adapter for a causal language model: the update of a layer is `alpha / rank * B A`.
 
@@ -182,10 +231,13 @@ def lora_config(
         dropout: Dropout in front of `A`.
         target_modules: Names of the layers that get one; by default what PEFT takes for the model's family, and
             `["all-linear"]` is every linear layer but the head.
+        further: Other fields of `peft.LoraConfig`, such as `use_dora`.
     """
     targets = "all-linear" if target_modules == ["all-linear"] else target_modules
     scale: Any = 2 * rank if alpha is None else alpha  # PEFT declares an int, and takes any number
-    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", **further
+    )
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -256,6 +308,12 @@ def _refuse_vocabulary(why: str) -> None:
         why=f"{why}: both must read the same token ids.",
         instead="Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
     )
+
+
+def hub_name(model: PreTrainedModel | PeftModel) -> str | None:
+    """The name on the hub that a model was loaded by; None for a local folder or a model made in memory."""
+    name = getattr(model.config, "_name_or_path", "")
+    return None if not name or os.path.isdir(name) else str(name)
 
 
 def default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:

@@ -6,7 +6,7 @@ Orchestrates; decides nothing about references (`reference.build` does), losses 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,11 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
 
+from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
+from tether.callbacks import BEMACallback
 from tether.checkpoints import (
     load_reference,
     load_reward_shift,
@@ -30,13 +32,13 @@ from tether.checkpoints import (
     warn_of_no_sync,
     warn_of_weights_alone,
 )
+from tether.collators import Collator, pair_collator
 from tether.columns import find_given
 from tether.config import DPOConfig, how_to_fill, refuse_data_parallel
 from tether.data import (
     MARGIN_COLUMN,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
-    PairCollator,
     PairDataset,
     Rows,
     as_dataset,
@@ -47,8 +49,10 @@ from tether.data import (
 )
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
+from tether.evaluation import PairGather, WithTokenIds, padded_logits
 from tether.losses import Objective, PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
+from tether.model_card import CardFacts, write_model_card
 from tether.models import (
     add_adapter,
     check_even_forwards,
@@ -57,13 +61,23 @@ from tether.models import (
     check_vocabulary,
     default_output_dir,
     disable_dropout,
+    hub_name,
     load_model,
     load_tokenizer,
+    loading_options,
     router_coefficient,
     use_pad_token,
     where_from,
 )
-from tether.reference import Reference, ReferenceOptions, build_reference, check_options, waits_for_device
+from tether.offloading import activations_of
+from tether.reference import (
+    FollowingReference,
+    Reference,
+    ReferenceOptions,
+    build_reference,
+    check_options,
+    waits_for_device,
+)
 from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
@@ -74,7 +88,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(OptionsAsAttributes, Trainer):
     """Trains a language model on preference pairs against a reference.
 
     Direct Preference Optimization, Rafailov et al. 2023, arXiv 2305.18290. Takes TRL's arguments; which reference is
@@ -96,12 +110,20 @@ class DPOTrainer(Trainer):
         model: The policy: a path or name, a `PreTrainedModel`, or a `PeftModel`.
         ref_model: The reference model, or a path to one; by default the policy as it is now.
         args: The options; by default `DPOConfig` with an output folder named after the model.
+        data_collator: A collator of your own that returns the padded batches of `DataCollatorForPreference`. The
+            default pads nothing and needs no padding token.
         train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`.
         eval_dataset: The same, or a dict of named sets.
         processing_class: The tokenizer; by default the one beside the model.
+        compute_metrics: Makes metrics of a `transformers.EvalPrediction` at each evaluation: logits (`2n`, longest
+            sequence, vocabulary) of the chosen, then of the rejected sequences, and their token ids. Only with it
+            are evaluation's logits built, by a second, padded forward.
         callbacks: Further `transformers.TrainerCallback`s.
         optimizers: An optimizer and a scheduler of your own.
+        quantization_config: How to quantize the weights of a model that is given by path or name.
         peft_config: Puts a fresh adapter on the model.
+        optimizer_cls_and_kwargs: An optimizer's class and its keyword arguments, as `transformers.Trainer` takes them.
+        preprocess_logits_for_metrics: What to keep of the logits, given them and the token ids.
         loss: A loss of your own instead of `loss_type`: a function of `tether.PairScores` and `tether.LossOptions`
             that gives one value per pair.
 
@@ -117,6 +139,7 @@ class DPOTrainer(Trainer):
 
     # `compute_loss` already divides by the pairs of the whole optimizer step.
     loss_is_scaled_for_ga = True
+    _tag_names = ("tether", "dpo")
 
     reference: Reference
     args: DPOConfig
@@ -128,25 +151,32 @@ class DPOTrainer(Trainer):
         model: str | PreTrainedModel | PeftModel,
         ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: DPOConfig | None = None,
-        *,
+        data_collator: Collator | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        *,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Tensor], Any] | None = None,
         loss: PreferenceLoss | None = None,
     ) -> None:
         args = args or DPOConfig(default_output_dir(model))
         refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
+        init_kwargs = loading_options(model, init_kwargs, quantization_config)
         set_seed(args.seed)  # a fresh adapter starts from it
         named = model if ref_model is None else ref_model
         origins = where_from(named, init_kwargs, args.trust_remote_code)
         policy = load_model(model, init_kwargs, args.trust_remote_code)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
-        self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        revision = (init_kwargs or {}).get("revision")
+        self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code, revision)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
             check_padding_free(policy)
@@ -159,12 +189,14 @@ class DPOTrainer(Trainer):
         sets = self._named_sets({"train": train_set}, eval_sets)
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
+        leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
         given = find_given(sets, args, has_ref_model=ref_model is not None)
         options = replace(
             self._reference_options(args, sets),
             decode=lambda ids: str(self._tokenizer.decode(list(ids))),
             origins=origins,
             given=given,
+            follows=bool(leaders),
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
@@ -173,20 +205,27 @@ class DPOTrainer(Trainer):
         check_trainable(policy)
         if args.disable_dropout:
             disable_dropout(policy)
+        self._activations = activations_of(policy, offloaded=args.activation_offloading)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
+        collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode)
+        if compute_metrics is not None and "inputs" in args.include_for_metrics:
+            collator = WithTokenIds(collator, self._pad_token_id)
         # A batch is one object; it cannot be cut into slices.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(
             model=policy,
             args=args,
-            data_collator=PairCollator(args.max_length, args.truncation_mode),
+            data_collator=collator,
             train_dataset=train_set,
             eval_dataset=eval_sets,
             processing_class=self._tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
@@ -198,6 +237,9 @@ class DPOTrainer(Trainer):
         with together():
             self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
         check_alike(self.reference.identity.digest, "reference")
+        for leader in leaders:
+            assert isinstance(self.reference, FollowingReference)
+            leader.follow_with(self.reference)
         self._watch = ReferenceWatch(self.reference, args.autocast_dtype)
         # A pass through the policy's own modules must wait until training has sharded them and put them in place.
         is_early = shard is not None or waits_for_device(self.model, args.device)
@@ -206,7 +248,7 @@ class DPOTrainer(Trainer):
             self._prepare_reference(self._all_sets())
         if self.reference.moves:
             warn_of_weights_alone(args)
-        self.model.add_model_tags(["tether", "dpo"])
+        self.model.add_model_tags(list(self._tag_names))
         self.add_callback(_FollowTraining(self))
 
     # ---- the reference -------------------------------------------------------------------------------------------
@@ -288,6 +330,10 @@ class DPOTrainer(Trainer):
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self._tokenizer.pad_token_id or 0)
+
     def _tokenized(self, dataset: PairDataset, name: str, args: DPOConfig) -> PairDataset:
         quiet = args.disable_tqdm or not sys.stderr.isatty()
         with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
@@ -298,6 +344,7 @@ class DPOTrainer(Trainer):
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
                 name=name,
+                bad_rows=args.bad_rows,
             )
 
     def _tokenized_sets(self, sets: Rows | Mapping[str, Rows] | None, args: DPOConfig) -> Any:
@@ -343,12 +390,16 @@ class DPOTrainer(Trainer):
         return Objective(
             [loss] if loss is not None else args.loss_type,
             args.loss_weights,
-            args.loss_options,
+            lambda: args.loss_options,  # as it is at each step: a callback may change beta
             use_weighting=args.use_weighting,
             bco_reward_shift=args.bco_reward_shift,
         )
 
     # ---- a step --------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._activations:
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -415,9 +466,14 @@ class DPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
+        batch = batch_of(inputs)
+        if isinstance(self.gather_function, PairGather):
+            self.gather_function.begin_batch(batch.num_pairs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            if prediction_loss_only:
+                return loss.detach(), None, None
+            return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1
@@ -451,7 +507,8 @@ class DPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._eval_sums = MetricSums()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        self.gather_function = PairGather(self.gather_function)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._eval_sums.means(self._sum_over_processes)
         assert output.metrics is not None
         means["num_tokens"] = self._sum_tokens()
@@ -466,11 +523,25 @@ class DPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Evaluates the sets given at construction, or new ones (rows of text, or tokenized)."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenized_sets(eval_dataset, self.args)
-            if eval_dataset is not self.eval_dataset and not self._prepares_late:
-                self._prepare_reference(self._named_sets({}, eval_dataset))
+            eval_dataset = self._new_sets(eval_dataset)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Metrics, logits and token ids of a set (rows of text, or tokenized), at any time.
+
+        The logits of the whole set are kept: `prediction_loss_only=True` leaves them out.
+        """
+        return super().predict(self._new_sets(test_dataset), ignore_keys, metric_key_prefix)
+
+    def _new_sets(self, sets: Any) -> Any:
+        """Sets that were not given at construction, tokenized and made known to the reference."""
+        tokenized = self._tokenized_sets(sets, self.args)
+        if tokenized is not self.eval_dataset and not self._prepares_late:
+            self._prepare_reference(self._named_sets({}, tokenized))
+        return tokenized
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         reduced: Tensor = self.accelerator.reduce(totals, reduction="sum")
@@ -478,6 +549,36 @@ class DPOTrainer(Trainer):
 
     def _sum_tokens(self) -> float:
         return self._sum_over_processes(torch.tensor(float(self._num_train_tokens), device=self.args.device)).item()
+
+    # ---- model card ----------------------------------------------------------------------------------------------
+
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, which its scripts pass by position
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes `output_dir/README.md`: the loss, the reference and the options of this run, and what to cite.
+
+        Args:
+            model_name: The model's name; by default the output folder's.
+            dataset_name: The data's name on the hub.
+            tags: Further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        facts = CardFacts.of_run(
+            self.args,
+            self.reference.identity,
+            self._objective.functions,
+            base_model=hub_name(self.model),
+            own_tags=self._tag_names,
+            model_name=model_name,
+            dataset_name=dataset_name,
+            tags=tags,
+        )
+        write_model_card(facts, Path(str(self.args.output_dir)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -496,6 +597,9 @@ class DPOTrainer(Trainer):
             self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
             load_reward_shift(Path(checkpoint), self._objective.reward_shift)
             self._watch.start = load_start(Path(checkpoint))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, BEMACallback):
+                    callback.resume_from(Path(checkpoint))
 
 
 _SENTINEL_PAIRS = 2

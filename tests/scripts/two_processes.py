@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
+from transformers import EvalPrediction
 
 from observe import bits, same_bits
 from runs import as_dataset, make_trainer, steps, stream
@@ -81,6 +83,7 @@ def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
         )
         for name, options in STORED.items()
     }
+    results["metrics"] = trainer_of("metrics", compute_metrics=sums_of).evaluate()
     results["resumed"] = resumes(lambda: trainer_of("resumed", **SYNC, save_strategy="steps", save_steps=3), folder)
     return results
 
@@ -114,6 +117,13 @@ def stored(make: Callable[[], DPOTrainer]) -> dict[str, Any]:
         "num_in_store": reference.store.count(),
         "num_passes_again": again.reference.num_passes,
     }
+
+
+def sums_of(given: EvalPrediction) -> dict[str, float]:
+    """Figures that no order of rows and no padding changes."""
+    ids, logits = given.label_ids, given.predictions
+    assert isinstance(ids, np.ndarray) and isinstance(logits, np.ndarray)
+    return {"rows": float(len(ids)), "ids": float(ids[ids > 0].sum()), "logits": float(np.abs(logits[:, 3]).sum())}
 
 
 def resumes(make: Callable[[], DPOTrainer], folder: Path) -> bool:

@@ -16,8 +16,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from tether.cli.pairs import hold_out, load_pairs, take_shard
+from tether.cli.mixture import load_mixture
+from tether.cli.options import ScriptOptions
+from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
+from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe
+from tether.data import PairDataset
 from tether.errors import ConfigurationError
 from tether.models import lora_config
 from tether.trainer import DPOTrainer
@@ -39,6 +43,7 @@ def build_trainer(
     script, config = recipe.script, recipe.config
     _quiet_libraries(recipe)
     _check_evaluation(recipe)
+    quantization = quantization_of(script)
     for option, name in (("model", script.model), ("ref_model", script.ref_model)):
         _check_model(option, name, recipe)
     tokenizer = _load_tokenizer(recipe)
@@ -55,28 +60,67 @@ def build_trainer(
         eval_dataset=eval_pairs,
         processing_class=tokenizer,
         callbacks=list(callbacks),
-        peft_config=None
-        if script.lora_r is None
-        else lora_config(
-            script.lora_r,
-            alpha=script.lora_alpha,
-            dropout=script.lora_dropout or 0.0,
-            target_modules=script.lora_target_modules,
-        ),
+        quantization_config=quantization,
+        peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
     )
     for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at
         trainer.remove_callback(theirs)
     return trainer
 
 
-def load_sets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+def _adapter(script: ScriptOptions, rank: int) -> Any:
+    options = {
+        "target_parameters": script.lora_target_parameters,
+        "modules_to_save": script.lora_modules_to_save,
+        "use_rslora": script.use_rslora or None,
+        "use_dora": script.use_dora or None,
+    }
+    return lora_config(
+        rank,
+        alpha=script.lora_alpha,
+        dropout=script.lora_dropout or 0.0,
+        target_modules=script.lora_target_modules,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def load_sets(recipe: Recipe) -> tuple[PairDataset, PairDataset | None]:
     """The pairs to train on, and those held out, if any."""
     script = recipe.script
-    assert script.train_data is not None
-    pairs = load_pairs(script.train_data, "train_data")
+    if recipe.parts:
+        pairs = load_mixture(recipe.parts, script.dataset_streaming)
+    else:
+        pairs = _load_split(script, script.dataset_train_split)
     if script.eval_fraction is not None:
+        assert isinstance(pairs, Dataset)
         return hold_out(pairs, script.eval_fraction, script.split_seed)
-    return pairs, None if script.eval_data is None else load_pairs(script.eval_data, "eval_data")
+    if script.eval_data is not None:
+        return pairs, load_pairs(script.eval_data, "eval_data")
+    split = held_out_split(recipe)
+    return pairs, None if split is None else _load_split(script, split)
+
+
+def held_out_split(recipe: Recipe) -> str | None:
+    """The split of `train_data` that is held out: the one that is named; else, where the recipe evaluates, `test`."""
+    script = recipe.script
+    if script.dataset_test_split is not None:
+        return script.dataset_test_split
+    evaluates = str(recipe.given.get("eval_strategy", "no")) != "no"
+    elsewhere = script.eval_data is not None or script.eval_fraction is not None
+    if not evaluates or elsewhere or script.train_data is None or is_file(script.train_data):
+        return None
+    return "test"
+
+
+def _load_split(script: ScriptOptions, split: str | None) -> PairDataset:
+    assert script.train_data is not None
+    return load_pairs(
+        script.train_data,
+        "train_data",
+        config=script.dataset_config,
+        split=split,
+        streaming=script.dataset_streaming,
+    )
 
 
 def _quiet_libraries(recipe: Recipe) -> None:
@@ -90,7 +134,8 @@ def _quiet_libraries(recipe: Recipe) -> None:
 def _check_evaluation(recipe: Recipe) -> None:
     """Refuses options that would silently do nothing in a command that evaluates whenever it has held-out pairs."""
     script, given = recipe.script, recipe.given
-    has_eval = script.eval_data is not None or script.eval_fraction is not None
+    held_out = (script.eval_data, script.eval_fraction, held_out_split(recipe))
+    has_eval = any(source is not None for source in held_out)
     if str(given.get("eval_strategy", "no")) != "no" and not has_eval:
         raise ConfigurationError(
             asked=f"`eval_strategy={given['eval_strategy']}` without held-out pairs.",
@@ -121,11 +166,15 @@ def _check_model(option: str, name: str | None, recipe: Recipe) -> None:
 
 
 def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    name = recipe.script.tokenizer or recipe.script.model
+    script = recipe.script
+    name = script.tokenizer or script.model
+    revision = {"revision": script.model_revision} if script.model_revision and not script.tokenizer else {}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.config.trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=recipe.config.trust_remote_code, **revision
+        )
     except (OSError, ValueError, KeyError) as error:
-        option = "tokenizer" if recipe.script.tokenizer else "model"
+        option = "tokenizer" if script.tokenizer else "model"
         raise _not_loadable(option, str(name), "tokenizer", error) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

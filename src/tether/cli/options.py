@@ -15,6 +15,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from tether.cli.refusing_parser import RefusingParser, refuse_unknown
+from tether.cli.trl_options import REFUSED, refuse_trl_option
 from tether.config import DPOConfig
 
 
@@ -32,15 +33,39 @@ class ScriptOptions:
     train_data: str | None = field(
         default=None,
         metadata={
-            "help": "Pairs to train on: a .json, .jsonl, .csv or .parquet file, or a dataset on the hub, "
-            "`owner/name` or `owner/name:split`.",
-            "aliases": ["--dataset"],
+            "help": "Pairs to train on: a .json, .jsonl, .csv or .parquet file, a folder of them, or a dataset on the "
+            "hub, `owner/name` or `owner/name:split`.",
+            "aliases": ["--dataset", "--dataset_name"],
         },
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={"help": "Or several sets as one: paths or names; a recipe may say more of each (docs/recipes.md)."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The configuration of train_data, where a dataset has several."}
+    )
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "The split of train_data to train on, or a slice of it. Default: train."}
+    )
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "The split of train_data that is held out. Default: test, where eval_strategy is set and "
+            "train_data is no file."
+        },
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the pairs as they are needed; needs max_steps.", "aliases": ["--streaming"]},
     )
     eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, named in the same way."})
     eval_fraction: float | None = field(
         default=None,
-        metadata={"help": "Or: the share of the training pairs to hold out; pairs of one prompt stay together."},
+        metadata={
+            "help": "Or: the share of the training pairs to hold out; pairs of one prompt stay together.",
+            "aliases": ["--test_split_size"],
+        },
     )
     split_seed: int = field(
         default=0,
@@ -60,6 +85,34 @@ class ScriptOptions:
     ref_model: str | None = field(
         default=None, metadata={"help": "Another model as the reference: a folder or a name on the hub."}
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the policy on the hub. Default: main."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the policy's weights. Default: float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 4 bits (QLoRA)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Which 4 bits.", "choices": ["fp4", "nf4"]})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit blocks' scales too."})
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Dtype of the tensors that 4-bit weights lie in. Default: uint8."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation of the policy, as transformers names them."}
+    )
+    use_peft: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train a LoRA adapter as TRL makes it: rank 16, alpha 32, dropout 0.05, unless said.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     lora_r: int | None = field(
         default=None, metadata={"help": "Train a LoRA adapter of this rank instead of the model's own weights."}
     )
@@ -74,6 +127,14 @@ class ScriptOptions:
         default=None,
         metadata={"help": "Layers that get one, or `all-linear`. Default: what PEFT takes for the model's family."},
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters that get one, for weights that are no layers of their own."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Layers that train as a whole beside it."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale it by lora_alpha / sqrt(lora_r) instead."})
+    use_dora: bool = field(default=False, metadata={"help": "Train the magnitude of each weight's rows too (DoRA)."})
 
 
 REFERENCE_TABLE = """\
@@ -90,13 +151,20 @@ unless ref_model names another.
                                        (TR-DPO)                             the pass
 """
 
+_LORA = (
+    "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+    "use_rslora use_dora"
+)
+
 # Headings of --help, in order, with the options under each; the last takes what is transformers' and named by none.
 _REST = "everything else (of transformers.TrainingArguments)"
 _GROUPS: Mapping[str, tuple[str | None, str]] = {
     "what to train, and on what": (
         None,
-        "recipe config model train_data eval_data eval_fraction output_dir tokenizer resume max_length split_seed "
-        "truncation_mode dataset_num_proc model_init_kwargs trust_remote_code",
+        "recipe config model train_data datasets dataset_config dataset_train_split eval_data eval_fraction "
+        "dataset_test_split split_seed dataset_streaming output_dir tokenizer resume max_length truncation_mode "
+        "bad_rows dataset_num_proc model_revision dtype load_in_8bit load_in_4bit bnb_4bit_quant_type "
+        "use_bnb_nested_quant bnb_4bit_quant_storage attn_implementation model_init_kwargs trust_remote_code",
     ),
     "how to train": (
         None,
@@ -105,7 +173,7 @@ _GROUPS: Mapping[str, tuple[str | None, str]] = {
         "num_train_epochs max_steps per_device_train_batch_size max_tokens_per_micro_batch "
         "gradient_accumulation_steps seed bf16 gradient_checkpointing disable_dropout",
     ),
-    "LoRA": (None, "lora_r lora_alpha lora_dropout lora_target_modules"),
+    "LoRA": (None, _LORA),
     "the reference": (
         REFERENCE_TABLE,
         "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store ref_store_mode sync_ref_model "
@@ -182,6 +250,8 @@ class RecipeParser(RefusingParser, HfArgumentParser):
         for word in unknown:
             if word.startswith("--"):
                 name = word.lstrip("-").partition("=")[0].replace("-", "_")
+                if name in REFUSED:
+                    refuse_trl_option(name, word, f"`{word}` after `{self.prog}`")
                 refuse_unknown(f"`{word}` after `{self.prog}`", name, self.options, self.prog, dashes="--")
         if unknown:
             self.error(f"`{unknown[0]}` belongs to no option")
@@ -194,6 +264,8 @@ class RecipeParser(RefusingParser, HfArgumentParser):
             ValueError: If it cannot be read; says why.
         """
         action = self.options[name]
+        if action.dest == "datasets":  # its entries are paths, or options of their own
+            return _read_list(value)
         kinds = {typing.get_origin(kind) or kind for kind in _kinds(self.hints[action.dest])}
         if value is not None and value == self._plain[action.dest]:
             return value  # as transformers wrote it: `debug: ""` is no list of what may be debugged, and a default
@@ -221,6 +293,12 @@ class RecipeParser(RefusingParser, HfArgumentParser):
 def option_names(options: type) -> set[str]:
     """The names of a dataclass's options."""
     return {entry.name for entry in fields(options) if entry.init}
+
+
+def _read_list(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("It takes a list of sets")
+    return value
 
 
 def _read_scalar(action: argparse.Action, value: Any) -> Any:

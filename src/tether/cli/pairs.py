@@ -1,4 +1,4 @@
-"""Preference pairs from a file or the hub, and which of them are held out.
+"""Preference pairs from a file, a folder or the hub, and which of them are held out.
 
 Knows files and rows; what is in a row is `tether.data`'s business.
 """
@@ -7,45 +7,64 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from tether.data import PairDataset
 from tether.errors import DataError
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_pairs(name: str, option: str) -> Dataset:
-    """The rows of a file, or of a dataset on the hub.
+def is_file(name: str) -> bool:
+    """Whether a source is one file, which has no other split than `train`."""
+    path = Path(name).expanduser()
+    return not path.is_dir() and (path.suffix in _FORMATS or path.exists())
+
+
+def load_pairs(
+    name: str,
+    option: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+    **further: Any,
+) -> PairDataset:
+    """The rows of a file, of a folder, or of a dataset on the hub.
 
     Args:
-        name: The path of a json, jsonl, csv or parquet file; or `owner/name` or `owner/name:split` on the hub
-            (split `train` unless named).
+        name: The path of a json, jsonl, csv or parquet file; a folder, as `datasets.load_dataset` reads it; or
+            `owner/name` or `owner/name:split` on the hub.
         option: The option that says so, for messages.
+        config: A configuration of a dataset that has several.
+        split: Which of its splits, by default `train`; a slice such as `train[:10%]` too.
+        streaming: Read the rows as they are needed.
+        further: Other arguments of `load_dataset`.
 
     Raises:
         DataError: If there is no such file or dataset, or it cannot be read.
     """
-    path = Path(name).expanduser()
-    is_file = path.suffix in _FORMATS or path.exists()
+    source = _file_source(Path(name).expanduser(), option) if is_file(name) else _named_source(name, option, split)
+    if config is not None:
+        source["name"] = config
+    source["split"] = split or source.get("split", "train")
     try:
-        return _load_file(path, option) if is_file else _load_from_hub(name)
-    except DataError:
-        raise
+        rows: PairDataset = load_dataset(**source | further, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            asked=f"`{option}: {name}`.",
+            asked=f"`{option}: {name}`" + (f", split `{split}`." if split else "."),
             why=f"It cannot be read: {_root_cause(error)}",
             instead="Every line of a .jsonl file is one row, all rows with the same fields of the same types: "
             '{"prompt": ..., "chosen": ..., "rejected": ...}.'
-            if is_file
-            else "Name a file (.json, .jsonl, .csv, .parquet), or a dataset on the hub as `owner/name` or "
-            "`owner/name:split`.",
+            if is_file(name)
+            else "Name a file (.json, .jsonl, .csv, .parquet), a folder of such files, or a dataset on the hub as "
+            "`owner/name` or `owner/name:split`.",
         ) from error
+    return rows
 
 
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -81,8 +100,9 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     return pairs.select(kept), pairs.select(sorted(held_out))
 
 
-def take_shard(pairs: Dataset, number: int, total: int) -> Dataset:
+def take_shard(pairs: PairDataset, number: int, total: int) -> Dataset:
     """Part `number` (from 1) of `total` of the rows: neighbours, so that rows of one prompt mostly stay together."""
+    assert isinstance(pairs, Dataset), "`tether precompute` refuses streams"
     part: Dataset = pairs.select(range((number - 1) * len(pairs) // total, number * len(pairs) // total))
     return part
 
@@ -91,12 +111,12 @@ def _draw(text: Any, seed: int) -> bytes:
     return hashlib.blake2b(json.dumps([seed, text], sort_keys=True).encode(), digest_size=16).digest()
 
 
-def _load_file(path: Path, option: str) -> Dataset:
+def _file_source(path: Path, option: str) -> dict[str, Any]:
+    """What `load_dataset` is given for a file."""
     if not path.is_file():
         raise DataError(
             asked=f"`{option}: {path}`.",
-            why=f"{'It is a folder' if path.is_dir() else 'There is no such file'}; paths start at the current "
-            f"folder, {Path.cwd()}.",
+            why=f"There is no such file; paths start at the current folder, {Path.cwd()}.",
             instead=f"Name a file: {', '.join(_FORMATS)}.",
         )
     if path.suffix not in _FORMATS:
@@ -105,15 +125,21 @@ def _load_file(path: Path, option: str) -> Dataset:
             why=f"What is in a `{path.suffix}` file is not known.",
             instead=f"Name a file that ends in {', '.join(_FORMATS)}.",
         )
-    rows: Dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    return rows
+    return {"path": _FORMATS[path.suffix], "data_files": str(path)}
 
 
-def _load_from_hub(name: str) -> Dataset:
-    repository, _, split = name.partition(":")
-    rows: Dataset | Mapping[str, Any] = load_dataset(repository, split=split or "train")
-    assert isinstance(rows, Dataset)
-    return rows
+def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
+    """What `load_dataset` is given for a folder, or for a name on the hub and perhaps its split."""
+    if Path(name).expanduser().is_dir():
+        return {"path": str(Path(name).expanduser())}
+    repository, _, named = name.partition(":")
+    if named and split:
+        raise DataError(
+            asked=f"`{option}: {name}` together with the split `{split}`.",
+            why="Both say which rows of the dataset are meant.",
+            instead=f"Write `{option}: {repository}`.",
+        )
+    return {"path": repository} | ({"split": named} if named else {})
 
 
 def _root_cause(error: BaseException) -> str:

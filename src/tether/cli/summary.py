@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def describe_end(trainer: DPOTrainer, metrics: Mapping[str, float], seconds: flo
     logged = [entry for entry in state.log_history if "loss" in entry]
     rows = [(f"train, to step {entry['step']}", _row(entry, "")) for entry in logged[:1] + logged[1:][-1:]]
     if metrics:
-        rows.append((f"held out, {_num_rows(trainer.eval_dataset)} pairs", _row(metrics, "eval_")))
+        num = _num_rows(trainer.eval_dataset)
+        rows.append((f"held out, {num} pairs" if num.isdigit() else "held out", _row(metrics, "eval_")))
     lines = [
         "",
         f"{state.global_step} steps, {state.epoch or 0:.2f} epochs, {seconds:.1f} s, {tokens_per_second:,.0f} tokens/s",
@@ -77,8 +78,10 @@ def _row(entry: Mapping[str, Any], prefix: str) -> str:
     return "".join(f"{entry[prefix + name]:>20.4f}" if prefix + name in entry else " " * 20 for name in _FIGURES)
 
 
-def _num_rows(dataset: Any) -> int:
-    return 0 if dataset is None else len(dataset)
+def _num_rows(dataset: Any) -> str:
+    if dataset is None:
+        return "0"
+    return str(len(dataset)) if isinstance(dataset, Sized) else "a stream"
 
 
 def _file_bytes(path: Path) -> int:

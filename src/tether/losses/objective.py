@@ -29,7 +29,7 @@ class Objective:
     Args:
         losses: Names from `LOSSES`, or functions of `PairScores` and `LossOptions` that give one value per pair.
         weights: One for each; by default 1.
-        options: The numbers in the losses' equations.
+        options: The numbers in the losses' equations; or what gives them, and is asked at each batch.
         use_weighting: Weigh pairs by how likely the policy is to say them (WPO).
         bco_reward_shift: Keep BCO's running mean of rewards, where `bco_pair` is one of the losses.
     """
@@ -38,14 +38,14 @@ class Objective:
         self,
         losses: Sequence[str | PreferenceLoss],
         weights: Sequence[float] | None = None,
-        options: LossOptions | None = None,
+        options: LossOptions | Callable[[], LossOptions] = LossOptions(),  # noqa: B008  # frozen
         *,
         use_weighting: bool = False,
         bco_reward_shift: bool = True,
     ) -> None:
         functions = [LOSSES[loss] if isinstance(loss, str) else loss for loss in losses]
         self._terms = list(zip(weights or [1.0] * len(functions), functions, strict=True))
-        self._options = options or LossOptions()
+        self._options = options if callable(options) else lambda: options
         self.use_weighting = use_weighting
         self.reward_shift = RewardShift() if bco_reward_shift and "bco_pair" in losses else None
 
@@ -73,15 +73,22 @@ class Objective:
         """
         if batch.margins is not None:
             self.check_margin()
-        scores = pair_scores(batch, policy, reference, self._options.ld_alpha)
+        options = self._options()
+        scores = pair_scores(batch, policy, reference, options.ld_alpha)
         if self.reward_shift is not None:
-            shift = self.reward_shift.update(scores, self._options.beta, reduce) if training else None
+            shift = self.reward_shift.update(scores, options.beta, reduce) if training else None
             scores = replace(
                 scores, reward_shift=self.reward_shift.mean(scores.policy_chosen) if shift is None else shift
             )
-        values = [weight * _checked(loss(scores, self._options), loss, batch) for weight, loss in self._terms]
+        values = [weight * _checked(loss(scores, options), loss, batch) for weight, loss in self._terms]
         losses = torch.stack(values).sum(0)
         return scores, losses * policy_weights(batch, policy) if self.use_weighting else losses
+
+    @property
+    def functions(self) -> dict[str, PreferenceLoss]:
+        """The losses by name, each as the function whose docstring explains it."""
+        plain = [loss.function if isinstance(loss, Loss) else loss for _, loss in self._terms]
+        return {getattr(function, "__name__", type(function).__name__): function for function in plain}
 
     def check_margin(self) -> None:
         """Refuses rows with a `margin` where no loss reads it.

@@ -67,6 +67,7 @@ def bema(
     bias_power: float = 0.2,
     multiplier: float = 1.0,
     lag: float = 10.0,
+    min_ema_weight: float = 0.0,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Bias-corrected exponential moving average.
 
@@ -84,21 +85,35 @@ def bema(
         bias_power: `eta`.
         multiplier: `gamma`.
         lag: `rho`.
+        min_ema_weight: Smallest `b_t`; the paper has none.
 
     Returns:
         `EMA_t`, to be kept, and `BEMA_t`, to be used.
     """
-    step, correction = bema_weights(update, ema_power=ema_power, bias_power=bias_power, multiplier=multiplier, lag=lag)
+    step, correction = bema_weights(
+        update,
+        ema_power=ema_power,
+        bias_power=bias_power,
+        multiplier=multiplier,
+        lag=lag,
+        min_ema_weight=min_ema_weight,
+    )
     moved = soft_update(average, policy, step)
     return moved, moved + correction * (policy.to(moved.dtype) - initial.to(moved.dtype))
 
 
 def bema_weights(
-    update: int, *, ema_power: float = 0.5, bias_power: float = 0.2, multiplier: float = 1.0, lag: float = 10.0
+    update: int,
+    *,
+    ema_power: float = 0.5,
+    bias_power: float = 0.2,
+    multiplier: float = 1.0,
+    lag: float = 10.0,
+    min_ema_weight: float = 0.0,
 ) -> tuple[float, float]:
     """`b_t`, the weight of the policy in the average, and `a_t`, that of the correction; arguments as in `bema`."""
     age = lag + multiplier * update
-    return min(1.0, age**-ema_power), age**-bias_power
+    return min(1.0, max(age**-ema_power, min_ema_weight)), age**-bias_power
 
 
 class LowRank(NamedTuple):

@@ -19,6 +19,7 @@ from tether.errors import ConfigurationError
 from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.adapter_parts import check_can_follow, refuse_sharded_average
 from tether.reference.base import Reference
+from tether.reference.following import FollowingReference
 from tether.reference.frozen import FrozenReference, Origin
 from tether.reference.given import GivenReference
 from tether.reference.identity import check_finite, model_tensors
@@ -55,6 +56,7 @@ class ReferenceOptions:
         decode: Turns token ids into text, for messages.
         how_to_fill: What to write to have missing rows scored, for messages.
         given: The rows bring their own reference log-probs; a digest of them.
+        follows: Somebody else sets the reference's weights (`BEMACallback(update_ref_model=True)`).
     """
 
     free: bool = False
@@ -75,6 +77,7 @@ class ReferenceOptions:
     decode: Callable[[Sequence[int]], str] | None = None
     how_to_fill: str = ""
     given: str | None = None
+    follows: bool = False
 
     @property
     def releases_source(self) -> bool:
@@ -106,6 +109,8 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     match source, options:
         case _, ReferenceOptions(precompute=True):
             return _stored(source, options)
+        case FrozenReference(), ReferenceOptions(follows=True):
+            return FollowingReference(source)
         case _, ReferenceOptions(sync=True):
             return MovingReference(
                 source,
@@ -144,7 +149,7 @@ def _source(
         return FrozenReference.of_other_model(
             ref_model,
             policy,
-            moves=options.sync,
+            moves=options.sync or options.follows,
             dtype=dtype,
             autocast_dtype=autocast_dtype,
             device=device if shard is None else None,  # sharding takes it there, one part for each process
@@ -223,6 +228,8 @@ def check_options(
             why="A sharded reference is held and cast as the policy is, by the options of the sharding.",
             instead="Leave `ref_dtype` out.",
         )
+    if options.follows:
+        _check_can_follow(options, has_adapter)
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
@@ -250,3 +257,21 @@ def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: Referen
             "after the first sync.",
             instead="Leave `ref_model` out, or write `ref_model_sync_rule='soft'`.",
         )
+
+
+def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
+    reasons = {
+        "`reference_free=True`": (options.free, "Without a reference there is nothing to set."),
+        "ZeRO-3 or FSDP2": (options.shard is not None, "Each process holds a part of the weights, not their average."),
+        "`precompute_ref_log_probs=True`": (options.precompute, "Log-probs computed before training would be stale."),
+        "`sync_ref_model=True`": (options.sync, "Both would set the reference's weights, each by its own rule."),
+        "a PEFT model": (has_adapter, "The reference is the policy's own base: setting it would change the policy."),
+    }
+    for other, (given, why) in reasons.items():
+        if given:
+            raise ConfigurationError(
+                asked=f"`BEMACallback(update_ref_model=True)` together with {other}.",
+                why=why,
+                instead="Set `update_ref_model=False` (the average is still saved), or train the full model with a "
+                "reference of its own.",
+            )

@@ -1,0 +1,189 @@
+"""Collators of other makings: TRL's padded layout as a class of its own, and padded batches as pairs for the trainer.
+
+The trainer's own collator is `data.PairCollator`, which pads nothing. Knows rows of token ids; knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.data.data_collator import DataCollatorMixin
+
+from tether.data import PairCollator, margins_of
+from tether.errors import ConfigurationError, DataError
+from tether.store import content_key
+from tether.types import PairBatch, Response
+
+_PADDED = ("input_ids", "attention_mask", "completion_mask")
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass
+class DataCollatorForPreference(DataCollatorMixin):
+    """Makes one padded batch of tokenized pairs: all chosen sequences, then all rejected ones.
+
+    With n rows, whose longest sequence has L tokens after truncation:
+
+    ====================  ==========  =========================================================
+    key                   shape       value
+    ====================  ==========  =========================================================
+    `input_ids`           `[2n, L]`   prompt + response, padded on the right with `pad_token_id`
+    `attention_mask`      `[2n, L]`   1 at tokens, 0 at padding
+    `completion_mask`     `[2n, L]`   1 at the response's tokens
+    `ref_chosen_logps`    `[n]`       from the rows, where they have it; the same for rejected
+    ====================  ==========  =========================================================
+
+    The trainer needs none: it lays pairs out without padding. Given as its `data_collator`, this one's `max_length`
+    and `truncation_mode` count.
+
+    Args:
+        pad_token_id: The id that fills the rows up.
+        max_length: Tokens of a sequence at most; None for no limit.
+        truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        pad_to_multiple_of: Makes L a multiple of it.
+        return_tensors: `pt`, the only one there is.
+
+    Raises:
+        ConfigurationError: For another `truncation_mode` or `return_tensors`.
+
+    Example:
+        >>> collator = DataCollatorForPreference(pad_token_id=0)
+        >>> batch = collator([{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}])
+        >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+        ([[5, 6, 7, 0], [5, 6, 8, 9]], [[0, 0, 1, 0], [0, 0, 1, 1]])
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def __post_init__(self) -> None:
+        for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("return_tensors", ("pt",))):
+            if getattr(self, name) not in known:
+                raise ConfigurationError(
+                    asked=f"`{name}={getattr(self, name)!r}` for DataCollatorForPreference.",
+                    why="There are two ends." if len(known) == 2 else "Batches are torch tensors.",
+                    instead=f"Write {' or '.join(map(repr, known))}.",
+                )
+
+    def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of these rows, as the table above says."""
+        sequences = [
+            (list(row["prompt_ids"]), list(row[side])) for side in ("chosen_ids", "rejected_ids") for row in examples
+        ]
+        batch = {
+            "input_ids": self._padded([prompt + response for prompt, response in sequences], self.pad_token_id),
+            "attention_mask": self._padded([[1] * len(prompt + response) for prompt, response in sequences], 0),
+            "completion_mask": self._padded(
+                [[0] * len(prompt) + [1] * len(response) for prompt, response in sequences], 0
+            ),
+        }
+        given = [name for name in _REFERENCE if name in examples[0]]
+        return batch | {name: torch.tensor([row[name] for row in examples]) for name in given}
+
+    def _padded(self, rows: list[list[int]], filling: int) -> Tensor:
+        limit = self.max_length
+        if limit is not None:
+            rows = [row[:limit] if self.truncation_mode == "keep_start" else row[-limit:] for row in rows]
+        width, unit = max(map(len, rows)), self.pad_to_multiple_of or 1
+        width += -width % unit
+        return torch.tensor([row + [filling] * (width - len(row)) for row in rows])
+
+
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+def pair_collator(given: Any, max_length: int | None, truncation_mode: str) -> Collator:
+    """What the trainer makes its batches with: its own collator, or the user's.
+
+    Args:
+        given: None, a collator of this package, or a callable that returns the padded layout of
+            `DataCollatorForPreference`. It truncates by itself.
+        max_length: For the trainer's own.
+        truncation_mode: The same.
+
+    Raises:
+        ConfigurationError: If it is no collator.
+    """
+    if given is None:
+        return PairCollator(max_length, truncation_mode)
+    if isinstance(given, PairCollator):
+        return given
+    if type(given) is DataCollatorForPreference:  # the same pairs, and no detour through padding
+        return PairCollator(given.max_length, given.truncation_mode)
+    if callable(given):
+        return PairsOfPadded(given)
+    raise ConfigurationError(
+        asked=f"`data_collator` is a {type(given).__name__}.",
+        why="A collator is called with a list of rows and returns one batch.",
+        instead="Leave `data_collator` out, or pass `DataCollatorForPreference(pad_token_id=...)` or a function that "
+        "returns its keys.",
+    )
+
+
+@dataclass(frozen=True)
+class PairsOfPadded:
+    """A collator of padded batches as the trainer wants it: takes the padding off again.
+
+    A content key is made from what is fed: what the collator cut away, nobody knows.
+
+    Args:
+        collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
+            sequences, then all rejected ones. What it returns as pairs already is left alone.
+
+    Raises:
+        ConfigurationError: If it returns other keys or shapes.
+        DataError: If a sequence has no response, or one with a hole.
+    """
+
+    collator: Callable[[list[Any]], Mapping[str, Any]]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        padded = self.collator(list(rows))
+        if isinstance(padded, Mapping) and isinstance(padded.get("batch"), PairBatch):
+            return dict(padded)
+        _check_layout(padded, len(rows))
+        sequences = [
+            _response(number, *(tensor.tolist() for tensor in sequence))
+            for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
+        ]
+        pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
+        batch = PairBatch.of_pairs(pairs, margins_of(rows))
+        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
+
+
+def _check_layout(padded: Any, num_rows: int) -> None:
+    keys = sorted(padded) if isinstance(padded, Mapping) else [f"a {type(padded).__name__}"]
+    shapes = {name: tuple(padded[name].shape) for name in _PADDED} if keys == sorted(_PADDED) else {}
+    if len(set(shapes.values())) == 1 and shapes["input_ids"][:1] == (2 * num_rows,):
+        return
+    found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or ", ".join(keys)
+    raise ConfigurationError(
+        asked=f"`data_collator` returned {found} for {num_rows} rows.",
+        why="Whatever else it returned, the loss would not see.",
+        instead=f"Return {', '.join(_PADDED)}, each of shape [2 * rows, length], chosen sequences first; or leave "
+        "`data_collator` out.",
+    )
+
+
+def _response(number: int, ids: list[int], attended: list[int], scored: list[int]) -> Response:
+    """The prompt and response of one padded sequence."""
+    tokens = [(token, mark) for token, is_there, mark in zip(ids, attended, scored, strict=True) if is_there]
+    marks = [int(mark) for _, mark in tokens]
+    # A response that fills the sequence gives up its first token, from which nothing predicts it.
+    start = max(1, marks.index(1)) if 1 in marks else len(marks)
+    if start >= len(marks) or not all(marks[start:]):
+        raise DataError(
+            asked=f"Sequence {number} of a batch from `data_collator` has the completion mask {marks}.",
+            why="A response is a run of tokens up to the end of its sequence, with a token before it.",
+            instead="Mark every token from the response's first to its last, and set the options' `max_length` to what "
+            "the collator cuts at: rows without room for a response are then dropped.",
+        )
+    prompt, response = (tuple(token for token, _ in part) for part in (tokens[:start], tokens[start:]))
+    return Response(prompt, response, content_key(prompt, response))

@@ -1,0 +1,92 @@
+"""What a user's `compute_metrics` is given: padded rows, their logits, and how they are gathered.
+
+Knows tensors and transformers' evaluation loop; knows no reference and no loss. Nothing here runs unless logits are
+asked for: evaluation itself never builds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from tether.data import batch_of
+from tether.scoring.layout import padded_rows
+from tether.types import PairBatch
+
+
+def padded_logits(model: nn.Module, batch: PairBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Logits and token ids of a batch as TRL hands them on: the chosen sequences, then the rejected ones.
+
+    Args:
+        model: The policy.
+        batch: `n` pairs, on the model's device.
+        pad_token_id: What fills the rows on the right.
+
+    Returns:
+        Logits (`2n`, longest sequence, vocabulary), and `input_ids` (`2n`, longest sequence).
+    """
+    rows = padded_rows(batch, pad_token_id)
+    sides = [*batch.chosen, *batch.rejected]
+    logits: Tensor = model(**rows.inputs, use_cache=False).logits
+    # Prompt-learning adapters put virtual tokens in front of each row.
+    return logits[sides, -rows.width :], rows.inputs["input_ids"][sides]
+
+
+def padded_ids(batch: PairBatch, pad_token_id: int) -> Tensor:
+    """The token ids of the same rows (`2n`, longest sequence)."""
+    ids: Tensor = padded_rows(batch, pad_token_id).inputs["input_ids"]
+    return ids[[*batch.chosen, *batch.rejected]]
+
+
+@dataclass
+class WithTokenIds:
+    """A collator that also returns those ids as `input_ids`, for `include_for_metrics=["inputs"]`."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = self.collator(rows)
+        return inputs | {"input_ids": padded_ids(batch_of(inputs), self.pad_token_id)}
+
+
+class PairGather:
+    """Gathers, over the processes, what evaluation made of a batch of `n` pairs in `2n` rows.
+
+    accelerate fills the last batches up with earlier rows and cuts what it gathers to the pairs that are left: rows
+    must be counted by pairs then, or the rejected halves would be cut off.
+
+    Args:
+        gather: accelerate's own, which cuts.
+    """
+
+    def __init__(self, gather: Callable[[Any], Any]) -> None:
+        self._gather = gather.plain if isinstance(gather, PairGather) else gather
+        self._num_pairs = 0
+        self._loss_is_next = False
+
+    @property
+    def plain(self) -> Callable[[Any], Any]:
+        return self._gather
+
+    def begin_batch(self, num_pairs: int) -> None:
+        """Tells the pairs of the batch that comes next; the loop then gathers its loss, which has no rows."""
+        self._num_pairs, self._loss_is_next = num_pairs, True
+
+    def __call__(self, data: Any) -> Any:
+        if self._loss_is_next:
+            self._loss_is_next = False
+            return self._gather(data)
+        return recursively_apply(self._gather_rows, data)
+
+    def _gather_rows(self, tensor: Tensor) -> Any:
+        half = self._num_pairs
+        if tensor.ndim == 0 or tensor.shape[0] != 2 * half:
+            return self._gather(tensor)
+        pairs = self._gather(torch.stack([tensor[:half], tensor[half:]], 1))
+        return torch.cat([pairs[:, 0], pairs[:, 1]])

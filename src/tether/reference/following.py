@@ -1,0 +1,102 @@
+"""`FollowingReference`: a reference whose weights somebody else sets, an averaging callback for one.
+
+Knows how to take weights and what of them belongs into a checkpoint; knows no rule and no schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tether.errors import ReferenceModelError, ResumeError
+from tether.reference.base import Reference
+from tether.reference.frozen import FrozenReference
+from tether.reference.identity import ReferenceIdentity
+from tether.types import PairBatch, ResponseLogProbs
+
+_TENSORS = "following_reference.safetensors"
+
+
+class FollowingReference(Reference):
+    """`pi_ref` is what `take` was last given; before that, the source as it was.
+
+    Args:
+        source: A reference that owns a copy of every weight that will be set.
+    """
+
+    def __init__(self, source: FrozenReference) -> None:
+        self._source = source
+        self._taken: set[str] = set()
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        """The source's, as it was at the start: what has changed since is in the checkpoint."""
+        return replace(self._source.identity, kind="following")
+
+    @property
+    def num_passes(self) -> int:
+        return self._source.num_passes
+
+    @property
+    def means_policy(self) -> bool:
+        """At the start, before weights were taken."""
+        return self._source.means_policy
+
+    @property
+    def moves(self) -> bool:
+        return True
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._source.extra_bytes
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._source.module
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        return self._source.log_probs(batch)
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Sets some of the parameters, by their names in the policy; they are cast to the reference's dtype.
+
+        Raises:
+            ReferenceModelError: If the reference has no such parameter.
+        """
+        own = self._parameters()
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                raise ReferenceModelError(
+                    asked=f"The reference was to take the weight `{name}` {tuple(weight.shape)}.",
+                    why="It has no parameter of that name and shape, so it is of another architecture than the policy.",
+                    instead="Pass a `ref_model` of the policy's architecture and size, or leave `ref_model` out.",
+                )
+            own[name].data.copy_(weight)
+        self._taken |= weights.keys()
+
+    def save(self, folder: Path | None) -> None:
+        if folder is None:  # never sharded, so there is nothing to take part in
+            return
+        own = self._parameters()
+        taken = {name: own[name].detach().cpu().contiguous() for name in sorted(self._taken)}
+        save_file(taken, folder / _TENSORS)
+
+    def load(self, folder: Path) -> None:
+        if not (folder / _TENSORS).is_file():
+            raise ResumeError(
+                asked=f"Resuming with a reference that follows an average, from {folder.parent}.",
+                why="That checkpoint does not hold the weights which its reference had reached.",
+                instead="Resume from a checkpoint of a run with `BEMACallback(update_ref_model=True)`, or start anew.",
+            )
+        self.take(load_file(folder / _TENSORS))
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        assert self._source.module is not None
+        # A parameter under two names (tied embeddings) comes once.
+        return dict(self._source.module.named_parameters())

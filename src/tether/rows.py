@@ -1,0 +1,322 @@
+"""From one row to its token ids: which of the formats it is, and where the response begins.
+
+Knows tokenizers and chat templates; knows no set of rows, no limit of length and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.errors import DataError
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
+_RESPONSES = ("chosen", "rejected")
+
+# Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the answer.
+_RESERVED = frozenset(
+    [
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "padding",
+        "truncation",
+        "max_length",
+    ]
+)
+
+
+class RowTokens(NamedTuple):
+    """The token ids of a row, untruncated.
+
+    Attributes:
+        prompt_ids: What both responses follow.
+        chosen_ids: The preferred response.
+        rejected_ids: The other one.
+        lost_ids: The end of the prompt as it is tokenized alone, where prompt + response goes on differently: tokens
+            that merge with the response's, or what a template says only in front of an open answer.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    lost_ids: list[int]
+
+
+def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:
+    """The token ids of a row in any of the formats; a row that has them already keeps them.
+
+    Prompt and response are tokenized together. The response starts where the tokens of prompt + response leave
+    those of the prompt alone, for the chosen or the rejected response, whichever comes first: tokens that merge
+    across the boundary belong to the response.
+
+    Args:
+        row: `prompt`, `chosen`, `rejected` as text or messages; or without `prompt`; or the `TOKEN_COLUMNS`. For
+            messages also `tools` and `chat_template_kwargs`; in any format a `MARGIN_COLUMN`.
+        where: The row's name in a sentence: "Row 3 of the train set".
+        tokenizer: With a chat template, if the row is made of messages.
+
+    Raises:
+        DataError: If it is not a pair.
+    """
+    if any(row.get(column) is not None for column in TOKEN_COLUMNS):
+        tokens = _given_tokens(row, where, len(tokenizer))
+        check_margin(row, where)
+        return tokens
+    row = _with_prompt(row, where)
+    check_margin(row, where)
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if isinstance(prompt, str):
+        end = tokenizer.eos_token or ""
+        chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
+        prompt_ids, full_chosen, full_rejected = (
+            list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + chosen, prompt + rejected)
+        )
+    else:
+        template = _Template(tokenizer, row, where)
+        prompt_ids = template.render(prompt, add_generation_prompt=True)
+        full_chosen, full_rejected = (template.render(prompt + part) for part in (chosen, rejected))
+    start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
+    tokens = RowTokens(prompt_ids[:start], full_chosen[start:], full_rejected[start:], prompt_ids[start:])
+    _check_not_empty(tokens, where)
+    return tokens
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------
+
+
+def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTokens:
+    """The ids that a row brings."""
+    ids: list[list[int]] = []
+    for column in TOKEN_COLUMNS:
+        given = row.get(column)
+        if given is None:
+            raise DataError(
+                asked=f"{where} has no `{column}`, and has other token ids.",
+                why="A row comes tokenized as a whole or not at all: ids of two makings may not fit together.",
+                instead=f"Give all of {', '.join(TOKEN_COLUMNS)}, or none and the row as text.",
+            )
+        ids.append([int(token) for token in given] if is_token_ids(given, vocabulary) else _refuse_ids(column, where))
+    prompt_ids, chosen_ids, rejected_ids = ids
+    tokens = RowTokens(prompt_ids, chosen_ids, rejected_ids, lost_ids=[])
+    _check_not_empty(tokens, where)
+    return tokens
+
+
+def is_token_ids(value: Any, vocabulary: int) -> bool:
+    """Whether it is a sequence of ids below `vocabulary`."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return False
+    return all(not isinstance(token, bool) and _is_whole(token) and 0 <= token < vocabulary for token in value)
+
+
+def _is_whole(token: Any) -> bool:
+    return hasattr(token, "__index__")
+
+
+def _refuse_ids(column: str, where: str) -> list[int]:
+    raise DataError(
+        asked=f"{where} has a `{column}` that is no list of the tokenizer's ids.",
+        why="Ids are whole numbers from 0 to the size of the vocabulary; others were made with another tokenizer.",
+        instead="Tokenize the row with the trainer's tokenizer, or give it as text.",
+    )
+
+
+def _check_not_empty(tokens: RowTokens, where: str) -> None:
+    for column in TOKEN_COLUMNS:
+        if not getattr(tokens, column):
+            raise DataError(
+                asked=f"{where} has no tokens in `{column.removesuffix('_ids')}`.",
+                why="A response is scored token by token, each predicted from what stands before it.",
+                instead="Give the row a prompt and two responses (a tokenizer with a BOS token allows an empty "
+                "prompt), or drop the row.",
+            )
+
+
+def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    for position, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return position
+    return min(len(first), len(second))
+
+
+# ---- fields ------------------------------------------------------------------------------------------------------
+
+
+def _with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checks a row's fields and takes the prompt from the common start where it has none."""
+    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
+    for field in _RESPONSES:
+        if row.get(field) is None:
+            raise DataError(
+                asked=f"{where} has no `{field}`.",
+                why="A preference pair is a chosen and a rejected response to one prompt.",
+                instead=f"Add `{field}`, or drop the row. Found the columns: {', '.join(sorted(row))}.",
+            )
+    if _prompt_is_told_twice(row):
+        row["prompt"] = None
+    _check_kinds(row, where)
+    for field in _RESPONSES:
+        if _is_empty(row[field]):
+            raise DataError(
+                asked=f"{where} has an empty `{field}` response.",
+                why="An empty response has no token to score, so the pair says nothing.",
+                instead="Drop the row, or give the response its text.",
+            )
+    if row.get("prompt") is None:
+        return row | _split_common_start(row["chosen"], row["rejected"])
+    _check_prompt_comes_once(row, where)
+    return row
+
+
+def check_margin(row: Mapping[str, Any], where: str) -> None:
+    """Raises a `DataError` if the row has a margin that is no finite number."""
+    if MARGIN_COLUMN not in row:
+        return
+    margin = row[MARGIN_COLUMN]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(
+            asked=f"{where} has `margin={margin!r}`.",
+            why="A margin is how much better the chosen response is, in units of reward; it is subtracted from the "
+            "reward margin.",
+            instead="Give every row a finite number (0 for none), or drop the column.",
+        )
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that are null, at any depth.
+
+    Arrow gives every row every key that some row has, and null where the row had none. A template would take such
+    a key for one that was written (`tool | tojson`, `enable_thinking is defined`).
+
+    Example:
+        >>> without_nulls([{"role": "user", "content": "Hi", "tool_calls": None}])
+        [{'role': 'user', 'content': 'Hi'}]
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [without_nulls(entry) for entry in value]
+    return value
+
+
+def _prompt_is_told_twice(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt is the text of a message with which both conversations begin, as in many published sets."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if not isinstance(prompt, str) or {_kind(chosen), _kind(rejected)} != {"messages"}:
+        return False
+    shared = chosen[: _common_prefix(chosen, rejected)]
+    return any(message.get("content") == prompt for message in shared)
+
+
+def _check_kinds(row: Mapping[str, Any], where: str) -> None:
+    kinds = {name: _kind(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
+    if set(kinds.values()) in ({"text"}, {"messages"}):
+        return
+    raise DataError(
+        asked=f"{where} is neither all text nor all messages: "
+        + ", ".join(f"`{field}` is {kind}" for field, kind in kinds.items())
+        + ".",
+        why="The responses continue the prompt, so all are of one kind.",
+        instead='Write {"prompt": "...", "chosen": "...", "rejected": "..."} or a list of '
+        '{"role": ..., "content": ...} for each.',
+    )
+
+
+def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
+    """Refuses whole conversations beside a prompt: it would be rendered twice."""
+    prompt = row["prompt"]
+    if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in _RESPONSES):
+        raise DataError(
+            asked=f"{where} has a `prompt` with which both of its responses begin again.",
+            why="A response is what follows the prompt, so the model would read the prompt twice.",
+            instead="Drop the column `prompt`: it is then the common start of the two conversations.",
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(message, Mapping) and "role" in message for message in value):
+        return "messages"
+    return f"`{type(value).__name__}`"
+
+
+def _is_empty(response: str | list[dict[str, Any]]) -> bool:
+    if isinstance(response, str):
+        return not response
+    return not response or not any(message.get("content") or message.get("tool_calls") for message in response)
+
+
+def _split_common_start(chosen: Any, rejected: Any) -> dict[str, Any]:
+    """The longest common start as prompt; for text, a space before the difference belongs to the responses."""
+    length = _common_prefix(chosen, rejected)
+    if length == min(len(chosen), len(rejected)):
+        length = max(0, length - 1)  # the end is the response, also where one begins the other or both are alike
+    elif isinstance(chosen, str) and chosen[:length].endswith(" "):
+        length -= 1
+    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+
+
+# ---- chat templates ----------------------------------------------------------------------------------------------
+
+
+class _Template:
+    """The tokenizer's chat template with what a row says for it: tools, and arguments of its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where: str) -> None:
+        self._tokenizer, self._where = tokenizer, where
+        # An empty list is what a row without tools has where others have some; templates would announce no tools.
+        self._options: dict[str, Any] = {"tools": self._tools(row.get("tools")) or None} | self._arguments(row)
+        if tokenizer.chat_template is None and "chat_template" not in self._options:
+            raise DataError(
+                asked=f"{where} is made of messages, and the tokenizer has no chat template.",
+                why="The template is what turns messages into the text that the model reads.",
+                instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
+            )
+
+    def render(self, messages: list[Any], **options: Any) -> list[int]:
+        try:
+            rendered: Any = self._tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, **self._options, **options
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template may raise anything, its own `raise_exception` included
+            raise DataError(
+                asked=f"{self._where} cannot be rendered by the tokenizer's chat template.",
+                why=f"The template says: {' '.join(str(error).split()).rstrip('.') or type(error).__name__}.",
+                instead="Change the row's messages to what the template takes, or drop the row.",
+            ) from error
+        return list(rendered["input_ids"])
+
+    def _tools(self, tools: Any) -> Any:
+        if not isinstance(tools, str):
+            return without_nulls(tools)
+        try:
+            return json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                asked=f"{self._where} has `tools` that cannot be read as JSON.",
+                why=f"{error}.",
+                instead="Write a list of function descriptions, as a list or as JSON text.",
+            ) from None
+
+    def _arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = without_nulls(row.get("chat_template_kwargs") or {})
+        reserved = sorted(_RESERVED & set(arguments)) if isinstance(arguments, dict) else ["a value without names"]
+        if reserved:
+            raise DataError(
+                asked=f"{self._where} has `chat_template_kwargs` with {', '.join(reserved)}.",
+                why="They are variables of the template; how it is called decides where the response begins.",
+                instead='Write variables that the template knows, such as {"enable_thinking": false}.',
+            )
+        return dict(arguments)
