@@ -301,9 +301,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     def _watch_from_start(self, *, has_trained: bool) -> None:
         """Keeps what reference and policy say of a few fixed pairs; a resumed policy is not the initial one."""
-        # Each process watches pairs of its own share of a stream: none is scored by two.
         pairs: Any = self.train_dataset
-        own = self.args.process_index * self.args.per_device_train_batch_size
+        # Where answers are stored, each process watches pairs of its own share: none is scored by two. Elsewhere all
+        # watch the same, which a resumed run finds again in the checkpoint that one of them wrote.
+        share = self.args.process_index if self.reference.answers_are_stored else 0
+        own = share * self.args.per_device_train_batch_size
         rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
         rows = rows or list(pairs.take(_SENTINEL_PAIRS))
         self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))

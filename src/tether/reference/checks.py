@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import reduced, union
+from tether.distributed import any_process, reduced, union
 from tether.errors import DriftError, InitialGapError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.types import PairBatch, ResponseLogProbs
@@ -191,9 +191,9 @@ class ReferenceWatch:
             self.start = Start([key.hex() for key in self._sentinel.keys], log_probs)
 
     def _knows_start(self) -> bool:
-        """Whether `start` is of the sentinel's pairs: a resumed run may have other rows."""
+        """Whether `start` is of the sentinel's pairs, on every process: a resumed run may have other rows."""
         keys = [] if self._sentinel is None else [key.hex() for key in self._sentinel.keys]
-        return self.start is not None and self.start.responses == keys
+        return not any_process(self.start is None or self.start.responses != keys)
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
         """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
@@ -206,7 +206,8 @@ class ReferenceWatch:
         reference = self._reference.log_probs(self._sentinel).values
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
-        if self.start is not None and self._knows_start():
+        if self._knows_start():
+            assert self.start is not None
             start = reference.new_tensor(self.start.log_probs)
             found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
         return found
