@@ -112,7 +112,6 @@ DPO_CURVES = (
         "How far a synchronized reference has moved from the initial policy, on the same pairs.",
         0.0,
     ),
-    Curve("reference/syncs", "Syncs", "count", "How often the reference has followed the policy."),
 )
 
 # Colours that keep apart for colour-blind readers, on white and on black. Curves often coincide, as they should: the
