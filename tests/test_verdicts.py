@@ -24,6 +24,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("other_weights", "ReferenceModelError", "process 1"),
         ("nan_weights", "ReferenceModelError", "`model.embed_tokens.weight` has NaN"),
         ("resume", "ResumeError", "another reference"),
+        ("missing_row", "MissingLogProbsError", "one of them the chosen response of row"),
     ],
 )
 def test_a_fault_on_one_process_is_raised_on_both(fault: str, error: str, says: str, two: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -327,7 +327,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             for name, dataset in sets.items()
             if isinstance(dataset, Dataset)
         }
-        self.reference.prepare(batches, show_progress=not self.args.disable_tqdm and self.is_local_process_zero())
+        show_progress = not self.args.disable_tqdm and self.is_local_process_zero()
+        # A row that one process cannot use stops them all; where scoring is collective they are in step already.
+        with nullcontext() if self.reference.is_collective else together():
+            self.reference.prepare(batches, show_progress=show_progress)
         self.accelerator.wait_for_everyone()
 
     # ---- data ----------------------------------------------------------------------------------------------------

@@ -84,12 +84,21 @@ def resume(folder: Path) -> None:
     trainer_of(folder, max_steps=2).train(resume_from_checkpoint=str(own))
 
 
+def missing_row(folder: Path) -> None:
+    """A store that reached process 0 whole, and process 1 not at all."""
+    whole, empty = folder / "whole.sqlite", folder / "empty.sqlite"
+    trainer_of(folder, precompute_ref_log_probs=True, ref_store=str(whole))
+    own = whole if RANK == 0 else empty
+    trainer_of(folder, precompute_ref_log_probs=True, ref_store=str(own), ref_store_mode="require")
+
+
 FAULTS: dict[str, Callable[[Path], None]] = {
     "gap": gap,
     "drift": drift,
     "other_weights": other_weights,
     "nan_weights": nan_weights,
     "resume": resume,
+    "missing_row": missing_row,
 }
 
 
