@@ -134,6 +134,7 @@ def _side(name: str, reference: str, device: str, rows: list[dict]) -> sides.Sid
             if name == "tether_bf16":
                 options["ref_dtype"] = "bfloat16"
             if reference == "precomputed":
+                tokenizer = harness.word_tokenizer(model.config.vocab_size)
                 options |= {"ref_store": tempfile.mktemp(suffix=".sqlite"), "rows": rows}
             return sides.TetherSide(model, tokenizer, device, batch_size=BATCH, **options)
         case "trl":

@@ -92,6 +92,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows every id of a model, for rows that come tokenized."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"word{number}": number for number in range(vocab_size)}, unk_token="word0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="word1", pad_token="word2")
+
+
 def batches_of(rows: list[dict], size: int) -> list[list[dict]]:
     return [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
 
