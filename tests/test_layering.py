@@ -47,6 +47,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.evaluation",
         "tether.model_card",
         "tether.offloading",
+        "tether.sets",
+        "tether.training_callback",
         "tether.trainer",
         "tether.testing",
     ),

@@ -5,7 +5,6 @@ Orchestrates; decides nothing about references (`reference.build` does), losses 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
 
 from tether.attributes import OptionsAsAttributes
@@ -41,11 +41,8 @@ from tether.data import (
     TOKEN_COLUMNS,
     PairDataset,
     Rows,
-    as_dataset,
     batch_of,
     num_pairs_tensor,
-    progress_bars_off,
-    tokenize_pairs,
 )
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
@@ -82,10 +79,14 @@ from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
+from tether.sets import SetReader, named_sets
+from tether.training_callback import FollowTraining
 from tether.types import PairBatch
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+_SENTINEL_PAIRS = 2
 
 
 class DPOTrainer(OptionsAsAttributes, Trainer):
@@ -184,9 +185,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = self._objective_of(args, loss)
         self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
-        train_set = self._tokenized(as_dataset(train_dataset), "train", args)
-        eval_sets = self._tokenized_sets(eval_dataset, args)
-        sets = self._named_sets({"train": train_set}, eval_sets)
+        self._sets = SetReader(self._tokenizer, args)
+        train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
+        sets = named_sets(train_set, eval_sets)
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
         leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
@@ -245,11 +246,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         is_early = shard is not None or waits_for_device(self.model, args.device)
         self._prepares_late = is_early and self.reference.runs_in_policy
         if not self._prepares_late:
-            self._prepare_reference(self._all_sets())
+            self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
         if self.reference.moves:
             warn_of_weights_alone(args)
         self.model.add_model_tags(list(self._tag_names))
-        self.add_callback(_FollowTraining(self))
+        self.add_callback(FollowTraining(self.reference, self._watch, self._begin_training, self._begin_epoch))
 
     # ---- the reference -------------------------------------------------------------------------------------------
 
@@ -313,13 +314,16 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if not has_trained:
             self._watch.set_start(self.accelerator.unwrap_model(self.model))
 
-    def _all_sets(self) -> dict[str, Any]:
-        return self._named_sets({"train": self.train_dataset}, self.eval_dataset)
-
-    def _prepare_if_late(self) -> None:
+    def _begin_training(self, state: TrainerState) -> None:
         if self._prepares_late:
             self._prepares_late = False
-            self._prepare_reference(self._all_sets())
+            self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
+        self._watch_from_start(has_trained=state.global_step > 0)
+        warn_of_no_sync(self.args, state.max_steps)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if self._even_batches is not None:
+            self._even_batches.set_epoch(epoch)
 
     def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
         batches = {
@@ -338,34 +342,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     @property
     def _pad_token_id(self) -> int:
         return int(self._tokenizer.pad_token_id or 0)
-
-    def _tokenized(self, dataset: PairDataset, name: str, args: DPOConfig) -> PairDataset:
-        quiet = args.disable_tqdm or not sys.stderr.isatty()
-        with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
-            return tokenize_pairs(
-                dataset,
-                self._tokenizer,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                num_proc=args.dataset_num_proc,
-                name=name,
-                bad_rows=args.bad_rows,
-            )
-
-    def _tokenized_sets(self, sets: Rows | Mapping[str, Rows] | None, args: DPOConfig) -> Any:
-        if sets is None:
-            return None
-        if isinstance(sets, Mapping):
-            return {name: self._tokenized(as_dataset(dataset), name, args) for name, dataset in sets.items()}
-        return self._tokenized(as_dataset(sets), "eval", args)
-
-    @staticmethod
-    def _named_sets(named: Mapping[str, Any], sets: Any) -> dict[str, Any]:
-        if sets is None:
-            return dict(named)
-        if isinstance(sets, Mapping):
-            return {**named, **{f"eval_{name}": dataset for name, dataset in sets.items()}}
-        return {**named, "eval": sets}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""
@@ -543,9 +519,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     def _new_sets(self, sets: Any) -> Any:
         """Sets that were not given at construction, tokenized and made known to the reference."""
-        tokenized = self._tokenized_sets(sets, self.args)
+        tokenized = self._sets.read_all(sets)
         if tokenized is not self.eval_dataset and not self._prepares_late:
-            self._prepare_reference(self._named_sets({}, tokenized))
+            self._prepare_reference(named_sets(None, tokenized))
         return tokenized
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
@@ -608,31 +584,3 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
 
 _SENTINEL_PAIRS = 2
-
-
-class _FollowTraining(TrainerCallback):
-    """Tells the reference of each finished optimizer step, watches it, and tells the batches of each epoch.
-
-    transformers tells the epoch to a batch sampler too, but not through the wrappers of a resumed, distributed run.
-    """
-
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._prepare_if_late()
-        self._trainer._watch_from_start(has_trained=state.global_step > 0)
-        warn_of_no_sync(self._trainer.args, state.max_steps)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._watch.check_drift()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._watch.check_drift()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._even_batches is not None:
-            self._trainer._even_batches.set_epoch(int((state.epoch or 0.0) + 1e-6))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.reference.advance(state.global_step)
