@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.distributed",
         "tether.scoring",
         "tether.losses",
+        "tether.chat",
         "tether.rows",
         "tether.tokenizing",
         "tether.data",

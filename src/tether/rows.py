@@ -5,33 +5,18 @@ Knows tokenizers and chat templates; knows no set of rows, no limit of length an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from tether.chat import ChatTemplate, without_nulls
 from tether.errors import DataError
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
 _RESPONSES = ("chosen", "rejected")
-
-# Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the answer.
-_RESERVED = frozenset(
-    [
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "return_dict",
-        "return_tensors",
-        "return_assistant_tokens_mask",
-        "padding",
-        "truncation",
-        "max_length",
-    ]
-)
 
 
 class RowTokens(NamedTuple):
@@ -71,7 +56,7 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
         tokens = _given_tokens(row, where, len(tokenizer))
         check_margin(row, where)
         return tokens
-    row = _with_prompt(row, where)
+    row = with_prompt(row, where)
     check_margin(row, where)
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     if isinstance(prompt, str):
@@ -81,9 +66,14 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
             list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + chosen, prompt + rejected)
         )
     else:
-        template = _Template(tokenizer, row, where)
-        prompt_ids = template.render(prompt, add_generation_prompt=True)
-        full_chosen, full_rejected = (template.render(prompt + part) for part in (chosen, rejected))
+        template = ChatTemplate(tokenizer, row, where)
+        prompt_ids = template.ids(prompt, add_generation_prompt=True)
+        full_chosen, full_rejected = (template.ids(prompt + part) for part in (chosen, rejected))
+    return split_responses(prompt_ids, full_chosen, full_rejected, where)
+
+
+def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected: list[int], where: str) -> RowTokens:
+    """Where the responses begin, from the ids of the prompt alone and with each of them; see `tokenize_row`."""
     start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
     tokens = RowTokens(prompt_ids[:start], full_chosen[start:], full_rejected[start:], prompt_ids[start:])
     _check_not_empty(tokens, where)
@@ -151,8 +141,12 @@ def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 # ---- fields ------------------------------------------------------------------------------------------------------
 
 
-def _with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Checks a row's fields and takes the prompt from the common start where it has none."""
+def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row with a prompt and two responses of one kind; takes the prompt from their common start if it has none.
+
+    Raises:
+        DataError: If it is not a pair.
+    """
     row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
     for field in _RESPONSES:
         if row.get(field) is None:
@@ -189,23 +183,6 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
             "reward margin.",
             instead="Give every row a finite number (0 for none), or drop the column.",
         )
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without keys that are null, at any depth.
-
-    Arrow gives every row every key that some row has, and null where the row had none. A template would take such
-    a key for one that was written (`tool | tojson`, `enable_thinking is defined`).
-
-    Example:
-        >>> without_nulls([{"role": "user", "content": "Hi", "tool_calls": None}])
-        [{'role': 'user', 'content': 'Hi'}]
-    """
-    if isinstance(value, Mapping):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list):
-        return [without_nulls(entry) for entry in value]
-    return value
 
 
 def _prompt_is_told_twice(row: Mapping[str, Any]) -> bool:
@@ -264,59 +241,3 @@ def _split_common_start(chosen: Any, rejected: Any) -> dict[str, Any]:
     elif isinstance(chosen, str) and chosen[:length].endswith(" "):
         length -= 1
     return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
-
-
-# ---- chat templates ----------------------------------------------------------------------------------------------
-
-
-class _Template:
-    """The tokenizer's chat template with what a row says for it: tools, and arguments of its own."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where: str) -> None:
-        self._tokenizer, self._where = tokenizer, where
-        # An empty list is what a row without tools has where others have some; templates would announce no tools.
-        self._options: dict[str, Any] = {"tools": self._tools(row.get("tools")) or None} | self._arguments(row)
-        if tokenizer.chat_template is None and "chat_template" not in self._options:
-            raise DataError(
-                asked=f"{where} is made of messages, and the tokenizer has no chat template.",
-                why="The template is what turns messages into the text that the model reads.",
-                instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
-            )
-
-    def render(self, messages: list[Any], **options: Any) -> list[int]:
-        try:
-            rendered: Any = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, **self._options, **options
-            )
-        except ImportError:
-            raise
-        except Exception as error:  # a template may raise anything, its own `raise_exception` included
-            raise DataError(
-                asked=f"{self._where} cannot be rendered by the tokenizer's chat template.",
-                why=f"The template says: {' '.join(str(error).split()).rstrip('.') or type(error).__name__}.",
-                instead="Change the row's messages to what the template takes, or drop the row.",
-            ) from error
-        return list(rendered["input_ids"])
-
-    def _tools(self, tools: Any) -> Any:
-        if not isinstance(tools, str):
-            return without_nulls(tools)
-        try:
-            return json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                asked=f"{self._where} has `tools` that cannot be read as JSON.",
-                why=f"{error}.",
-                instead="Write a list of function descriptions, as a list or as JSON text.",
-            ) from None
-
-    def _arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = without_nulls(row.get("chat_template_kwargs") or {})
-        reserved = sorted(_RESERVED & set(arguments)) if isinstance(arguments, dict) else ["a value without names"]
-        if reserved:
-            raise DataError(
-                asked=f"{self._where} has `chat_template_kwargs` with {', '.join(reserved)}.",
-                why="They are variables of the template; how it is called decides where the response begins.",
-                instead='Write variables that the template knows, such as {"enable_thinking": false}.',
-            )
-        return dict(arguments)

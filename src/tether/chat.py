@@ -1,0 +1,121 @@
+"""Messages to text and token ids, by a chat template and what a row says for it.
+
+Knows tokenizers, processors and templates; knows no preference pair.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from tether.errors import DataError
+
+# Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the answer.
+_RESERVED = frozenset(
+    [
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "padding",
+        "truncation",
+        "max_length",
+    ]
+)
+
+
+class ChatTemplate:
+    """A chat template with what a row says for it: tools, and arguments of its own.
+
+    Args:
+        renderer: A tokenizer or a processor, with a chat template unless the row brings one.
+        row: May have `tools` (a list, or JSON text) and `chat_template_kwargs`.
+        where: The row's name in a sentence.
+
+    Raises:
+        DataError: If there is no template, or the row says for it what cannot be used.
+    """
+
+    def __init__(self, renderer: PreTrainedTokenizerBase | ProcessorMixin, row: Mapping[str, Any], where: str) -> None:
+        self._renderer, self._where = renderer, where
+        # An empty list is what a row without tools has where others have some; templates would announce no tools.
+        self._options: dict[str, Any] = {"tools": self._tools(row.get("tools")) or None} | self._arguments(row)
+        if renderer.chat_template is None and "chat_template" not in self._options:
+            raise DataError(
+                asked=f"{where} is made of messages, and the tokenizer has no chat template.",
+                why="The template is what turns messages into the text that the model reads.",
+                instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
+            )
+
+    def ids(self, messages: list[Any], **options: Any) -> list[int]:
+        """The token ids of the messages as the template renders them.
+
+        Raises:
+            DataError: If the template cannot.
+        """
+        return list(self._render(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+    def text(self, messages: list[Any], **options: Any) -> str:
+        """The text of the messages as the template renders them.
+
+        Raises:
+            DataError: If the template cannot.
+        """
+        return str(self._render(messages, tokenize=False, **options))
+
+    def _render(self, messages: list[Any], **options: Any) -> Any:
+        try:
+            return self._renderer.apply_chat_template(messages, **self._options, **options)
+        except ImportError:
+            raise
+        except Exception as error:  # a template may raise anything, its own `raise_exception` included
+            raise DataError(
+                asked=f"{self._where} cannot be rendered by the tokenizer's chat template.",
+                why=f"The template says: {' '.join(str(error).split()).rstrip('.') or type(error).__name__}.",
+                instead="Change the row's messages to what the template takes, or drop the row.",
+            ) from error
+
+    def _tools(self, tools: Any) -> Any:
+        if not isinstance(tools, str):
+            return without_nulls(tools)
+        try:
+            return json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                asked=f"{self._where} has `tools` that cannot be read as JSON.",
+                why=f"{error}.",
+                instead="Write a list of function descriptions, as a list or as JSON text.",
+            ) from None
+
+    def _arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = without_nulls(row.get("chat_template_kwargs") or {})
+        reserved = sorted(_RESERVED & set(arguments)) if isinstance(arguments, dict) else ["a value without names"]
+        if reserved:
+            raise DataError(
+                asked=f"{self._where} has `chat_template_kwargs` with {', '.join(reserved)}.",
+                why="They are variables of the template; how it is called decides where the response begins.",
+                instead='Write variables that the template knows, such as {"enable_thinking": false}.',
+            )
+        return dict(arguments)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that are null, at any depth.
+
+    Arrow gives every row every key that some row has, and null where the row had none. A template would take such
+    a key for one that was written (`tool | tojson`, `enable_thinking is defined`).
+
+    Example:
+        >>> without_nulls([{"role": "user", "content": "Hi", "tool_calls": None}])
+        [{'role': 'user', 'content': 'Hi'}]
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [without_nulls(entry) for entry in value]
+    return value
