@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.losses",
         "tether.chat",
         "tether.rows",
+        "tether.image_rows",
         "tether.tokenizing",
         "tether.data",
         "tether.collators",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tether.callbacks import BEMACallback as BEMACallback
     from tether.collators import DataCollatorForPreference as DataCollatorForPreference
+    from tether.collators import DataCollatorForVisionPreference as DataCollatorForVisionPreference
     from tether.config import DPOConfig as DPOConfig
     from tether.losses import LossOptions as LossOptions
     from tether.reference import AdapterReference as AdapterReference
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BEMACallback": "tether.callbacks",
     "DataCollatorForPreference": "tether.collators",
+    "DataCollatorForVisionPreference": "tether.collators",
     "DPOConfig": "tether.config",
     "DPOTrainer": "tether.trainer",
     "LossOptions": "tether.losses",

@@ -19,7 +19,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
-from tether.data import MARGIN_COLUMN, REFERENCE_COLUMNS, TOKEN_COLUMNS, batch_of
+from tether.data import TOKEN_COLUMNS, batch_columns, batch_of
+from tether.rows import has_image_column
 from tether.sampling import EvenBatches
 from tether.types import PairBatch
 
@@ -67,7 +68,7 @@ def _lengths_and_prompts(dataset: Any, max_length: int | None) -> tuple[_Numbers
     limit = max_length or sys.maxsize
     lengths: list[_Numbers] = []
     prompts: list[int] = []
-    for table in dataset.with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE):
+    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE):
         prompt, chosen, rejected = (
             pc.list_value_length(table[column]).to_numpy().astype(np.int64) for column in TOKEN_COLUMNS
         )
@@ -144,7 +145,7 @@ def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
     """Tokens of each pair as it is laid out: its prompt once, and both responses as far as `max_length` lets them."""
     limit = max_length or sys.maxsize
     lengths = []
-    for row in token_columns(dataset):
+    for row in dataset.select_columns(list(TOKEN_COLUMNS)):
         room = max(limit - len(row["prompt_ids"]), 1)
         lengths.append(len(row["prompt_ids"]) + min(len(row["chosen_ids"]), room) + min(len(row["rejected_ids"]), room))
     return lengths
@@ -152,5 +153,5 @@ def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
 
 def token_columns(dataset: Dataset) -> Any:
     """The set with what a batch needs of it."""
-    optional = [column for column in (MARGIN_COLUMN, *REFERENCE_COLUMNS) if column in dataset.column_names]
-    return dataset.select_columns([*TOKEN_COLUMNS, *optional])
+    names = batch_columns(with_images=has_image_column(dataset.column_names))
+    return dataset.select_columns([name for name in names if name in dataset.column_names])

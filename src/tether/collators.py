@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 from transformers.data.data_collator import DataCollatorMixin
 
-from tether.data import PairCollator, margins_of
+from tether.data import PairCollator, check_room, margins_of
 from tether.errors import ConfigurationError, DataError
+from tether.image_rows import ImageRows
+from tether.scoring.images import image_inputs
 from tether.store import content_key
 from tether.types import PairBatch, Response
 
@@ -96,10 +99,65 @@ class DataCollatorForPreference(DataCollatorMixin):
         return torch.tensor([row + [filling] * (width - len(row)) for row in rows])
 
 
+@dataclass
+class DataCollatorForVisionPreference(DataCollatorMixin):
+    """Makes one padded batch of rows with images, by a processor: all chosen sequences, then all rejected ones.
+
+    With n rows, whose longest sequence has L tokens after truncation:
+
+    ==================  ==========  =========================================================
+    key                 shape       value
+    ==================  ==========  =========================================================
+    `input_ids`         `[2n, L]`   prompt + response, padded on the right
+    `attention_mask`    `[2n, L]`   1 at tokens, 0 at padding
+    `completion_mask`   `[2n, L]`   1 at the response's tokens
+    `pixel_values`      by model    the images of every sequence, in their order
+    ==================  ==========  =========================================================
+
+    and what else the processor makes (`image_grid_thw`, `image_sizes`, `token_type_ids`, ...). The trainer needs
+    none. Given as its `data_collator`, this one's `processor` and `max_length` count.
+
+    Args:
+        processor: Of a vision-language model; its tokenizer has a padding token.
+        max_length: Tokens of a sequence at most; the response's end is cut. None for no limit.
+        pad_to_multiple_of: Makes L a multiple of it.
+        return_tensors: `pt`, the only one there is.
+
+    Raises:
+        ConfigurationError: For another `return_tensors`.
+        DataError: For a row that is no pair, or whose prompt leaves no room for a response.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def __post_init__(self) -> None:
+        tokenizer: Any = ImageRows(self.processor).tokenizer
+        filling = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._padding = DataCollatorForPreference(
+            filling, self.max_length, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors=self.return_tensors
+        )
+
+    def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of these rows, as the table above says."""
+        reader = ImageRows(self.processor)
+        names = [f"Row {number} of a batch" for number in range(len(examples))]
+        rows = [{**row, **reader.tokens(row, name)._asdict()} for row, name in zip(examples, names, strict=True)]
+        for row, name in zip(rows, names, strict=True):
+            check_room(row["prompt_ids"], self.max_length, name)
+        batch: dict[str, Tensor] = self._padding(rows)
+        shown = [reader.shown(row, name) for row, name in zip(rows, names, strict=True)] * 2
+        return batch | image_inputs(shown, batch["input_ids"].shape[1])
+
+
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 
-def pair_collator(given: Any, max_length: int | None, truncation_mode: str) -> Collator:
+def pair_collator(
+    given: Any, max_length: int | None, truncation_mode: str, image_rows: ImageRows | None = None
+) -> Collator:
     """What the trainer makes its batches with: its own collator, or the user's.
 
     Args:
@@ -107,16 +165,19 @@ def pair_collator(given: Any, max_length: int | None, truncation_mode: str) -> C
             `DataCollatorForPreference`. It truncates by itself.
         max_length: For the trainer's own.
         truncation_mode: The same.
+        image_rows: The same.
 
     Raises:
         ConfigurationError: If it is no collator.
     """
     if given is None:
-        return PairCollator(max_length, truncation_mode)
+        return PairCollator(max_length, truncation_mode, image_rows)
     if isinstance(given, PairCollator):
         return given
     if type(given) is DataCollatorForPreference:  # the same pairs, and no detour through padding
         return PairCollator(given.max_length, given.truncation_mode)
+    if type(given) is DataCollatorForVisionPreference:
+        return PairCollator(given.max_length, image_rows=ImageRows(given.processor))
     if callable(given):
         return PairsOfPadded(given)
     raise ConfigurationError(

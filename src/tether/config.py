@@ -396,6 +396,15 @@ def refuse_data_parallel(args: DPOConfig) -> None:
         )
 
 
+def look_for_unused_parameters(args: DPOConfig) -> None:
+    """Lets DDP expect parameters without gradient, unless the user said otherwise: a batch without images uses no
+    vision tower. Reentrant checkpointing fails with it."""
+    kwargs = args.gradient_checkpointing_kwargs
+    reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant")
+    if args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
+
+
 def how_to_fill(args: DPOConfig, model_name: str) -> str:
     """What to write to have the rows scored that a store lacks, for messages."""
     options = {

@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ArgumentTypeError, DataError
+from tether.image_rows import PROMPT_COLUMNS, ImageRows
 from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
-from tether.rows import check_margin
+from tether.rows import RowReader, TextRows, check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
-from tether.types import PairBatch, Response
+from tether.types import PairBatch, PromptImages, Response
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
 
@@ -55,7 +56,7 @@ def as_dataset(rows: Rows | None) -> PairDataset:
 
 def tokenize_pairs(
     dataset: PairDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | RowReader,
     *,
     max_length: int | None,
     truncation_mode: str = "keep_start",
@@ -69,7 +70,7 @@ def tokenize_pairs(
 
     Args:
         dataset: Rows in any of the formats of `tether.rows.tokenize_row`; the formats may be mixed.
-        tokenizer: With a chat template if rows are conversational.
+        tokenizer: With a chat template if rows are conversational; or what reads rows with images.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: `keep_start` or `keep_end`.
         num_proc: Worker processes.
@@ -81,7 +82,8 @@ def tokenize_pairs(
             stream are looked at when they are read.
     """
     limit = max_length if truncation_mode == "keep_start" else None
-    plan = TokenizingPlan(tokenizer, name, limit, drops=bad_rows == "drop")
+    reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
+    plan = TokenizingPlan(reader, name, limit, drops=bad_rows == "drop")
     if isinstance(dataset, Dataset):
         return tokenize_set(dataset, plan, num_proc)
     return tokenize_stream(dataset, plan)
@@ -108,40 +110,69 @@ class PairCollator:
     `max_length`; with `keep_end` it is made from what is fed.
 
     Returns a dict, as `transformers.Trainer` expects; its first tensor counts the pairs.
+
+    Args:
+        max_length: Tokens of prompt and response together; None for no limit.
+        truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        image_rows: What reads the images of rows that have some.
     """
 
     max_length: int | None = None
     truncation_mode: str = "keep_start"
+    image_rows: ImageRows | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs = []
-        for row in rows:
-            prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-            known = [row.get(column) for column in REFERENCE_COLUMNS]
-            sides = zip((chosen, rejected), known, strict=True)
-            first, second = (self._response(prompt, ids)._replace(reference_sum=value) for ids, value in sides)
-            pairs.append((first, second))
+        pairs = [self._pair(row) for row in rows]
         batch = PairBatch.of_pairs(pairs, margins_of(rows))
         return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
 
-    def _response(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Response:
+    def _pair(self, row: Mapping[str, Any]) -> tuple[Response, Response]:
+        images = self.image_rows.shown(row) if self.image_rows is not None else None
+        chosen, rejected = (
+            self._response(row["prompt_ids"], row[ids], images)._replace(reference_sum=row.get(known))
+            for ids, known in zip(("chosen_ids", "rejected_ids"), REFERENCE_COLUMNS, strict=True)
+        )
+        return chosen, rejected
+
+    def _response(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: PromptImages | None
+    ) -> Response:
+        fed = self._fed(prompt_ids, response_ids)
+        named = fed if self.truncation_mode == "keep_end" else (prompt_ids, response_ids)
+        inputs = {"images": images.digest} if images else None
+        return Response(*fed, content_key(*named, inputs=inputs), images=images)
+
+    def _fed(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prompt and response within `max_length`."""
         limit = self.max_length
         if limit is None or len(prompt_ids) + len(response_ids) <= limit:
-            return Response(tuple(prompt_ids), tuple(response_ids), content_key(prompt_ids, response_ids))
+            return tuple(prompt_ids), tuple(response_ids)
         if self.truncation_mode == "keep_start":
-            if len(prompt_ids) >= limit:
-                raise DataError(
-                    asked=f"A row of a batch has a prompt of {len(prompt_ids)} tokens, where `max_length={limit}`.",
-                    why="No token of its response would be scored.",
-                    instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
-                )
-            key = content_key(prompt_ids, response_ids)
-            return Response(tuple(prompt_ids), tuple(response_ids[: limit - len(prompt_ids)]), key)
+            check_room(prompt_ids, limit, "A row of a batch")
+            return tuple(prompt_ids), tuple(response_ids[: limit - len(prompt_ids)])
         # Keep the end: a response that fills the row gives up its first token as the context of its second.
         sequence = [*prompt_ids, *response_ids][-limit:]
         start = max(1, limit - len(response_ids))
-        fed = tuple(sequence[:start]), tuple(sequence[start:])
-        return Response(*fed, content_key(*fed))
+        return tuple(sequence[:start]), tuple(sequence[start:])
+
+
+def check_room(prompt_ids: Sequence[int], max_length: int | None, where: str) -> None:
+    """Refuses a row whose prompt leaves no room for a response.
+
+    Raises:
+        DataError: Names it.
+    """
+    if max_length is not None and len(prompt_ids) >= max_length:
+        raise DataError(
+            asked=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={max_length}`.",
+            why="No token of its response would be scored.",
+            instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
+        )
+
+
+def batch_columns(*, with_images: bool) -> list[str]:
+    """The columns that a batch may need of a tokenized set."""
+    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, *(PROMPT_COLUMNS if with_images else ())]
 
 
 def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:

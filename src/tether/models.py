@@ -11,14 +11,28 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.distributed import whole_shape
 from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.reference.frozen import Origin
 from tether.scoring import rotary_limit, uneven_forwards
+from tether.scoring.projection import base_model_of
 from tether.scoring.score import can_pack
+
+_READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+_CONFIG_OPTIONS = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "code_revision")
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
@@ -44,11 +58,20 @@ def load_model(
     dtype = options.pop("dtype", "float32")
     options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if find_adapter_config_file(model) is None:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **options)
+        loaded: PreTrainedModel = _auto_class(model, options).from_pretrained(model, **options)
         return loaded
     # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
-    base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path, **options)
+    name = PeftConfig.from_pretrained(model).base_model_name_or_path
+    base = _auto_class(name, options).from_pretrained(name, **options)
     return PeftModel.from_pretrained(base, model, is_trainable=True)
+
+
+def _auto_class(name: str, options: dict[str, Any]) -> Any:
+    """What loads a model: with its images, if it was saved as one that reads them."""
+    passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+    config = AutoConfig.from_pretrained(name, **passed)
+    saved_as = set(getattr(config, "architectures", None) or ())
+    return AutoModelForImageTextToText if saved_as & _READS_IMAGES else AutoModelForCausalLM
 
 
 def where_from(
@@ -93,14 +116,17 @@ def loading_options(
     return {**(init_kwargs or {}), "quantization_config": quantization_config}
 
 
-def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None,
+def load_processing_class(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     model: PreTrainedModel | PeftModel,
     trust_remote_code: bool,
     revision: str | None = None,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, from the model's folder if none is given; without a pad token it pads with EOS."""
-    if tokenizer is None:
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or the processor of a model that reads images; from the model's folder if none is given.
+
+    Without a pad token it pads with EOS.
+    """
+    if processing_class is None:
         name = getattr(model.config, "_name_or_path", "")
         if not name:
             raise ConfigurationError(
@@ -109,16 +135,37 @@ def load_tokenizer(
                 instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
             )
         options = {"revision": revision} if revision else {}
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        loads = AutoProcessor if reads_images(model) else AutoTokenizer
+        processing_class = loads.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    tokenizer = tokenizer_of(processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ArgumentTypeError(
-            asked=f"`processing_class` is a {type(tokenizer).__name__}.",
+            asked=f"`processing_class` is a {type(processing_class).__name__}.",
             why="Rows are text, and only a tokenizer turns text into token ids.",
-            instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`).",
+            instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
+            "vision-language model (`AutoProcessor.from_pretrained(...)`).",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    assert isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin)
+    return processing_class
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer itself, or that of a processor."""
+    return (
+        getattr(processing_class, "tokenizer", None)
+        if isinstance(processing_class, ProcessorMixin)
+        else processing_class
+    )
+
+
+def reads_images(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a model is a vision-language model."""
+    return (
+        getattr(model.config, "vision_config", None) is not None
+        and type(base_model_of(model)).__name__ in _READS_IMAGES
+    )
 
 
 def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from tether.chat import ChatTemplate, without_nulls
-from tether.errors import DataError
+from tether.errors import ConfigurationError, DataError
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
+IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.image_rows`
 _RESPONSES = ("chosen", "rejected")
 
 
@@ -34,6 +36,51 @@ class RowTokens(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int]
     lost_ids: list[int]
+
+
+class RowReader(Protocol):
+    """What makes token ids of a row."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Whose ids they are."""
+        ...
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> RowTokens:
+        """The token ids of a row; `where` is its name in a sentence ("Row 3 of the train set").
+
+        Raises:
+            DataError: If it is not a pair.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Reads rows of text, messages or token ids with a tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> RowTokens:
+        """As `tokenize_row`.
+
+        Raises:
+            ConfigurationError: For a row with images.
+        """
+        if has_image_column(row):
+            raise ConfigurationError(
+                asked=f"{where} has images, and the `processing_class` is a {type(self.tokenizer).__name__}.",
+                why="Only the processor of a vision-language model makes something of them; the model would not see "
+                "what its answers are about.",
+                instead="Train a vision-language model with `processing_class=AutoProcessor.from_pretrained(...)`, or "
+                "drop the column.",
+            )
+        return tokenize_row(row, where, self.tokenizer)
+
+
+def has_image_column(columns: Any) -> bool:
+    """Whether a row, or a set by its columns' names, is one with images."""
+    return any(column in columns for column in IMAGE_COLUMNS)
 
 
 def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:

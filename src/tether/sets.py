@@ -9,10 +9,14 @@ import sys
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.config import DPOConfig
 from tether.data import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs
+from tether.errors import ConfigurationError
+from tether.image_rows import ImageRows
+from tether.models import tokenizer_of
+from tether.rows import RowReader, TextRows, has_image_column
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
 EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
@@ -22,21 +26,29 @@ class SetReader:
     """Makes tokenized sets of what a user passes.
 
     Args:
-        tokenizer: With a chat template if rows are conversational.
+        processing_class: A tokenizer, or the processor of a vision-language model; with a chat template if rows are
+            conversational.
         args: The run's options.
+
+    Attributes:
+        image_rows: What reads the rows' images; None where only a tokenizer is at hand.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> None:
-        self._tokenizer, self._args = tokenizer, args
+    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig) -> None:
+        self._args = args
+        self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
+        self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
 
     def read(self, rows: Rows | None, name: str) -> PairDataset:
         """One set, tokenized, without the rows that cannot be used; `name` is for messages."""
         dataset, args = as_dataset(rows), self._args
+        if self.image_rows and args.truncation_mode == "keep_end" and has_image_column(dataset.column_names or ()):
+            _refuse_keep_end(name, args)
         quiet = args.disable_tqdm or not sys.stderr.isatty()
         with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
             return tokenize_pairs(
                 dataset,
-                self._tokenizer,
+                self._reader,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
@@ -51,6 +63,16 @@ class SetReader:
         if isinstance(sets, Mapping):
             return {name: self.read(rows, name) for name, rows in sets.items()}
         return self.read(sets, "eval")
+
+
+def _refuse_keep_end(name: str, args: DPOConfig) -> None:
+    if args.max_length is not None:
+        raise ConfigurationError(
+            asked=f"`truncation_mode='keep_end'` with `max_length={args.max_length}` for the {name} set, which has "
+            "images.",
+            why="The start of a prompt would be cut, and with it the places of its images.",
+            instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
+        )
 
 
 def named_sets(train: PairDataset | None, eval_sets: EvalSets) -> dict[str, PairDataset]:

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from tether.errors import DataError
-from tether.rows import TOKEN_COLUMNS, tokenize_row
+from tether.rows import TOKEN_COLUMNS, RowReader, has_image_column
 
 logger = logging.getLogger("tether.data")
 
@@ -34,13 +33,13 @@ class TokenizingPlan:
     """How the rows of a set are tokenized, and which of them stay.
 
     Attributes:
-        tokenizer: With a chat template if rows are conversational.
+        reader: What tokenizes a row.
         name: The set's name, for messages.
         limit: Tokens at which a prompt alone leaves no room for a response; None where that cannot be.
         drops: Whether rows that are no pairs are left out; else they are refused.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    reader: RowReader
     name: str
     limit: int | None
     drops: bool
@@ -64,7 +63,7 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
     """
     if len(dataset) == 0:
         raise _no_rows(plan, "")
-    if not _is_tokenized(dataset, len(plan.tokenizer)):
+    if not _is_tokenized(dataset, len(plan.reader.tokenizer)):
         dataset = _with_findings(dataset, plan, num_proc)
     problems = _problems(dataset)
     if problems and not plan.drops:
@@ -89,25 +88,30 @@ def _with_findings(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None)
     """The set with its token ids and what was found in each row."""
     ids = List(Value("int64"))  # said, or a set whose first rows have no ids could not hold the ids of others
     types = dict.fromkeys(TOKEN_COLUMNS, ids) | dict.fromkeys((_PROBLEM, _LOST), Value("string"))
+    shows = has_image_column(dataset.column_names)
     found: Dataset = dataset.map(
         _tokenize_or_explain,
         with_indices=True,
-        fn_kwargs={"tokenizer": plan.tokenizer, "name": plan.name},
-        features=Features({**dataset.features, **types}),
+        fn_kwargs={"reader": plan.reader, "name": plan.name},
+        features=Features(types if shows else {**dataset.features, **types}),
+        remove_columns=dataset.column_names if shows else None,
         num_proc=num_proc,
         desc=f"Tokenizing {plan.name} set",
     )
-    return found
+    # Images are not written again: the new columns are put beside the set.
+    return concatenate_datasets([dataset.remove_columns(_known(dataset, types)), found], axis=1) if shows else found
 
 
-def _tokenize_or_explain(
-    row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str
-) -> dict[str, Any]:
+def _known(dataset: Dataset, types: Mapping[str, Any]) -> list[str]:
+    return [column for column in dataset.column_names if column in types]
+
+
+def _tokenize_or_explain(row: Mapping[str, Any], index: int, reader: RowReader, name: str) -> dict[str, Any]:
     try:
-        tokens = tokenize_row(row, f"Row {index} of the {name} set", tokenizer)
+        tokens = reader.tokens(row, f"Row {index} of the {name} set")
     except DataError as error:
         return {column: [] for column in TOKEN_COLUMNS} | {_PROBLEM: json.dumps(error.args), _LOST: None}
-    lost = str(tokenizer.decode(tokens.lost_ids)) if tokens.lost_ids else None
+    lost = str(reader.tokenizer.decode(tokens.lost_ids)) if tokens.lost_ids else None
     return {column: getattr(tokens, column) for column in TOKEN_COLUMNS} | {_PROBLEM: None, _LOST: lost}
 
 
@@ -197,14 +201,14 @@ class _StreamLog:
 
 def _tokenize_next(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog) -> dict[str, Any]:
     try:
-        tokens = tokenize_row(row, plan.name_of(index), plan.tokenizer)
+        tokens = plan.reader.tokens(row, plan.name_of(index))
     except DataError as error:
         if not plan.drops:
             raise
         log.drop(index, _reason(error, index, plan))
         return {column: [] for column in TOKEN_COLUMNS}
     if tokens.lost_ids:
-        log.lose(index, str(plan.tokenizer.decode(tokens.lost_ids)))
+        log.lose(index, str(plan.reader.tokenizer.decode(tokens.lost_ids)))
     return {column: getattr(tokens, column) for column in TOKEN_COLUMNS}
 
 

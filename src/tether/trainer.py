@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
 
@@ -34,13 +34,12 @@ from tether.checkpoints import (
 )
 from tether.collators import Collator, pair_collator
 from tether.columns import find_given
-from tether.config import DPOConfig, how_to_fill, refuse_data_parallel
+from tether.config import DPOConfig, how_to_fill, look_for_unused_parameters, refuse_data_parallel
 from tether.data import (
     MARGIN_COLUMN,
-    REFERENCE_COLUMNS,
-    TOKEN_COLUMNS,
     PairDataset,
     Rows,
+    batch_columns,
     batch_of,
     num_pairs_tensor,
 )
@@ -60,9 +59,11 @@ from tether.models import (
     disable_dropout,
     hub_name,
     load_model,
-    load_tokenizer,
+    load_processing_class,
     loading_options,
+    reads_images,
     router_coefficient,
+    tokenizer_of,
     use_pad_token,
     where_from,
 )
@@ -113,9 +114,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         args: The options; by default `DPOConfig` with an output folder named after the model.
         data_collator: A collator of your own that returns the padded batches of `DataCollatorForPreference`. The
             default pads nothing and needs no padding token.
-        train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`.
+        train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`; for a model
+            that reads them with `image` or `images`.
         eval_dataset: The same, or a dict of named sets.
-        processing_class: The tokenizer; by default the one beside the model.
+        processing_class: The tokenizer, or the processor of a vision-language model; by default the one beside the
+            model.
         compute_metrics: Makes metrics of a `transformers.EvalPrediction` at each evaluation: logits (`2n`, longest
             sequence, vocabulary) of the chosen, then of the rejected sequences, and their token ids. Only with it
             are evaluation's logits built, by a second, padded forward.
@@ -155,7 +158,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         data_collator: Collator | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -177,7 +180,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
         revision = (init_kwargs or {}).get("revision")
-        self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code, revision)
+        processing = load_processing_class(processing_class, policy, args.trust_remote_code, revision)
+        self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
             check_padding_free(policy)
@@ -185,7 +189,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = self._objective_of(args, loss)
         self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
-        self._sets = SetReader(self._tokenizer, args)
+        self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
@@ -210,9 +214,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
-        collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode)
+        collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode, self._sets.image_rows)
         if compute_metrics is not None and "inputs" in args.include_for_metrics:
             collator = WithTokenIds(collator, self._pad_token_id)
+        if reads_images(policy):
+            look_for_unused_parameters(args)
         # A batch is one object; it cannot be cut into slices.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(
@@ -221,7 +227,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             data_collator=collator,
             train_dataset=train_set,
             eval_dataset=eval_sets,
-            processing_class=self._tokenizer,
+            processing_class=processing,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -298,7 +304,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         writes = self.args.should_save
         self.reference.export(Path(folder) if writes else None, merged=merged)
         if writes:
-            self._tokenizer.save_pretrained(folder)
+            assert self.processing_class is not None
+            self.processing_class.save_pretrained(folder)
 
     def _watch_from_start(self, *, has_trained: bool) -> None:
         """Keeps what reference and policy say of a few fixed pairs; a resumed policy is not the initial one."""
@@ -355,7 +362,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS]
+            self._signature_columns = batch_columns(with_images=self._sets.image_rows is not None)
 
     # ---- the loss ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ Log-probabilities are natural logarithms (nats), in fp32 unless a caller asks fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,6 +24,36 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class PromptImages:
+    """What a model reads with a prompt besides its token ids. Equal where the model is fed the same.
+
+    Attributes:
+        inputs: The images as a processor made them for this prompt alone, by the model's argument (`pixel_values`,
+            `image_grid_thw`, ...); images, tiles or patches along the first dimension.
+        token_inputs: One number for each prompt token, by the model's argument (`token_type_ids`, ...); 0 for the
+            tokens of every response.
+        digest: Of all of them.
+    """
+
+    inputs: Mapping[str, Tensor]
+    token_inputs: Mapping[str, Int[Tensor, " prompt_tokens"]]
+    digest: bytes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptImages) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def on_each(self, change: Callable[[Tensor], Tensor]) -> PromptImages:
+        """The same with every tensor changed (moved, pinned)."""
+        inputs, token_inputs = (
+            {name: change(tensor) for name, tensor in tensors.items()} for tensors in (self.inputs, self.token_inputs)
+        )
+        return replace(self, inputs=inputs, token_inputs=token_inputs)
+
+
 class Response(NamedTuple):
     """One response as it is fed to a model: the tokens before it, its own tokens, and its content key if any."""
 
@@ -31,6 +61,12 @@ class Response(NamedTuple):
     token_ids: tuple[int, ...]
     key: bytes = b""
     reference_sum: float | None = None  # its log-prob under the reference, where its row says it
+    images: PromptImages | None = None  # what its prompt shows
+
+    @property
+    def prompt(self) -> tuple[tuple[int, ...], PromptImages | None]:
+        """What it follows: equal for the responses of a group."""
+        return self.prompt_ids, self.images
 
 
 @dataclass(frozen=True)
@@ -56,6 +92,7 @@ class PairBatch:
         reference_sums: Each response's log-prob under the reference, in nats, where the rows bring it.
         margins: By how much each pair's chosen response is better, in units of reward; None where the rows have no
             `margin`.
+        images: What each prompt shows (groups entries, None for a prompt without images); empty where none does.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -69,6 +106,7 @@ class PairBatch:
     rows: tuple[int, ...] = ()
     reference_sums: tuple[float | None, ...] = ()
     margins: Float[Tensor, " pairs"] | None = None
+    images: tuple[PromptImages | None, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -111,22 +149,19 @@ class PairBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        margins = self.margins
-        return replace(
-            self,
-            prompt_ids=self.prompt_ids.to(device, non_blocking=non_blocking),
-            response_ids=self.response_ids.to(device, non_blocking=non_blocking),
-            margins=None if margins is None else margins.to(device, non_blocking=non_blocking),
-        )
+        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
-        margins = self.margins
+        return self._on_each(Tensor.pin_memory)
+
+    def _on_each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
         return replace(
             self,
-            prompt_ids=self.prompt_ids.pin_memory(),
-            response_ids=self.response_ids.pin_memory(),
-            margins=None if margins is None else margins.pin_memory(),
+            prompt_ids=change(self.prompt_ids),
+            response_ids=change(self.response_ids),
+            margins=None if self.margins is None else change(self.margins),
+            images=tuple(shown and shown.on_each(change) for shown in self.images),
         )
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
@@ -140,8 +175,9 @@ class PairBatch:
         tokens = [tuple(ids.tolist()) for ids in self.response_ids.split(list(self.response_lengths))]
         keys = self.keys or (b"",) * self.num_responses
         sums = self.reference_sums or (None,) * self.num_responses
+        images = self.images or (None,) * self.num_groups
         each = zip(self.response_group, tokens, keys, sums, strict=True)
-        return [Response(prompts[group], ids, key, known) for group, ids, key, known in each]
+        return [Response(prompts[group], ids, key, known, images[group]) for group, ids, key, known in each]
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None = None) -> PairBatch:
@@ -160,27 +196,28 @@ class PairBatch:
             >>> batch.num_pairs, batch.num_groups, batch.num_responses
             (2, 1, 3)
         """
-        groups: dict[tuple[int, ...], dict[Response, None]] = {}
+        groups: dict[tuple[tuple[int, ...], PromptImages | None], dict[Response, None]] = {}
         for number, pair in enumerate(pairs):
             for response in pair:
                 if not (response.prompt_ids and response.token_ids):
                     raise ValueError(f"pair {number} of the batch has an empty prompt or response")
-                groups.setdefault(response.prompt_ids, {})[response] = None
+                groups.setdefault(response.prompt, {})[response] = None
         responses = [response for members in groups.values() for response in members]
         index = {response: number for number, response in enumerate(responses)}
         sums = tuple(response.reference_sum for response in responses)
         group_of = {prompt: number for number, prompt in enumerate(groups)}
         return cls(
-            prompt_ids=_flatten(list(groups)),
+            prompt_ids=_flatten([ids for ids, _ in groups]),
             response_ids=_flatten([response.token_ids for response in responses]),
-            prompt_lengths=tuple(len(prompt) for prompt in groups),
+            prompt_lengths=tuple(len(ids) for ids, _ in groups),
             response_lengths=tuple(len(response.token_ids) for response in responses),
-            response_group=tuple(group_of[response.prompt_ids] for response in responses),
+            response_group=tuple(group_of[response.prompt] for response in responses),
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
             keys=tuple(response.key for response in responses if response.key),
             reference_sums=sums if any(known is not None for known in sums) else (),
             margins=None if margins is None else torch.tensor(margins, dtype=torch.float32),
+            images=tuple(shown for _, shown in groups) if any(shown for _, shown in groups) else (),
         )
 
 

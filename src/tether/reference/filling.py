@@ -158,15 +158,15 @@ class StorePass:
 def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list[Response]]:
     """Consecutive responses within a budget of tokens; a single one may exceed it."""
     part: list[Response] = []
-    tokens, prompts = 0, set[tuple[int, ...]]()
+    tokens, prompts = 0, set[object]()
     for response in responses:
-        added = len(response.token_ids) + (0 if response.prompt_ids in prompts else len(response.prompt_ids))
+        added = len(response.token_ids) + (0 if response.prompt in prompts else len(response.prompt_ids))
         if part and max_tokens is not None and tokens + added > max_tokens:
             yield part
             part, tokens, prompts = [], 0, set()
             added = len(response.token_ids) + len(response.prompt_ids)
         part.append(response)
-        prompts.add(response.prompt_ids)
+        prompts.add(response.prompt)
         tokens += added
     if part:
         yield part
@@ -184,8 +184,8 @@ def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
 def _num_tokens(responses: Iterable[Response]) -> int:
     """Tokens of a packed row of them: each prompt once."""
     responses = list(responses)
-    prompts = {response.prompt_ids for response in responses}
-    return sum(len(prompt) for prompt in prompts) + sum(len(response.token_ids) for response in responses)
+    prompts = {response.prompt for response in responses}
+    return sum(len(ids) for ids, _ in prompts) + sum(len(response.token_ids) for response in responses)
 
 
 def names_of(batch: PairBatch, name: str = "") -> Callable[[int], str]:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tether.scoring.attention import lengths_tensor
+from tether.scoring.images import image_inputs
 from tether.types import PairBatch
 
 _Places: TypeAlias = npt.NDArray[np.int64]
@@ -50,7 +51,12 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
         batch: The batch, on the model's device.
         router_weights: Weigh each token, in the attention mask, by how many sequences of the padded layout it
             stands for: a router's load-balancing loss then equals the padded one.
+
+    Raises:
+        ValueError: If a prompt has images.
     """
+    if batch.images:
+        raise ValueError("prompts with images are laid out in padded rows")
     members: list[list[int]] = [[] for _ in batch.prompt_lengths]
     for response, group in enumerate(batch.response_group):
         members[group].append(response)
@@ -119,7 +125,11 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
     attention_mask = torch.from_numpy(mask).to(device)
     tokens = torch.cat([batch.prompt_ids, batch.response_ids])[torch.from_numpy(gather).to(device)]
     return ScoringRows(
-        inputs={"input_ids": tokens.where(attention_mask.bool(), pad_token_id), "attention_mask": attention_mask},
+        inputs={
+            "input_ids": tokens.where(attention_mask.bool(), pad_token_id),
+            "attention_mask": attention_mask,
+            **image_inputs([batch.images[group] for group in batch.response_group if batch.images], max(lengths)),
+        },
         width=max(lengths),
         row=_tensor(rows, device),
         column=_tensor(columns, device),

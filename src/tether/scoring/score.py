@@ -49,7 +49,7 @@ def score(
         statistics: Also return entropy, mean logit and top-1 hits of each token.
         auxiliary_loss: Also return the model's router loss, for mixtures of experts.
         layout: `packed` (one row, each prompt once) and `padded` (one row per response) give the same numbers;
-            `auto` packs where the model's family is proven, or proves it first.
+            `auto` packs where the model's family is proven, or proves it first, and pads prompts with images.
 
     Returns:
         Values in nats, fp32, in the batch's order of responses; with gradient if the caller's mode records one.
@@ -64,7 +64,8 @@ def score(
         reset_rotary(model)
         if batch.num_responses > 1 and max(batch.fed_lengths()) > limit:
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
-    packed = layout == "packed" or (layout == "auto" and can_pack(model))
+    # Images are laid out in padded rows: their own attention and positions know no packed row.
+    packed = layout == "packed" or (layout == "auto" and not batch.images and can_pack(model))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
