@@ -25,6 +25,7 @@ CHECKED_MODULES = [
     "tether.types",
     "tether.losses",
     "tether.scoring.head",
+    "tether.scoring.images",
     "tether.scoring.layout",
     "tether.scoring.score",
 ]

@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.attributes",
         "tether.callbacks",
         "tether.checkpoints",
+        "tether.checkpoint_weights",
         "tether.columns",
         "tether.collators",
         "tether.evaluation",

@@ -62,6 +62,10 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "continued LoRA": lambda: {"model": continued()},
     "prompt tuning": lambda: {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
     "reward shift": lambda: {"loss_type": ["sigmoid", "bco_pair"], "beta": 0.5},
+    # Files of these name or cut their tensors otherwise than memory does.
+    "renamed in files, mixtral": lambda: {"model": tiny_model("mixtral")},
+    "renamed in files, mixtral, synchronized": lambda: SYNC | {"model": tiny_model("mixtral")},
+    "renamed in files, gpt_neox": lambda: {"model": tiny_model("gpt_neox")},
     "batches by length": lambda: {"max_tokens_per_micro_batch": 200},
 }
 
@@ -235,6 +239,13 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
 
 
+def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, tiny_model("mixtral"), **RUN)
+    trainer = make_trainer(tmp_path, tiny_model("qwen2_moe"), **RUN)
+    with pytest.raises(ResumeError, match="no weights for"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+
+
 def test_a_checkpoint_of_weights_alone_is_refused_for_resuming(tmp_path: Path) -> None:
     trained(tmp_path, **RUN | {"save_only_model": True})
     assert not (tmp_path / f"checkpoint-{STOP}" / "reference").exists()
@@ -255,7 +266,8 @@ def test_a_rotated_checkpoint_keeps_its_reference(tmp_path: Path) -> None:
     assert (checkpoint / "reference" / "identity.json").is_file()
 
 
-def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
+def test_the_best_checkpoint_can_be_loaded_at_the_end(family: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -265,7 +277,7 @@ def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path: Path) -> None:
         "load_best_model_at_end": True,
         "eval_dataset": as_dataset(tiny_pairs(8, seed=1)),
     }
-    trainer = trained(tmp_path, **RUN | options)
+    trainer = trained(tmp_path, tiny_model(family), **RUN | options)
     figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.state.best_metric == min(figures)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(figures), abs=1e-6)

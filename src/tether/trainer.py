@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalS
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
+from tether.checkpoint_weights import load_renamed_weights
 from tether.checkpoints import (
     load_reference,
     load_reward_shift,
@@ -577,6 +578,14 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if self.args.should_save:
             save_reward_shift(Path(output_dir), self._objective.reward_shift)
             save_start(Path(output_dir), self._watch.start)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
