@@ -254,8 +254,9 @@ def assert_trains_as_trl(
         "gradient_checkpointing": False,
         **({"peft_config": LORA} if lora else {}),
     }
-    theirs = trl_curve(folder, rows, tiny_processor(family), tmp_path / "trl", **options)
-    given = options | more | {"activation_checkpointing": False, "processing_class": None}
+    processor = tiny_processor(family)
+    theirs = trl_curve(folder, rows, processor, tmp_path / "trl", **options)
+    given = options | more | {"activation_checkpointing": False, "processing_class": processor}
     ours = steps(trained(tmp_path / "tether", folder, rows, **given))
     assert len(ours) == num_steps and ours[1].keys() == theirs[1].keys()
     if "precompute_ref_log_probs" in more:  # at the first step rewards are the rounding of two batches' shapes
@@ -471,7 +472,7 @@ def test_token_ids_belong_to_their_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cuts", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", ["llava", "llava_next", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "gemma3", "qwen2_5_vl"])
 def test_the_collator_has_trls_keys_shapes_and_values(family: str, shape: str, cuts: bool) -> None:
     rows = [row for row in tiny_image_pairs(5, shape=shape, family=family) if len(row["images"]) == 1]
     processor = tiny_processor(family)

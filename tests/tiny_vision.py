@@ -27,22 +27,30 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tiny import tiny_tokenizer
 
-FAMILIES = ("llava", "llava_next", "gemma3", "idefics3")
-PLACEHOLDERS = {"llava": "<image>", "llava_next": "<image>", "gemma3": "<boi>", "idefics3": "<image>"}
+FAMILIES = ("llava", "llava_next", "gemma3", "idefics3", "qwen2_5_vl")
+PLACEHOLDERS = dict.fromkeys(FAMILIES, "<image>") | {
+    "gemma3": "<boi>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
 
 _TOKENS = {
     "llava": ("<image>",),
     "llava_next": ("<image>",),
     "gemma3": ("<boi>", "<eoi>", "<image>"),
     "idefics3": ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+    "qwen2_5_vl": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
 }
 _VOCABULARY = 264  # 256 tokens of text, and room for those of images
 _SIDE, _PATCH = 28, 14
@@ -55,6 +63,15 @@ _TEMPLATE = (
     "{% endfor %}{{ '<eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+class StillQwenProcessor(Qwen2VLProcessor):
+    """Qwen's processor without its part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def tiny_processor(family: str = "llava") -> ProcessorMixin:
@@ -75,6 +92,10 @@ def tiny_processor(family: str = "llava") -> ProcessorMixin:
         names = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
         tokenizer._set_model_specific_special_tokens(names)
         return Gemma3Processor(image_processor=Gemma3ImageProcessorPil(size=size), image_seq_length=4, **shared)
+    if family == "qwen2_5_vl":
+        area = {"shortest_edge": _SIDE**2, "longest_edge": 4 * _SIDE**2}
+        images = Qwen2VLImageProcessorPil(size=area, patch_size=_PATCH, merge_size=2)
+        return StillQwenProcessor(images, **shared)
     images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * _SIDE}, max_image_size={"longest_edge": _SIDE})
     return Idefics3Processor(image_processor=images, image_seq_len=4, **shared)
 
@@ -83,7 +104,7 @@ def tiny_vision_model(family: str = "llava", seed: int = 0, **text: Any) -> PreT
     """A model of two text layers and one vision layer, whose image features reach the answers."""
     torch.manual_seed(seed)
     processor: Any = tiny_processor(family)
-    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    image_token = processor.tokenizer.convert_tokens_to_ids(_TOKENS[family][2 if family == "gemma3" else 0])
     layer = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     vision = {**layer, "num_hidden_layers": 2, "image_size": _SIDE, "patch_size": _PATCH}
     llama = {
@@ -113,6 +134,26 @@ def tiny_vision_model(family: str = "llava", seed: int = 0, **text: Any) -> PreT
                 image_token_index=image_token,
                 boi_token_index=processor.tokenizer.boi_token_id,
                 eoi_token_index=processor.tokenizer.eoi_token_id,
+            )
+        )
+    elif family == "qwen2_5_vl":
+        sections = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = dict(zip(names, processor.tokenizer.convert_tokens_to_ids(list(_TOKENS[family])), strict=True))
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={**llama, "rope_parameters": sections, "pad_token_id": 1},
+                vision_config={
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_heads": 4,
+                    "depth": 2,
+                    "out_hidden_size": 32,
+                    "patch_size": _PATCH,
+                    "window_size": 2 * _SIDE,
+                    "fullatt_block_indexes": [1],
+                },
+                **ids,
             )
         )
     else:
