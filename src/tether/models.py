@@ -28,7 +28,6 @@ from tether.distributed import whole_shape
 from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.reference.frozen import Origin
 from tether.scoring import rotary_limit, uneven_forwards
-from tether.scoring.projection import base_model_of
 from tether.scoring.score import can_pack
 
 _READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
@@ -70,8 +69,7 @@ def _auto_class(name: str, options: dict[str, Any]) -> Any:
     """What loads a model: with its images, if it was saved as one that reads them."""
     passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
     config = AutoConfig.from_pretrained(name, **passed)
-    saved_as = set(getattr(config, "architectures", None) or ())
-    return AutoModelForImageTextToText if saved_as & _READS_IMAGES else AutoModelForCausalLM
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 def where_from(
@@ -135,8 +133,7 @@ def load_processing_class(
                 instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
             )
         options = {"revision": revision} if revision else {}
-        loads = AutoProcessor if reads_images(model) else AutoTokenizer
-        processing_class = loads.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        processing_class = load_processing_class_of(name, trust_remote_code, **options)
     tokenizer = tokenizer_of(processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ArgumentTypeError(
@@ -151,6 +148,25 @@ def load_processing_class(
     return processing_class
 
 
+def load_processing_class_of(
+    name: str, trust_remote_code: bool, **options: Any
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The processor beside a model that reads images, or the tokenizer beside any other.
+
+    Raises:
+        OSError, ValueError, KeyError: If there is none.
+    """
+    options["trust_remote_code"] = trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError):  # a tokenizer may stand alone
+        config = None
+    loads = AutoProcessor if reads_images(config) else AutoTokenizer
+    loaded = loads.from_pretrained(name, **options)
+    assert isinstance(loaded, PreTrainedTokenizerBase | ProcessorMixin)
+    return loaded
+
+
 def tokenizer_of(processing_class: Any) -> Any:
     """The tokenizer itself, or that of a processor."""
     return (
@@ -160,12 +176,10 @@ def tokenizer_of(processing_class: Any) -> Any:
     )
 
 
-def reads_images(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a model is a vision-language model."""
-    return (
-        getattr(model.config, "vision_config", None) is not None
-        and type(base_model_of(model)).__name__ in _READS_IMAGES
-    )
+def reads_images(config: Any) -> bool:
+    """Whether a config is that of a vision-language model."""
+    saved_as = set(getattr(config, "architectures", None) or ())
+    return getattr(config, "vision_config", None) is not None and bool(saved_as & _READS_IMAGES)
 
 
 def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:

@@ -62,7 +62,6 @@ from tether.models import (
     load_model,
     load_processing_class,
     loading_options,
-    reads_images,
     router_coefficient,
     tokenizer_of,
     use_pad_token,
@@ -218,7 +217,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode, self._sets.image_rows)
         if compute_metrics is not None and "inputs" in args.include_for_metrics:
             collator = WithTokenIds(collator, self._pad_token_id)
-        if reads_images(policy):
+        if self._sets.image_rows is not None:
             look_for_unused_parameters(args)
         # A batch is one object; it cannot be cut into slices.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]

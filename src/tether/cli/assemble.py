@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -23,7 +23,7 @@ from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe
 from tether.data import PairDataset
 from tether.errors import ConfigurationError
-from tether.models import lora_config
+from tether.models import load_processing_class_of, lora_config
 from tether.trainer import DPOTrainer
 
 
@@ -46,7 +46,7 @@ def build_trainer(
     quantization = quantization_of(script)
     for option, name in (("model", script.model), ("ref_model", script.ref_model)):
         _check_model(option, name, recipe)
-    tokenizer = _load_tokenizer(recipe)
+    processing_class = _load_processing_class(recipe)
     train_pairs, eval_pairs = load_sets(recipe)
     if shard is not None:
         train_pairs, eval_pairs = take_shard(train_pairs, *shard), eval_pairs and take_shard(eval_pairs, *shard)
@@ -58,7 +58,7 @@ def build_trainer(
         args=config,
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
-        processing_class=tokenizer,
+        processing_class=processing_class,
         callbacks=list(callbacks),
         quantization_config=quantization,
         peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
@@ -165,19 +165,17 @@ def _check_model(option: str, name: str | None, recipe: Recipe) -> None:
         raise _not_loadable(option, name, "model", error) from error
 
 
-def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def _load_processing_class(recipe: Recipe) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or the processor of a model that reads images."""
     script = recipe.script
     name = script.tokenizer or script.model
+    assert name is not None
     revision = {"revision": script.model_revision} if script.model_revision and not script.tokenizer else {}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=recipe.config.trust_remote_code, **revision
-        )
+        return load_processing_class_of(name, recipe.config.trust_remote_code, **revision)
     except (OSError, ValueError, KeyError) as error:
         option = "tokenizer" if script.tokenizer else "model"
-        raise _not_loadable(option, str(name), "tokenizer", error) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
+        raise _not_loadable(option, name, "tokenizer", error) from error
 
 
 def _not_loadable(option: str, name: str, what: str, error: Exception) -> ConfigurationError:
