@@ -1,0 +1,33 @@
+"""Two processes train a vision-language model as one does with twice the batch, also where one sees no image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launch import launch
+from scripts.vision_processes import KINDS
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("vision")
+    (one,) = launch("vision_processes.py", folder / "one")
+    return one, launch("vision_processes.py", folder / "two", num_processes=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_steps_of_one(kind: str, seen: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, two = seen
+    assert len(two) == 2
+    expected, found = one[kind]["steps"], two[0][kind]["steps"]
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        for name, value in theirs.items():
+            if name == "rewards/accuracies" and abs(theirs["rewards/margins"]) < 1e-5:
+                continue  # which of two equal rewards is larger is rounding
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (theirs["step"], name)
+    assert max(step["loss"] for step in expected) - min(step["loss"] for step in expected) > 1e-2
