@@ -13,6 +13,7 @@ import pytest
 
 import tether
 from tiny import tiny_model, tiny_tokenizer
+from tiny_vision import tiny_processor, tiny_vision_model
 from trl_oracle import trl_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,15 @@ def test_each_format_of_the_data_page_trains_with_trls_tokens(tmp_path: Path, mo
             assert prompt_ids == expected[0]["prompt_ids"]
             formats += 1
     assert formats == 8  # the seven, and one with a margin
+
+
+def test_the_rows_of_the_vision_page_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in python_blocks(ROOT / "docs" / "vision.md"):
+        exec(compile(block, "vision.md", "exec"), names)
+    trainer = names["train"](tiny_vision_model(), names["rows"], tiny_processor())
+    assert trainer.state.global_step == 1 and trainer.reference.num_passes == 1
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference as TheirCollator
@@ -27,6 +26,7 @@ from tether.scoring import score
 from tether.scoring.images import image_inputs
 from tether.types import PairBatch
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
+from tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
 from trl_oracle import trl_curve
 
 SHAPES = ("messages", "blocks", "text")
