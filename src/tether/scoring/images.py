@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tether.types import PromptImages
+from tether.distributed import has_shards, num_processes, reduced
+from tether.errors import DataError
+from tether.types import PairBatch, PromptImages
 
 
 def image_inputs(shown: Sequence[PromptImages | None], width: int) -> dict[str, Tensor]:
@@ -34,6 +36,26 @@ def image_inputs(shown: Sequence[PromptImages | None], width: int) -> dict[str, 
     return inputs | {
         name: _rows([each.token_inputs[name] if each else None for each in shown], width) for name in token_names
     }
+
+
+def check_even_images(model: nn.Module, batch: PairBatch) -> None:
+    """Refuses a forward in which a part of the sharded vision tower's owners would not take part. Collective.
+
+    Raises:
+        DataError: On every process, if this batch has images on some of them and none on others.
+    """
+    has_tower = getattr(getattr(model, "config", None), "vision_config", None) is not None
+    if num_processes() == 1 or not has_tower or not has_shards(model):
+        return
+    flags = torch.tensor([int(bool(batch.images)), int(not batch.images)], device=batch.device)
+    if reduced(flags, "max").sum() == 2:
+        raise DataError(
+            asked="A batch has images on one process and none on another, and the model is sharded.",
+            why="The vision tower's weights are gathered from all processes, so one without images would be waited for "
+            "for ever.",
+            instead="Train rows with and without images apart, give every row an image, or train without ZeRO-3 and "
+            "FSDP2.",
+        )
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

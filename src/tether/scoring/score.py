@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tether.distributed import has_shards, num_processes
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
 from tether.scoring.head import logits_scores
+from tether.scoring.images import check_even_images
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
 from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
@@ -64,6 +65,7 @@ def score(
         reset_rotary(model)
         if batch.num_responses > 1 and max(batch.fed_lengths()) > limit:
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
+    check_even_images(model, batch)
     # Images are laid out in padded rows: their own attention and positions know no packed row.
     packed = layout == "packed" or (layout == "auto" and not batch.images and can_pack(model))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
