@@ -15,7 +15,8 @@ import yaml
 from tether.cli import main
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-STRATEGIES = ("explicit", "implicit", "precomputed", "synchronized")
+STRATEGIES = ("explicit", "implicit", "precomputed", "synchronized", "vision")
+TOYS = ("toy", "toy_vision")
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +44,13 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         "implicit": r"holds 0 bytes",
         "precomputed": r"beta 0.1: [1-9]\d* reference passes, 0 bytes\n(.*\n)*beta 0.5: 0 reference passes",
         "synchronized": r"moved 2 times",
+        "vision": r"held-out rewards/accuracies: \d",
     }
     assert re.search(said[name], out), out
 
 
 def test_every_script_is_covered() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*STRATEGIES, "toy"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*STRATEGIES, *TOYS}
 
 
 def test_example_scripts_stay_short() -> None:
