@@ -549,9 +549,9 @@ def test_layers_that_no_average_is_known_for_are_refused_by_name() -> None:
 
 
 def test_the_rules_of_the_options_are_those_that_exist() -> None:
-    from tether.config import _SYNC_RULES
+    from tether.config_checks import SYNC_RULES
 
-    assert _SYNC_RULES == RULES
+    assert SYNC_RULES == RULES
 
 
 def test_a_source_whose_adapter_is_off_cannot_move() -> None:
