@@ -144,7 +144,8 @@ class ReferenceWatch:
     A reference that stands still says the same of the fixed pairs (the sentinel) at every evaluation and every save.
 
     Attributes:
-        start: What the initial policy said of the fixed pairs, once that is known; a resumed run is given it.
+        start: What the initial policy said of the fixed pairs, once that is known; a resumed run is given it before
+            `set_sentinel`.
 
     Args:
         reference: The reference to watch.
@@ -159,7 +160,7 @@ class ReferenceWatch:
         reduce: Callable[[Tensor, str], Tensor] = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
-        self._knows_gap = False
+        self._knows_gap = self._knows_start = False
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
@@ -181,19 +182,16 @@ class ReferenceWatch:
         return {"reference/initial_gap": gap.mean}
 
     def set_sentinel(self, batch: PairBatch) -> None:
-        """Keeps what the reference says of these pairs now."""
+        """Keeps what the reference says of these pairs now. Collective."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+        if self._reference.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
+            self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
 
     def set_start(self, policy: nn.Module) -> None:
-        """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves."""
-        if self._reference.moves and self._sentinel is not None and not self._knows_start():
+        """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves; on every process."""
+        if self._reference.moves and self._sentinel is not None and not self._knows_start:
             log_probs = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values.tolist()
-            self.start = Start([key.hex() for key in self._sentinel.keys], log_probs)
-
-    def _knows_start(self) -> bool:
-        """Whether `start` is of the sentinel's pairs, on every process: a resumed run may have other rows."""
-        keys = [] if self._sentinel is None else [key.hex() for key in self._sentinel.keys]
-        return not any_process(self.start is None or self.start.responses != keys)
+            self.start, self._knows_start = Start(_keys(self._sentinel), log_probs), True
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
         """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
@@ -206,7 +204,7 @@ class ReferenceWatch:
         reference = self._reference.log_probs(self._sentinel).values
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
-        if self._knows_start():
+        if self._knows_start:
             assert self.start is not None
             start = reference.new_tensor(self.start.log_probs)
             found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
@@ -237,3 +235,7 @@ class ReferenceWatch:
             instead="Keep training from reaching them (a bias, `modules_to_save`, tied or shared embeddings), or give "
             "the reference weights of its own with `ref_model`.",
         )
+
+
+def _keys(batch: PairBatch) -> list[str]:
+    return [key.hex() for key in batch.keys]
