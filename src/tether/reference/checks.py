@@ -81,6 +81,11 @@ class Gap:
         largest = reduce(difference.max(), "max")
         return cls(total / count, float(largest))
 
+    def within(self, allowed: Tolerance) -> bool:
+        """Whether rounding explains it; NaN it never does."""
+        mean, largest = allowed
+        return self.mean <= mean and self.largest <= largest
+
 
 def initial_gap(
     policy: nn.Module,
@@ -107,8 +112,8 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
         InitialGapError: With the gap's size and its likely causes.
     """
     own, alike = reference.identity.compute_dtype, not reference.answers_are_stored
-    mean, largest = tolerance(policy_dtype, own, alike=alike)
-    if gap.mean <= mean and gap.largest <= largest:
+    mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
+    if gap.within(allowed):
         return
     raise InitialGapError(
         asked=f"The {reference.identity.kind} reference was meant to be the initial policy, but scores the first batch "
@@ -222,9 +227,9 @@ class ReferenceWatch:
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        mean, largest = tolerance(own, own, alike=not self._reference.answers_are_stored)
+        allowed = tolerance(own, own, alike=not self._reference.answers_are_stored)
         names = union(self._reference.changed_tensors())  # reads every weight, so only when something is amiss
-        if gap.mean <= mean and gap.largest <= largest and not names:
+        if gap.within(allowed) and not names:
             return
         raise DriftError(
             asked=f"The {self._reference.identity.kind} reference should stand still, but scores fixed pairs "
