@@ -31,13 +31,6 @@ def soft_update(
     return torch.lerp(reference, policy.to(reference.dtype), alpha)
 
 
-def hard_update(
-    reference: Float[Tensor, "*shape"], policy: Float[Tensor, "*shape"], alpha: float = 1.0
-) -> Float[Tensor, "*shape"]:
-    """The policy takes the reference's place (TR-DPO, Eq. 6); the same as `soft_update` with alpha = 1."""
-    return policy.to(reference.dtype, copy=True)
-
-
 def soft_update_with_residual(
     reference: Float[Tensor, "*shape"],
     residual: Float[Tensor, "*shape"],
