@@ -15,9 +15,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, SYNC_RULES, check_config, check_losses, refuse
+from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, check_config, check_losses, refuse
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions
+from tether.reference.parts import RULES
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -152,9 +153,7 @@ class DPOConfig(TrainingArguments):
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
     ref_model_mixup_alpha: float = _option(SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
-    ref_model_sync_rule: str = _option(
-        "soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(SYNC_RULES)
-    )
+    ref_model_sync_rule: str = _option("soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(RULES))
     ref_model_sync_rank: int | None = _option(
         None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
     )

@@ -13,13 +13,14 @@ import torch
 
 from tether.errors import ConfigurationError
 from tether.losses import LossOptions, check_loss_options
+from tether.reference.build import check_sync_without_precompute
+from tether.reference.parts import RULES
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig
 
 STORE_MODES = ("auto", "fill", "lazy", "require")
 DTYPES = ("float32", "bfloat16", "float16")
-SYNC_RULES = ("soft", "hard", "bema", "factors")  # those of reference.parts
 SYNC_ALPHA = 0.6
 
 
@@ -95,18 +96,13 @@ def _check_sync(args: DPOConfig) -> None:
             "a whole number of at least 1",
         )
     _check_sync_rule(args)
-    if args.sync_ref_model and args.precompute_ref_log_probs:
-        raise ConfigurationError(
-            asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
-            why="Log-probs computed before training are stale once the reference has moved.",
-            instead="Set one of the two to False.",
-        )
+    check_sync_without_precompute(args.sync_ref_model, args.precompute_ref_log_probs)
 
 
 def _check_sync_rule(args: DPOConfig) -> None:
     rule, alpha, rank = args.ref_model_sync_rule, args.ref_model_mixup_alpha, args.ref_model_sync_rank
-    if rule not in SYNC_RULES:
-        refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(SYNC_RULES)}")
+    if rule not in RULES:
+        refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(RULES)}")
     if not args.sync_ref_model and (rule != "soft" or rank is not None):
         name, value = ("ref_model_sync_rule", rule) if rank is None else ("ref_model_sync_rank", rank)
         refuse(name, value, "the reference does not move", "`sync_ref_model=True` with it")
