@@ -89,9 +89,6 @@ class MovingReference(WrappingReference[MovableReference]):
         error = truncation_error(self._state)
         return {"reference/syncs": float(self._num_syncs)} | ({} if error is None else {"reference/truncation": error})
 
-    def export(self, folder: Path | None, *, merged: bool = False) -> None:
-        self._source.export(folder, merged=merged)
-
     def advance(self, step: int) -> bool:
         if step % self._every:
             return False

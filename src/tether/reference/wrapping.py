@@ -6,6 +6,7 @@ Hands on what concerns the source's weights; knows no kind of source and no kind
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -62,6 +63,9 @@ class WrappingReference(Reference, Generic[Source]):
 
     def in_policy(self) -> AbstractContextManager[None]:
         return self._source.in_policy()
+
+    def export(self, folder: Path | None, *, merged: bool = False) -> None:
+        self._source.export(folder, merged=merged)
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         return self._source.log_probs(batch)
