@@ -13,6 +13,7 @@ import harness
 import torch
 
 from tether.scoring import attention
+from tether.scoring.groups import groups_of, lengths_tensor
 
 HEADS, KEY_HEADS, SIZE, BATCH = 12, 6, 128, 8
 
@@ -40,14 +41,14 @@ def main() -> None:
 
 def _lengths(rows: list[dict], item: int) -> torch.Tensor:
     batch = rows[item * BATCH : (item + 1) * BATCH]
-    return attention.lengths_tensor(
+    return lengths_tensor(
         [(len(row["prompt_ids"]), [len(row["chosen_ids"]), len(row["rejected_ids"])]) for row in batch]
     )
 
 
 def _run(way: Any, lengths: torch.Tensor) -> None:
     attention.CUDA_ATTENTION = way
-    row = sum(group.prompt_length + sum(group.response_lengths) for group in attention._groups(lengths))
+    row = sum(group.prompt_length + sum(group.response_lengths) for group in groups_of(lengths))
     leaves = [
         torch.randn(1, heads, row, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)

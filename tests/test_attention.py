@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tether.scoring.attention import lengths_tensor, packed_attention
-from tether.scoring.varlen import varlen_attention
+from tether.scoring.attention import packed_attention
+from tether.scoring.groups import lengths_tensor
+from tether.scoring.varlen import plan_of, varlen_attention
 
 GROUPS = [(5, [3, 4]), (2, [6]), (7, [1, 2, 5])]
 ROW = sum(prompt + sum(responses) for prompt, responses in GROUPS)
@@ -97,14 +98,13 @@ def test_varlen_plan_gives_each_response_its_prompt_and_itself(
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", own_varlen)
     leaves = projections()
-    groups, start = [], 0
-    for prompt, responses in GROUPS:
-        groups.append((start, prompt, responses))
-        start += prompt + sum(responses)
-    found = varlen_attention(*leaves, lengths_tensor(GROUPS), groups, scale=0.3, window=window)
+    lengths = lengths_tensor(GROUPS)
+    plan = plan_of(lengths, leaves[0].device)
+    found = varlen_attention(*leaves, plan, scale=0.3, window=window)
     expected = one_by_one(*leaves, window)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, leaves), gradients(expected, leaves))
+    assert plan_of(lengths, leaves[0].device) is plan, "one for all layers"
 
 
 @pytest.mark.gpu

@@ -102,6 +102,16 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one(follows: dict[st
     assert same_bits(bits(whole.ref_model), bits(resumed.ref_model))
 
 
+def test_a_reference_that_follows_the_average_is_saved_as_a_model(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "run", callbacks=[BEMACallback(**RULE, **FOLLOWS)], max_steps=6, learning_rate=1e-2)
+    trainer.save_reference(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert trainer.ref_model is not None
+    assert torch.equal(loaded(ids).logits, trainer.ref_model(ids).logits)
+    assert not torch.equal(loaded(ids).logits, tiny_model()(ids).logits), "it has moved"
+
+
 def test_resuming_without_the_average_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, **RUN)
     with pytest.raises(ResumeError, match="BEMACallback"):

@@ -306,6 +306,18 @@ def test_a_moving_reference_may_move() -> None:
     watch.check_drift()
 
 
+def test_distances_ask_no_other_process_what_it_knows_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That was settled when the pairs were set: a log has no verdict to wait for."""
+    policy = tiny_model()
+    watch = ReferenceWatch(MovingReference(FrozenReference.of_policy(policy), lambda: policy, every=1), None, alone)
+    watch.set_sentinel(BATCH)
+    watch.set_start(policy)
+    monkeypatch.setattr("tether.reference.checks.any_process", lambda flag: pytest.fail("a collective call"))
+    disturb(policy, 0.3)
+    found = watch.distances(policy)
+    assert found["reference/distance"] > 0 and found["reference/distance_from_start"] == 0
+
+
 def test_an_adapter_that_trains_is_no_drift() -> None:
     policy = lora(bias="all")
     watch = ReferenceWatch(AdapterReference(policy), None, alone)

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.planner",
         "tether.metrics",
         "tether.config",
+        "tether.config_checks",
         "tether.models",
         "tether.batches",
         "tether.attributes",

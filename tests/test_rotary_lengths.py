@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from runs import curve, trained
+from runs import curve, make_trainer, trained
+from tether.errors import ConfigurationError
+from tether.models import broadcasts_buffers
 from tether.reference import FrozenReference, StoredReference
 from tether.scoring import rotary_limit, score
 from tether.store import LogProbStore, content_key
@@ -104,6 +106,23 @@ def test_a_store_never_serves_a_row_at_another_length(rope: str, tmp_path: Path)
     assert passes == [1, 1, 1, 1, 1, 0]
     again = StoredReference(store, FrozenReference(model_of(rope)), mode="require")
     assert again.log_probs(PairBatch.of_pairs([(one, response(FIRST, ids(3, 32), 9))])).num_responses == 2
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_ddp_sends_no_buffers_where_a_row_may_have_a_forward_of_its_own(rope: str, tmp_path: Path) -> None:
+    """With every forward it would; and the processes make different numbers of them (`test_uneven_forwards.py`)."""
+    model, plain = model_of(rope), tiny_model()
+    assert broadcasts_buffers(model, LIMIT + 1, None, 2) is False
+    assert broadcasts_buffers(model, None, False, 2) is False
+    for asked in (None, True, False):
+        assert broadcasts_buffers(model, LIMIT, asked, 2) is asked, "no row can be longer"
+        assert broadcasts_buffers(plain, None, asked, 2) is asked
+    for max_length in (LIMIT + 1, None):
+        with pytest.raises(ConfigurationError, match=f"beyond {LIMIT}"):
+            broadcasts_buffers(model, max_length, True, 2)
+    broadcasts_buffers(model, None, True, 1)  # nobody waits
+    assert make_trainer(tmp_path, model, max_length=60).args.ddp_broadcast_buffers is False
+    assert make_trainer(tmp_path, plain, max_length=60).args.ddp_broadcast_buffers is None
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from runs import as_dataset, curve, make_trainer, stream, trained
 from tether import DPOConfig, DPOTrainer
 from tether.batches import RowsToScore
 from tether.data import PairCollator
-from tether.errors import ConfigurationError, DataError, MissingLogProbsError
+from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.reference import FrozenReference, Reference, StoredReference
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
@@ -87,6 +88,17 @@ def test_lazy_scores_only_what_a_batch_lacks(tmp_path: Path) -> None:
     for log_probs, response in zip(found.split(), (new, known), strict=True):
         expected = naive_log_probs(tiny_model(), prompt, response.token_ids).detach()
         torch.testing.assert_close(log_probs, expected, atol=5e-6, rtol=1e-6)
+
+
+def test_a_reference_behind_a_store_is_saved_as_a_model_while_its_weights_are_held(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "1", rows=ROWS, learning_rate=1e-2, **LAZY)
+    trainer.save_reference(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, tiny_model()(ids).logits)
+    filled = trained(tmp_path / "2", rows=ROWS, **PRECOMPUTE)
+    with pytest.raises(ReferenceModelError, match="no weights of its own"):
+        filled.save_reference(tmp_path / "given up")
+    assert not (tmp_path / "given up").exists()
 
 
 def test_require_reads_and_holds_no_reference_weights(tmp_path: Path) -> None:

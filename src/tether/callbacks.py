@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tether.errors import ConfigurationError, ResumeError
-from tether.reference.averaging import bema
+from tether.reference.averaging import BemaSchedule, bema
 from tether.reference.following import FollowingReference
 from tether.reference.frozen import frozen_twin
 
@@ -166,17 +166,20 @@ class BEMACallback(TrainerCallback):
 
     @torch.no_grad()
     def _update(self, step: int) -> None:
+        schedule = BemaSchedule(
+            ema_power=self.ema_power,
+            bias_power=self.bias_power,
+            multiplier=self.multiplier,
+            lag=self.lag,
+            min_ema_weight=self.min_ema_multiplier,
+        )
         for index, theta in enumerate(self.thetat_params):
             self.ema_params[index], self._bema_params[index] = bema(
                 self.ema_params[index],
                 theta.detach().to(self.device, torch.float32),
                 self.theta0_params[index],
                 step,
-                ema_power=self.ema_power,
-                bias_power=self.bias_power,
-                multiplier=self.multiplier,
-                lag=self.lag,
-                min_ema_weight=self.min_ema_multiplier,
+                schedule,
             )
         if self._running_model is not None:
             self._write_running_model()

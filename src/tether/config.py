@@ -6,8 +6,6 @@ loads nothing.
 
 from __future__ import annotations
 
-import math
-import os
 import shlex
 import warnings
 from dataclasses import dataclass, field, replace
@@ -17,13 +15,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, check_config, check_losses, refuse
 from tether.errors import ConfigurationError
-from tether.losses import DIVERGENCES, LOSSES, LossOptions, check_loss_options
-
-_STORE_MODES = ("auto", "fill", "lazy", "require")
-_DTYPES = ("float32", "bfloat16", "float16")
-_SYNC_RULES = ("soft", "hard", "bema", "factors")  # those of reference.parts
-_SYNC_ALPHA = 0.6
+from tether.losses import DIVERGENCES, LOSSES, LossOptions
+from tether.reference.parts import RULES
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -156,11 +151,9 @@ class DPOConfig(TrainingArguments):
     reference_free: bool = _option(False, "No reference: each response's reward is beta times its own log-prob.")
 
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
-    ref_model_mixup_alpha: float = _option(_SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
+    ref_model_mixup_alpha: float = _option(SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
-    ref_model_sync_rule: str = _option(
-        "soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(_SYNC_RULES)
-    )
+    ref_model_sync_rule: str = _option("soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(RULES))
     ref_model_sync_rank: int | None = _option(
         None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
     )
@@ -169,16 +162,16 @@ class DPOConfig(TrainingArguments):
     ref_store_mode: str = _option(
         "auto",
         "When the store is filled: before training, while it runs, or never (a missing row is then an error).",
-        choices=list(_STORE_MODES),
+        choices=list(STORE_MODES),
     )
     ref_dtype: str | None = _option(
-        None, f"Dtype of an explicit reference's weights: {', '.join(_DTYPES)}. Default: the policy's."
+        None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )
 
     def __post_init__(self) -> None:
         loss_type: str | list[str] = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-        self._check()
+        check_config(self)
         self._check_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
@@ -212,148 +205,12 @@ class DPOConfig(TrainingArguments):
         Raises:
             ConfigurationError: If it is not positive.
         """
-        self._check_losses(replace(self.loss_options, beta=value))
+        check_losses(self, replace(self.loss_options, beta=value))
         self.beta = value
-
-    def _check_losses(self, options: LossOptions) -> None:
-        check_loss_options(
-            self.loss_type,
-            self.loss_weights,
-            options,
-            use_weighting=self.use_weighting,
-            bco_reward_shift=self.bco_reward_shift,
-        )
-
-    def _check(self) -> None:
-        self._check_losses(self.loss_options)
-        if self.router_aux_loss_coef is not None and not math.isfinite(self.router_aux_loss_coef):
-            _refuse(
-                "router_aux_loss_coef",
-                self.router_aux_loss_coef,
-                "the router's loss is multiplied by it",
-                "a finite number, or None for the model's own",
-            )
-        if self.reference_free:
-            self._check_reference_free()
-        if not 0 <= self.ref_model_mixup_alpha <= 1:
-            _refuse(
-                "ref_model_mixup_alpha",
-                self.ref_model_mixup_alpha,
-                "it is the policy's weight in an average with the reference",
-                "a value in [0, 1]",
-            )
-        if self.ref_model_sync_steps < 1:
-            _refuse(
-                "ref_model_sync_steps",
-                self.ref_model_sync_steps,
-                "it counts optimizer steps between syncs",
-                "a whole number of at least 1",
-            )
-        self._check_sync_rule()
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ConfigurationError(
-                asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
-                why="Log-probs computed before training are stale once the reference has moved.",
-                instead="Set one of the two to False.",
-            )
-        if self.max_length is not None and self.max_length < 2:
-            _refuse("max_length", self.max_length, "a prompt and a response have a token each", "2 or more, or None")
-        if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
-            _refuse(
-                "max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, "a pair has tokens", "1 or more, or None"
-            )
-        if self.train_sampling_strategy == "batch_rebalance":
-            _refuse(
-                "train_sampling_strategy",
-                self.train_sampling_strategy,
-                "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
-                "`group_by_length`, which also evens the work of the processes",
-            )
-        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
-            _refuse(
-                "fp16",
-                self.fp16,
-                "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
-                "`bf16=True`, or `fp16=False`",
-            )
-        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
-            raise ConfigurationError(
-                asked="`activation_offloading=True` without an accelerator.",
-                why="It moves activations from an accelerator's memory to the host's, and on a CPU they are there "
-                "already.",
-                instead="Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
-            )
-        if self.use_liger_kernel:
-            raise ConfigurationError(
-                asked="`use_liger_kernel=True`.",
-                why="Full logits never exist here, so its fused head would save nothing; its other kernels are put "
-                "into the policy when training starts, after its reference was made: the two would compute "
-                "differently.",
-                instead='Leave it out. `model_init_kwargs={"use_kernels": True}` loads kernels with the model, for '
-                "policy and reference alike.",
-            )
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            _refuse("truncation_mode", self.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
-        if self.bad_rows not in ("raise", "drop"):
-            _refuse("bad_rows", self.bad_rows, "a set is refused, or its rows are dropped", "`raise` or `drop`")
-        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
-            _refuse("precompute_ref_batch_size", self.precompute_ref_batch_size, "a batch has a pair", "1 or more")
-        if self.ref_dtype is not None and self.ref_dtype not in _DTYPES:
-            _refuse(
-                "ref_dtype",
-                self.ref_dtype,
-                "it is not a dtype that weights are held in",
-                f"one of {', '.join(_DTYPES)}",
-            )
-        if self.ref_store_mode not in _STORE_MODES:
-            _refuse(
-                "ref_store_mode",
-                self.ref_store_mode,
-                "it says when the store of reference log-probs is filled",
-                f"one of {', '.join(f'`{mode}`' for mode in _STORE_MODES)}",
-            )
-        if self.ref_store_mode != "auto" and not self.precompute_ref_log_probs:
-            raise ConfigurationError(
-                asked=f"`ref_store_mode={self.ref_store_mode!r}` without `precompute_ref_log_probs=True`.",
-                why="Without it no store of reference log-probs is used, so there is nothing to fill or to require.",
-                instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store_mode` out.",
-            )
-        if self.ref_store is not None and not self.precompute_ref_log_probs:
-            raise ConfigurationError(
-                asked=f"`ref_store={self.ref_store!r}` without `precompute_ref_log_probs=True`.",
-                why="Without it no store of reference log-probs is used: the file would be neither read nor written.",
-                instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store` out.",
-            )
-        if self.ref_store is not None and os.path.isdir(self.ref_store):
-            _refuse("ref_store", self.ref_store, "it is a folder", "the path of a file, existing or new")
-
-    def _check_sync_rule(self) -> None:
-        rule, alpha, rank = self.ref_model_sync_rule, self.ref_model_mixup_alpha, self.ref_model_sync_rank
-        if rule not in _SYNC_RULES:
-            _refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(_SYNC_RULES)}")
-        if not self.sync_ref_model and (rule != "soft" or rank is not None):
-            name, value = ("ref_model_sync_rule", rule) if rank is None else ("ref_model_sync_rank", rank)
-            _refuse(name, value, "the reference does not move", "`sync_ref_model=True` with it")
-        if (rule == "hard" and alpha not in (_SYNC_ALPHA, 1)) or (rule == "bema" and alpha != _SYNC_ALPHA):
-            _refuse(
-                "ref_model_mixup_alpha",
-                alpha,
-                f"the rule `{rule}` has no weight to choose",
-                "`ref_model_sync_rule='soft'` with it, or leave it out",
-            )
-        if rank is not None and rank < 1:
-            _refuse("ref_model_sync_rank", rank, "a matrix of rank 0 is zero", "1 or more, or None")
-        if rank is not None and (rule in ("hard", "factors") or (rule == "soft" and alpha == 1)):
-            _refuse(
-                "ref_model_sync_rank",
-                rank,
-                "nothing is averaged at a rank of its own: copies and averaged factors have the policy's",
-                "`ref_model_sync_rule='soft'` with an alpha below 1, or None",
-            )
 
     def _check_padding(self) -> None:
         if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
-            _refuse(
+            refuse(
                 "pad_to_multiple_of",
                 self.pad_to_multiple_of,
                 "pairs are laid out one behind the other, without padding that could be rounded up",
@@ -366,22 +223,6 @@ class DPOConfig(TrainingArguments):
                 FutureWarning,
                 stacklevel=4,  # whoever wrote `DPOConfig(...)`
             )
-
-    def _check_reference_free(self) -> None:
-        options = {
-            "sync_ref_model": self.sync_ref_model,
-            "precompute_ref_log_probs": self.precompute_ref_log_probs,
-            "ref_dtype": self.ref_dtype,
-            "ref_store": self.ref_store,
-            "ref_store_mode": self.ref_store_mode if self.ref_store_mode != "auto" else None,
-        }
-        for option, value in options.items():
-            if value:
-                raise ConfigurationError(
-                    asked=f"`reference_free=True` together with `{option}={value!r}`.",
-                    why="Without a reference there is nothing to compute, to keep or to move.",
-                    instead=f"Leave `{option}` out, or set `reference_free=False`.",
-                )
 
 
 def refuse_data_parallel(args: DPOConfig) -> None:
@@ -416,9 +257,3 @@ def how_to_fill(args: DPOConfig, model_name: str) -> str:
     }
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
     return f"Run this once with `ref_store_mode='fill'`; or, from a shell: `tether precompute {words}`."
-
-
-def _refuse(option: str, value: Any, why: str, instead: str) -> None:
-    raise ConfigurationError(
-        asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
-    )

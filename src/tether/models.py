@@ -224,6 +224,31 @@ def check_even_forwards(model: nn.Module, max_length: int | None) -> None:
         raise uneven_forwards(limit, max_length)
 
 
+def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | None, num_processes: int) -> bool | None:
+    """`ddp_broadcast_buffers` for a policy: as asked (None for DDP's own default), or False where a row may need a
+    forward of its own.
+
+    DDP sends the buffers at the start of every forward, and waits for all processes to do so. Where rotary embeddings
+    depend on the length, processes make different numbers of forwards in a step. Nothing is lost: the only buffers that
+    such a model changes are those embeddings, and `score` resets them before each forward.
+
+    Raises:
+        ConfigurationError: If the buffers of such a model were asked to be sent.
+    """
+    limit = rotary_limit(model)
+    if limit is None or (max_length is not None and max_length <= limit):
+        return asked
+    if asked and num_processes > 1:
+        raise ConfigurationError(
+            asked="`ddp_broadcast_buffers=True` for a model whose rotary embeddings depend on the length beyond "
+            f"{limit}, with rows of {'any number of' if max_length is None else f'up to {max_length}'} tokens.",
+            why="Buffers are sent at every forward, and a row above that has a forward of its own: the processes would "
+            "make different numbers of forwards, and wait for each other for ever.",
+            instead=f"Leave `ddp_broadcast_buffers` out, or write `max_length={limit}` or less.",
+        )
+    return False
+
+
 def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
     """Weight of the model's own load-balancing loss: as asked, else as its config says; 0 where it has no experts.
 

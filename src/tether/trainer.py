@@ -52,6 +52,7 @@ from tether.metrics import MetricSums, pair_metrics
 from tether.model_card import CardFacts, write_model_card
 from tether.models import (
     add_adapter,
+    broadcasts_buffers,
     check_even_forwards,
     check_padding_free,
     check_trainable,
@@ -205,6 +206,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
+        args.ddp_broadcast_buffers = broadcasts_buffers(
+            policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
+        )
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
         check_trainable(policy)

@@ -1,18 +1,17 @@
-"""The command `tether`: finds the verb, runs it, and turns an error into three readable lines and an exit code.
+"""The command `tether`: runs a verb, and turns an error into three readable lines and an exit code.
 
 Must stay instant: torch and everything that imports it are loaded by a verb, never here.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from tether.errors import ConfigurationError, TetherError
+from tether.cli.verbs import run_verb
+from tether.errors import TetherError
 
 EXIT_DONE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     try:
         return _run(words)
-    except SystemExit as done:  # argparse, after --help
+    except SystemExit as done:  # after --help
         return int(done.code or EXIT_DONE)
     except TetherError as error:
         if traceback:
@@ -72,23 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    verb, *rest = words or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return EXIT_DONE
-    if verb == "--version":
+    if words[:1] == ["--version"]:
         print(f"tether {_version()}")
         return EXIT_DONE
-    if verb not in VERBS:
-        nearest = difflib.get_close_matches(verb, VERBS, n=1)
-        raise ConfigurationError(
-            asked=f"`tether {verb}`.",
-            why="There is no such verb.",
-            instead=f"{f'Did you mean `tether {nearest[0]}`? ' if nearest else ''}The verbs are {', '.join(VERBS)}; "
-            "`tether --help` says what each does.",
-        )
-    code: int = import_module(f"tether.cli.{verb}").run(rest)
-    return code
+    return run_verb("tether", HELP, {verb: f"tether.cli.{verb}" for verb in VERBS}, words)
 
 
 def _version() -> str:

@@ -31,13 +31,6 @@ def soft_update(
     return torch.lerp(reference, policy.to(reference.dtype), alpha)
 
 
-def hard_update(
-    reference: Float[Tensor, "*shape"], policy: Float[Tensor, "*shape"], alpha: float = 1.0
-) -> Float[Tensor, "*shape"]:
-    """The policy takes the reference's place (TR-DPO, Eq. 6); the same as `soft_update` with alpha = 1."""
-    return policy.to(reference.dtype, copy=True)
-
-
 def soft_update_with_residual(
     reference: Float[Tensor, "*shape"],
     residual: Float[Tensor, "*shape"],
@@ -57,17 +50,40 @@ def soft_update_with_residual(
     return rounded, (average - rounded.float()).to(residual.dtype)
 
 
+class BemaSchedule(NamedTuple):
+    """How much the policy and the correction weigh in each update of `bema`.
+
+    Block and Zhang 2025, arXiv 2508.00180, Algorithm 1.
+
+    Attributes:
+        ema_power: `kappa`.
+        bias_power: `eta`.
+        multiplier: `gamma`.
+        lag: `rho`.
+        min_ema_weight: Smallest `b_t`; the paper has none.
+    """
+
+    ema_power: float = 0.5
+    bias_power: float = 0.2
+    multiplier: float = 1.0
+    lag: float = 10.0
+    min_ema_weight: float = 0.0
+
+    def weights(self, update: int) -> tuple[float, float]:
+        """`b_t`, the weight of the policy in the average, and `a_t`, that of the correction; `t` counts from 0."""
+        age = self.lag + self.multiplier * update
+        return min(1.0, max(age**-self.ema_power, self.min_ema_weight)), age**-self.bias_power
+
+
+PAPERS_SCHEDULE = BemaSchedule()
+
+
 def bema(
     average: Float[Tensor, "*shape"],
     policy: Float[Tensor, "*shape"],
     initial: Float[Tensor, "*shape"],
     update: int,
-    *,
-    ema_power: float = 0.5,
-    bias_power: float = 0.2,
-    multiplier: float = 1.0,
-    lag: float = 10.0,
-    min_ema_weight: float = 0.0,
+    schedule: BemaSchedule = PAPERS_SCHEDULE,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Bias-corrected exponential moving average.
 
@@ -81,39 +97,14 @@ def bema(
         policy: `theta_t`.
         initial: `theta_0`.
         update: `t`, counted from 0.
-        ema_power: `kappa`.
-        bias_power: `eta`.
-        multiplier: `gamma`.
-        lag: `rho`.
-        min_ema_weight: Smallest `b_t`; the paper has none.
+        schedule: `rho`, `gamma`, `kappa` and `eta`.
 
     Returns:
         `EMA_t`, to be kept, and `BEMA_t`, to be used.
     """
-    step, correction = bema_weights(
-        update,
-        ema_power=ema_power,
-        bias_power=bias_power,
-        multiplier=multiplier,
-        lag=lag,
-        min_ema_weight=min_ema_weight,
-    )
+    step, correction = schedule.weights(update)
     moved = soft_update(average, policy, step)
     return moved, moved + correction * (policy.to(moved.dtype) - initial.to(moved.dtype))
-
-
-def bema_weights(
-    update: int,
-    *,
-    ema_power: float = 0.5,
-    bias_power: float = 0.2,
-    multiplier: float = 1.0,
-    lag: float = 10.0,
-    min_ema_weight: float = 0.0,
-) -> tuple[float, float]:
-    """`b_t`, the weight of the policy in the average, and `a_t`, that of the correction; arguments as in `bema`."""
-    age = lag + multiplier * update
-    return min(1.0, max(age**-ema_power, min_ema_weight)), age**-bias_power
 
 
 class LowRank(NamedTuple):

@@ -208,12 +208,7 @@ def check_options(
     if ref_model is not None:
         _check_ref_model(policy, ref_model)
         check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
-    if options.sync and options.precompute:
-        raise ConfigurationError(
-            asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
-            why="Log-probs computed before training are stale once the reference has moved.",
-            instead="Set one of the two to False.",
-        )
+    check_sync_without_precompute(options.sync, options.precompute)
     if options.sync:
         _check_sync(policy, ref_model, options, new_adapter)
     if options.precompute and options.streaming and options.store_mode == "fill":
@@ -235,6 +230,16 @@ def check_options(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
             why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
             instead="Leave `ref_dtype` out, or pass `ref_model`.",
+        )
+
+
+def check_sync_without_precompute(sync: bool, precompute: bool) -> None:
+    """Refuses a moving reference whose answers are stored; known before there is any model."""
+    if sync and precompute:
+        raise ConfigurationError(
+            asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
+            why="Log-probs computed before training are stale once the reference has moved.",
+            instead="Set one of the two to False.",
         )
 
 

@@ -81,6 +81,11 @@ class Gap:
         largest = reduce(difference.max(), "max")
         return cls(total / count, float(largest))
 
+    def within(self, allowed: Tolerance) -> bool:
+        """Whether rounding explains it; NaN it never does."""
+        mean, largest = allowed
+        return self.mean <= mean and self.largest <= largest
+
 
 def initial_gap(
     policy: nn.Module,
@@ -107,8 +112,8 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
         InitialGapError: With the gap's size and its likely causes.
     """
     own, alike = reference.identity.compute_dtype, not reference.answers_are_stored
-    mean, largest = tolerance(policy_dtype, own, alike=alike)
-    if gap.mean <= mean and gap.largest <= largest:
+    mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
+    if gap.within(allowed):
         return
     raise InitialGapError(
         asked=f"The {reference.identity.kind} reference was meant to be the initial policy, but scores the first batch "
@@ -144,7 +149,8 @@ class ReferenceWatch:
     A reference that stands still says the same of the fixed pairs (the sentinel) at every evaluation and every save.
 
     Attributes:
-        start: What the initial policy said of the fixed pairs, once that is known; a resumed run is given it.
+        start: What the initial policy said of the fixed pairs, once that is known; a resumed run is given it before
+            `set_sentinel`.
 
     Args:
         reference: The reference to watch.
@@ -159,7 +165,7 @@ class ReferenceWatch:
         reduce: Callable[[Tensor, str], Tensor] = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
-        self._knows_gap = False
+        self._knows_gap = self._knows_start = False
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
@@ -181,19 +187,16 @@ class ReferenceWatch:
         return {"reference/initial_gap": gap.mean}
 
     def set_sentinel(self, batch: PairBatch) -> None:
-        """Keeps what the reference says of these pairs now."""
+        """Keeps what the reference says of these pairs now. Collective."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+        if self._reference.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
+            self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
 
     def set_start(self, policy: nn.Module) -> None:
-        """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves."""
-        if self._reference.moves and self._sentinel is not None and not self._knows_start():
+        """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves; on every process."""
+        if self._reference.moves and self._sentinel is not None and not self._knows_start:
             log_probs = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values.tolist()
-            self.start = Start([key.hex() for key in self._sentinel.keys], log_probs)
-
-    def _knows_start(self) -> bool:
-        """Whether `start` is of the sentinel's pairs, on every process: a resumed run may have other rows."""
-        keys = [] if self._sentinel is None else [key.hex() for key in self._sentinel.keys]
-        return not any_process(self.start is None or self.start.responses != keys)
+            self.start, self._knows_start = Start(_keys(self._sentinel), log_probs), True
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
         """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
@@ -206,7 +209,7 @@ class ReferenceWatch:
         reference = self._reference.log_probs(self._sentinel).values
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
-        if self._knows_start():
+        if self._knows_start:
             assert self.start is not None
             start = reference.new_tensor(self.start.log_probs)
             found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
@@ -224,9 +227,9 @@ class ReferenceWatch:
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        mean, largest = tolerance(own, own, alike=not self._reference.answers_are_stored)
+        allowed = tolerance(own, own, alike=not self._reference.answers_are_stored)
         names = union(self._reference.changed_tensors())  # reads every weight, so only when something is amiss
-        if gap.mean <= mean and gap.largest <= largest and not names:
+        if gap.within(allowed) and not names:
             return
         raise DriftError(
             asked=f"The {self._reference.identity.kind} reference should stand still, but scores fixed pairs "
@@ -237,3 +240,7 @@ class ReferenceWatch:
             instead="Keep training from reaching them (a bias, `modules_to_save`, tied or shared embeddings), or give "
             "the reference weights of its own with `ref_model`.",
         )
+
+
+def _keys(batch: PairBatch) -> list[str]:
+    return [key.hex() for key in batch.keys]

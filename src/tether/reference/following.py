@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import ReferenceModelError, ResumeError
-from tether.reference.base import Reference
 from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity
-from tether.types import PairBatch, ResponseLogProbs
+from tether.reference.wrapping import WrappingReference
 
 _TENSORS = "following_reference.safetensors"
 
 
-class FollowingReference(Reference):
+class FollowingReference(WrappingReference[FrozenReference]):
     """`pi_ref` is what `take` was last given; before that, the source as it was.
 
     Args:
@@ -30,7 +29,7 @@ class FollowingReference(Reference):
     """
 
     def __init__(self, source: FrozenReference) -> None:
-        self._source = source
+        super().__init__(source)
         self._taken: set[str] = set()
 
     @property
@@ -39,28 +38,8 @@ class FollowingReference(Reference):
         return replace(self._source.identity, kind="following")
 
     @property
-    def num_passes(self) -> int:
-        return self._source.num_passes
-
-    @property
-    def means_policy(self) -> bool:
-        """At the start, before weights were taken."""
-        return self._source.means_policy
-
-    @property
     def moves(self) -> bool:
         return True
-
-    @property
-    def extra_bytes(self) -> int:
-        return self._source.extra_bytes
-
-    @property
-    def module(self) -> nn.Module | None:
-        return self._source.module
-
-    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        return self._source.log_probs(batch)
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tether.reference.averaging import (
+    PAPERS_SCHEDULE,
     LowRank,
     add_low_rank,
     average_dora,
     average_low_rank,
-    bema_weights,
     low_rank_norm,
     soft_update,
 )
@@ -132,7 +132,7 @@ class LowRankBemaPart(Part):
         return kept | {f"truncation.{self.a}": torch.zeros(2, dtype=torch.float64)}
 
     def move(self, policy: Tensors, reference: Tensors, state: Tensors, num_syncs: int) -> Move:
-        step, correction = bema_weights(num_syncs)
+        step, correction = PAPERS_SCHEDULE.weights(num_syncs)
         new = self.layout.read(_wide(policy[self.b]), _wide(policy[self.a]))
         average, initial = (
             self.layout.read(state[f"{kind}.{self.b}"], state[f"{kind}.{self.a}"]) for kind in ("average", "initial")

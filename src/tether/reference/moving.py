@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,15 @@ from torch import Tensor, nn
 
 from tether.distributed import forget_gathered
 from tether.errors import ResumeError
-from tether.reference.base import Reference
 from tether.reference.identity import ReferenceIdentity, num_bytes
 from tether.reference.low_rank_parts import truncation_error
 from tether.reference.parts import MovableReference, Tensors, UpdateRule
-from tether.types import PairBatch, ResponseLogProbs
+from tether.reference.wrapping import WrappingReference
 
 _TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
 
 
-class MovingReference(Reference):
+class MovingReference(WrappingReference[MovableReference]):
     """`pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref` every `every` optimizer steps.
 
     Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. The step counted is the optimizer's, and the update comes
@@ -58,7 +56,8 @@ class MovingReference(Reference):
         rule: str = "soft",
         max_rank: int | None = None,
     ) -> None:
-        self._source, self._policy = source, policy
+        super().__init__(source)
+        self._policy = policy
         self._rule, self._every = UpdateRule(rule, alpha, max_rank), every
         self._parts = source.parts(policy(), self._rule)
         self._state: dict[str, Tensor] = {}
@@ -73,18 +72,9 @@ class MovingReference(Reference):
         return replace(self._source.identity, kind="moving")
 
     @property
-    def num_passes(self) -> int:
-        return self._source.num_passes
-
-    @property
     def num_syncs(self) -> int:
         """How often the reference has moved."""
         return self._num_syncs
-
-    @property
-    def means_policy(self) -> bool:
-        """At the start, before the first sync."""
-        return self._source.means_policy
 
     @property
     def moves(self) -> bool:
@@ -92,25 +82,12 @@ class MovingReference(Reference):
 
     @property
     def extra_bytes(self) -> int:
-        return self._source.extra_bytes + num_bytes(self._state.values())
-
-    @property
-    def module(self) -> nn.Module | None:
-        return self._source.module
+        return super().extra_bytes + num_bytes(self._state.values())
 
     def figures(self) -> dict[str, float]:
         """`reference/syncs`, and `reference/truncation` where low-rank updates are averaged."""
         error = truncation_error(self._state)
         return {"reference/syncs": float(self._num_syncs)} | ({} if error is None else {"reference/truncation": error})
-
-    def in_policy(self) -> AbstractContextManager[None]:
-        return self._source.in_policy()
-
-    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        return self._source.log_probs(batch)
-
-    def export(self, folder: Path | None, *, merged: bool = False) -> None:
-        self._source.export(folder, merged=merged)
 
     def advance(self, step: int) -> bool:
         if step % self._every:
@@ -129,14 +106,6 @@ class MovingReference(Reference):
     def _cut(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
         """What this process holds of some tensors, cut as the reference's own are."""
         return {name: self._source.cut(name, tensors[name]) for name in names}
-
-    @property
-    def is_collective(self) -> bool:
-        return self._source.is_collective
-
-    @property
-    def runs_in_policy(self) -> bool:
-        return self._source.runs_in_policy
 
     def save(self, folder: Path | None) -> None:
         own = self._source.tensors()

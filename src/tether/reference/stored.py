@@ -6,19 +6,19 @@ Knows the store's keys, and when a source may be asked; knows no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tether.distributed import any_process
 from tether.errors import DataError, MissingLogProbsError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
+from tether.reference.wrapping import WrappingReference
 from tether.store import LogProbStore, key_at_length
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
@@ -29,7 +29,7 @@ _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 _IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
 
 
-class StoredReference(Reference):
+class StoredReference(WrappingReference[Reference]):
     """A reference that reads what was computed before, by content, under the identity of who computed it.
 
     Args:
@@ -66,14 +66,15 @@ class StoredReference(Reference):
             if source is None:
                 raise ValueError("a StoredReference needs a source or the identity of one")
             identity = source.identity
-        self._store, self._source, self._identity = store, source, identity
+        super().__init__(source if source is not None else _Nobody(identity))
+        self._store, self._identity = store, identity
         self._mode, self._release_when_filled = mode, release_when_filled
         self._length_limit = source.length_limit if source is not None else length_limit
         self._decode = decode
         self._how_to_fill = how_to_fill or "Fill the store first (`tether precompute`)."
         self._num_found = self._num_computed = 0
-        if mode == "require" and source is not None:
-            source.release()
+        if mode == "require":
+            self.release()
 
     @property
     def store(self) -> LogProbStore:
@@ -83,7 +84,7 @@ class StoredReference(Reference):
     @property
     def source(self) -> Reference | None:
         """Who computes what is missing, if anybody."""
-        return self._source
+        return None if isinstance(self._source, _Nobody) else self._source
 
     @property
     def num_found(self) -> int:
@@ -104,42 +105,20 @@ class StoredReference(Reference):
         return self._length_limit
 
     @property
-    def num_passes(self) -> int:
-        return self._source.num_passes if self._source is not None else 0
-
-    @property
-    def means_policy(self) -> bool:
-        return self._source is not None and self._source.means_policy
-
-    @property
     def answers_are_stored(self) -> bool:
         return True
 
-    def changed_tensors(self) -> list[str]:
-        return self._source.changed_tensors() if self._source is not None else []
-
     @property
     def is_collective(self) -> bool:
-        return self._may_score and self._source is not None and self._source.is_collective
+        return self._may_score and super().is_collective
 
     @property
     def runs_in_policy(self) -> bool:
-        return self._may_score and self._source is not None and self._source.runs_in_policy
+        return self._may_score and super().runs_in_policy
 
     @property
     def _may_score(self) -> bool:
         return self._mode != "require"
-
-    @property
-    def extra_bytes(self) -> int:
-        return self._source.extra_bytes if self._source is not None else 0
-
-    def in_policy(self) -> AbstractContextManager[None]:
-        return self._source.in_policy() if self._source is not None else super().in_policy()
-
-    @property
-    def module(self) -> nn.Module | None:
-        return self._source.module if self._source is not None else None
 
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
         """Has the store hold what the sets need, as the mode says, and then (by default) releases the source.
@@ -175,8 +154,7 @@ class StoredReference(Reference):
 
     def release(self) -> None:
         """Releases the source; an adapter's base, which costs nothing and stays true, goes on answering new rows."""
-        if self._source is not None:
-            self._source.release()
+        self._source.release()
 
     def _lacking(self, batch: PairBatch) -> list[int]:
         return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
@@ -205,7 +183,6 @@ class StoredReference(Reference):
         """
         if not (self.is_collective and any_process(False)):
             return False
-        assert self._source is not None
         self._source.log_probs(_IDLE)
         return True
 
@@ -223,7 +200,7 @@ class StoredReference(Reference):
     def _compute_some(self, batch: PairBatch, lacking: Sequence[int]) -> list[Float[Tensor, " length"]]:
         """The answers for some responses of a batch, scored now."""
         names = names_of(batch)
-        if self._mode == "require" or self._source is None:
+        if self._mode == "require" or self.source is None:
             raise self._missing(f"{self._named(batch, lacking[0], names(lacking[0]))} is")
         if len(lacking) == batch.num_responses:
             return self._compute(batch, names).split()
@@ -231,7 +208,7 @@ class StoredReference(Reference):
 
     def _compute(self, batch: PairBatch, name_of: Callable[[int], str]) -> ResponseLogProbs:
         """Has the source score a batch, and keeps the answers."""
-        if self._source is None:
+        if self.source is None:
             raise self._missing(f"{self._named(batch, 0, name_of(0))} is")
         if self.is_collective:
             any_process(True)
@@ -279,3 +256,21 @@ class StoredReference(Reference):
             instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 "
             "in place of float16), or a token that it rules out.",
         )
+
+
+class _Nobody(Reference):
+    """In the place of a source that is not there: it has a name, and no weights."""
+
+    def __init__(self, identity: ReferenceIdentity) -> None:
+        self._identity = identity
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        return self._identity
+
+    @property
+    def num_passes(self) -> int:
+        return 0
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        raise AssertionError("`StoredReference` looks whether there is a source before it asks one")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tether.errors import ConfigurationError, StoreError
-from tether.reference.checks import tolerance
+from tether.reference.checks import Gap, tolerance
 from tether.reference.filling import names_of
 from tether.reference.stored import StoredReference
 from tether.types import PairBatch
@@ -75,8 +75,8 @@ def check(found: Verification, reference: StoredReference) -> None:
         StoreError: With its size and the row that has it.
     """
     own = reference.identity.compute_dtype
-    mean, largest = tolerance(own, own, alike=False)
-    if found.mean <= mean and found.largest <= largest:
+    mean, largest = allowed = tolerance(own, own, alike=False)
+    if Gap(found.mean, found.largest).within(allowed):
         return
     raise StoreError(
         asked=f"The store {reference.store.path} differs from what the reference says now by {found.largest:.3g} nats "

@@ -1,8 +1,7 @@
 """Exact attention over a packed row: every response attends to its prompt and to itself, and to nothing else.
 
-Registered with transformers' public attention interfaces; nothing is patched. The row's structure travels as one
-small tensor of lengths, so that checkpointing can replay it and `torch.compile` need not look inside. Knows
-tensors; knows no pairs, no models beyond their config.
+Registered with transformers' public attention interfaces; nothing is patched. Knows tensors; knows no pairs, no
+models beyond their config.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tether.scoring.varlen import varlen_attention
+from tether.scoring.groups import groups_of
+from tether.scoring.varlen import plan_of, varlen_attention
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -33,33 +33,6 @@ _SCORING, _KEPT = "tether_packed:", "tether_packed_or:"  # each followed by the 
 
 class UnsupportedAttentionError(RuntimeError):
     """The model's attention does something that a packed row cannot honour; the padded layout can."""
-
-
-class Group(NamedTuple):
-    """Where one prompt and its responses stand in a packed row."""
-
-    start: int
-    prompt_length: int
-    response_lengths: list[int]
-
-
-def lengths_tensor(groups: list[tuple[int, list[int]]]) -> Int[Tensor, " entries"]:
-    """The structure of a row as one tensor on the host: for each group its prompt's, then its responses' lengths."""
-    flat: list[int] = []
-    for prompt_length, response_lengths in groups:
-        flat += [prompt_length, len(response_lengths), *response_lengths]
-    return torch.tensor(flat, dtype=torch.int64)
-
-
-def _groups(lengths: Tensor) -> Iterator[Group]:
-    flat = lengths.tolist()
-    place = start = 0
-    while place < len(flat):
-        prompt_length, count = flat[place], flat[place + 1]
-        responses = flat[place + 2 : place + 2 + count]
-        yield Group(start, prompt_length, responses)
-        place += 2 + count
-        start += prompt_length + sum(responses)
 
 
 @contextmanager
@@ -176,8 +149,7 @@ def _fits_varlen(query: Tensor, value: Tensor, softcap: float | None, dropout: f
 def _packed_varlen(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    groups = [(group.start, group.prompt_length, group.response_lengths) for group in _groups(lengths)]
-    return varlen_attention(query, key, value, lengths, groups, scale=scale, window=window)
+    return varlen_attention(query, key, value, plan_of(lengths, query.device), scale=scale, window=window)
 
 
 # --- one sequence after the other, through autograd: any device, softcap and dropout ---------------------------------
@@ -194,12 +166,12 @@ def _packed_pairwise(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    sizes = [size for group in _groups(lengths) for size in (group.prompt_length, *group.response_lengths)]
+    sizes = [size for group in groups_of(lengths) for size in (group.prompt_length, *group.response_lengths)]
     # `split`, not slices: the backward of a slice fills a tensor of the whole row with zeros.
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
     outputs = []
     place = 0
-    for group in _groups(lengths):
+    for group in groups_of(lengths):
         prompt, place = place, place + 1
         for number in range(len(group.response_lengths)):
             # The prompt's own queries go with the first response.
@@ -260,7 +232,7 @@ class _Part(NamedTuple):
 
 
 def _parts(lengths: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Part]:
-    for start, prompt_length, response_lengths in _groups(lengths):
+    for start, prompt_length, response_lengths in groups_of(lengths):
         end = start + prompt_length
         for number, length in enumerate(response_lengths):
             if number == 0:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tether.scoring.attention import lengths_tensor
+from tether.scoring.groups import lengths_tensor
 from tether.scoring.images import image_inputs
 from tether.types import PairBatch
 

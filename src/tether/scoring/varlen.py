@@ -6,6 +6,7 @@ itself; its keys are the prompt and the response, gathered. Causal attention ali
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tether.scoring.groups import Group, groups_of
 from tether.types import offsets_of
 
 
@@ -34,13 +36,23 @@ class VarlenPlan(NamedTuple):
     longest_key: int
 
 
-def plan_of(groups: list[tuple[int, int, list[int]]], device: torch.device) -> VarlenPlan:
-    """The plan of a row.
+_plans = WeakTensorKeyDictionary()  # one plan for all layers: planning copies to the device
+
+
+def plan_of(lengths: Int[Tensor, " entries"], device: torch.device) -> VarlenPlan:
+    """The plan of a row, made once and kept for as long as `lengths` lives.
 
     Args:
-        groups: For each prompt its start in the row, its length, and its responses' lengths.
+        lengths: The row's structure, from `lengths_tensor`.
         device: Where the row is.
     """
+    plan: VarlenPlan | None = _plans.get(lengths)
+    if plan is None or plan.key_places.device != device:
+        plan = _plans[lengths] = _new_plan(groups_of(lengths), device)
+    return plan
+
+
+def _new_plan(groups: Iterable[Group], device: torch.device) -> VarlenPlan:
     places: list[Tensor] = []
     query_lengths: list[int] = []
     key_lengths: list[int] = []
@@ -60,15 +72,11 @@ def plan_of(groups: list[tuple[int, int, list[int]]], device: torch.device) -> V
     )
 
 
-_plans = WeakTensorKeyDictionary()  # one plan for all layers: planning copies to the device
-
-
 def varlen_attention(
     query: Float[Tensor, "1 heads row size"],
     key: Float[Tensor, "1 key_heads row size"],
     value: Float[Tensor, "1 key_heads row size"],
-    lengths: Int[Tensor, " entries"],
-    groups: list[tuple[int, int, list[int]]],
+    plan: VarlenPlan,
     *,
     scale: float,
     window: int | None,
@@ -77,14 +85,10 @@ def varlen_attention(
 
     Args:
         query, key, value: Of the whole row.
-        lengths: The row's structure; plans are kept for as long as it lives.
-        groups: The same, taken apart.
+        plan: The row's.
         scale: Factor on the scores.
         window: Each query sees at most this many positions, its own included.
     """
-    plan: VarlenPlan | None = _plans.get(lengths)
-    if plan is None or plan.key_places.device != query.device:
-        plan = _plans[lengths] = plan_of(groups, query.device)
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen.varlen_attn(
         rows.contiguous(),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from importlib import import_module
 
-from tether.cli import EXIT_DONE
-from tether.errors import ConfigurationError
+from tether.cli.verbs import run_verb
 
 HELP = """\
 tether store: the log-probs of references, kept on disk so that each response is scored once.
@@ -28,27 +25,14 @@ docs/store.md explains what is kept, when it is used again, and how to share it.
 
 # Each verb's module beside this file, with `run(argv) -> int`.
 VERBS = {
-    "info": "info",
-    "verify": "verify",
-    "export": "export_records",
-    "import": "import_records",
-    "merge": "merge",
-    "prune": "prune",
+    "info": "tether.cli.store.info",
+    "verify": "tether.cli.store.verify",
+    "export": "tether.cli.store.export_records",
+    "import": "tether.cli.store.import_records",
+    "merge": "tether.cli.store.merge",
+    "prune": "tether.cli.store.prune",
 }
 
 
 def run(argv: Sequence[str]) -> int:
-    verb, *rest = argv or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return EXIT_DONE
-    if verb not in VERBS:
-        nearest = difflib.get_close_matches(verb, VERBS, n=1)
-        raise ConfigurationError(
-            asked=f"`tether store {verb}`.",
-            why="There is no such verb.",
-            instead=f"{f'Did you mean `tether store {nearest[0]}`? ' if nearest else ''}The verbs are "
-            f"{', '.join(VERBS)}; `tether store --help` says what each does.",
-        )
-    code: int = import_module(f"tether.cli.store.{VERBS[verb]}").run(rest)
-    return code
+    return run_verb("tether store", HELP, VERBS, argv)

@@ -1,0 +1,213 @@
+"""The options of a run, looked at one by one and together: what is refused, and in which order.
+
+Knows options only: a model, rows and processes are looked at where they are known.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tether.errors import ConfigurationError
+from tether.losses import LossOptions, check_loss_options
+from tether.reference.build import check_sync_without_precompute
+from tether.reference.parts import RULES
+
+if TYPE_CHECKING:
+    from tether.config import DPOConfig
+
+STORE_MODES = ("auto", "fill", "lazy", "require")
+DTYPES = ("float32", "bfloat16", "float16")
+SYNC_ALPHA = 0.6
+
+
+def check_config(args: DPOConfig) -> None:
+    """Refuses values out of range and options that contradict each other; changes nothing.
+
+    Raises:
+        ConfigurationError: Names the option.
+    """
+    check_losses(args, args.loss_options)
+    _check_router_loss(args)
+    if args.reference_free:
+        _check_reference_free(args)
+    _check_sync(args)
+    _check_batches(args)
+    _check_device(args)
+    _check_rows(args)
+    _check_reference(args)
+    _check_store(args)
+
+
+def check_losses(args: DPOConfig, options: LossOptions) -> None:
+    """Refuses losses that do not go together with these options, or options that none of them reads."""
+    check_loss_options(
+        args.loss_type,
+        args.loss_weights,
+        options,
+        use_weighting=args.use_weighting,
+        bco_reward_shift=args.bco_reward_shift,
+    )
+
+
+def _check_router_loss(args: DPOConfig) -> None:
+    if args.router_aux_loss_coef is not None and not math.isfinite(args.router_aux_loss_coef):
+        refuse(
+            "router_aux_loss_coef",
+            args.router_aux_loss_coef,
+            "the router's loss is multiplied by it",
+            "a finite number, or None for the model's own",
+        )
+
+
+def _check_reference_free(args: DPOConfig) -> None:
+    options = {
+        "sync_ref_model": args.sync_ref_model,
+        "precompute_ref_log_probs": args.precompute_ref_log_probs,
+        "ref_dtype": args.ref_dtype,
+        "ref_store": args.ref_store,
+        "ref_store_mode": args.ref_store_mode if args.ref_store_mode != "auto" else None,
+    }
+    for option, value in options.items():
+        if value:
+            raise ConfigurationError(
+                asked=f"`reference_free=True` together with `{option}={value!r}`.",
+                why="Without a reference there is nothing to compute, to keep or to move.",
+                instead=f"Leave `{option}` out, or set `reference_free=False`.",
+            )
+
+
+def _check_sync(args: DPOConfig) -> None:
+    if not 0 <= args.ref_model_mixup_alpha <= 1:
+        refuse(
+            "ref_model_mixup_alpha",
+            args.ref_model_mixup_alpha,
+            "it is the policy's weight in an average with the reference",
+            "a value in [0, 1]",
+        )
+    if args.ref_model_sync_steps < 1:
+        refuse(
+            "ref_model_sync_steps",
+            args.ref_model_sync_steps,
+            "it counts optimizer steps between syncs",
+            "a whole number of at least 1",
+        )
+    _check_sync_rule(args)
+    check_sync_without_precompute(args.sync_ref_model, args.precompute_ref_log_probs)
+
+
+def _check_sync_rule(args: DPOConfig) -> None:
+    rule, alpha, rank = args.ref_model_sync_rule, args.ref_model_mixup_alpha, args.ref_model_sync_rank
+    if rule not in RULES:
+        refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(RULES)}")
+    if not args.sync_ref_model and (rule != "soft" or rank is not None):
+        name, value = ("ref_model_sync_rule", rule) if rank is None else ("ref_model_sync_rank", rank)
+        refuse(name, value, "the reference does not move", "`sync_ref_model=True` with it")
+    if (rule == "hard" and alpha not in (SYNC_ALPHA, 1)) or (rule == "bema" and alpha != SYNC_ALPHA):
+        refuse(
+            "ref_model_mixup_alpha",
+            alpha,
+            f"the rule `{rule}` has no weight to choose",
+            "`ref_model_sync_rule='soft'` with it, or leave it out",
+        )
+    if rank is not None and rank < 1:
+        refuse("ref_model_sync_rank", rank, "a matrix of rank 0 is zero", "1 or more, or None")
+    if rank is not None and (rule in ("hard", "factors") or (rule == "soft" and alpha == 1)):
+        refuse(
+            "ref_model_sync_rank",
+            rank,
+            "nothing is averaged at a rank of its own: copies and averaged factors have the policy's",
+            "`ref_model_sync_rule='soft'` with an alpha below 1, or None",
+        )
+
+
+def _check_batches(args: DPOConfig) -> None:
+    if args.max_length is not None and args.max_length < 2:
+        refuse("max_length", args.max_length, "a prompt and a response have a token each", "2 or more, or None")
+    if args.max_tokens_per_micro_batch is not None and args.max_tokens_per_micro_batch < 1:
+        refuse("max_tokens_per_micro_batch", args.max_tokens_per_micro_batch, "a pair has tokens", "1 or more, or None")
+    if args.train_sampling_strategy == "batch_rebalance":
+        refuse(
+            "train_sampling_strategy",
+            args.train_sampling_strategy,
+            "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
+            "`group_by_length`, which also evens the work of the processes",
+        )
+
+
+def _check_device(args: DPOConfig) -> None:
+    if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
+        refuse(
+            "fp16",
+            args.fp16,
+            "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
+            "`bf16=True`, or `fp16=False`",
+        )
+    if args.activation_offloading and (args.use_cpu or not torch.accelerator.is_available()):
+        raise ConfigurationError(
+            asked="`activation_offloading=True` without an accelerator.",
+            why="It moves activations from an accelerator's memory to the host's, and on a CPU they are there already.",
+            instead="Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
+        )
+    if args.use_liger_kernel:
+        raise ConfigurationError(
+            asked="`use_liger_kernel=True`.",
+            why="Full logits never exist here, so its fused head would save nothing; its other kernels are put "
+            "into the policy when training starts, after its reference was made: the two would compute "
+            "differently.",
+            instead='Leave it out. `model_init_kwargs={"use_kernels": True}` loads kernels with the model, for '
+            "policy and reference alike.",
+        )
+
+
+def _check_rows(args: DPOConfig) -> None:
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        refuse("truncation_mode", args.truncation_mode, "there are two ends", "`keep_start` or `keep_end`")
+    if args.bad_rows not in ("raise", "drop"):
+        refuse("bad_rows", args.bad_rows, "a set is refused, or its rows are dropped", "`raise` or `drop`")
+
+
+def _check_reference(args: DPOConfig) -> None:
+    if args.precompute_ref_batch_size is not None and args.precompute_ref_batch_size < 1:
+        refuse("precompute_ref_batch_size", args.precompute_ref_batch_size, "a batch has a pair", "1 or more")
+    if args.ref_dtype is not None and args.ref_dtype not in DTYPES:
+        refuse(
+            "ref_dtype",
+            args.ref_dtype,
+            "it is not a dtype that weights are held in",
+            f"one of {', '.join(DTYPES)}",
+        )
+
+
+def _check_store(args: DPOConfig) -> None:
+    if args.ref_store_mode not in STORE_MODES:
+        refuse(
+            "ref_store_mode",
+            args.ref_store_mode,
+            "it says when the store of reference log-probs is filled",
+            f"one of {', '.join(f'`{mode}`' for mode in STORE_MODES)}",
+        )
+    if args.ref_store_mode != "auto" and not args.precompute_ref_log_probs:
+        raise ConfigurationError(
+            asked=f"`ref_store_mode={args.ref_store_mode!r}` without `precompute_ref_log_probs=True`.",
+            why="Without it no store of reference log-probs is used, so there is nothing to fill or to require.",
+            instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store_mode` out.",
+        )
+    if args.ref_store is not None and not args.precompute_ref_log_probs:
+        raise ConfigurationError(
+            asked=f"`ref_store={args.ref_store!r}` without `precompute_ref_log_probs=True`.",
+            why="Without it no store of reference log-probs is used: the file would be neither read nor written.",
+            instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store` out.",
+        )
+    if args.ref_store is not None and os.path.isdir(args.ref_store):
+        refuse("ref_store", args.ref_store, "it is a folder", "the path of a file, existing or new")
+
+
+def refuse(option: str, value: Any, why: str, instead: str) -> None:
+    """Refuses the value of one option: why it cannot be, and what to write."""
+    raise ConfigurationError(
+        asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
+    )
