@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from launch import launch
 from test_rotary_lengths import ROPES
+
+from launch import launch
 
 pytestmark = pytest.mark.distributed
 PAIRS_PER_STEP = 4
