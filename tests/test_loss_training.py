@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ RUNS: dict[str, dict[str, Any]] = {
     # Its exponential of a response's sum multiplies the rounding of that sum: TRL parts from itself as above by 1e-4
     # with sums of 280 nats, by 5e-5 with those of 60.
     "forward_kl": {"f_divergence_type": "forward_kl", "response_characters": 24},
-    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["ipo"]},
+    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["ipo"], "loss_weights": [0.1]},
     "alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
     "LD-DPO": {"ld_alpha": 0.3, "loss_type": ["sigmoid_norm"]},
     "WPO": {"use_weighting": True, "loss_weights": [2000.0]},  # the weights of a model that knows nothing are tiny
@@ -90,8 +91,9 @@ def assert_equal_to_trl(name: str, reference: str, num_steps: int, folders: dict
     options["learning_rate"] *= 10 if reference == "implicit" else 1  # its B starts at 0, and few weights train
     folder, rows = folders[options.pop("family", "llama")], shortened(options.pop("response_characters", None))
     ours_only = {key: options.pop(key) for key in ("bco_reward_shift",) if key in options} | ONLY_OURS.get(name, {})
-    theirs = trl_curve(folder, rows, tiny_tokenizer(), tmp_path / "trl", **options | more)
-    trainer = trained(tmp_path / "tether", folder, rows, **options | more | ours_only)
+    # Each gets its own `peft_config`: PEFT writes into the one that it is given.
+    theirs = trl_curve(folder, rows, tiny_tokenizer(), tmp_path / "trl", **options | deepcopy(more))
+    trainer = trained(tmp_path / "tether", folder, rows, **options | deepcopy(more) | ours_only)
     assert isinstance(trainer.reference, kind)
     assert_same_curves(steps(trainer), theirs, stored=reference == "precomputed")
 
