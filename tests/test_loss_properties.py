@@ -90,7 +90,56 @@ def test_label_smoothing_does_not_move_the_start(pair: Pair, beta: float, smooth
         assert loss_of(name, start, beta=beta, label_smoothing=smoothing) == pytest.approx(LOG_2, rel=1e-9)
 
 
+ON_SUMS = [name for name in ON_DIFFERENCES if name not in ("ipo", "sigmoid_norm")]  # not on means over tokens
+
+
+@pytest.mark.parametrize(("name", "kind"), list(product(["sigmoid", "robust"], DIVERGENCES)))
+@given(pair=pairs, gain=st.floats(-5, 5), beta=betas)
+def test_loss_is_log_2_where_both_responses_gained_alike(
+    name: str, kind: str, pair: Pair, gain: float, beta: float
+) -> None:
+    """A margin of 0 away from the start: what the reference says of either response does not matter."""
+    alike = where_policy_is_reference(pair)
+    alike = alike._replace(
+        policy_chosen=alike.policy_chosen + gain,
+        policy_rejected=alike.policy_rejected + gain,
+    )
+    slope = 2 * math.exp(abs(gain)) * beta  # of the exponentials in some divergences: what rounding is multiplied by
+    found = loss_of(name, alike, beta=beta, f_divergence_type=kind)  # type: ignore[arg-type]
+    assert found == pytest.approx(LOG_2, rel=1e-12, abs=1e-13 * slope)
+
+
 # ------------------------------------------------------------------------------------------------- symmetries
+
+
+def margin_of(pair: Pair) -> float:
+    return pair.h_w - pair.h_l
+
+
+def margin_per_token(pair: Pair) -> float:
+    return pair.h_w / pair.num_chosen - pair.h_l / pair.num_rejected
+
+
+ODDS = math.log(0.99 / 0.01)  # of the smoothed label that `loss_of` gives EXO
+COST_OF_A_SWAP = {
+    "sigmoid": lambda pair, beta: beta * margin_of(pair),
+    "robust": lambda pair, beta: beta * margin_of(pair),
+    "aot": lambda pair, beta: beta * margin_of(pair),  # of a batch of one pair
+    "aot_unpaired": lambda pair, beta: beta * margin_of(pair),
+    "bco_pair": lambda pair, beta: beta * margin_of(pair),
+    "sigmoid_norm": lambda pair, beta: beta * margin_per_token(pair),
+    "ipo": lambda pair, beta: 2 * margin_per_token(pair) / beta,
+    "sppo_hard": lambda pair, beta: 2 * margin_of(pair) / beta,
+    "exo_pair": lambda pair, beta: ODDS * math.tanh(beta * margin_of(pair) / 2),
+}
+
+
+@pytest.mark.parametrize("name", COST_OF_A_SWAP)
+@given(pair=pairs, beta=betas)
+def test_calling_the_other_response_chosen_costs_the_margin(name: str, pair: Pair, beta: float) -> None:
+    as_labelled, other = (loss_of(name, labelled, beta=beta) for labelled in (pair, swapped(pair)))
+    expected = COST_OF_A_SWAP[name](pair, beta)
+    assert other - as_labelled == pytest.approx(expected, rel=1e-9, abs=1e-11 * max(1, as_labelled, other))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm"])
@@ -133,7 +182,7 @@ def test_raising_the_chosen_is_as_good_as_lowering_the_rejected(name: str, pair:
     assert loss_of(name, mirrored, beta=beta) == pytest.approx(loss_of(name, pair, beta=beta), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in ON_DIFFERENCES if name not in ("ipo", "sigmoid_norm")] + ["aot"])
+@pytest.mark.parametrize("name", [*ON_SUMS, "aot"])
 @given(pair=pairs, shift=st.floats(-50, 50))
 def test_a_constant_of_the_prompt_cancels(name: str, pair: Pair, shift: float) -> None:
     """Such as the partition function of the reward."""
@@ -152,6 +201,17 @@ def test_loss_falls_as_the_chosen_response_becomes_likelier(name: str, pair: Pai
     better = pair._replace(policy_chosen=pair.policy_chosen + more)
     before, after = loss_of(name, pair, beta=beta), loss_of(name, better, beta=beta)
     assert after < before or before - after == pytest.approx(0, abs=1e-12)  # flat where they run into a bound
+
+
+RISING = (*(name for name in FALLING if name != "sft"), "apo_down", "nca_pair")
+
+
+@pytest.mark.parametrize("name", RISING)
+@given(pair=pairs, beta=betas, more=st.floats(0.01, 50))
+def test_loss_rises_as_the_rejected_response_becomes_likelier(name: str, pair: Pair, beta: float, more: float) -> None:
+    worse = pair._replace(policy_rejected=pair.policy_rejected + more)
+    before, after = loss_of(name, pair, beta=beta), loss_of(name, worse, beta=beta)
+    assert after > before or after - before == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -197,18 +257,21 @@ def test_apo_losses_stay_between_0_and_2(pair: Pair, beta: float) -> None:
 
 # ------------------------------------------------------------------------------------------------- extremes
 
-MARGINS = [-1e4, -1e3, 1e3, 1e4]
+WITH_DIVERGENCES = [(name, kind) for name, kind in product(LOSSES, DIVERGENCES) if name in ON_DIFFERENCES] + [
+    (name, "reverse_kl") for name in LOSSES if name not in ON_DIFFERENCES
+]
+margins = st.floats(-1e4, 1e4, width=32)
+EXTREMES = [(-1e4, 1e4, 2.0), (1e4, -1e4, 2.0), (1e4, 1e4, 0.5), (-1e4, -1e4, 0.5)]  # tried whatever is drawn
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("num_tokens", [1, 10])
-def test_loss_and_gradient_stay_finite_in_fp32(name: str, kind: str, num_tokens: int) -> None:
-    kind = kind if name in ON_DIFFERENCES else "reverse_kl"
-    chosen, rejected = (torch.tensor(side, requires_grad=True) for side in zip(*product(MARGINS, MARGINS), strict=True))
-    zero, length = torch.zeros(len(chosen)), torch.full((len(chosen),), num_tokens)
-    for beta in (0.01, 0.5):
-        scores = PairScores(chosen, rejected, zero, zero, length, length)
+@pytest.mark.parametrize(("name", "kind"), WITH_DIVERGENCES)
+@given(drawn=st.lists(st.tuples(margins, margins, betas), min_size=1, max_size=4), num_tokens=lengths)
+def test_large_margins_overflow_neither_loss_nor_gradient_in_fp32(
+    name: str, kind: str, drawn: list[tuple[float, float, float]], num_tokens: int
+) -> None:
+    for h_w, h_l, beta in (*drawn, *EXTREMES):
+        chosen, rejected = (torch.tensor([h], requires_grad=True) for h in (h_w, h_l))
+        scores = PairScores(chosen, rejected, torch.zeros(1), torch.zeros(1), *[torch.tensor([num_tokens])] * 2)
         losses = LOSSES[name](scores, LossOptions(beta=beta, label_smoothing=0.1, f_divergence_type=kind))
         gradients = torch.autograd.grad(losses.sum(), [chosen, rejected], allow_unused=True)
         assert losses.dtype == torch.float32 and bool(losses.isfinite().all())

@@ -147,8 +147,8 @@ def test_trl_cannot_train_hinge_with_weights() -> None:
         theirs.backward()
 
 
-# EXO's label smoothing TRL holds in float32, its `sft` is a mean over tokens, and what sorts has no weights.
-WEIGHTED = [name for name in LOSSES if name not in ("exo_pair", "sft", "aot", "aot_unpaired", "hinge")]
+# TRL's `sft` is a mean over tokens, and what sorts has no weights.
+WEIGHTED = [name for name in LOSSES if name not in ("sft", "aot", "aot_unpaired", "hinge")]
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
@@ -156,7 +156,7 @@ def test_weighted_loss_and_its_gradient_equal_those_of_trl(name: str) -> None:
     """The weights have no gradient: only then are the gradients equal."""
     values = POLICY.values.clone().requires_grad_()
     assert POLICY.statistics is not None
-    smoothing = {"label_smoothing": 0.1} if name == "robust" else {}
+    smoothing = {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
     objective = Objective([name], options=LossOptions(**smoothing), use_weighting=True, bco_reward_shift=False)
     _, losses = objective(BATCH, replace(POLICY, values=values), REFERENCE)
     theirs = trl_loss_of_tokens(

@@ -7,6 +7,8 @@ fine-tuning or a fresh default LoRA).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,8 +78,20 @@ def trl_loss_of_tokens(
         "completion_mask": completion_mask.long(),
     }
     trainer = _LossOnly(lambda **_: outputs(reference), **options)
-    loss: Tensor = DPOTrainer._compute_loss(trainer, lambda **_: outputs(policy), inputs, False)
+    with _numbers_in(policy.dtype):
+        loss: Tensor = DPOTrainer._compute_loss(trainer, lambda **_: outputs(policy), inputs, False)
     return loss
+
+
+@contextmanager
+def _numbers_in(dtype: torch.dtype) -> Iterator[None]:
+    """TRL makes tensors of options (EXO's label smoothing) in torch's default dtype: fp32, whatever the loss is in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Policy(torch.nn.Module):

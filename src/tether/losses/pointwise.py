@@ -30,8 +30,9 @@ def bco_pair(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
 
     `-log sigma(r_w - delta) - log sigma(-(r_l - delta))`, with `delta` the running mean of all rewards so far
 
-    Jung et al. 2024, arXiv 2404.04656. The mean is taken in training, over the responses of all
-    micro-batches and processes up to and including this one, and is part of a checkpoint.
+    Jung et al. 2024, arXiv 2404.04656, whose `delta` is half the sum of the expected chosen and rejected reward. The
+    mean estimates it in training, over the responses of all micro-batches and processes up to and including this
+    one, and is part of a checkpoint.
 
     TRL 1.16: has no `delta` (earlier versions did). `bco_reward_shift=False` does the same.
     """

@@ -61,7 +61,7 @@ def policy_weights(batch: PairBatch, policy: ResponseLogProbs) -> Float[Tensor, 
 
     `w(y_w) w(y_l)`, with `w(y) = exp(mean_t (log pi(y_t) - log sum_v pi(v)^2))`
 
-    Zhou et al. 2024 (WPO), arXiv 2406.11827, Eq. 2 with sampled alignment.
+    Zhou et al. 2024 (WPO), arXiv 2406.11827, with its sampled alignment.
 
     Args:
         batch: The pairs.
