@@ -21,7 +21,7 @@ def soft_update(
     The formula written out changes a third of the elements when both sides are equal; `lerp` changes none, and is
     exact at alpha = 0 and alpha = 1.
 
-    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656, Eq. 5 (soft); alpha = 1 is Eq. 6 (hard).
+    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656: its soft update; alpha = 1 is its hard one.
 
     Args:
         reference: `pi_ref_prev`.
