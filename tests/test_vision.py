@@ -24,6 +24,7 @@ from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
 from tether.scoring import score
 from tether.scoring.images import image_inputs
+from tether.scoring.packing import PROVEN_WITH_IMAGES, packs_images
 from tether.types import PairBatch
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
@@ -98,6 +99,37 @@ def test_log_probs_equal_those_of_each_response_alone(family: str, shape: str) -
         for side, values in zip(("chosen", "rejected"), found, strict=True):
             expected = torch.stack([naive_vision_log_prob(model, row, side, family) for row in rows])
             assert torch.allclose(values, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts_agree_in_values_and_gradients(family: str) -> None:
+    """Where a family's images are packed, each prompt with its images is read once; all others are padded."""
+    rows = tiny_image_pairs(5, family=family) + [row | {"images": []} for row in tiny_image_pairs(2, seed=3)]
+    model, batch = tiny_vision_model(family), batch_from(rows, family)
+    assert packs_images(model, model, batch) == (family in PROVEN_WITH_IMAGES)
+    weights = torch.randn(sum(batch.response_lengths), generator=torch.Generator().manual_seed(0))
+    found = []
+    for layout in ("padded", "auto"):
+        model.zero_grad()
+        values = score(model, batch, layout=layout).values
+        (values * weights).sum().backward()
+        found.append(
+            (values.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        )
+    (padded, padded_grads), (auto, auto_grads) = found
+    assert torch.allclose(auto, padded, rtol=0, atol=1e-5)
+    assert padded_grads.keys() == auto_grads.keys()
+    assert any("vis" in name and grad.abs().max() > 1e-3 for name, grad in auto_grads.items())
+    for name, grad in padded_grads.items():
+        assert (auto_grads[name] - grad).abs().max() <= 1e-4 * max(1e-2, grad.abs().max()), name
+
+
+def test_a_family_whose_image_tokens_see_each_other_must_not_be_packed() -> None:
+    """What the table of packed families is for: Gemma 3's packed row is another answer."""
+    model, batch = tiny_vision_model("gemma3"), batch_from(tiny_image_pairs(4, family="gemma3"), "gemma3")
+    with torch.no_grad():
+        packed, padded = (score(model, batch, layout=layout).values for layout in ("packed", "padded"))
+    assert (packed - padded).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

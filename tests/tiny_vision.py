@@ -126,6 +126,7 @@ def tiny_vision_model(family: str = "llava", seed: int = 0, **text: Any) -> PreT
             model = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=grid, **options))
     elif family == "gemma3":
         text_config = {**llama, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+        text_config["layer_types"] = ["sliding_attention", "full_attention"]
         model = Gemma3ForConditionalGeneration(
             Gemma3Config(
                 text_config=text_config,

@@ -1,4 +1,4 @@
-"""What a model reads besides token ids, put together for padded rows.
+"""What a model reads besides token ids, put together for the rows of a batch.
 
 Knows tensors and rows; knows no family of models: a processor said which arguments there are.
 """
@@ -16,14 +16,14 @@ from tether.types import PairBatch, PromptImages
 
 
 def image_inputs(shown: Sequence[PromptImages | None], width: int) -> dict[str, Tensor]:
-    """The further arguments of a model for padded rows of prompt and response.
+    """The further arguments of a model for padded rows of prompt and response, or for a packed row of prompts.
 
     Images come in the order of the rows, once for each row that shows them. Where prompts differ in what is behind
     the first dimension (images of one row, tiles, height and width), the smaller ones are filled up with zeros, as
     the processors fill a batch.
 
     Args:
-        shown: What the prompt of each row shows, on the model's device.
+        shown: What the prompt of each row shows, or each prompt of a packed row; on the model's device.
         width: Tokens of the longest row.
 
     Returns:

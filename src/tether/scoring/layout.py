@@ -51,12 +51,7 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
         batch: The batch, on the model's device.
         router_weights: Weigh each token, in the attention mask, by how many sequences of the padded layout it
             stands for: a router's load-balancing loss then equals the padded one.
-
-    Raises:
-        ValueError: If a prompt has images.
     """
-    if batch.images:
-        raise ValueError("prompts with images are laid out in padded rows")
     members: list[list[int]] = [[] for _ in batch.prompt_lengths]
     for response, group in enumerate(batch.response_group):
         members[group].append(response)
@@ -90,6 +85,7 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
                 for group, responses in enumerate(members)
             ]
         ),
+        **image_inputs(batch.images, start),
     }
     if router_weights:
         inputs["attention_mask"] = _sequence_counts(batch, members).to(device)[None]

@@ -38,19 +38,30 @@ PROVEN_FAMILIES = frozenset(
     }
 )
 
+# Those whose images are tokens like any other to the text part: no positions and no attention of their own.
+PROVEN_WITH_IMAGES = frozenset({"idefics3", "llava", "llava_next"})
+
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def known_to_pack(model: nn.Module, base: nn.Module) -> bool | None:
     """Whether a model is scored packed; None while an unknown family has not been compared yet."""
-    configs = getattr(model, "peft_config", {})
-    if any(config.is_prompt_learning for config in configs.values()):
+    if _learns_prompt(model):
         return False  # virtual tokens would stand in front of the first prompt only
     if base in _packs:
         return _packs[base]
     if _is_proven(base):
         _packs[base] = True
     return _packs.get(base)
+
+
+def packs_images(model: nn.Module, base: nn.Module, batch: PairBatch) -> bool:
+    """Whether a batch with images is scored packed: each prompt and its images once."""
+    config: Any = base.config
+    if config.model_type not in PROVEN_WITH_IMAGES or _learns_prompt(model):
+        return False
+    says_more = any(images is not None and images.token_inputs for images in batch.images)
+    return not says_more and _is_made_of(base, config.get_text_config(), (config, config.vision_config))
 
 
 def remember(base: nn.Module, packs: bool, why: str = "") -> bool:
@@ -97,12 +108,22 @@ def layouts_agree(packed: torch.Tensor, padded: torch.Tensor, other_context: tor
     return bool(torch.isfinite(packed).all() and gap <= share * effect)
 
 
+def _learns_prompt(model: nn.Module) -> bool:
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
 def _is_proven(base: nn.Module) -> bool:
     config: Any = base.config
-    if config.model_type not in PROVEN_FAMILIES or not type(base).__module__.startswith("transformers.models."):
+    return _is_made_of(base, config, ())
+
+
+def _is_made_of(base: nn.Module, text: Any, others: tuple[Any, ...]) -> bool:
+    """Whether a model's text part is of a proven family, and all its modules are of transformers' making."""
+    if text.model_type not in PROVEN_FAMILIES or not type(base).__module__.startswith("transformers.models."):
         return False
     # A layer taken from another model reads that model's config, and would not notice that attention is switched.
-    if any(getattr(module, "config", config) is not config for module in base.modules()):
+    known = {id(config) for config in (text, *others)}
+    if any(id(getattr(module, "config", text)) not in known for module in base.modules()):
         return False
     # GPT-2 has a second attention of its own behind this flag.
-    return not getattr(config, "reorder_and_upcast_attn", False)
+    return not getattr(text, "reorder_and_upcast_attn", False)

@@ -18,7 +18,7 @@ from tether.scoring.attention import UnsupportedAttentionError, packed_attention
 from tether.scoring.head import logits_scores
 from tether.scoring.images import check_even_images
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
-from tether.scoring.packing import known_to_pack, layouts_agree, probe_batch, remember
+from tether.scoring.packing import known_to_pack, layouts_agree, packs_images, probe_batch, remember
 from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
 from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, join_log_probs, offsets_of
@@ -50,7 +50,8 @@ def score(
         statistics: Also return entropy, mean logit and top-1 hits of each token.
         auxiliary_loss: Also return the model's router loss, for mixtures of experts.
         layout: `packed` (one row, each prompt once) and `padded` (one row per response) give the same numbers;
-            `auto` packs where the model's family is proven, or proves it first, and pads prompts with images.
+            `auto` packs where the model's family is proven, or proves it first, and packs
+            prompts with images only where that is proven.
 
     Returns:
         Values in nats, fp32, in the batch's order of responses; with gradient if the caller's mode records one.
@@ -66,8 +67,7 @@ def score(
         if batch.num_responses > 1 and max(batch.fed_lengths()) > limit:
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
     check_even_images(model, batch)
-    # Images are laid out in padded rows: their own attention and positions know no packed row.
-    packed = layout == "packed" or (layout == "auto" and not batch.images and can_pack(model))
+    packed = layout == "packed" or (layout == "auto" and _packs(model, batch, auxiliary_loss))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
@@ -96,6 +96,12 @@ def _score_apart(
     ]
     order = [index for part in parts for index in part]
     return join_log_probs(scores, order)
+
+
+def _packs(model: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> bool:
+    if batch.images:
+        return not auxiliary_loss and packs_images(model, base_model_of(model), batch)
+    return can_pack(model)
 
 
 def can_pack(model: nn.Module) -> bool:
