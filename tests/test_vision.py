@@ -113,9 +113,8 @@ def test_layouts_agree_in_values_and_gradients(family: str) -> None:
         model.zero_grad()
         values = score(model, batch, layout=layout).values
         (values * weights).sum().backward()
-        found.append(
-            (values.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        )
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((values.detach(), grads))
     (padded, padded_grads), (auto, auto_grads) = found
     assert torch.allclose(auto, padded, rtol=0, atol=1e-5)
     assert padded_grads.keys() == auto_grads.keys()
