@@ -146,7 +146,23 @@ def _numerics(results: list[dict[str, Any]]) -> str:
     return "\n".join(line for title, rows in parts.items() for line in (title, "", *head, *rows, ""))
 
 
+def _vision(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| family | tokens of an image | reference | Tether | TRL | times faster "
+        "| of it making the batch, Tether / TRL |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results:
+        seconds, making = row["median_seconds"], row["median_seconds_of_making_a_batch"]
+        lines.append(
+            f"| {row['family']} | {row['image_tokens']} | {row['reference']} | {seconds['tether']:.2f} s "
+            f"| {seconds['trl']:.2f} s | {row['times_faster']:.1f} | {making['tether']:.2f} / {making['trl']:.2f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 _TABLES = {
+    "vision": _vision,
     "step": _step,
     "precompute": _precompute,
     "store": _store,

@@ -82,6 +82,7 @@ class TRLSide(Side):
 
         peft_config = options.pop("peft_config", None)
         self._precomputed = options.pop("precompute_ref_log_probs", False)
+        rows = options.pop("rows", None)
         folder = tempfile.mkdtemp()
         model.save_pretrained(folder)
         model.config._name_or_path = folder
@@ -90,7 +91,7 @@ class TRLSide(Side):
         self.trainer = DPOTrainer(
             model,
             args=DPOConfig(**arguments, precompute_ref_log_probs=False),
-            train_dataset=Dataset.from_list(_TEXT),
+            train_dataset=Dataset.from_list(rows or _TEXT),
             processing_class=tokenizer,
             peft_config=peft_config,
         )
@@ -102,7 +103,8 @@ class TRLSide(Side):
     def step(self, rows: list[dict[str, Any]]) -> float:
         if self._precomputed:
             rows = [row | {"ref_chosen_logps": -50.0, "ref_rejected_logps": -50.0} for row in rows]
-        loss = self.trainer.training_step(self.trainer.model, self.trainer.data_collator(rows))
+        # Copies: its collator for images writes into the rows.
+        loss = self.trainer.training_step(self.trainer.model, self.trainer.data_collator([dict(row) for row in rows]))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(loss)
