@@ -36,7 +36,7 @@ class OfKind(ReferenceContract):
         return self.kind.meant(policy)
 
     def make_batch(self, policy: Any) -> PairBatch:
-        return BATCH
+        return self.kind.batch
 
     @property
     def tolerance(self) -> tuple[float, float]:  # type: ignore[override]

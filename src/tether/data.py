@@ -23,13 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ArgumentTypeError, DataError
 from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
+from tether.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.rows import check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.types import PairBatch, Response
-
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
 
 PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -116,8 +115,8 @@ class PairCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = []
         for row in rows:
-            prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-            known = [row.get(column) for column in REFERENCE_COLUMNS]
+            prompt, chosen, rejected = (_as_python(row[column]) for column in TOKEN_COLUMNS)
+            known = [_as_python(row.get(column)) for column in REFERENCE_COLUMNS]
             sides = zip((chosen, rejected), known, strict=True)
             first, second = (self._response(prompt, ids)._replace(reference_sum=value) for ids, value in sides)
             pairs.append((first, second))
@@ -144,6 +143,11 @@ class PairCollator:
         return Response(*fed, content_key(*fed))
 
 
+def _as_python(value: Any) -> Any:
+    """Plain numbers, also of a set `with_format("torch")` or `"numpy"`: tensors would not be told to be equal."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """The rows' margins; None where no row has one.
 
@@ -153,7 +157,7 @@ def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
     if not any(MARGIN_COLUMN in row for row in rows):
         return None
     for row in rows:  # a set that came tokenized was looked at by nobody
-        check_margin({MARGIN_COLUMN: None} | dict(row), "A row of a batch")
+        check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, "A row of a batch")
     return [float(row[MARGIN_COLUMN]) for row in rows]
 
 

@@ -262,6 +262,10 @@ def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: Referen
 def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
     reasons = {
         "`reference_free=True`": (options.free, "Without a reference there is nothing to set."),
+        "rows that bring `ref_chosen_logps`": (
+            options.given is not None,
+            "Their numbers are fixed: no weights answer.",
+        ),
         "ZeRO-3 or FSDP2": (options.shard is not None, "Each process holds a part of the weights, not their average."),
         "`precompute_ref_log_probs=True`": (options.precompute, "Log-probs computed before training would be stale."),
         "`sync_ref_model=True`": (options.sync, "Both would set the reference's weights, each by its own rule."),
