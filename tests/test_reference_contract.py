@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kinds import BATCH, KINDS, Kind, dropping_gpt2, lora, moving
+from kinds import KINDS, Kind, dropping_gpt2, lora, moving
 from tether.errors import MissingPackageError
 from tether.reference import AdapterReference, FrozenReference, Reference
 from tether.reference.base import BatchSource
