@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
@@ -16,7 +17,7 @@ from transformers import TrainingArguments
 from observe import bits, same_bits, traces
 from runs import DEFAULTS, make_trainer, stream
 from tether import BEMACallback, DPOConfig
-from tether.errors import ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
+from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
 from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -95,6 +96,34 @@ def test_an_option_out_of_range_is_refused_by_name(name: str, tmp_path: Path) ->
         DPOConfig(str(tmp_path / "out"), **DEFAULTS | OPTIONS[name])
     assert_in_three_parts(caught.value, next(iter(OPTIONS[name])))
     assert isinstance(caught.value, ValueError) and not (tmp_path / "out").exists()
+
+
+KINDS: dict[str, Any] = {
+    "max_length": "40",
+    "max_length that is a fraction": 40.5,
+    "beta": "1e-1",
+    "beta that is None": None,
+    "label_smoothing": "0.1",
+    "precompute_ref_batch_size": "8",
+    "ref_model_sync_steps": 1.5,
+    "loss_weights": 1.0,
+    "sync_ref_model": "False",
+    "disable_dropout": 1,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_value_of_another_kind_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    option = name.partition(" ")[0]
+    with pytest.raises(ArgumentTypeError) as caught:
+        DPOConfig(str(tmp_path / "out"), **DEFAULTS | {option: KINDS[name]})
+    assert_in_three_parts(caught.value, f"`{option}={KINDS[name]!r}`")
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, TypeError)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    args = DPOConfig(str(tmp_path), **DEFAULTS, beta=np.float64(0.25), max_length=np.int64(40))
+    assert (args.beta, args.max_length) == (0.25, 40)
 
 
 def test_a_store_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:
@@ -262,6 +291,7 @@ LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
 VERA = {"peft_config": VeraConfig(target_modules=["q_proj"])}
 BEMA = {"ref_model_sync_rule": "bema", "sync_ref_model": True}
 FOLLOWED = BEMACallback(update_ref_model=True)
+PAIRS, BY_LENGTH = tiny_pairs(4), {"train_sampling_strategy": "group_by_length"}
 COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sync with VeRA": ("VERA", lambda: VERA | {"sync_ref_model": True}),
     "sync with a VeRA model": ("VERA", lambda: {"model": adapted(VERA), "sync_ref_model": True}),
@@ -279,6 +309,17 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a tokenizer that is none": ("processing_class", lambda: {"processing_class": str}),
     "a quantization for an instance": ("quantization_config", lambda: {"quantization_config": object()}),
     "an average for an adapter's reference": ("update_ref_model", lambda: LORA | {"callbacks": [FOLLOWED]}),
+    "a schedule of syncs without sync": ("ref_model_sync_steps", lambda: {"ref_model_sync_steps": 4}),
+    "a weight of syncs without sync": ("ref_model_mixup_alpha", lambda: {"ref_model_mixup_alpha": 0.3}),
+    "a pass that there is not": ("precompute_ref_batch_size", lambda: {"precompute_ref_batch_size": 4}),
+    "smoothing of another loss": ("`label_smoothing=", lambda: {"label_smoothing_factor": 0.1}),
+    "a token budget for a stream": ("max_tokens_per", lambda: {"rows": stream(PAIRS), "max_tokens_per_micro_batch": 9}),
+    "a stream by length": ("group_by_length", lambda: {"rows": stream(PAIRS), **BY_LENGTH}),
+    "a token budget in order": (
+        "sequential",
+        lambda: {"max_tokens_per_micro_batch": 99, "train_sampling_strategy": "sequential"},
+    ),
+    "a last batch by length": ("dataloader_drop_last", lambda: BY_LENGTH | {"dataloader_drop_last": True}),
     "arguments for an instance": ("model_init_kwargs", lambda: {"model_init_kwargs": {"dtype": "auto"}}),
 }
 

@@ -49,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.offloading",
         "tether.trainer",
         "tether.testing",
+        "tether.unread",
     ),
     ("tether.report", "tether.demo", "tether.cli"),
     ("tether", "tether.__main__"),  # the package's own __init__: inside, name the module that defines a thing

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, check_loss_options
+from tether.unread import check_kinds
 
 _STORE_MODES = ("auto", "fill", "lazy", "require")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -178,6 +179,8 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         loss_type: str | list[str] = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        inherited = TrainingArguments.__dataclass_fields__  # those are transformers' to check
+        check_kinds(self, {name: kind for name, kind in DPOConfig.__annotations__.items() if name not in inherited})
         self._check()
         self._check_padding()
         if self.bf16 is None:

@@ -83,6 +83,7 @@ from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
 from tether.types import PairBatch
+from tether.unread import refuse_unread
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -187,6 +188,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
         sets = self._named_sets({"train": train_set}, eval_sets)
+        refuse_unread(args, streams=isinstance(train_set, IterableDataset))
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
         leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
