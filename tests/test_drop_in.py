@@ -18,6 +18,7 @@ from datasets import Dataset
 
 import tether
 from observe import bits, same_bits
+from tether.attributes import ELSEWHERE
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 CLOCK = ("runtime", "per_second", "preparation_time", "total_flos")
@@ -115,6 +116,20 @@ collator = DataCollatorForPreference(pad_token_id=0, max_length=70, truncation_m
 trainer = DPOTrainer(model_folder, None, config(), collator, rows, eval_rows)
 trainer.train()
 result = [*trainer.state.log_history, trainer.evaluate()]
+""",
+    "a loss of a subclass that looks at the logits": """
+class Mine(DPOTrainer):
+    seen = []
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.seen.append(outputs.logits)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+trainer = Mine(model_folder, args=config(), train_dataset=rows)
+trainer.train()
+result = [*trainer.state.log_history, *(
+    {"shape": str(tuple(logits.shape)), "first": float(logits[0, 0, 0]), "mean": float(logits[:, 0].mean()),
+     "gradient": logits.requires_grad} for logits in trainer.seen)]
 """,
     "what scripts read from the trainer": """
 trainer = DPOTrainer(model_folder, args=config(beta=0.3, loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.5]),
@@ -218,15 +233,6 @@ def test_methods_take_the_arguments_of_trl_in_its_order() -> None:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
 
 
-# Attributes of TRL's trainer that ours does not have, and what to write instead.
-ELSEWHERE = {
-    "compute_ref_log_probs": "trainer.reference.log_probs(batch)",
-    "maybe_activation_offload_context": "nothing: a training step opens it",
-    "router_aux_loss_coef": "trainer.args.router_aux_loss_coef",
-    "aux_loss_enabled": "trainer.args.router_aux_loss_coef",
-}
-
-
 def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: str, tmp_path: Path) -> None:
     theirs, ours = (
         library.DPOTrainer(
@@ -237,7 +243,25 @@ def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: s
         for library in (trl, tether)
     )
     missing = {name for name in dir(theirs) if not name.startswith("_") and not hasattr(ours, name)}
-    assert missing == set(ELSEWHERE)
+    assert missing == {name for name in ELSEWHERE if not name.startswith("_")}
+    for name in ELSEWHERE:
+        assert hasattr(theirs, name)
+        with pytest.raises(AttributeError, match=name) as caught:
+            getattr(ours, name)
+        assert isinstance(caught.value, tether.errors.NotHereError) and caught.value.instead
+    for name in ("router_aux_loss_coef", "aux_loss_enabled"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    with pytest.raises(AttributeError, match="no attribute 'bta'"):
+        _ = ours.bta
+
+
+@pytest.mark.parametrize(
+    "name", ["_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs"]
+)
+def test_a_subclass_that_replaces_what_only_trl_calls_is_refused(name: str) -> None:
+    assert hasattr(trl.DPOTrainer, name)
+    with pytest.raises(ValueError, match=name):
+        type("Mine", (tether.DPOTrainer,), {name: lambda self, *given: None})
 
 
 # What TRL refuses, and with which builtin; a script's `except` must go on working.

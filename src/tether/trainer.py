@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
 
 from tether.attributes import OptionsAsAttributes
@@ -417,6 +418,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     ) -> Any:
         """The loss of a micro-batch: its share of the mean over all pairs of the optimizer step.
 
+        With `return_outputs`, also an output whose `logits` are those of the padded rows, chosen ones first, made by a
+        second forward without gradient.
+
         The reference is asked before the policy, whose graph must see the policy's tensors (see AdapterReference).
         """
         batch = batch_of(inputs)
@@ -442,7 +446,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         else:  # gradients are averaged over processes, and this is a sum over this process's pairs
             self._num_train_tokens += batch.num_sequence_tokens()
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
-        return (loss, {}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            logits, _ = padded_logits(model, batch, self._pad_token_id)
+        return loss, CausalLMOutput(logits=logits)
 
     def _num_counted_pairs(self, batch: PairBatch) -> int:
         """Pairs of a batch that figures are made of: in evaluation, not those that come twice.
