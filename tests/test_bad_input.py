@@ -13,10 +13,11 @@ import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import TrainingArguments
+from trl import DPOConfig as TRLConfig
 
 from observe import bits, same_bits, traces
 from runs import DEFAULTS, make_trainer, stream
-from tether import BEMACallback, DPOConfig
+from tether import BEMACallback, DPOConfig, DPOTrainer
 from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
 from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
@@ -29,6 +30,8 @@ def assert_in_three_parts(error: TetherError, *names: str) -> None:
     for name in names:
         assert name in str(error)
 
+
+PAIRS = tiny_pairs(4)
 
 # ---------------------------------------------------------------------------------------------------- options
 
@@ -178,7 +181,46 @@ def test_a_set_without_usable_rows_is_refused(tmp_path: Path) -> None:
 def test_a_set_that_is_no_set_is_refused(rows: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, rows=rows)
-    assert_in_three_parts(caught.value, "train_dataset", type(rows).__name__)
+    assert_in_three_parts(caught.value, "datasets.Dataset", type(rows).__name__)
+
+
+@pytest.mark.parametrize("rows", [None, {"some": PAIRS}], ids=["None", "several sets"])
+def test_predict_takes_one_set(rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        make_trainer(tmp_path).predict(rows)
+    assert_in_three_parts(caught.value, type(rows).__name__)
+
+
+ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "args of transformers": ("`args`", lambda: {"args": TrainingArguments("out", report_to=[])}),
+    "args of TRL": ("trl.", lambda: {"args": TRLConfig("out", report_to=[], bf16=False)}),
+    "args as a dict": ("`args`", lambda: {"args": {"beta": 0.1}}),
+    "a number as model": ("`model` is a int", lambda: {"model": 42}),
+    "a module without config": ("`model` is a Linear", lambda: {"model": torch.nn.Linear(2, 2)}),
+    "a model without head": ("LlamaModel", lambda: {"model": tiny_model().model}),
+    "a reference without head": ("`ref_model` is a LlamaModel", lambda: {"ref_model": tiny_model().model}),
+    "True as reference": ("`ref_model` is a bool", lambda: {"ref_model": True}),
+    "one callback": ("`callbacks`", lambda: {"callbacks": BEMACallback()}),
+    "dtype that is none": ("bf61", lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"dtype": "bf61"})}),
+    "the old name of dtype": (
+        "`dtype='bfloat16'`",
+        lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"torch_dtype": "bfloat16"})},
+    ),
+}
+
+
+def args_of(**options: Any) -> DPOConfig:
+    return DPOConfig("out", **DEFAULTS | options)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_of_another_kind_is_refused_by_name(name: str) -> None:
+    found, make_options = ARGUMENTS[name]
+    given = {"model": tiny_model(), "args": args_of(), "processing_class": tiny_tokenizer(), "train_dataset": PAIRS}
+    with pytest.raises(ConfigurationError) as caught:
+        DPOTrainer(**given | make_options())
+    assert_in_three_parts(caught.value, found)
 
 
 # -------------------------------------------------------------------------------------------- model, reference
@@ -291,7 +333,7 @@ LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
 VERA = {"peft_config": VeraConfig(target_modules=["q_proj"])}
 BEMA = {"ref_model_sync_rule": "bema", "sync_ref_model": True}
 FOLLOWED = BEMACallback(update_ref_model=True)
-PAIRS, BY_LENGTH = tiny_pairs(4), {"train_sampling_strategy": "group_by_length"}
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sync with VeRA": ("VERA", lambda: VERA | {"sync_ref_model": True}),
     "sync with a VeRA model": ("VERA", lambda: {"model": adapted(VERA), "sync_ref_model": True}),

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.config",
         "tether.models",
         "tether.batches",
+        "tether.arguments",
         "tether.attributes",
         "tether.callbacks",
         "tether.checkpoints",

@@ -48,7 +48,7 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     raise ArgumentTypeError(
         asked=f"A set of pairs was given as {type(rows).__name__}.",
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
-        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`{several}.",
+        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{several}.",
     )
 
 

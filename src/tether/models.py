@@ -6,6 +6,7 @@ Knows transformers and PEFT; knows no data and no training.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,14 +42,31 @@ def load_model(
             )
         return model
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    dtype = options.pop("dtype", "float32")
-    options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    options["dtype"] = _dtype_of(options)
     if find_adapter_config_file(model) is None:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **options)
         return loaded
     # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
     base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path, **options)
     return PeftModel.from_pretrained(base, model, is_trainable=True)
+
+
+def _dtype_of(options: Mapping[str, Any]) -> Any:
+    dtype = options.get("dtype", "float32")
+    if "torch_dtype" in options:
+        raise ConfigurationError(
+            asked=f"`model_init_kwargs` with `torch_dtype={options['torch_dtype']!r}`.",
+            why="By now its name is `dtype`, and the model is loaded in float32 unless that is given.",
+            instead=f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
+        )
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto" or isinstance(named, torch.dtype):
+        return dtype if dtype == "auto" else named
+    raise ConfigurationError(
+        asked=f"`model_init_kwargs` with `dtype={dtype!r}`.",
+        why="There is no such dtype.",
+        instead="Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
+    )
 
 
 def where_from(

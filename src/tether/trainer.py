@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
 
+from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
@@ -167,6 +168,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         preprocess_logits_for_metrics: Callable[[Any, Tensor], Any] | None = None,
         loss: PreferenceLoss | None = None,
     ) -> None:
+        check_arguments(args, model, ref_model, callbacks)
         args = args or DPOConfig(default_output_dir(model))
         refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
@@ -549,7 +551,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
         The logits of the whole set are kept: `prediction_loss_only=True` leaves them out.
         """
-        return super().predict(self._new_sets(test_dataset), ignore_keys, metric_key_prefix)
+        return super().predict(self._new_sets(as_dataset(test_dataset)), ignore_keys, metric_key_prefix)
 
     def _new_sets(self, sets: Any) -> Any:
         """Sets that were not given at construction, tokenized and made known to the reference."""
