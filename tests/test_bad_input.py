@@ -355,6 +355,7 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a weight of syncs without sync": ("ref_model_mixup_alpha", lambda: {"ref_model_mixup_alpha": 0.3}),
     "a pass that there is not": ("precompute_ref_batch_size", lambda: {"precompute_ref_batch_size": 4}),
     "smoothing of another loss": ("`label_smoothing=", lambda: {"label_smoothing_factor": 0.1}),
+    "noise without padding": ("padding_free", lambda: {"padding_free": True, "neftune_noise_alpha": 5.0}),
     "a token budget for a stream": ("max_tokens_per", lambda: {"rows": stream(PAIRS), "max_tokens_per_micro_batch": 9}),
     "a stream by length": ("group_by_length", lambda: {"rows": stream(PAIRS), **BY_LENGTH}),
     "a token budget in order": (

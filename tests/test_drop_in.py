@@ -15,6 +15,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import tether
 from observe import bits, same_bits
@@ -130,6 +131,13 @@ trainer.train()
 result = [*trainer.state.log_history, *(
     {"shape": str(tuple(logits.shape)), "first": float(logits[0, 0, 0]), "mean": float(logits[:, 0].mean()),
      "gradient": logits.requires_grad} for logits in trainer.seen)]
+""",
+    "tokens that the model was fed": """
+args = config(include_num_input_tokens_seen="non_padding", gradient_accumulation_steps=2)
+trainer = DPOTrainer(model_folder, args=args, train_dataset=rows)
+trainer.train()
+logged = [entry["num_input_tokens_seen"] for entry in trainer.state.log_history if "loss" in entry]
+result = [{"seen": trainer.state.num_input_tokens_seen, "logged": str(logged)}]
 """,
     "what scripts read from the trainer": """
 trainer = DPOTrainer(model_folder, args=config(beta=0.3, loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.5]),
@@ -311,8 +319,6 @@ def test_rows_of_text_can_be_predicted_at_any_time(model_folder: str, tmp_path: 
 
 
 def test_beta_set_by_a_callback_holds_from_the_next_step_on(model_folder: str, tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
     class Doubling(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer.beta *= 2
@@ -358,6 +364,41 @@ def test_an_optimizer_by_class_is_that_optimizer(model_folder: str, tmp_path: Pa
         assert type(trainer.optimizer.optimizer) is torch.optim.SGD
         weights.append(bits(model))
     assert same_bits(*weights) and not same_bits(weights[0], bits(tiny_model()))
+
+
+def test_noise_of_neftune_has_the_size_that_a_sequence_alone_would_give_it(model_folder: str, tmp_path: Path) -> None:
+    """Jain et al. 2023, arXiv 2310.05914: uniform within `alpha / sqrt(L d)`, L the length of a padded sequence."""
+    alpha, width = 5.0, 32
+    args = tether.DPOConfig(
+        str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", neftune_noise_alpha=alpha,
+        per_device_train_batch_size=4, gradient_checkpointing=False, logging_steps=1,
+    )  # fmt: skip
+    trainer = tether.DPOTrainer(model_folder, args=args, train_dataset=tiny_pairs(4))
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in trainer.train_dataset
+    )
+    embedding, noise = trainer.model.get_input_embeddings(), []
+
+    def measure(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        noise.append((output - torch.nn.functional.embedding(inputs[0], module.weight)).detach().abs().max().item())
+
+    trainer.add_callback(Hooking(embedding, measure))
+    trainer.train()
+    bound = alpha / (longest * width) ** 0.5
+    seen = [size for size in noise if size > 0]
+    assert len(seen) == 1, "the policy's one forward in training, and no pass of the reference"
+    assert 0.98 * bound < seen[0] <= bound
+    assert trainer.state.log_history[0]["reference/initial_gap"] < 1e-5
+
+
+class Hooking(TrainerCallback):
+    """Hooks a module once training has put its own hooks there."""
+
+    def __init__(self, module: torch.nn.Module, hook: Any) -> None:
+        self.module, self.hook = module, hook
+
+    def on_step_begin(self, *given: Any, **options: Any) -> None:
+        self.module.register_forward_hook(self.hook)
 
 
 def test_torch_compile_gives_the_same_curve(model_folder: str, tmp_path: Path) -> None:

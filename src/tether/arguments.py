@@ -47,7 +47,8 @@ def _check_model(name: str, model: Any) -> None:
             why="It is scored as a language model of transformers is.",
             instead="Pass a path or name, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model  # of PEFT
+    base = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None and not base.can_generate():
         raise ConfigurationError(
             asked=f"`{name}` is a {type(base).__name__}.",

@@ -436,6 +436,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             batch,
             statistics=self._objective.use_weighting or not self.model.training or self._logs_after_this_step(),
             auxiliary_loss=self._router_coefficient != 0,
+            # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
+            layout="auto" if self.args.neftune_noise_alpha is None else "padded",
         )
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
@@ -474,6 +476,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
         total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
         return total
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Counts each response with its prompt, as a batch without padding has them."""
+        tokens = torch.ones(batch_of(inputs).num_sequence_tokens())
+        name = getattr(self.model, "main_input_name", "input_ids")
+        super()._track_num_input_tokens({name: tokens, "attention_mask": tokens})
 
     def prediction_step(
         self,

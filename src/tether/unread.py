@@ -59,6 +59,12 @@ def _without_what_reads_them(args: DPOConfig) -> list[_Unread]:
             args.precompute_ref_batch_size is not None and not precomputes,
         ),
         _Unread(
+            "padding_free",
+            "NEFTune's noise depends on the length of a row, so each sequence has a row of its own, which is padded.",
+            "Leave out `padding_free` or `neftune_noise_alpha`.",
+            args.padding_free and args.neftune_noise_alpha is not None,
+        ),
+        _Unread(
             "label_smoothing_factor",
             "It smooths the targets of a cross-entropy over tokens, which no loss of pairs is.",
             "Write `label_smoothing=...`, the probability that a preference label is flipped, or leave it out.",
