@@ -203,7 +203,7 @@ def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """Wraps the model with a fresh adapter, if one is asked for."""
     if peft_config is None:
-        return model
+        return _in_bfloat16_if_quantized(model) if isinstance(model, PeftModel) else model
     if not isinstance(peft_config, PeftConfig):
         raise ArgumentTypeError(
             asked=f"`peft_config` is a {type(peft_config).__name__}.",
@@ -231,6 +231,27 @@ def _in_bfloat16_if_quantized(model: PeftModel) -> PeftModel:
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keeps layers in 4 bits that run on a CPU in the form that has a backward.
+
+    bitsandbytes (0.50) packs their weights anew at the first forward in evaluation mode, for a product without one,
+    and leaves them so: in training no gradient would come through them, with no more than a warning.
+
+    Raises:
+        ConfigurationError: If that has happened already.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ConfigurationError(
+                asked=f"A model in 4 bits on a CPU that has been evaluated there before (`{name}`).",
+                why="bitsandbytes then packs the weights for a product without a backward: nothing would train.",
+                instead="Load the model anew and pass it as it is, or pass its path.",
+            )
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def lora_config(

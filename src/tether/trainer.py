@@ -25,6 +25,7 @@ from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
 from tether.checkpoints import (
+    dtypes_kept,
     load_reference,
     load_reward_shift,
     load_start,
@@ -64,6 +65,7 @@ from tether.models import (
     default_output_dir,
     disable_dropout,
     hub_name,
+    keep_differentiable,
     load_model,
     load_tokenizer,
     loading_options,
@@ -179,6 +181,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         policy = load_model(model, init_kwargs, args.trust_remote_code)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
+        for loaded in filter(None, (policy, ref_model)):
+            keep_differentiable(loaded)
         revision = (init_kwargs or {}).get("revision")
         self._tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code, revision)
         use_pad_token(self._tokenizer, args.pad_token)
@@ -614,6 +618,14 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if self.args.should_save:
             save_reward_shift(Path(output_dir), self._objective.reward_shift)
             save_start(Path(output_dir), self._watch.start)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with dtypes_kept(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with dtypes_kept(self.model):
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
