@@ -6,6 +6,7 @@ leaves in `result` is compared. TRL is asked for fp32 and for runs that it gets 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 from pathlib import Path
@@ -110,6 +111,16 @@ args = config(precompute_ref_log_probs=True)
 trainer = DPOTrainer(model_folder, args=args, train_dataset=rows, eval_dataset=eval_rows)
 trainer.train()
 result = [*trainer.state.log_history, trainer.evaluate(), {"ref_model": trainer.ref_model}]
+""",
+    "new sets after training, a precomputed reference model": """
+from transformers import AutoModelForCausalLM
+import torch
+other = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+with torch.no_grad():
+    other.lm_head.weight.mul_(1.1)  # no path has it
+trainer = DPOTrainer(model_folder, other, config(precompute_ref_log_probs=True), train_dataset=rows)
+trainer.train()
+result = [*trainer.state.log_history, trainer.evaluate(eval_rows)]
 """,
     "a collator of one's own": """
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -306,6 +317,24 @@ def test_trls_command_line_parser_reads_our_options(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- where we work and TRL raises
+
+
+def test_a_reference_model_in_memory_is_not_kept_alive_for_new_sets(model_folder: str, tmp_path: Path) -> None:
+    args = tether.DPOConfig(
+        str(tmp_path), precompute_ref_log_probs=True, max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    other = tiny_model(seed=3)
+    trainer = tether.DPOTrainer(model_folder, other, args, train_dataset=tiny_pairs(8))
+    trainer.train()
+    assert trainer.evaluate(tiny_pairs(3, seed=1))["eval_rewards/margins"] != 0
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+    with pytest.raises(LookupError, match="`ref_model` in memory has other weights by now"):
+        trainer.evaluate(tiny_pairs(3, seed=2))
+    del other
+    gc.collect()
+    with pytest.raises(LookupError, match="`ref_model` in memory cannot be read"):
+        trainer.evaluate(tiny_pairs(3, seed=2))
 
 
 def test_rows_of_text_can_be_predicted_at_any_time(model_folder: str, tmp_path: Path) -> None:

@@ -134,8 +134,9 @@ def _check_same(folder: Path, reference: Reference) -> None:
         raise ResumeError(
             asked=f"Resuming from {folder.parent}.",
             why="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
-            instead="Resume from a checkpoint written by Tether without `save_only_model=True`; or start a new run from "
-            f"its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, with the model that its run began with.",
+            instead="Resume from a checkpoint written by Tether without `save_only_model=True`; or start a new run "
+            f"with its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, against the model that its run "
+            "began with.",
         )
     saved, own = json.loads(path.read_text()), reference.identity.describe()
     if all(saved.get(name) == own[name] for name in ("kind", "weights", "compute_dtype", "scoring_version")):
