@@ -308,6 +308,15 @@ def test_what_trl_refuses_is_refused_with_the_same_builtin(library: Any, name: s
         assert isinstance(caught.value, tether.errors.TetherError) and caught.value.instead
 
 
+def test_a_policy_that_is_made_anew_for_each_run_is_refused(model_folder: str, tmp_path: Path) -> None:
+    args = tether.DPOConfig(str(tmp_path), report_to=[], disable_tqdm=True)
+    trainer = tether.DPOTrainer(model_folder, args=args, train_dataset=tiny_pairs(4))
+    trainer.model_init = tiny_model
+    with pytest.raises(ValueError, match="model_init") as caught:
+        trainer.train()
+    assert isinstance(caught.value, tether.errors.ConfigurationError) and "each trial" in caught.value.instead
+
+
 def test_trls_command_line_parser_reads_our_options(tmp_path: Path) -> None:
     words = ["--output_dir", str(tmp_path), "--beta", "0.3", "--loss_type", "sigmoid", "ipo", "--bf16", "false"]
     parsers = (trl.TrlParser((library.DPOConfig,)) for library in (trl, tether))

@@ -522,6 +522,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "model_init", None) is not None:
+            raise ConfigurationError(
+                asked="`trainer.model_init`, as for `hyperparameter_search`.",
+                why="It makes another policy for each run, and the reference was made of the first.",
+                instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
+                "reference's answers.",
+            )
         try:
             return super().train(*args, **kwargs)
         finally:
