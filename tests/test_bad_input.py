@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, VeraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import TrainingArguments
@@ -182,6 +184,29 @@ def test_a_set_that_is_no_set_is_refused(rows: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, rows=rows)
     assert_in_three_parts(caught.value, "datasets.Dataset", type(rows).__name__)
+
+
+COLUMNS = {name: [" text"] for name in ("prompt", "chosen", "rejected")}
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (COLUMNS, "from_dict"),
+        (DatasetDict(train=Dataset.from_dict(COLUMNS)), "dataset['train']"),
+        (pd.DataFrame(COLUMNS), "from_pandas"),
+        (["a pair", "another"], "list of str"),
+    ],
+    ids=["columns", "splits", "a table", "texts"],
+)
+def test_a_set_of_another_form_is_refused_with_how_to_make_one(given: Any, found: str, which: str) -> None:
+    if which == "eval_dataset" and isinstance(given, DatasetDict):
+        pytest.skip("evaluation takes several sets")
+    with pytest.raises(ArgumentTypeError) as caught:
+        given_as = {"train_dataset": PAIRS, "eval_dataset": None, which: given}
+        DPOTrainer(tiny_model(), args=args_of(), processing_class=tiny_tokenizer(), **given_as)
+    assert_in_three_parts(caught.value, found)
 
 
 @pytest.mark.parametrize("rows", [None, {"some": PAIRS}], ids=["None", "several sets"])

@@ -308,6 +308,19 @@ def test_what_trl_refuses_is_refused_with_the_same_builtin(library: Any, name: s
         assert isinstance(caught.value, tether.errors.TetherError) and caught.value.instead
 
 
+def test_a_subclass_adds_its_own_tags(model_folder: str, tmp_path: Path) -> None:
+    class Mine(tether.DPOTrainer):
+        _tag_names = [*tether.DPOTrainer._tag_names, "mine"]  # noqa: RUF012
+
+    args = tether.DPOConfig(str(tmp_path), report_to=[], disable_tqdm=True)
+    trainer = Mine(model_folder, args=args, train_dataset=tiny_pairs(4))
+    trainer.create_model_card()
+    assert (
+        trainer.model.model_tags == ["tether", "dpo", "mine"] and "\n- mine\n" in (tmp_path / "README.md").read_text()
+    )
+    assert type(trl.DPOTrainer._tag_names) is type(tether.DPOTrainer._tag_names)
+
+
 def test_a_policy_that_is_made_anew_for_each_run_is_refused(model_folder: str, tmp_path: Path) -> None:
     args = tether.DPOConfig(str(tmp_path), report_to=[], disable_tqdm=True)
     trainer = tether.DPOTrainer(model_folder, args=args, train_dataset=tiny_pairs(4))

@@ -42,14 +42,25 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
-    if isinstance(rows, list):
+    if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         return Dataset.from_list(rows)
-    several = f", for instance `dataset[{next(iter(rows))!r}]`" if isinstance(rows, Mapping) and rows else ""
+    given = type(rows).__name__
+    if isinstance(rows, list):
+        given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
     raise ArgumentTypeError(
-        asked=f"A set of pairs was given as {type(rows).__name__}.",
+        asked=f"A set of pairs was given as {given}.",
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
-        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{several}.",
+        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
+
+
+def _how_to_make_one(rows: Any) -> str:
+    """A set from what was given, as far as that can be told."""
+    if isinstance(rows, Mapping) and set(rows) & {"chosen", "rejected"}:
+        return ": `Dataset.from_dict(...)` makes one of columns"
+    if isinstance(rows, Mapping) and rows:
+        return f", for instance `dataset[{next(iter(rows))!r}]`"
+    return ": `Dataset.from_pandas(...)` makes one" if hasattr(rows, "iloc") else ""
 
 
 def tokenize_pairs(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -144,7 +144,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     # `compute_loss` already divides by the pairs of the whole optimizer step.
     loss_is_scaled_for_ga = True
-    _tag_names = ("tether", "dpo")
+    _tag_names: ClassVar[list[str]] = ["tether", "dpo"]  # a subclass may add its own
 
     reference: Reference
     args: DPOConfig
@@ -364,7 +364,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def _tokenized_sets(self, sets: Rows | Mapping[str, Rows] | None, args: DPOConfig) -> Any:
         if sets is None:
             return None
-        if isinstance(sets, Mapping):
+        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
             return {name: self._tokenized(as_dataset(dataset), name, args) for name, dataset in sets.items()}
         return self._tokenized(as_dataset(sets), "eval", args)
 
