@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from tether.reference import (
     Reference,
     StoredReference,
 )
+from tether.reference.given import GivenReference
 from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response
@@ -45,6 +47,9 @@ BATCH = PairBatch.of_pairs(
         (response(SECOND, draw(6, 7)), response(SECOND, draw(7, 2))),
     ]
 )
+
+# The same pairs, each response with the sum that a row would bring for it.
+BATCH_WITH_SUMS = replace(BATCH, reference_sums=tuple(-1.25 * length for length in BATCH.response_lengths))
 
 # -------------------------------------------------------------------------------------------------- policies
 
@@ -110,6 +115,7 @@ class Kind:
     reference: Callable[[Any, Path], Reference]
     meant: Callable[[Any], Any] = lambda policy: policy
     tolerance: tuple[float, float] = (5e-6, 5e-6)
+    batch: PairBatch = BATCH
 
 
 def explicit(policy: Any, folder: Path | None = None) -> Reference:
@@ -162,6 +168,27 @@ class Certain(nn.Module):
         return SimpleNamespace(logits=self.certainty * following)
 
 
+class Told(nn.Module):
+    """A model that gives the first token of each response of a batch its sum, and is certain of all others."""
+
+    def __init__(self, batch: PairBatch) -> None:
+        super().__init__()
+        self.certainty = nn.Parameter(torch.tensor(1e4))
+        prompts = batch.prompt_ids.split(list(batch.prompt_lengths))
+        self.sums = {}
+        for number, tokens in enumerate(batch.response_ids.split(list(batch.response_lengths))):
+            prompt = prompts[batch.response_group[number]].tolist()
+            self.sums[*prompt, *tokens.tolist()] = len(prompt), batch.reference_sums[number]
+
+    def forward(self, input_ids: Any, **options: Any) -> Any:
+        (ids,) = input_ids.tolist()
+        start, total = self.sums[tuple(ids)]
+        logits = self.certainty * nn.functional.one_hot(input_ids.roll(-1, -1), 256)
+        logits[0, start - 1] = math.log(-math.expm1(total) / 255)  # what is left, for all other tokens alike
+        logits[0, start - 1, ids[start]] = total
+        return SimpleNamespace(logits=logits)
+
+
 SOURCES: dict[str, Kind] = {
     "explicit": Kind(dropping_gpt2, explicit),
     "explicit, partly frozen": Kind(partly_frozen, explicit),
@@ -209,8 +236,14 @@ SOURCES: dict[str, Kind] = {
     "following": Kind(dropping_gpt2, followed),
     "following, after taking weights": Kind(dropping_gpt2, after_taking, meant=lambda policy: other_model()),
     "none": Kind(dropping_gpt2, lambda policy, folder: UniformReference(), meant=lambda policy: Certain()),
+    "given by the rows": Kind(
+        dropping_gpt2,
+        lambda policy, folder: GivenReference("digest of the rows"),
+        meant=lambda policy: Told(BATCH_WITH_SUMS),
+        batch=BATCH_WITH_SUMS,
+    ),
 }
-_NOT_STORED = ("moving", "following", "none")
+_NOT_STORED = ("moving", "following", "none", "given")
 
 
 def precomputed(kind: Kind) -> Kind:

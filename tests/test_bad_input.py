@@ -7,16 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, VeraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import TrainingArguments
+from trl import DPOConfig as TRLConfig
 
 from observe import bits, same_bits, traces
 from runs import DEFAULTS, make_trainer, stream
-from tether import BEMACallback, DPOConfig
-from tether.errors import ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
+from tether import BEMACallback, DPOConfig, DPOTrainer
+from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
 from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -28,6 +32,8 @@ def assert_in_three_parts(error: TetherError, *names: str) -> None:
     for name in names:
         assert name in str(error)
 
+
+PAIRS = tiny_pairs(4)
 
 # ---------------------------------------------------------------------------------------------------- options
 
@@ -73,6 +79,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bco_reward_shift that no loss has": {"bco_reward_shift": False},
     "router_aux_loss_coef that is NaN": {"router_aux_loss_coef": float("nan")},
     "reference_free with sync_ref_model": {"reference_free": True, "sync_ref_model": True},
+    "reference_free with ref_store": {"ref_store": "answers.sqlite", "reference_free": True},
+    "reference_free with ref_store_mode": {"ref_store_mode": "lazy", "reference_free": True},
+    "ref_store without precompute": {"ref_store": "answers.sqlite"},
+    "ref_store_mode without precompute": {"ref_store_mode": "lazy"},
     "max_length": {"max_length": 1},
     "truncation_mode": {"truncation_mode": "keep_middle"},
     "bad_rows": {"bad_rows": "keep"},
@@ -91,6 +101,34 @@ def test_an_option_out_of_range_is_refused_by_name(name: str, tmp_path: Path) ->
         DPOConfig(str(tmp_path / "out"), **DEFAULTS | OPTIONS[name])
     assert_in_three_parts(caught.value, next(iter(OPTIONS[name])))
     assert isinstance(caught.value, ValueError) and not (tmp_path / "out").exists()
+
+
+KINDS: dict[str, Any] = {
+    "max_length": "40",
+    "max_length that is a fraction": 40.5,
+    "beta": "1e-1",
+    "beta that is None": None,
+    "label_smoothing": "0.1",
+    "precompute_ref_batch_size": "8",
+    "ref_model_sync_steps": 1.5,
+    "loss_weights": 1.0,
+    "sync_ref_model": "False",
+    "disable_dropout": 1,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_value_of_another_kind_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    option = name.partition(" ")[0]
+    with pytest.raises(ArgumentTypeError) as caught:
+        DPOConfig(str(tmp_path / "out"), **DEFAULTS | {option: KINDS[name]})
+    assert_in_three_parts(caught.value, f"`{option}={KINDS[name]!r}`")
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, TypeError)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    args = DPOConfig(str(tmp_path), **DEFAULTS, beta=np.float64(0.25), max_length=np.int64(40))
+    assert (args.beta, args.max_length) == (0.25, 40)
 
 
 def test_a_store_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:
@@ -145,7 +183,69 @@ def test_a_set_without_usable_rows_is_refused(tmp_path: Path) -> None:
 def test_a_set_that_is_no_set_is_refused(rows: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, rows=rows)
-    assert_in_three_parts(caught.value, "train_dataset", type(rows).__name__)
+    assert_in_three_parts(caught.value, "datasets.Dataset", type(rows).__name__)
+
+
+COLUMNS = {name: [" text"] for name in ("prompt", "chosen", "rejected")}
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (COLUMNS, "from_dict"),
+        (DatasetDict(train=Dataset.from_dict(COLUMNS)), "dataset['train']"),
+        (pd.DataFrame(COLUMNS), "from_pandas"),
+        (["a pair", "another"], "list of str"),
+    ],
+    ids=["columns", "splits", "a table", "texts"],
+)
+def test_a_set_of_another_form_is_refused_with_how_to_make_one(given: Any, found: str, which: str) -> None:
+    if which == "eval_dataset" and isinstance(given, DatasetDict):
+        pytest.skip("evaluation takes several sets")
+    with pytest.raises(ArgumentTypeError) as caught:
+        given_as = {"train_dataset": PAIRS, "eval_dataset": None, which: given}
+        DPOTrainer(tiny_model(), args=args_of(), processing_class=tiny_tokenizer(), **given_as)
+    assert_in_three_parts(caught.value, found)
+
+
+@pytest.mark.parametrize("rows", [None, {"some": PAIRS}], ids=["None", "several sets"])
+def test_predict_takes_one_set(rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        make_trainer(tmp_path).predict(rows)
+    assert_in_three_parts(caught.value, type(rows).__name__)
+
+
+ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "args of transformers": ("`args`", lambda: {"args": TrainingArguments("out", report_to=[])}),
+    "args of TRL": ("trl.", lambda: {"args": TRLConfig("out", report_to=[], bf16=False)}),
+    "args as a dict": ("`args`", lambda: {"args": {"beta": 0.1}}),
+    "a number as model": ("`model` is a int", lambda: {"model": 42}),
+    "a module without config": ("`model` is a Linear", lambda: {"model": torch.nn.Linear(2, 2)}),
+    "a model without head": ("LlamaModel", lambda: {"model": tiny_model().model}),
+    "a reference without head": ("`ref_model` is a LlamaModel", lambda: {"ref_model": tiny_model().model}),
+    "True as reference": ("`ref_model` is a bool", lambda: {"ref_model": True}),
+    "one callback": ("`callbacks`", lambda: {"callbacks": BEMACallback()}),
+    "dtype that is none": ("bf61", lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"dtype": "bf61"})}),
+    "the old name of dtype": (
+        "`dtype='bfloat16'`",
+        lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"torch_dtype": "bfloat16"})},
+    ),
+}
+
+
+def args_of(**options: Any) -> DPOConfig:
+    return DPOConfig("out", **DEFAULTS | options)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_of_another_kind_is_refused_by_name(name: str) -> None:
+    found, make_options = ARGUMENTS[name]
+    given = {"model": tiny_model(), "args": args_of(), "processing_class": tiny_tokenizer(), "train_dataset": PAIRS}
+    with pytest.raises(ConfigurationError) as caught:
+        DPOTrainer(**given | make_options())
+    assert_in_three_parts(caught.value, found)
 
 
 # -------------------------------------------------------------------------------------------- model, reference
@@ -258,6 +358,7 @@ LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
 VERA = {"peft_config": VeraConfig(target_modules=["q_proj"])}
 BEMA = {"ref_model_sync_rule": "bema", "sync_ref_model": True}
 FOLLOWED = BEMACallback(update_ref_model=True)
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sync with VeRA": ("VERA", lambda: VERA | {"sync_ref_model": True}),
     "sync with a VeRA model": ("VERA", lambda: {"model": adapted(VERA), "sync_ref_model": True}),
@@ -275,6 +376,18 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a tokenizer that is none": ("processing_class", lambda: {"processing_class": str}),
     "a quantization for an instance": ("quantization_config", lambda: {"quantization_config": object()}),
     "an average for an adapter's reference": ("update_ref_model", lambda: LORA | {"callbacks": [FOLLOWED]}),
+    "a schedule of syncs without sync": ("ref_model_sync_steps", lambda: {"ref_model_sync_steps": 4}),
+    "a weight of syncs without sync": ("ref_model_mixup_alpha", lambda: {"ref_model_mixup_alpha": 0.3}),
+    "a pass that there is not": ("precompute_ref_batch_size", lambda: {"precompute_ref_batch_size": 4}),
+    "smoothing of another loss": ("`label_smoothing=", lambda: {"label_smoothing_factor": 0.1}),
+    "noise without padding": ("padding_free", lambda: {"padding_free": True, "neftune_noise_alpha": 5.0}),
+    "a token budget for a stream": ("max_tokens_per", lambda: {"rows": stream(PAIRS), "max_tokens_per_micro_batch": 9}),
+    "a stream by length": ("group_by_length", lambda: {"rows": stream(PAIRS), **BY_LENGTH}),
+    "a token budget in order": (
+        "sequential",
+        lambda: {"max_tokens_per_micro_batch": 99, "train_sampling_strategy": "sequential"},
+    ),
+    "a last batch by length": ("dataloader_drop_last", lambda: BY_LENGTH | {"dataloader_drop_last": True}),
     "arguments for an instance": ("model_init_kwargs", lambda: {"model_init_kwargs": {"dtype": "auto"}}),
 }
 

@@ -15,6 +15,7 @@ from observe import bits, same_bits
 from runs import curve, make_trainer, trained
 from tether import BEMACallback
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
+from tether.reference import ReferenceOptions, check_options
 from tiny import tiny_model, tiny_pairs
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -150,6 +151,10 @@ CANNOT_FOLLOW: dict[str, dict[str, Any]] = {
     "precompute_ref_log_probs": {"precompute_ref_log_probs": True},
     "sync_ref_model": {"sync_ref_model": True},
     "PEFT": {"peft_config": LoraConfig(**LORA)},
+    "reference_free": {"reference_free": True},
+    "ref_chosen_logps": {
+        "rows": [row | {"ref_chosen_logps": -9.0, "ref_rejected_logps": -9.0} for row in tiny_pairs(4)]
+    },
 }
 
 
@@ -158,6 +163,13 @@ def test_a_reference_that_cannot_follow_is_refused_by_name(name: str, tmp_path: 
     with pytest.raises(ConfigurationError, match=name) as caught:
         make_trainer(tmp_path, callbacks=[BEMACallback(update_ref_model=True)], **CANNOT_FOLLOW[name])
     assert "update_ref_model=False" in caught.value.instead
+
+
+def test_a_sharded_reference_cannot_follow() -> None:
+    """A run that is sharded needs several processes; what refuses it is asked here by itself."""
+    options = ReferenceOptions(follows=True, shard=object())  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="ZeRO-3 or FSDP2"):
+        check_options(tiny_model(), None, options)
 
 
 def test_a_reference_of_another_architecture_cannot_follow(tmp_path: Path) -> None:

@@ -133,6 +133,16 @@ def test_collator_stores_a_shared_prompt_once() -> None:
     assert batch_of(PairCollator()(rows)).num_groups == 3
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_collator_makes_the_same_batch_of_a_set_in_another_format(form: str) -> None:
+    plain = Dataset.from_list(tokens_of(tiny_pairs(4), tiny_tokenizer())).add_column("margin", [0.5] * 4)
+    given = plain.with_format(form)
+    ours, theirs = (batch_of(PairCollator()([rows[i] for i in range(4)])) for rows in (plain, given))
+    assert (ours.num_groups, ours.keys) == (theirs.num_groups, theirs.keys)
+    assert ours.prompt_ids.tolist() == theirs.prompt_ids.tolist() and ours.margins is not None
+    assert theirs.margins is not None and ours.margins.tolist() == theirs.margins.tolist()
+
+
 # ------------------------------------------------------------------------------------------------------ keys
 
 

@@ -6,6 +6,7 @@ leaves in `result` is compared. TRL is asked for fp32 and for runs that it gets 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import tether
 from observe import bits, same_bits
+from tether.attributes import ELSEWHERE
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 CLOCK = ("runtime", "per_second", "preparation_time", "total_flos")
@@ -109,12 +112,43 @@ trainer = DPOTrainer(model_folder, args=args, train_dataset=rows, eval_dataset=e
 trainer.train()
 result = [*trainer.state.log_history, trainer.evaluate(), {"ref_model": trainer.ref_model}]
 """,
+    "new sets after training, a precomputed reference model": """
+from transformers import AutoModelForCausalLM
+import torch
+other = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+with torch.no_grad():
+    other.lm_head.weight.mul_(1.1)  # no path has it
+trainer = DPOTrainer(model_folder, other, config(precompute_ref_log_probs=True), train_dataset=rows)
+trainer.train()
+result = [*trainer.state.log_history, trainer.evaluate(eval_rows)]
+""",
     "a collator of one's own": """
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 collator = DataCollatorForPreference(pad_token_id=0, max_length=70, truncation_mode="keep_start")
 trainer = DPOTrainer(model_folder, None, config(), collator, rows, eval_rows)
 trainer.train()
 result = [*trainer.state.log_history, trainer.evaluate()]
+""",
+    "a loss of a subclass that looks at the logits": """
+class Mine(DPOTrainer):
+    seen = []
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.seen.append(outputs.logits)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+trainer = Mine(model_folder, args=config(), train_dataset=rows)
+trainer.train()
+result = [*trainer.state.log_history, *(
+    {"shape": str(tuple(logits.shape)), "first": float(logits[0, 0, 0]), "mean": float(logits[:, 0].mean()),
+     "gradient": logits.requires_grad} for logits in trainer.seen)]
+""",
+    "tokens that the model was fed": """
+args = config(include_num_input_tokens_seen="non_padding", gradient_accumulation_steps=2)
+trainer = DPOTrainer(model_folder, args=args, train_dataset=rows)
+trainer.train()
+logged = [entry["num_input_tokens_seen"] for entry in trainer.state.log_history if "loss" in entry]
+result = [{"seen": trainer.state.num_input_tokens_seen, "logged": str(logged)}]
 """,
     "what scripts read from the trainer": """
 trainer = DPOTrainer(model_folder, args=config(beta=0.3, loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.5]),
@@ -218,15 +252,6 @@ def test_methods_take_the_arguments_of_trl_in_its_order() -> None:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
 
 
-# Attributes of TRL's trainer that ours does not have, and what to write instead.
-ELSEWHERE = {
-    "compute_ref_log_probs": "trainer.reference.log_probs(batch)",
-    "maybe_activation_offload_context": "nothing: a training step opens it",
-    "router_aux_loss_coef": "trainer.args.router_aux_loss_coef",
-    "aux_loss_enabled": "trainer.args.router_aux_loss_coef",
-}
-
-
 def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: str, tmp_path: Path) -> None:
     theirs, ours = (
         library.DPOTrainer(
@@ -237,7 +262,25 @@ def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: s
         for library in (trl, tether)
     )
     missing = {name for name in dir(theirs) if not name.startswith("_") and not hasattr(ours, name)}
-    assert missing == set(ELSEWHERE)
+    assert missing == {name for name in ELSEWHERE if not name.startswith("_")}
+    for name in ELSEWHERE:
+        assert hasattr(theirs, name)
+        with pytest.raises(AttributeError, match=name) as caught:
+            getattr(ours, name)
+        assert isinstance(caught.value, tether.errors.NotHereError) and caught.value.instead
+    for name in ("router_aux_loss_coef", "aux_loss_enabled"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    with pytest.raises(AttributeError, match="no attribute 'bta'"):
+        _ = ours.bta
+
+
+@pytest.mark.parametrize(
+    "name", ["_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs"]
+)
+def test_a_subclass_that_replaces_what_only_trl_calls_is_refused(name: str) -> None:
+    assert hasattr(trl.DPOTrainer, name)
+    with pytest.raises(ValueError, match=name):
+        type("Mine", (tether.DPOTrainer,), {name: lambda self, *given: None})
 
 
 # What TRL refuses, and with which builtin; a script's `except` must go on working.
@@ -265,6 +308,28 @@ def test_what_trl_refuses_is_refused_with_the_same_builtin(library: Any, name: s
         assert isinstance(caught.value, tether.errors.TetherError) and caught.value.instead
 
 
+def test_a_subclass_adds_its_own_tags(model_folder: str, tmp_path: Path) -> None:
+    class Mine(tether.DPOTrainer):
+        _tag_names = [*tether.DPOTrainer._tag_names, "mine"]  # noqa: RUF012
+
+    args = tether.DPOConfig(str(tmp_path), report_to=[], disable_tqdm=True)
+    trainer = Mine(model_folder, args=args, train_dataset=tiny_pairs(4))
+    trainer.create_model_card()
+    assert (
+        trainer.model.model_tags == ["tether", "dpo", "mine"] and "\n- mine\n" in (tmp_path / "README.md").read_text()
+    )
+    assert type(trl.DPOTrainer._tag_names) is type(tether.DPOTrainer._tag_names)
+
+
+def test_a_policy_that_is_made_anew_for_each_run_is_refused(model_folder: str, tmp_path: Path) -> None:
+    args = tether.DPOConfig(str(tmp_path), report_to=[], disable_tqdm=True)
+    trainer = tether.DPOTrainer(model_folder, args=args, train_dataset=tiny_pairs(4))
+    trainer.model_init = tiny_model
+    with pytest.raises(ValueError, match="model_init") as caught:
+        trainer.train()
+    assert isinstance(caught.value, tether.errors.ConfigurationError) and "each trial" in caught.value.instead
+
+
 def test_trls_command_line_parser_reads_our_options(tmp_path: Path) -> None:
     words = ["--output_dir", str(tmp_path), "--beta", "0.3", "--loss_type", "sigmoid", "ipo", "--bf16", "false"]
     parsers = (trl.TrlParser((library.DPOConfig,)) for library in (trl, tether))
@@ -274,6 +339,24 @@ def test_trls_command_line_parser_reads_our_options(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- where we work and TRL raises
+
+
+def test_a_reference_model_in_memory_is_not_kept_alive_for_new_sets(model_folder: str, tmp_path: Path) -> None:
+    args = tether.DPOConfig(
+        str(tmp_path), precompute_ref_log_probs=True, max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    other = tiny_model(seed=3)
+    trainer = tether.DPOTrainer(model_folder, other, args, train_dataset=tiny_pairs(8))
+    trainer.train()
+    assert trainer.evaluate(tiny_pairs(3, seed=1))["eval_rewards/margins"] != 0
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+    with pytest.raises(LookupError, match="`ref_model` in memory has other weights by now"):
+        trainer.evaluate(tiny_pairs(3, seed=2))
+    del other
+    gc.collect()
+    with pytest.raises(LookupError, match="`ref_model` in memory cannot be read"):
+        trainer.evaluate(tiny_pairs(3, seed=2))
 
 
 def test_rows_of_text_can_be_predicted_at_any_time(model_folder: str, tmp_path: Path) -> None:
@@ -287,8 +370,6 @@ def test_rows_of_text_can_be_predicted_at_any_time(model_folder: str, tmp_path: 
 
 
 def test_beta_set_by_a_callback_holds_from_the_next_step_on(model_folder: str, tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
     class Doubling(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer.beta *= 2
@@ -334,6 +415,41 @@ def test_an_optimizer_by_class_is_that_optimizer(model_folder: str, tmp_path: Pa
         assert type(trainer.optimizer.optimizer) is torch.optim.SGD
         weights.append(bits(model))
     assert same_bits(*weights) and not same_bits(weights[0], bits(tiny_model()))
+
+
+def test_noise_of_neftune_has_the_size_that_a_sequence_alone_would_give_it(model_folder: str, tmp_path: Path) -> None:
+    """Jain et al. 2023, arXiv 2310.05914: uniform within `alpha / sqrt(L d)`, L the length of a padded sequence."""
+    alpha, width = 5.0, 32
+    args = tether.DPOConfig(
+        str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, save_strategy="no", neftune_noise_alpha=alpha,
+        per_device_train_batch_size=4, gradient_checkpointing=False, logging_steps=1,
+    )  # fmt: skip
+    trainer = tether.DPOTrainer(model_folder, args=args, train_dataset=tiny_pairs(4))
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in trainer.train_dataset
+    )
+    embedding, noise = trainer.model.get_input_embeddings(), []
+
+    def measure(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        noise.append((output - torch.nn.functional.embedding(inputs[0], module.weight)).detach().abs().max().item())
+
+    trainer.add_callback(Hooking(embedding, measure))
+    trainer.train()
+    bound = alpha / (longest * width) ** 0.5
+    seen = [size for size in noise if size > 0]
+    assert len(seen) == 1, "the policy's one forward in training, and no pass of the reference"
+    assert 0.98 * bound < seen[0] <= bound
+    assert trainer.state.log_history[0]["reference/initial_gap"] < 1e-5
+
+
+class Hooking(TrainerCallback):
+    """Hooks a module once training has put its own hooks there."""
+
+    def __init__(self, module: torch.nn.Module, hook: Any) -> None:
+        self.module, self.hook = module, hook
+
+    def on_step_begin(self, *given: Any, **options: Any) -> None:
+        self.module.register_forward_hook(self.hook)
 
 
 def test_torch_compile_gives_the_same_curve(model_folder: str, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.config_checks",
         "tether.models",
         "tether.batches",
+        "tether.arguments",
         "tether.attributes",
         "tether.callbacks",
         "tether.checkpoints",
@@ -55,6 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.training_callback",
         "tether.trainer",
         "tether.testing",
+        "tether.unread",
     ),
     ("tether.report", "tether.demo", "tether.cli"),
     ("tether", "tether.__main__"),  # the package's own __init__: inside, name the module that defines a thing

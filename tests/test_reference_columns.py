@@ -11,6 +11,7 @@ from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
 from runs import as_dataset, curve, make_trainer, steps, stream, trained
+from tether import BEMACallback
 from tether.columns import with_reference_columns
 from tether.data import REFERENCE_COLUMNS
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError
@@ -127,6 +128,9 @@ def test_evaluation_reads_the_columns_and_refuses_a_set_without_them(tmp_path: P
         "ref_model": {"ref_model": tiny_model()},
         "precompute_ref_log_probs": {"precompute_ref_log_probs": True},
         "sync_ref_model": {"sync_ref_model": True},
+        "reference_free": {"reference_free": True},
+        "ref_dtype": {"ref_dtype": "bfloat16"},
+        "update_ref_model": {"callbacks": [BEMACallback(update_ref_model=True)]},
     }.items(),
 )
 def test_a_second_reference_is_refused_by_name(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -140,11 +144,37 @@ def test_an_option_that_needs_every_token_is_refused_by_name(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("-inf")])
-def test_a_sum_that_is_no_number_is_refused_with_its_row(value: float | None, tmp_path: Path) -> None:
+def test_a_sum_that_is_no_number_is_refused_with_its_row(value: Any, tmp_path: Path) -> None:
     rows = list(exported(tmp_path))
     rows[3]["ref_rejected_logps"] = value
     with pytest.raises(DataError, match="Row 3 of the train set has `ref_rejected_logps"):
         make_trainer(tmp_path / "1", rows=rows)
+
+
+def test_text_in_the_columns_is_refused_with_its_row(tmp_path: Path) -> None:
+    rows = [row | {name: str(row[name]) for name in REFERENCE_COLUMNS} for row in exported(tmp_path)]
+    with pytest.raises(DataError, match="Row 0 of the train set has `ref_chosen_logps='"):
+        make_trainer(tmp_path / "1", rows=rows)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "-12.5", "absent"])
+def test_a_bad_sum_of_a_stream_is_named_when_it_is_read(value: Any, tmp_path: Path) -> None:
+    rows = list(exported(tmp_path))
+    rows[5]["ref_chosen_logps"] = value
+    if value == "absent":
+        del rows[5]["ref_chosen_logps"]
+    with pytest.raises(DataError, match="Row 5 of the train set has `ref_chosen_logps="):
+        trained(tmp_path / "1", rows=stream(rows), max_length=MAX_LENGTH)
+    dropped = make_trainer(tmp_path / "2", rows=stream(rows), max_length=MAX_LENGTH, bad_rows="drop")
+    assert len(list(dropped.train_dataset)) == len(rows) - 1
+
+
+def test_the_columns_may_be_tensors(tmp_path: Path) -> None:
+    rows = exported(tmp_path)
+    plain, tensors = (
+        trained(tmp_path / form, rows=rows.with_format(form), max_length=MAX_LENGTH) for form in ("python", "torch")
+    )
+    assert curve(plain) == curve(tensors)
 
 
 def test_one_column_alone_is_refused(tmp_path: Path) -> None:

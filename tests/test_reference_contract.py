@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kinds import BATCH, KINDS, Kind, dropping_gpt2, lora, moving
+from kinds import KINDS, Kind, dropping_gpt2, lora, moving
 from tether.errors import MissingPackageError
 from tether.reference import AdapterReference, FrozenReference, Reference
 from tether.reference.base import BatchSource
@@ -36,7 +36,7 @@ class OfKind(ReferenceContract):
         return self.kind.meant(policy)
 
     def make_batch(self, policy: Any) -> PairBatch:
-        return BATCH
+        return self.kind.batch
 
     @property
     def tolerance(self) -> tuple[float, float]:  # type: ignore[override]

@@ -249,8 +249,12 @@ def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path) -> 
 def test_a_checkpoint_of_weights_alone_is_refused_for_resuming(tmp_path: Path) -> None:
     trained(tmp_path, **RUN | {"save_only_model": True})
     assert not (tmp_path / f"checkpoint-{STOP}" / "reference").exists()
-    with pytest.raises(ResumeError, match="save_only_model"):
-        make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    checkpoint = str(tmp_path / f"checkpoint-{STOP}")
+    with pytest.raises(ResumeError, match="save_only_model") as caught:
+        make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=checkpoint)
+    assert f"DPOTrainer({checkpoint!r}, ref_model=...)" in caught.value.instead
+    again = trained(tmp_path / "again", checkpoint, ref_model=tiny_model(), max_steps=1)
+    assert steps(again)[0]["reference/initial_gap"] > 0.01, "its reference is the one that the first run began with"
 
 
 def test_a_checkpoint_goes_on_with_another_learning_rate_and_length(tmp_path: Path) -> None:
@@ -314,6 +318,22 @@ def test_every_way_to_name_a_checkpoint_resumes_it(which: str, tmp_path: Path) -
 def test_resuming_where_there_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No valid checkpoint"):
         make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_in_bfloat16_goes_on_in_bfloat16(tmp_path: Path) -> None:
+    """PEFT loads it as float32."""
+
+    def options() -> dict[str, Any]:
+        adapter = get_peft_model(tiny_model(dtype=torch.bfloat16), LoraConfig(**LORA), autocast_adapter_dtype=False)
+        return RUN | {"model": adapter, "learning_rate": 1e-2}
+
+    torch.manual_seed(0)
+    whole = trained(tmp_path, **options())
+    torch.manual_seed(0)
+    resumed = make_trainer(tmp_path, **options())
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    assert {p.dtype for p in resumed.model.parameters()} == {torch.bfloat16}
+    assert without_clock(resumed) == without_clock(whole) and same_bits(bits(resumed.model), bits(whole.model))
 
 
 def test_an_adapter_is_resumed_from_its_best_checkpoint(tmp_path: Path) -> None:

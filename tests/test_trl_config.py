@@ -31,7 +31,8 @@ DIFFERENCES = {
     "and pads",
     "pad_to_multiple_of": "`auto` and None only: there is no padding to round up",
     "precompute_ref_log_probs": "kept on disk by content, shared by runs; also for streams",
-    "precompute_ref_batch_size": "by default the batch size for training, for evaluation sets too",
+    "precompute_ref_batch_size": "by default the batch size for training, for evaluation sets too; an error without "
+    "`precompute_ref_log_probs`",
     "loss_type": "see `docs/losses.md`: `sft` and `bco_pair` follow their papers where TRL does not",
     "label_smoothing": "also in `sigmoid` and `sigmoid_norm`, where TRL ignores it; an error where no loss reads it, "
     "and outside [0, 0.5)",
@@ -41,10 +42,12 @@ DIFFERENCES = {
     "discopop_tau": "an error without `discopop`",
     "use_weighting": "also trains with `hinge`, where TRL's backward fails; sorting losses are refused with both",
     "activation_offloading": "needs an accelerator; an error on a CPU, where TRL fails without a reason",
-    "ref_model_mixup_alpha": "an error outside [0, 1]",
+    "ref_model_mixup_alpha": "an error outside [0, 1], and without `sync_ref_model`",
+    "ref_model_sync_steps": "an error without `sync_ref_model`",
     "sync_ref_model": "the reference's state is saved with every checkpoint and resumed; TRL loses it",
     "pad_token": "deprecated, with the same warning",
-    "model_init_kwargs": "an error with a model that is an instance; TRL warns",
+    "model_init_kwargs": "an error with a model that is an instance; TRL warns. `torch_dtype` in it is an error; TRL "
+    "ignores it",
 }
 
 START, END = "<!-- options: made by tests/test_trl_config.py -->\n", "<!-- end -->\n"

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from tether.distributed import together
 from tether.errors import ResumeError
@@ -112,13 +115,28 @@ def load_start(checkpoint: Path) -> Start | None:
     return Start(**json.loads(path.read_text())) if path.is_file() else None
 
 
+@contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Gives every parameter its dtype back, after a checkpoint was loaded into the model.
+
+    PEFT loads an adapter of bfloat16 as float32; a resumed run would go on in another precision than it began with.
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
+
+
 def _check_same(folder: Path, reference: Reference) -> None:
     path = folder / _IDENTITY
     if not path.is_file():
         raise ResumeError(
             asked=f"Resuming from {folder.parent}.",
             why="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
-            instead="Resume from a checkpoint written by Tether without `save_only_model=True`, or start a new run.",
+            instead="Resume from a checkpoint written by Tether without `save_only_model=True`; or start a new run "
+            f"with its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, against the model that its run "
+            "began with.",
         )
     saved, own = json.loads(path.read_text()), reference.identity.describe()
     if all(saved.get(name) == own[name] for name in ("kind", "weights", "compute_dtype", "scoring_version")):

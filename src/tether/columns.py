@@ -18,6 +18,7 @@ from tether.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, PairCollator, PairData
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LOSSES
 from tether.reference import Reference
+from tether.rows import check_reference_sum
 
 _ROWS_AT_ONCE = 32
 
@@ -89,6 +90,7 @@ def _refuse_two_references(args: DPOConfig, has_ref_model: bool) -> None:
         "precompute_ref_log_probs=True": args.precompute_ref_log_probs,
         "sync_ref_model=True": args.sync_ref_model,
         "reference_free=True": args.reference_free,
+        f"ref_dtype={args.ref_dtype!r}": args.ref_dtype is not None,
     }
     for option, is_set in others.items():
         if is_set:
@@ -114,12 +116,8 @@ def _refuse_two_references(args: DPOConfig, has_ref_model: bool) -> None:
 def _read_numbers(name: str, dataset: Dataset, digest: Any) -> None:
     """Adds a set's numbers to a digest, and refuses what is no number."""
     for column in REFERENCE_COLUMNS:
-        numbers = np.array([np.nan if value is None else value for value in dataset[column]], dtype=np.float64)
-        if not np.isfinite(numbers).all():
-            row = int(np.argmin(np.isfinite(numbers)))
-            raise DataError(
-                asked=f"Row {row} of the {name} set has `{column}={dataset[row][column]}`.",
-                why="It is the sum of the reference's log-probs of a response, a finite number.",
-                instead="Compute it again, drop the row, or take the columns out of all rows.",
-            )
+        values = list(dataset.with_format(None)[column])
+        for row, value in enumerate(values):
+            check_reference_sum(value, column, f"Row {row} of the {name} set")
+        numbers = np.array(values, dtype=np.float64)
         digest.update(f"{name}:{column}".encode() + numbers.tobytes())

@@ -24,13 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from tether.errors import ArgumentTypeError, DataError
 from tether.image_rows import PROMPT_COLUMNS, ImageRows
 from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
+from tether.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.rows import RowReader, TextRows, check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.types import PairBatch, PromptImages, Response
-
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
 
 PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -44,14 +43,25 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
-    if isinstance(rows, list):
+    if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         return Dataset.from_list(rows)
-    several = f", for instance `dataset[{next(iter(rows))!r}]`" if isinstance(rows, Mapping) and rows else ""
+    given = type(rows).__name__
+    if isinstance(rows, list):
+        given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
     raise ArgumentTypeError(
-        asked=f"A set of pairs was given as {type(rows).__name__}.",
+        asked=f"A set of pairs was given as {given}.",
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
-        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts as `train_dataset`{several}.",
+        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
+
+
+def _how_to_make_one(rows: Any) -> str:
+    """A set from what was given, as far as that can be told."""
+    if isinstance(rows, Mapping) and set(rows) & {"chosen", "rejected"}:
+        return ": `Dataset.from_dict(...)` makes one of columns"
+    if isinstance(rows, Mapping) and rows:
+        return f", for instance `dataset[{next(iter(rows))!r}]`"
+    return ": `Dataset.from_pandas(...)` makes one" if hasattr(rows, "iloc") else ""
 
 
 def tokenize_pairs(
@@ -128,9 +138,11 @@ class PairCollator:
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Response, Response]:
         images = self.image_rows.shown(row) if self.image_rows is not None else None
+        prompt, *sides = (_as_python(row[column]) for column in TOKEN_COLUMNS)
+        known = (_as_python(row.get(column)) for column in REFERENCE_COLUMNS)
         chosen, rejected = (
-            self._response(row["prompt_ids"], row[ids], images)._replace(reference_sum=row.get(known))
-            for ids, known in zip(("chosen_ids", "rejected_ids"), REFERENCE_COLUMNS, strict=True)
+            self._response(prompt, ids, images)._replace(reference_sum=value)
+            for ids, value in zip(sides, known, strict=True)
         )
         return chosen, rejected
 
@@ -175,6 +187,11 @@ def batch_columns(*, with_images: bool) -> list[str]:
     return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, *(PROMPT_COLUMNS if with_images else ())]
 
 
+def _as_python(value: Any) -> Any:
+    """Plain numbers, also of a set `with_format("torch")` or `"numpy"`: tensors would not be told to be equal."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """The rows' margins; None where no row has one.
 
@@ -184,7 +201,7 @@ def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
     if not any(MARGIN_COLUMN in row for row in rows):
         return None
     for row in rows:  # a set that came tokenized was looked at by nobody
-        check_margin({MARGIN_COLUMN: None} | dict(row), "A row of a batch")
+        check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, "A row of a batch")
     return [float(row[MARGIN_COLUMN]) for row in rows]
 
 

@@ -33,6 +33,10 @@ class ArgumentTypeError(ConfigurationError, TypeError):
     """An argument of another kind than the one that is needed."""
 
 
+class NotHereError(TetherError, AttributeError):
+    """Something that TRL's trainer has under this name, and this one under another."""
+
+
 class DataError(TetherError, ValueError):
     """A row that cannot be trained on. Names the row."""
 

@@ -6,6 +6,7 @@ Knows transformers and PEFT; knows no data and no training.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,8 +55,7 @@ def load_model(
             )
         return model
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    dtype = options.pop("dtype", "float32")
-    options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    options["dtype"] = _dtype_of(options)
     if find_adapter_config_file(model) is None:
         loaded: PreTrainedModel = _auto_class(model, options).from_pretrained(model, **options)
         return loaded
@@ -70,6 +70,24 @@ def _auto_class(name: str, options: dict[str, Any]) -> Any:
     passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
     config = AutoConfig.from_pretrained(name, **passed)
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+
+
+def _dtype_of(options: Mapping[str, Any]) -> Any:
+    dtype = options.get("dtype", "float32")
+    if "torch_dtype" in options:
+        raise ConfigurationError(
+            asked=f"`model_init_kwargs` with `torch_dtype={options['torch_dtype']!r}`.",
+            why="By now its name is `dtype`, and the model is loaded in float32 unless that is given.",
+            instead=f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
+        )
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto" or isinstance(named, torch.dtype):
+        return dtype if dtype == "auto" else named
+    raise ConfigurationError(
+        asked=f"`model_init_kwargs` with `dtype={dtype!r}`.",
+        why="There is no such dtype.",
+        instead="Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
+    )
 
 
 def where_from(
@@ -271,7 +289,7 @@ def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """Wraps the model with a fresh adapter, if one is asked for."""
     if peft_config is None:
-        return model
+        return _in_bfloat16_if_quantized(model) if isinstance(model, PeftModel) else model
     if not isinstance(peft_config, PeftConfig):
         raise ArgumentTypeError(
             asked=f"`peft_config` is a {type(peft_config).__name__}.",
@@ -299,6 +317,27 @@ def _in_bfloat16_if_quantized(model: PeftModel) -> PeftModel:
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keeps layers in 4 bits that run on a CPU in the form that has a backward.
+
+    bitsandbytes (0.50) packs their weights anew at the first forward in evaluation mode, for a product without one,
+    and leaves them so: in training no gradient would come through them, with no more than a warning.
+
+    Raises:
+        ConfigurationError: If that has happened already.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ConfigurationError(
+                asked=f"A model in 4 bits on a CPU that has been evaluated there before (`{name}`).",
+                why="bitsandbytes then packs the weights for a product without a backward: nothing would train.",
+                instead="Load the model anew and pass it as it is, or pass its path.",
+            )
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def lora_config(

@@ -18,6 +18,7 @@ from tether.errors import ConfigurationError, DataError
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
 IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.image_rows`
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums that rows may bring, see `tether.columns`
 _RESPONSES = ("chosen", "rejected")
 
 
@@ -223,13 +224,28 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
     if MARGIN_COLUMN not in row:
         return
     margin = row[MARGIN_COLUMN]
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if not _is_number(margin):
         raise DataError(
             asked=f"{where} has `margin={margin!r}`.",
             why="A margin is how much better the chosen response is, in units of reward; it is subtracted from the "
             "reward margin.",
             instead="Give every row a finite number (0 for none), or drop the column.",
         )
+
+
+def check_reference_sum(value: Any, column: str, where: str) -> None:
+    """Raises a `DataError` if a reference's log-prob that a row brings is no finite number."""
+    if not _is_number(value):
+        raise DataError(
+            asked=f"{where} has `{column}={value!r}`.",
+            why="It is the sum of the reference's log-probs of a response, a finite number.",
+            instead="Compute it again, drop the row, or take the columns out of all rows.",
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number; one element of a tensor or array is one too."""
+    return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _prompt_is_told_twice(row: Mapping[str, Any]) -> bool:

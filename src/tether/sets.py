@@ -60,7 +60,7 @@ class SetReader:
         """The sets to evaluate on, in the form in which they were passed."""
         if sets is None:
             return None
-        if isinstance(sets, Mapping):
+        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
             return {name: self.read(rows, name) for name, rows in sets.items()}
         return self.read(sets, "eval")
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from tether.errors import DataError
-from tether.rows import TOKEN_COLUMNS, RowReader, has_image_column
+from tether.rows import REFERENCE_COLUMNS, TOKEN_COLUMNS, RowReader, check_reference_sum, has_image_column
 
 logger = logging.getLogger("tether.data")
 
@@ -202,6 +202,7 @@ class _StreamLog:
 def _tokenize_next(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog) -> dict[str, Any]:
     try:
         tokens = plan.reader.tokens(row, plan.name_of(index))
+        _check_reference_sums(row, plan.name_of(index))
     except DataError as error:
         if not plan.drops:
             raise
@@ -210,6 +211,13 @@ def _tokenize_next(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log
     if tokens.lost_ids:
         log.lose(index, str(plan.reader.tokenizer.decode(tokens.lost_ids)))
     return {column: getattr(tokens, column) for column in TOKEN_COLUMNS}
+
+
+def _check_reference_sums(row: Mapping[str, Any], where: str) -> None:
+    """The columns of a set in memory are looked at as a whole (`tether.columns`); of a stream, row by row."""
+    if any(column in row for column in REFERENCE_COLUMNS):
+        for column in REFERENCE_COLUMNS:
+            check_reference_sum(row.get(column), column, where)
 
 
 def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog) -> bool:

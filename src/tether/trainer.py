@@ -9,21 +9,24 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
 
+from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
 from tether.checkpoint_weights import load_renamed_weights
 from tether.checkpoints import (
+    dtypes_kept,
     load_reference,
     load_reward_shift,
     load_start,
@@ -40,6 +43,7 @@ from tether.data import (
     MARGIN_COLUMN,
     PairDataset,
     Rows,
+    as_dataset,
     batch_columns,
     batch_of,
     num_pairs_tensor,
@@ -60,6 +64,7 @@ from tether.models import (
     default_output_dir,
     disable_dropout,
     hub_name,
+    keep_differentiable,
     load_model,
     load_processing_class,
     loading_options,
@@ -84,6 +89,7 @@ from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.training_callback import FollowTraining
 from tether.types import PairBatch
+from tether.unread import refuse_unread
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -144,7 +150,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     # `compute_loss` already divides by the pairs of the whole optimizer step.
     loss_is_scaled_for_ga = True
-    _tag_names = ("tether", "dpo")
+    _tag_names: ClassVar[list[str]] = ["tether", "dpo"]  # a subclass may add its own
 
     reference: Reference
     args: DPOConfig
@@ -170,6 +176,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         preprocess_logits_for_metrics: Callable[[Any, Tensor], Any] | None = None,
         loss: PreferenceLoss | None = None,
     ) -> None:
+        check_arguments(args, model, ref_model, callbacks)
         args = args or DPOConfig(default_output_dir(model))
         refuse_data_parallel(args)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
@@ -180,6 +187,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         policy = load_model(model, init_kwargs, args.trust_remote_code)
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
+        for loaded in filter(None, (policy, ref_model)):
+            keep_differentiable(loaded)
         revision = (init_kwargs or {}).get("revision")
         processing = load_processing_class(processing_class, policy, args.trust_remote_code, revision)
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
@@ -193,6 +202,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
+        refuse_unread(args, streams=isinstance(train_set, IterableDataset))
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
         leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
@@ -402,6 +412,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     ) -> Any:
         """The loss of a micro-batch: its share of the mean over all pairs of the optimizer step.
 
+        With `return_outputs`, also an output whose `logits` are those of the padded rows, chosen ones first, made by a
+        second forward without gradient.
+
         The reference is asked before the policy, whose graph must see the policy's tensors (see AdapterReference).
         """
         batch = batch_of(inputs)
@@ -415,6 +428,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             batch,
             statistics=self._objective.use_weighting or not self.model.training or self._logs_after_this_step(),
             auxiliary_loss=self._router_coefficient != 0,
+            # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
+            layout="auto" if self.args.neftune_noise_alpha is None else "padded",
         )
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
@@ -427,7 +442,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         else:  # gradients are averaged over processes, and this is a sum over this process's pairs
             self._num_train_tokens += batch.num_sequence_tokens()
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
-        return (loss, {}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            logits, _ = padded_logits(model, batch, self._pad_token_id)
+        return loss, CausalLMOutput(logits=logits)
 
     def _num_counted_pairs(self, batch: PairBatch) -> int:
         """Pairs of a batch that figures are made of: in evaluation, not those that come twice.
@@ -449,6 +468,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
         total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
         return total
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Counts each response with its prompt, as a batch without padding has them."""
+        tokens = torch.ones(batch_of(inputs).num_sequence_tokens())
+        name = getattr(self.model, "main_input_name", "input_ids")
+        super()._track_num_input_tokens({name: tokens, "attention_mask": tokens})
 
     def prediction_step(
         self,
@@ -485,6 +510,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "model_init", None) is not None:
+            raise ConfigurationError(
+                asked="`trainer.model_init`, as for `hyperparameter_search`.",
+                why="It makes another policy for each run, and the reference was made of the first.",
+                instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
+                "reference's answers.",
+            )
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -526,7 +558,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
         The logits of the whole set are kept: `prediction_loss_only=True` leaves them out.
         """
-        return super().predict(self._new_sets(test_dataset), ignore_keys, metric_key_prefix)
+        return super().predict(self._new_sets(as_dataset(test_dataset)), ignore_keys, metric_key_prefix)
 
     def _new_sets(self, sets: Any) -> Any:
         """Sets that were not given at construction, tokenized and made known to the reference."""
@@ -583,11 +615,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             save_start(Path(output_dir), self._watch.start)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
+        if load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
+            return
+        with dtypes_kept(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
+        if load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
+            return
+        with dtypes_kept(self.model):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

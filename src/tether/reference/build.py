@@ -6,6 +6,7 @@ Knows every kind of reference; knows no trainer.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,7 @@ def _source(
             dtype=dtype,
             autocast_dtype=autocast_dtype,
             device=device if shard is None else None,  # sharding takes it there, one part for each process
-            origins=options.origins,
+            origins=(_in_memory(ref_model), *options.origins),
             shard=shard,
         )
     if is_adapter_model(policy):
@@ -165,6 +166,19 @@ def _source(
         origins = (itself, *options.origins)
         return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype, origins=origins)
     return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard)
+
+
+def _in_memory(ref_model: nn.Module) -> Origin:
+    """The given model itself, as long as the caller holds it: it is not kept alive for that."""
+    found = weakref.ref(ref_model)
+
+    def load() -> nn.Module:
+        model = found()
+        if model is None:
+            raise OSError("it was given up")
+        return model
+
+    return Origin("`ref_model` in memory", load)
 
 
 def waits_for_device(policy: nn.Module, device: torch.device | None) -> bool:
@@ -267,6 +281,10 @@ def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: Referen
 def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
     reasons = {
         "`reference_free=True`": (options.free, "Without a reference there is nothing to set."),
+        "rows that bring `ref_chosen_logps`": (
+            options.given is not None,
+            "Their numbers are fixed: no weights answer.",
+        ),
         "ZeRO-3 or FSDP2": (options.shard is not None, "Each process holds a part of the weights, not their average."),
         "`precompute_ref_log_probs=True`": (options.precompute, "Log-probs computed before training would be stale."),
         "`sync_ref_model=True`": (options.sync, "Both would set the reference's weights, each by its own rule."),

@@ -306,7 +306,8 @@ def _pair_of(batch: PairBatch, pair: int) -> PairBatch:
 
     def response(number: int) -> Response:
         prompt = prompts[batch.response_group[number]]
-        return Response(tuple(prompt.tolist()), tuple(tokens[number].tolist()), batch.keys[number])
+        known = batch.reference_sums[number] if batch.reference_sums else None
+        return Response(tuple(prompt.tolist()), tuple(tokens[number].tolist()), batch.keys[number], known)
 
     pairs = [(response(batch.chosen[pair]), response(batch.rejected[pair]))]
     return PairBatch.of_pairs(pairs).to(batch.device)

@@ -1,0 +1,130 @@
+"""Options that nothing in a run would read: refused by name, so that none is accepted and without effect.
+
+Knows options and whether the training rows are streamed; what single values may be is the business of `config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tether.errors import ArgumentTypeError, ConfigurationError
+
+if TYPE_CHECKING:
+    from tether.config import DPOConfig
+
+
+class _Unread(NamedTuple):
+    """An option that would have no effect: its name, why, what to write, and whether that is so in a run."""
+
+    option: str
+    why: str
+    instead: str
+    applies: bool
+
+
+def refuse_unread(args: DPOConfig, *, streams: bool) -> None:
+    """Refuses what a run was asked for and would not do.
+
+    Args:
+        args: The run's options.
+        streams: Whether the training rows are a stream.
+
+    Raises:
+        ConfigurationError: Names the first such option.
+    """
+    for found in (*_without_what_reads_them(args), *_without_even_batches(args, streams=streams)):
+        if found.applies:
+            raise ConfigurationError(
+                asked=f"`{found.option}={getattr(args, found.option)!r}`.", why=found.why, instead=found.instead
+            )
+
+
+def _without_what_reads_them(args: DPOConfig) -> list[_Unread]:
+    default = {entry.name: entry.default for entry in fields(args)}
+    never_moves = "The reference does not move: `sync_ref_model` is False."
+    sync = "Set `sync_ref_model=True`, or leave `{}` out."
+    found = [
+        _Unread(name, never_moves, sync.format(name), not args.sync_ref_model and getattr(args, name) != default[name])
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps")
+    ]
+    precomputes = args.precompute_ref_log_probs
+    return [
+        *found,
+        _Unread(
+            "precompute_ref_batch_size",
+            "No pass scores the rows before training: `precompute_ref_log_probs` is False.",
+            "Set `precompute_ref_log_probs=True`, or leave it out.",
+            args.precompute_ref_batch_size is not None and not precomputes,
+        ),
+        _Unread(
+            "padding_free",
+            "NEFTune's noise depends on the length of a row, so each sequence has a row of its own, which is padded.",
+            "Leave out `padding_free` or `neftune_noise_alpha`.",
+            args.padding_free and args.neftune_noise_alpha is not None,
+        ),
+        _Unread(
+            "label_smoothing_factor",
+            "It smooths the targets of a cross-entropy over tokens, which no loss of pairs is.",
+            "Write `label_smoothing=...`, the probability that a preference label is flipped, or leave it out.",
+            bool(args.label_smoothing_factor),
+        ),
+    ]
+
+
+def _without_even_batches(args: DPOConfig, *, streams: bool) -> list[_Unread]:
+    """Micro-batches of similar length, or of so many tokens, are planned over a whole set that is known."""
+    budget, groups = args.max_tokens_per_micro_batch is not None, args.train_sampling_strategy == "group_by_length"
+    unknown = "The rows of a stream are only known when they are read; what goes together is planned before."
+    as_set = "Pass a `datasets.Dataset` or a list of dicts as `train_dataset`, or leave it out."
+    return [
+        _Unread("max_tokens_per_micro_batch", unknown, as_set, budget and streams),
+        _Unread("train_sampling_strategy", unknown, as_set, groups and streams),
+        _Unread(
+            "train_sampling_strategy",
+            "With `max_tokens_per_micro_batch`, micro-batches hold pairs of similar length, in random order.",
+            "Leave one of the two out.",
+            budget and args.train_sampling_strategy == "sequential",
+        ),
+        _Unread(
+            "dataloader_drop_last",
+            "Micro-batches of similar length are of different sizes, and every pair is in one of them.",
+            "Leave it out, or `train_sampling_strategy` and `max_tokens_per_micro_batch`.",
+            bool(args.dataloader_drop_last) and (budget or groups),
+        ),
+    ]
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "float": (Real, "a number"),
+    "int": (Integral, "a whole number"),
+    "bool": (bool, "True or False"),
+    "list[float]": ((list, tuple), "a list of numbers"),
+}
+_YAML = " YAML reads `1e-6` as text; in it, write `1.0e-6`."
+
+
+def check_kinds(options: Any, annotations: dict[str, str]) -> None:
+    """Refuses values of another kind than an option's, such as text where a number belongs.
+
+    Args:
+        options: Has the values as attributes.
+        annotations: Option -> its type as text, such as `float | None`.
+
+    Raises:
+        ArgumentTypeError: Names the option.
+    """
+    for name, annotation in annotations.items():
+        value = getattr(options, name)
+        kind = annotation.removesuffix(" | None")
+        if kind not in _KINDS or (value is None and kind != annotation):
+            continue
+        wanted, words = _KINDS[kind]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            is_yaml = kind == "float" and isinstance(value, str) and "e" in value
+            raise ArgumentTypeError(
+                asked=f"`{name}={value!r}`.",
+                why=f"It is a {type(value).__name__}, and the option is {words}.",
+                instead=f"Write {words}" + (", or None." if kind != annotation else ".") + (_YAML if is_yaml else ""),
+            )
