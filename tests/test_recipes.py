@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -27,12 +30,13 @@ from trl import (
     get_quantization_config,
 )
 
-from tether.cli import main, pairs, quantization
+from tether.cli import launch, main, pairs, quantization
 from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
+from tether.cli.launch import PRESETS, typed_words
 from tether.cli.options import RecipeParser
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
-from tether.cli.trl_options import REFUSED
+from tether.cli.trl_options import FORMER, REFUSED
 from tether.errors import ConfigurationError, DataError, MissingPackageError
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -121,11 +125,96 @@ def test_quantization_needs_bitsandbytes_and_options_that_go_together() -> None:
             build_trainer(read("train_data: d.jsonl\nload_in_4bit: true"))
 
 
-def test_options_of_the_launcher_are_refused_with_a_launcher() -> None:
-    with pytest.raises(ConfigurationError, match="torchrun --nproc_per_node"):
+@pytest.mark.parametrize(
+    "flag", ["--lora_task_type CAUSAL_LM", "--lora-task-type=CAUSAL_LM", "--ignore_bias_buffers no"]
+)
+def test_a_refused_flag_may_say_what_is_done_anyway(flag: str) -> None:
+    flags = flag.replace(" no", " false").split()
+    assert read("train_data: d.jsonl", *flags, "--beta", "0.2").config.beta == 0.2
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_an_option_of_earlier_versions_is_refused_with_todays(name: str) -> None:
+    assert name not in RecipeParser("train", "").options
+    for words in (("train_data: d.jsonl\n" + f"{name}: 1",), ("train_data: d.jsonl", f"--{name}", "1")):
+        with pytest.raises(ConfigurationError, match="no such option any more") as caught:
+            read(*words)
+        assert caught.value.instead == f"Write {FORMER[name]}."
+    named = re.findall(r"`(\w+)", FORMER[name])
+    assert set(named) <= {*RecipeParser("train", "").options, "env"}
+
+
+# --------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words that this process would become."""
+    words: list[str] = []
+
+    def execv(program: str, command: list[str]) -> None:
+        assert program == command[0] == sys.executable
+        words.extend(command[1:])
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"})
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(launch, "default_config_file", "absent")
+    return words
+
+
+def as_launcher_reads(words: list[str]) -> argparse.Namespace:
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    return launch_command_parser().parse_args(words[2:])
+
+
+def test_options_of_the_launcher_start_the_processes(started: list[str]) -> None:
+    text = "train_data: d.jsonl\nnum_processes: 4\nmain_process_port: 29501\nbeta: 0.2"
+    with pytest.raises(SystemExit):
+        read(text, "--num_processes", "2", "--beta", "0.3")
+    asked = as_launcher_reads(started)
+    assert (asked.num_processes, asked.main_process_port, asked.multi_gpu) == (2, 29501, True)
+    assert (asked.module, asked.training_script) == (True, "tether")
+    assert asked.training_script_args == ["train", "--config", "recipe.yaml", "--beta", "0.3"]
+    # In the processes that it starts, the recipe's options of the launcher have been heard.
+    assert read(text, "--beta", "0.3").config.beta == 0.3
+    assert typed_words([]) == ["--config", "recipe.yaml", "--num_processes", "2", "--beta", "0.3"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_named_configuration_is_one_that_the_launcher_reads(started: list[str], name: str) -> None:
+    with pytest.raises(SystemExit):
+        read("train_data: d.jsonl", "--accelerate_config", name)
+    asked = as_launcher_reads(started)
+    assert asked.zero_stage == (int(name[-1]) if name.startswith("zero") else None)
+    assert (asked.use_deepspeed, asked.use_fsdp) == (name.startswith("zero"), name == "fsdp2")
+    assert not asked.use_fsdp or asked.fsdp_version == "2"
+
+
+def test_a_configuration_of_the_launcher_may_be_a_file(started: list[str]) -> None:
+    Path("mine.yaml").write_text("num_processes: 2")
+    with pytest.raises(SystemExit):
+        read("train_data: d.jsonl\naccelerate_config: mine.yaml\nuse_fsdp: false")
+    asked = as_launcher_reads(started)
+    assert (asked.config_file, asked.use_fsdp, asked.num_processes) == ("mine.yaml", False, None)
+
+
+def test_precompute_hands_its_shard_on(started: list[str]) -> None:
+    assert main(["precompute", "--model=m", "--train_data=d.jsonl", "--shard", "2/3", "--num_processes=2"]) == 0
+    assert as_launcher_reads(started).training_script_args[-2:] == ["--shard", "2/3"]
+
+
+def test_what_a_launcher_cannot_do_is_refused(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="no configuration of that name"):
+        read("train_data: d.jsonl\naccelerate_config: zero4")
+    with pytest.raises(ConfigurationError, match="`--zero_stage` without `--use_deepspeed`"):
+        read("train_data: d.jsonl", "--zero_stage", "3")
+    with pytest.raises(ConfigurationError, match="invalid int value: 'two'"):
+        read("train_data: d.jsonl", "--num_processes", "two")
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
+    with pytest.raises(ConfigurationError, match="in a process that a launcher has started"):
         read("train_data: d.jsonl\nnum_processes: 2")
-    with pytest.raises(ConfigurationError, match="torchrun --nproc_per_node"):
-        read("train_data: d.jsonl", "--accelerate_config", "zero2")
+    assert started == []
 
 
 def test_trls_names_mean_the_options_of_the_command() -> None:
