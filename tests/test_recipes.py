@@ -29,6 +29,7 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.scripts import dpo as trl_script
 
 from tether.cli import launch, main, pairs, quantization
 from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
@@ -38,6 +39,7 @@ from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.trl_options import FORMER, REFUSED
 from tether.errors import ConfigurationError, DataError, MissingPackageError
+from tether.trainer import DPOTrainer
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 TRL_OPTIONS = (ScriptArguments, ModelConfig, DatasetMixtureConfig)
@@ -482,3 +484,63 @@ def test_a_recipe_of_trls_runs_as_the_commands_own(run: Callable[..., str]) -> N
     assert "12 to train on, 4 held out" in theirs and losses("theirs") == losses("ours")
     streamed = run(model="model", train_data="data/train.jsonl", dataset_streaming=True, output_dir="streamed")
     assert "a stream to train on, 0 held out" in streamed and len(losses("streamed")) == 2
+
+
+PARITY = {
+    "full": {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5], "lr_scheduler_type": "cosine"},
+    "lora, precomputed": {
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "precompute_ref_log_probs": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_a_recipe_trains_as_under_trls_own_script(name: str, run: Callable[..., str]) -> None:
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer(pad=True).save_pretrained("model")
+    write_rows("data/train.jsonl", tiny_pairs(24))
+    write_rows("data/test.jsonl", tiny_pairs(8, seed=1))
+    options = {
+        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "warmup_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": 7,
+        "disable_tqdm": True,
+    } | PARITY[name]
+    run(output_dir="ours", **options)
+    parsed = trl_script.make_parser().parse_args_and_config(["--config", "recipe.yaml", "--output_dir", "theirs"])
+    trl_script.main(*parsed)
+    logs = [json.loads(Path(folder, "checkpoint-6/trainer_state.json").read_text()) for folder in ("ours", "theirs")]
+    ours, theirs = ([entry for entry in log["log_history"] if "loss" in entry or "eval_loss" in entry] for log in logs)
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [1, 2, 3, 3, 4, 5, 6, 6]
+    figures = ("loss", "learning_rate", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/margins")
+    for one, other in zip(ours, theirs, strict=True):
+        shown = [figure for figure in figures if figure in other]
+        assert len(shown) == (4 if "loss" in other else 2)
+        for figure in shown:
+            assert one[figure] == pytest.approx(other[figure], rel=1e-4, abs=1e-4), (one["step"], figure)
+
+
+def test_a_run_that_is_pushed_names_its_data(
+    run: Callable[..., str], asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer(pad=True).save_pretrained("model")
+    pushed: list[Any] = []
+    monkeypatch.setattr(DPOTrainer, "init_hf_repo", lambda self, **options: None)
+    monkeypatch.setattr(DPOTrainer, "push_to_hub", lambda self, **options: pushed.append(options.get("dataset_name")))
+    run(model="model", train_data="owner/name:train", push_to_hub=True, output_dir="out")
+    assert pushed[-1] == "owner/name"
+    pushed.clear()
+    run(model="model", train_data="owner/name:train", output_dir="out")
+    assert pushed == []

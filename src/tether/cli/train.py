@@ -15,6 +15,7 @@ from tether.cli.assemble import build_trainer
 from tether.cli.interrupt import StopOnInterrupt
 from tether.cli.launch import typed_words
 from tether.cli.library_errors import library_errors_told
+from tether.cli.pairs import is_file
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.summary import describe_end, describe_start
@@ -59,8 +60,17 @@ def run(argv: Sequence[str]) -> int:
     trainer.save_model()
     trainer.save_state()
     metrics = _held_out_metrics(trainer)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=_hub_data(recipe))
     _say(trainer, describe_end(trainer, metrics, seconds, progress.tokens_per_second))
+    trainer.end()
     return EXIT_DONE
+
+
+def _hub_data(recipe: Recipe) -> str | None:
+    """The name on the hub of the pairs, for the model card; None for a file, a folder or a mixture."""
+    name = recipe.script.train_data
+    return None if name is None or is_file(name) or Path(name).expanduser().is_dir() else name.partition(":")[0]
 
 
 def find_checkpoint(recipe: Recipe) -> str | None:
