@@ -29,7 +29,7 @@ from tether.cli.library_errors import library_errors_told
 from tether.cli.pairs import hold_out, load_pairs
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
-from tether.cli.train import last_checkpoint
+from tether.cli.resume import last_checkpoint
 from tether.config import DPOConfig
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LossOptions
@@ -497,11 +497,22 @@ def test_resume_passes_over_a_checkpoint_that_was_not_written_to_its_end(
     assert tether("train", recipe())[0] == 0
     whole = last_logs(tmp_path / "out")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"log_history": [')  # killed here
-    assert last_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / "checkpoint-2")
+    assert last_checkpoint(str(tmp_path / "out")) == tmp_path / "out" / "checkpoint-2"
     code, out, err = tether("train", recipe(), "--resume")
     assert code == 0, err
     assert "step    2/4" not in out and "step    4/4" in out
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
+
+
+def test_resume_among_the_checkpoints_of_two_runs_asks_for_a_name(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    assert tether("train", recipe())[0] == 0
+    assert tether("train", recipe(max_steps=2))[0] == 0  # anew, into the folder that has checkpoint-4
+    newer = tmp_path / "out" / "checkpoint-2"
+    code, _, err = tether("train", recipe(), "--resume")
+    assert code == 2 and f"{newer} was written after it" in err and f"--resume {newer}" in err
+    assert tether("train", recipe(), "--resume", str(newer))[0] == 0
 
 
 def test_a_run_shorter_than_logging_steps_shows_its_end(tether: Run, recipe: Callable[..., str]) -> None:
@@ -540,18 +551,32 @@ def test_a_new_run_over_an_old_one_says_so(tether: Run, recipe: Callable[..., st
     assert "checkpoint-2 is there from an earlier run" in out
 
 
+def interrupt_at(step: int) -> Callable[..., None]:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return on_step_end
+
+
+def test_ctrl_c_names_its_own_checkpoint_beside_later_ones_of_an_earlier_run(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tether("train", recipe())[0] == 0
+    monkeypatch.setattr(ProgressLines, "on_step_end", interrupt_at(1))
+    code, out, _ = tether("train", recipe(save_strategy="no"))
+    own = str(tmp_path / "out" / "checkpoint-1")
+    assert code == 130 and f"The last checkpoint is {own}." in out
+    assert shlex.split(out.strip().splitlines()[-1])[-2:] == ["--resume", own]
+
+
 def test_ctrl_c_keeps_the_step_and_resume_goes_on(
     tether: Run, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tether("train", recipe(output_dir=str(tmp_path / "whole"), save_strategy="no"))[0] == 0
     path = recipe(save_strategy="no")
     with monkeypatch.context() as patched:
-
-        def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                signal.raise_signal(signal.SIGINT)
-
-        patched.setattr(ProgressLines, "on_step_end", interrupt)
+        patched.setattr(ProgressLines, "on_step_end", interrupt_at(3))
         before = signal.getsignal(signal.SIGINT)
         code, out, err = tether("train", path)
     assert code == 130 and "stopping after this step" in err

@@ -377,6 +377,13 @@ def test_a_mixture_takes_paths_folders_and_streams() -> None:
     assert list(load_sets(read(text + "streaming: true\nmax_steps: 1"))[0]) == one + two
 
 
+def test_a_mixture_may_name_the_splits_that_trl_makes_of_it() -> None:
+    write_rows("one.jsonl", tiny_pairs(12))
+    text = "datasets: [one.jsonl]\ntest_split_size: 0.25\ndataset_train_split: train\ndataset_test_split: test"
+    train, test = load_sets(read(text + "\neval_strategy: epoch"))
+    assert test is not None and len(train) + len(test) == 12 and 3 <= len(test) <= 5  # type: ignore[arg-type]
+
+
 def test_a_part_on_the_hub_is_passed_on(asked: list[dict[str, Any]]) -> None:
     load_sets(read("datasets:\n- {path: a/b, name: en, data_dir: d, split: test, columns: [chosen, rejected]}"))
     assert asked == [{"path": "a/b", "name": "en", "data_dir": "d", "split": "test", "streaming": False}]
@@ -395,6 +402,7 @@ REFUSALS = [
     ("datasets: [{path: a, fraction: 1}]\nstreaming: true\nmax_steps: 1", "A share of a stream"),
     ("datasets: [a.jsonl]\ndataset_name: a/b", "`train_data` together with `datasets`"),
     ("datasets: [a.jsonl]\ndataset_test_split: test", "`dataset_test_split` together with `datasets`"),
+    ("datasets: [a.jsonl]\ndataset_train_split: train_prefs", "`dataset_train_split` together with `datasets`"),
     ("dataset_name: a/b\ndataset_streaming: true", "without `max_steps`"),
     ("dataset_name: a/b\ndataset_streaming: true\nmax_steps: 1\ntest_split_size: 0.1", "`eval_fraction` together with"),
     ("dataset_name: a/b\neval_fraction: 0.1\ndataset_test_split: x", "`eval_fraction` together with"),

@@ -6,6 +6,7 @@ Must stay instant: torch and everything that imports it are loaded by a verb, ne
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def _run(words: list[str]) -> int:
             instead=f"{f'Did you mean `tether {nearest[0]}`? ' if nearest else ''}The verbs are {', '.join(VERBS)}; "
             "`tether --help` says what each does.",
         )
+    # bitsandbytes, where it is installed, warns of 4-bit kernels when peft imports it, and of casts in every product.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code: int = import_module(f"tether.cli.{verb}").run(rest)
     return code
 

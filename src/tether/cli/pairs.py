@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,4 +177,4 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())
+    return textwrap.shorten(" ".join(str(error).split()), 500)  # some spell the schema of every file out

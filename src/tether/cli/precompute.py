@@ -56,7 +56,6 @@ def _fill_store(argv: Sequence[str]) -> int:
         with library_errors_told("tether precompute"):
             trainer = build_trainer(recipe, shard=shard)
         lines = describe_start(trainer, recipe)
-    trainer.end()
     if trainer.is_world_process_zero():
         print(f"{lines}\n           {trainer.reference.num_passes} passes, {time.perf_counter() - started:.1f} s")
         if shard is not None:

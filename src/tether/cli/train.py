@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import sys
 import time
@@ -18,8 +16,9 @@ from tether.cli.library_errors import library_errors_told
 from tether.cli.pairs import is_file
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.resume import find_checkpoint, last_checkpoint, newest_checkpoint
 from tether.cli.summary import describe_end, describe_start
-from tether.errors import MissingLogProbsError, ResumeError
+from tether.errors import MissingLogProbsError
 from tether.trainer import DPOTrainer
 
 _ABOUT = """\
@@ -63,7 +62,6 @@ def run(argv: Sequence[str]) -> int:
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=_hub_data(recipe))
     _say(trainer, describe_end(trainer, metrics, seconds, progress.tokens_per_second))
-    trainer.end()
     return EXIT_DONE
 
 
@@ -71,40 +69,6 @@ def _hub_data(recipe: Recipe) -> str | None:
     """The name on the hub of the pairs, for the model card; None for a file, a folder or a mixture."""
     name = recipe.script.train_data
     return None if name is None or is_file(name) or Path(name).expanduser().is_dir() else name.partition(":")[0]
-
-
-def find_checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to go on from, if the recipe asks for one.
-
-    Raises:
-        ResumeError: If it is not there.
-    """
-    wanted, output_dir = recipe.script.resume, recipe.config.output_dir
-    if wanted is None:
-        return None
-    is_last = wanted.lower() == "true"
-    found = last_checkpoint(str(output_dir)) if is_last else wanted
-    if found is None or not Path(found).is_dir():
-        raise ResumeError(
-            asked=f"`resume` from {f'the last checkpoint in {output_dir}' if is_last else wanted}.",
-            why="There is none."
-            if is_last
-            else f"There is no such folder; paths start at the current folder, {Path.cwd()}.",
-            instead="Leave `resume` out to start anew, or name a checkpoint's folder (out/checkpoint-100).",
-        )
-    return found
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint of a folder that was written to its end: `trainer_state.json` is what is written last."""
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    for _, path in sorted(((int(name[1]), path) for name, path in numbered if name), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
 
 
 def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
@@ -130,11 +94,14 @@ def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
 
 def _how_to_go_on(trainer: DPOTrainer, argv: Sequence[str]) -> str:
     where = f"\ntether: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}."
-    checkpoint = last_checkpoint(str(trainer.args.output_dir))
+    folder = str(trainer.args.output_dir)
+    checkpoint = newest_checkpoint(folder)
     if checkpoint is None or trainer.args.save_only_model:
         return f"{where} There is no checkpoint to go on from."
     words = typed_words(argv)
-    if not any(word.startswith("--resume") for word in words):
+    if checkpoint != last_checkpoint(folder):  # an earlier run left later steps
+        words += ["--resume", str(checkpoint)]
+    elif not any(word.startswith("--resume") for word in words):
         words.append("--resume")
     return f"{where} The last checkpoint is {checkpoint}. To go on:\n  tether train {shlex.join(words)}"
 
