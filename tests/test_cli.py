@@ -610,11 +610,20 @@ def test_ctrl_c_stops_a_process_with_130(recipe: Callable[..., str], tether: Run
     assert f"step {stopped + 1:>4}/{stopped + 1}" in out and f"step {stopped:>4}/" not in out
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 @pytest.mark.distributed
-def test_two_processes_train_one_policy_and_speak_once(recipe: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [([], ["--num_processes", "2"]), pytest.param(TORCHRUN, [], marks=pytest.mark.slow)],
+    ids=["own launcher", "torchrun"],
+)
+def test_two_processes_train_one_policy_and_speak_once(
+    recipe: Callable[..., str], tmp_path: Path, launcher: list[str], words: list[str]
+) -> None:
     path = recipe(per_device_train_batch_size=2, max_steps=2, precompute_ref_log_probs=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = in_subprocess(["train", path], launcher)
+    process = in_subprocess(["train", path, *words], launcher)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert out.count("\nsaved ") == 1 and out.count("11 to train on") == 1

@@ -154,13 +154,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words that this process would become."""
     words: list[str] = []
 
-    def execv(program: str, command: list[str]) -> None:
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
         assert program == command[0] == sys.executable
         words.extend(command[1:])
+        os.environ.update(environment)  # this process goes on as the one that is started
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"})
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(launch, "default_config_file", "absent")
     return words
 
@@ -211,6 +212,8 @@ def test_what_a_launcher_cannot_do_is_refused(started: list[str], monkeypatch: p
         read("train_data: d.jsonl\naccelerate_config: zero4")
     with pytest.raises(ConfigurationError, match="`--zero_stage` without `--use_deepspeed`"):
         read("train_data: d.jsonl", "--zero_stage", "3")
+    with pytest.raises(ConfigurationError, match="must be positive"):  # told once, by the process that starts others
+        read("train_data: d.jsonl\nnum_processes: 2\nbeta: -1")
     with pytest.raises(ConfigurationError, match="invalid int value: 'two'"):
         read("train_data: d.jsonl", "--num_processes", "two")
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")

@@ -79,17 +79,11 @@ class Launcher:
         found, others = self._parser.parse_known_args(argv)
         return vars(found), others
 
-    def start(self, given: Mapping[str, Any], verb: str, words: Sequence[str], typed: Sequence[str]) -> None:
-        """Becomes the launcher, which starts this command in each of its processes; returns in those.
-
-        Args:
-            given: Options of the launcher.
-            verb: The command's verb.
-            words: What follows it, without the launcher's options.
-            typed: What follows it as the user wrote it.
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuses options of the launcher where another is at work.
 
         Raises:
-            ConfigurationError: For a configuration that is not there, or where another launcher is at work.
+            ConfigurationError: Names the option.
         """
         if not given or _STARTED in os.environ:
             return
@@ -100,11 +94,34 @@ class Launcher:
                 why="How many processes run, and where, has been decided.",
                 instead=f"Take it out; or start with `{self._prog}` alone, which calls `accelerate launch` itself.",
             )
+
+    def start(
+        self,
+        given: Mapping[str, Any],
+        verb: str,
+        words: Sequence[str],
+        typed: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        """Becomes the launcher, which starts this command in each of its processes; returns in those.
+
+        Args:
+            given: Options of the launcher.
+            verb: The command's verb.
+            words: What follows it, without the launcher's options.
+            typed: What follows it as the user wrote it.
+            environment: The environment of the processes.
+
+        Raises:
+            ConfigurationError: For a configuration that is not there, or a sharding that was not chosen.
+        """
+        if not given or _STARTED in os.environ:
+            return
         options = [word for name, value in given.items() for word in self._words(name, value)]
         self._check_kind(options)
         options += _unsaid(options)
-        os.environ[_STARTED] = shlex.join(typed)
-        _become([sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "tether", verb, *words])
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "tether", verb, *words]
+        _become(command, {**environment, _STARTED: shlex.join(typed)})
 
     def _words(self, name: str, value: Any) -> list[str]:
         if name == "accelerate_config":
@@ -154,8 +171,8 @@ def _unsaid(options: Sequence[str]) -> list[str]:
     return words if number == "1" or any(kind in options for kind in _KINDS) else ["--multi_gpu", *words]
 
 
-def _become(command: list[str]) -> NoReturn:
+def _become(command: list[str], environment: Mapping[str, str]) -> NoReturn:
     """Replaces this process, so that signals and the exit code are the launcher's."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment)

@@ -43,16 +43,16 @@ def run(argv: Sequence[str]) -> int:
 def _fill_store(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     shard, words = _read_shard(argv)
+    recipe = read_recipe(
+        "precompute",
+        _ABOUT,
+        words,
+        beside=() if shard is None else ("--shard", f"{shard[0]}/{shard[1]}"),
+        precompute_ref_log_probs=True,
+        ref_store_mode="fill",
+    )
     with tempfile.TemporaryDirectory() as nowhere:  # nothing is trained, so nothing is written to output_dir
-        recipe = read_recipe(
-            "precompute",
-            _ABOUT,
-            words,
-            beside=() if shard is None else ("--shard", f"{shard[0]}/{shard[1]}"),
-            precompute_ref_log_probs=True,
-            ref_store_mode="fill",
-            output_dir=nowhere,
-        )
+        recipe.config.output_dir = nowhere
         with library_errors_told("tether precompute"):
             trainer = build_trainer(recipe, shard=shard)
         lines = describe_start(trainer, recipe)

@@ -5,6 +5,7 @@ Knows how options are written; does not know what they do.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ def read_recipe(verb: str, about: str, argv: Sequence[str], *, beside: Sequence[
     parts = tuple(read_parts(script.datasets or (), parser.prog))
     if script.dataset_streaming:
         check_streaming(parts)
-    launcher.start(launched_by_file | of_launcher, verb, [*words, *beside], [*argv, *beside])
+    launch = launched_by_file | of_launcher
+    launcher.check(launch)
+    environment = dict(os.environ)  # before transformers writes its own into it
     if not sys.stderr.isatty():
         config_values.setdefault("disable_tqdm", True)  # bars are for terminals
     if config_values.get("report_to", "none") is None:
@@ -75,6 +78,8 @@ def read_recipe(verb: str, about: str, argv: Sequence[str], *, beside: Sequence[
     if config_values.get("output_dir") is None:
         config_values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
     config = _make_config(config_values | forced, parser.prog)
+    # Only now, so that a mistake is told once, and not by every process.
+    launcher.start(launch, verb, [*words, *beside], [*argv, *beside], environment)
     _add_model_options(config, script)
     return Recipe(script, config, given, parts)
 
