@@ -6,7 +6,6 @@ Must stay instant: torch and everything that imports it are loaded by a verb, ne
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("TETHER_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]
+    _quiet_bitsandbytes()
     try:
         return _run(words)
     except SystemExit as done:  # argparse, after --help
@@ -88,10 +88,15 @@ def _run(words: list[str]) -> int:
             instead=f"{f'Did you mean `tether {nearest[0]}`? ' if nearest else ''}The verbs are {', '.join(VERBS)}; "
             "`tether --help` says what each does.",
         )
-    # bitsandbytes, where it is installed, warns of 4-bit kernels when peft imports it, and of casts in every product.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code: int = import_module(f"tether.cli.{verb}").run(rest)
     return code
+
+
+def _quiet_bitsandbytes() -> None:
+    """Where it is installed, it warns of 4-bit kernels when peft imports it, and of a cast in every 8-bit product."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _version() -> str:
