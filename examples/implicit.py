@@ -20,11 +20,14 @@ def main(max_steps: int = 40, output_dir: str = "out/implicit") -> None:
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()
+    trainer.save_model()  # the adapter alone
     print(f"held-out rewards/margins: {trainer.evaluate()['eval_rewards/margins']:+.4f}")
     print(f"the reference holds {trainer.reference.extra_bytes} bytes beside the policy")
-    ids = toy_tokenizer()("1 + 2 =", return_tensors="pt")
+    question = toy_tokenizer()("1 + 2 =", return_tensors="pt")
+    guess = trainer.model(**question).logits[0, -1].argmax()
     with trainer.null_ref_context():  # in here, a plain call of the policy answers as the reference
-        print(f"its guess at 1 + 2: token {int(trainer.model(**ids).logits[0, -1].argmax())}")
+        before = trainer.model(**question).logits[0, -1].argmax()
+    print(f"1 + 2 = {toy_tokenizer().decode(guess)}, says the policy; {toy_tokenizer().decode(before)}, its reference")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def main(max_steps: int = 40, output_dir: str = "out/precomputed") -> None:
         )
         trainer = DPOTrainer(toy_model(), args=args, train_dataset=toy_pairs(64), processing_class=toy_tokenizer())
         trainer.train()
+        trainer.save_model()
         print(f"beta {beta}: {trainer.reference.num_passes} reference passes, {trainer.reference.extra_bytes} bytes")
 
 

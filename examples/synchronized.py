@@ -21,7 +21,9 @@ def main(max_steps: int = 40, output_dir: str = "out/synchronized") -> None:
     )
     trainer = DPOTrainer(toy_model(), args=args, train_dataset=toy_pairs(64), processing_class=toy_tokenizer())
     trainer.train()
+    trainer.save_model()
     assert isinstance(trainer.reference, MovingReference)
+    trainer.save_reference(f"{output_dir}/reference")  # as it is now: a model to load like any other
     print(f"the reference moved {trainer.reference.num_syncs} times")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import dataclasses
+import gzip
+import io
 import json
 import os
 import re
@@ -12,17 +16,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
-from tether.cli import HELP, VERBS, main
+from tether.cli import HELP, VERBS, main, progress
+from tether.cli.library_errors import library_errors_told
 from tether.cli.pairs import hold_out, load_pairs
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.resume import last_checkpoint
 from tether.config import DPOConfig
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LossOptions
@@ -215,6 +222,31 @@ def test_a_flag_that_is_true_or_false_needs_no_value(tmp_path: Path, flags: list
     assert read("", tmp_path, *flags).config.sync_ref_model is value
 
 
+def test_a_flag_whose_default_is_neither_needs_no_value_either(tmp_path: Path) -> None:
+    assert read("", tmp_path, "--bf16", "--beta", "0.2").config.bf16 is True
+    assert read("bf16: true", tmp_path, "--bf16", "false").config.bf16 is False
+    assert read("", tmp_path, "--resume_from_checkpoint").script.resume == "true"
+
+
+def test_a_mapping_is_json_on_the_command_line(tmp_path: Path) -> None:
+    flags = ["--lr_scheduler_kwargs", '{"min_lr": 1e-7}', "--model_init_kwargs", "none"]
+    (tmp_path / "other.json").write_text('{"even_batches": false}')  # transformers takes some as files
+    text = f"model_init_kwargs: {{a: 1}}\naccelerator_config: {tmp_path / 'other.json'}"
+    config = read(text, tmp_path, *flags[:2]).config
+    assert not config.accelerator_config.even_batches  # type: ignore[union-attr]
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-7} and config.model_init_kwargs == {"a": 1}
+    assert read("model_init_kwargs: {a: 1}", tmp_path, *flags).config.model_init_kwargs is None
+
+
+def test_a_whole_number_may_be_written_as_a_power_of_ten(tmp_path: Path) -> None:
+    config = read("max_steps: 1e3\nper_device_train_batch_size: 4.0", tmp_path).config
+    assert (config.max_steps, config.per_device_train_batch_size) == (1000, 4)
+
+
+def test_an_empty_report_to_is_none(tmp_path: Path) -> None:
+    assert read("report_to: null", tmp_path).config.report_to == []
+
+
 def test_every_default_may_be_written_down(tmp_path: Path) -> None:
     """So that a recipe can be made of the options of an earlier run."""
     defaults = {}
@@ -258,6 +290,14 @@ REFUSALS = [
     ("ref_model: ./nowhere", "no such folder", "save_pretrained"),
     ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
     ("- beta", "cannot be read as YAML", "option: value"),
+    ("model_init_kwargs: nonsense", "'nonsense' is not a JSON object", "--help"),
+    ("lr_scheduler_kwargs: min_lr=1e-7", "'min_lr=1e-7' is not a JSON object", "--help"),
+    ("dataset_test_split: test", "Unknown split", "A file has one split"),
+    ("attn_implementation: nonsense", "It refuses: Specified `attn_implementation", "--traceback"),
+    ("model_init_kwargs: {nonsense: 1}", "unexpected keyword argument 'nonsense'", "--traceback"),
+    ("accelerator_config: absent.json", "No such file", "--help"),
+    ("report_to: nope", "nope is not supported", "--traceback"),
+    ("lora_r: 2\nlora_target_modules: [q_prj]", "Target modules {'q_prj'} not found", "--traceback"),
 ]
 
 
@@ -287,6 +327,8 @@ def test_a_bad_recipe_is_refused_in_three_parts(
         (["train", "a.yaml", "b.yaml"], "`b.yaml` belongs to no option"),
         (["train", "--model", "m"], "without `train_data`"),
         (["precompute", "--betta", "1"], "Did you mean `--beta`?"),
+        (["train", "--model_init_kwargs", "nonsense"], "'nonsense' is not a JSON object"),
+        (["train", "--lr_scheduler_type", "cosin"], "Argument --lr_scheduler_type: invalid choice"),
         (["demo", "--sede", "1"], "Did you mean `--seed`?"),
     ],
 )
@@ -302,6 +344,27 @@ def test_traceback_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TETHER_TRACEBACK", "1")
     with pytest.raises(ConfigurationError):
         main(["trian"])
+
+
+def test_what_a_library_refuses_when_training_is_set_up_is_told_in_three_parts(
+    tether: Run, recipe: Callable[..., str]
+) -> None:
+    code, _, err = tether("train", recipe(lr_scheduler_type="cosine_with_min_lr"))
+    assert code == 2 and "Why not: It refuses: One of min_lr or min_lr_rate should be set" in err
+    with pytest.raises(ConfigurationError, match="min_lr") as caught:
+        main(["train", recipe(lr_scheduler_type="cosine_with_min_lr"), "--traceback"])
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), library_errors_told("tether train"):
+        raise ZeroDivisionError
+    with pytest.raises(OSError) as during, library_errors_told("tether train", lambda: False):
+        AutoConfig.from_pretrained("./nowhere")
+    assert not isinstance(during.value, ConfigurationError)
+    with pytest.raises(ValueError) as own, library_errors_told("tether train"):
+        raise ValueError
+    assert not isinstance(own.value, ConfigurationError)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +389,15 @@ def test_bad_data_are_refused_by_name(
 # ---------------------------------------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "tsv", "ndjson", "json.gz", "csv.bz2"])
 def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -> None:
     rows = tiny_pairs(3)
     path = tmp_path / f"pairs.{suffix}"
@@ -336,6 +407,10 @@ def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -
         "jsonl": lambda: dataset.to_json(path),
         "csv": lambda: dataset.to_csv(path),
         "parquet": lambda: dataset.to_parquet(path),
+        "tsv": lambda: dataset.to_csv(path, sep="\t"),
+        "ndjson": lambda: dataset.to_json(path),
+        "json.gz": lambda: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
+        "csv.bz2": lambda: path.write_bytes(bz2.compress(csv_text(rows).encode())),
     }
     writers[suffix]()
     assert load_pairs(str(path), "train_data").to_list() == rows
@@ -416,10 +491,83 @@ def test_resume_ends_where_the_uninterrupted_run_ends(tether: Run, recipe: Calla
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
 
 
+def test_resume_passes_over_a_checkpoint_that_was_not_written_to_its_end(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    assert tether("train", recipe())[0] == 0
+    whole = last_logs(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"log_history": [')  # killed here
+    assert last_checkpoint(str(tmp_path / "out")) == tmp_path / "out" / "checkpoint-2"
+    code, out, err = tether("train", recipe(), "--resume")
+    assert code == 0, err
+    assert "step    2/4" not in out and "step    4/4" in out
+    assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
+
+
+def test_resume_among_the_checkpoints_of_two_runs_asks_for_a_name(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    assert tether("train", recipe())[0] == 0
+    assert tether("train", recipe(max_steps=2))[0] == 0  # anew, into the folder that has checkpoint-4
+    newer = tmp_path / "out" / "checkpoint-2"
+    code, _, err = tether("train", recipe(), "--resume")
+    assert code == 2 and f"{newer} was written after it" in err and f"--resume {newer}" in err
+    assert tether("train", recipe(), "--resume", str(newer))[0] == 0
+
+
+def test_a_run_shorter_than_logging_steps_shows_its_end(tether: Run, recipe: Callable[..., str]) -> None:
+    code, out, err = tether("train", recipe(max_steps=1, logging_steps=10, eval_fraction=None))
+    assert code == 0, err
+    assert "step    1/1  loss 0.69" in out
+    assert re.search(r"1 step, .* [1-9][\d,]* tokens/s\n.*\ntrain, to step 1 +0\.69", out)
+    code, out, err = tether("train", recipe(max_steps=1, logging_strategy="no", eval_fraction=None))
+    assert code == 0, err
+    assert "step    1/1" not in out and "tokens/s" not in out and "rewards/margins" not in out
+
+
+def test_the_speed_of_a_resumed_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 101.0, 103.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    lines = ProgressLines()
+    state = SimpleNamespace(global_step=4, max_steps=8, is_world_process_zero=True)
+    args = SimpleNamespace(disable_tqdm=True)
+    lines.on_train_begin(args, state, None)
+    lines.on_log(args, state, None, {"loss": 1.0, "learning_rate": 0.0, "num_tokens": 5000.0})
+    assert lines.tokens_per_second is None
+    lines.on_log(args, state, None, {"loss": 1.0, "learning_rate": 0.0, "num_tokens": 5400.0})
+    assert lines.tokens_per_second == 200.0
+
+
+def test_the_best_weights_are_named_where_they_are_saved(tether: Run, recipe: Callable[..., str]) -> None:
+    changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    code, out, err = tether("train", recipe(**changes))
+    assert code == 0, err
+    assert re.search(r"saved .*/out: the weights of checkpoint-[24], the best", out)
+
+
 def test_a_new_run_over_an_old_one_says_so(tether: Run, recipe: Callable[..., str]) -> None:
     assert tether("train", recipe(max_steps=2))[0] == 0
     _, out, _ = tether("train", recipe(max_steps=2))
     assert "checkpoint-2 is there from an earlier run" in out
+
+
+def interrupt_at(step: int) -> Callable[..., None]:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return on_step_end
+
+
+def test_ctrl_c_names_its_own_checkpoint_beside_later_ones_of_an_earlier_run(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tether("train", recipe())[0] == 0
+    monkeypatch.setattr(ProgressLines, "on_step_end", interrupt_at(1))
+    code, out, _ = tether("train", recipe(save_strategy="no"))
+    own = str(tmp_path / "out" / "checkpoint-1")
+    assert code == 130 and f"The last checkpoint is {own}." in out
+    assert shlex.split(out.strip().splitlines()[-1])[-2:] == ["--resume", own]
 
 
 def test_ctrl_c_keeps_the_step_and_resume_goes_on(
@@ -428,12 +576,7 @@ def test_ctrl_c_keeps_the_step_and_resume_goes_on(
     assert tether("train", recipe(output_dir=str(tmp_path / "whole"), save_strategy="no"))[0] == 0
     path = recipe(save_strategy="no")
     with monkeypatch.context() as patched:
-
-        def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                signal.raise_signal(signal.SIGINT)
-
-        patched.setattr(ProgressLines, "on_step_end", interrupt)
+        patched.setattr(ProgressLines, "on_step_end", interrupt_at(3))
         before = signal.getsignal(signal.SIGINT)
         code, out, err = tether("train", path)
     assert code == 130 and "stopping after this step" in err
@@ -467,14 +610,24 @@ def test_ctrl_c_stops_a_process_with_130(recipe: Callable[..., str], tether: Run
     assert f"step {stopped + 1:>4}/{stopped + 1}" in out and f"step {stopped:>4}/" not in out
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 @pytest.mark.distributed
-def test_two_processes_train_one_policy_and_speak_once(recipe: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [([], ["--num_processes", "2"]), pytest.param(TORCHRUN, [], marks=pytest.mark.slow)],
+    ids=["own launcher", "torchrun"],
+)
+def test_two_processes_train_one_policy_and_speak_once(
+    recipe: Callable[..., str], tmp_path: Path, launcher: list[str], words: list[str]
+) -> None:
     path = recipe(per_device_train_batch_size=2, max_steps=2, precompute_ref_log_probs=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = in_subprocess(["train", path], launcher)
+    process = in_subprocess(["train", path, *words], launcher)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert out.count("\nsaved ") == 1 and out.count("11 to train on") == 1
+    assert "real_accelerator" not in out + err  # DeepSpeed, where it is installed, has nothing to say
     assert last_logs(tmp_path / "out")["epoch"] == pytest.approx(2 / 3)  # 2 steps of 2 x 2 of 11 pairs: 3 make an epoch
 
 

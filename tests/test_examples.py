@@ -41,12 +41,20 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     said = {
         "explicit": r"holds 30\d,\d{3} bytes and made \d+ passes",
-        "implicit": r"holds 0 bytes",
+        "implicit": r"holds 0 bytes.*\n1 \+ 2 = \S+, says the policy; \S+, its reference",
         "precomputed": r"beta 0.1: [1-9]\d* reference passes, 0 bytes\n(.*\n)*beta 0.5: 0 reference passes",
         "synchronized": r"moved 2 times",
         "vision": r"held-out rewards/accuracies: \d",
     }
     assert re.search(said[name], out), out
+    weights = {path.relative_to(f"out/{name}").as_posix() for path in Path(f"out/{name}").rglob("*.safetensors")}
+    saved = {
+        "explicit": {"model.safetensors"},
+        "implicit": {"adapter_model.safetensors"},
+        "precomputed": {"beta-0.1/model.safetensors", "beta-0.5/model.safetensors"},
+        "synchronized": {"model.safetensors", "reference/model.safetensors"},
+    }
+    assert weights == saved[name]
 
 
 def test_every_script_is_covered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -26,14 +29,17 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.scripts import dpo as trl_script
 
-from tether.cli import main, pairs, quantization
+from tether.cli import launch, main, pairs, quantization
 from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
+from tether.cli.launch import PRESETS, typed_words
 from tether.cli.options import RecipeParser
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
-from tether.cli.trl_options import REFUSED
+from tether.cli.trl_options import FORMER, REFUSED
 from tether.errors import ConfigurationError, DataError, MissingPackageError
+from tether.trainer import DPOTrainer
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 TRL_OPTIONS = (ScriptArguments, ModelConfig, DatasetMixtureConfig)
@@ -121,11 +127,99 @@ def test_quantization_needs_bitsandbytes_and_options_that_go_together() -> None:
             build_trainer(read("train_data: d.jsonl\nload_in_4bit: true"))
 
 
-def test_options_of_the_launcher_are_refused_with_a_launcher() -> None:
-    with pytest.raises(ConfigurationError, match="torchrun --nproc_per_node"):
+@pytest.mark.parametrize(
+    "flag", ["--lora_task_type CAUSAL_LM", "--lora-task-type=CAUSAL_LM", "--ignore_bias_buffers no"]
+)
+def test_a_refused_flag_may_say_what_is_done_anyway(flag: str) -> None:
+    flags = flag.replace(" no", " false").split()
+    assert read("train_data: d.jsonl", *flags, "--beta", "0.2").config.beta == 0.2
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_an_option_of_earlier_versions_is_refused_with_todays(name: str) -> None:
+    assert name not in RecipeParser("train", "").options
+    for words in (("train_data: d.jsonl\n" + f"{name}: 1",), ("train_data: d.jsonl", f"--{name}", "1")):
+        with pytest.raises(ConfigurationError, match="no such option any more") as caught:
+            read(*words)
+        assert caught.value.instead == f"Write {FORMER[name]}."
+    named = re.findall(r"`(\w+)", FORMER[name])
+    assert set(named) <= {*RecipeParser("train", "").options, "env"}
+
+
+# --------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words that this process would become."""
+    words: list[str] = []
+
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
+        assert program == command[0] == sys.executable
+        words.extend(command[1:])
+        os.environ.update(environment)  # this process goes on as the one that is started
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"})
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(launch, "default_config_file", "absent")
+    return words
+
+
+def as_launcher_reads(words: list[str]) -> argparse.Namespace:
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    return launch_command_parser().parse_args(words[2:])
+
+
+def test_options_of_the_launcher_start_the_processes(started: list[str]) -> None:
+    text = "train_data: d.jsonl\nnum_processes: 4\nmain_process_port: 29501\nbeta: 0.2"
+    with pytest.raises(SystemExit):
+        read(text, "--num_processes", "2", "--beta", "0.3")
+    asked = as_launcher_reads(started)
+    assert (asked.num_processes, asked.main_process_port, asked.multi_gpu) == (2, 29501, True)
+    assert (asked.module, asked.training_script) == (True, "tether")
+    assert asked.training_script_args == ["train", "--config", "recipe.yaml", "--beta", "0.3"]
+    # In the processes that it starts, the recipe's options of the launcher have been heard.
+    assert read(text, "--beta", "0.3").config.beta == 0.3
+    assert typed_words([]) == ["--config", "recipe.yaml", "--num_processes", "2", "--beta", "0.3"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_named_configuration_is_one_that_the_launcher_reads(started: list[str], name: str) -> None:
+    with pytest.raises(SystemExit):
+        read("train_data: d.jsonl", "--accelerate_config", name)
+    asked = as_launcher_reads(started)
+    assert asked.zero_stage == (int(name[-1]) if name.startswith("zero") else None)
+    assert (asked.use_deepspeed, asked.use_fsdp) == (name.startswith("zero"), name == "fsdp2")
+    assert not asked.use_fsdp or asked.fsdp_version == "2"
+
+
+def test_a_configuration_of_the_launcher_may_be_a_file(started: list[str]) -> None:
+    Path("mine.yaml").write_text("num_processes: 2")
+    with pytest.raises(SystemExit):
+        read("train_data: d.jsonl\naccelerate_config: mine.yaml\nuse_fsdp: false")
+    asked = as_launcher_reads(started)
+    assert (asked.config_file, asked.use_fsdp, asked.num_processes) == ("mine.yaml", False, None)
+
+
+def test_precompute_hands_its_shard_on(started: list[str]) -> None:
+    assert main(["precompute", "--model=m", "--train_data=d.jsonl", "--shard", "2/3", "--num_processes=2"]) == 0
+    assert as_launcher_reads(started).training_script_args[-2:] == ["--shard", "2/3"]
+
+
+def test_what_a_launcher_cannot_do_is_refused(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="no configuration of that name"):
+        read("train_data: d.jsonl\naccelerate_config: zero4")
+    with pytest.raises(ConfigurationError, match="`--zero_stage` without `--use_deepspeed`"):
+        read("train_data: d.jsonl", "--zero_stage", "3")
+    with pytest.raises(ConfigurationError, match="must be positive"):  # told once, by the process that starts others
+        read("train_data: d.jsonl\nnum_processes: 2\nbeta: -1")
+    with pytest.raises(ConfigurationError, match="invalid int value: 'two'"):
+        read("train_data: d.jsonl", "--num_processes", "two")
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
+    with pytest.raises(ConfigurationError, match="in a process that a launcher has started"):
         read("train_data: d.jsonl\nnum_processes: 2")
-    with pytest.raises(ConfigurationError, match="torchrun --nproc_per_node"):
-        read("train_data: d.jsonl", "--accelerate_config", "zero2")
+    assert started == []
 
 
 def test_trls_names_mean_the_options_of_the_command() -> None:
@@ -286,6 +380,13 @@ def test_a_mixture_takes_paths_folders_and_streams() -> None:
     assert list(load_sets(read(text + "streaming: true\nmax_steps: 1"))[0]) == one + two
 
 
+def test_a_mixture_may_name_the_splits_that_trl_makes_of_it() -> None:
+    write_rows("one.jsonl", tiny_pairs(12))
+    text = "datasets: [one.jsonl]\ntest_split_size: 0.25\ndataset_train_split: train\ndataset_test_split: test"
+    train, test = load_sets(read(text + "\neval_strategy: epoch"))
+    assert test is not None and len(train) + len(test) == 12 and 3 <= len(test) <= 5  # type: ignore[arg-type]
+
+
 def test_a_part_on_the_hub_is_passed_on(asked: list[dict[str, Any]]) -> None:
     load_sets(read("datasets:\n- {path: a/b, name: en, data_dir: d, split: test, columns: [chosen, rejected]}"))
     assert asked == [{"path": "a/b", "name": "en", "data_dir": "d", "split": "test", "streaming": False}]
@@ -304,6 +405,7 @@ REFUSALS = [
     ("datasets: [{path: a, fraction: 1}]\nstreaming: true\nmax_steps: 1", "A share of a stream"),
     ("datasets: [a.jsonl]\ndataset_name: a/b", "`train_data` together with `datasets`"),
     ("datasets: [a.jsonl]\ndataset_test_split: test", "`dataset_test_split` together with `datasets`"),
+    ("datasets: [a.jsonl]\ndataset_train_split: train_prefs", "`dataset_train_split` together with `datasets`"),
     ("dataset_name: a/b\ndataset_streaming: true", "without `max_steps`"),
     ("dataset_name: a/b\ndataset_streaming: true\nmax_steps: 1\ntest_split_size: 0.1", "`eval_fraction` together with"),
     ("dataset_name: a/b\neval_fraction: 0.1\ndataset_test_split: x", "`eval_fraction` together with"),
@@ -393,3 +495,63 @@ def test_a_recipe_of_trls_runs_as_the_commands_own(run: Callable[..., str]) -> N
     assert "12 to train on, 4 held out" in theirs and losses("theirs") == losses("ours")
     streamed = run(model="model", train_data="data/train.jsonl", dataset_streaming=True, output_dir="streamed")
     assert "a stream to train on, 0 held out" in streamed and len(losses("streamed")) == 2
+
+
+PARITY = {
+    "full": {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5], "lr_scheduler_type": "cosine"},
+    "lora, precomputed": {
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "precompute_ref_log_probs": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_a_recipe_trains_as_under_trls_own_script(name: str, run: Callable[..., str]) -> None:
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer(pad=True).save_pretrained("model")
+    write_rows("data/train.jsonl", tiny_pairs(24))
+    write_rows("data/test.jsonl", tiny_pairs(8, seed=1))
+    options = {
+        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "warmup_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": 7,
+        "disable_tqdm": True,
+    } | PARITY[name]
+    run(output_dir="ours", **options)
+    parsed = trl_script.make_parser().parse_args_and_config(["--config", "recipe.yaml", "--output_dir", "theirs"])
+    trl_script.main(*parsed)
+    logs = [json.loads(Path(folder, "checkpoint-6/trainer_state.json").read_text()) for folder in ("ours", "theirs")]
+    ours, theirs = ([entry for entry in log["log_history"] if "loss" in entry or "eval_loss" in entry] for log in logs)
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [1, 2, 3, 3, 4, 5, 6, 6]
+    figures = ("loss", "learning_rate", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/margins")
+    for one, other in zip(ours, theirs, strict=True):
+        shown = [figure for figure in figures if figure in other]
+        assert len(shown) == (4 if "loss" in other else 2)
+        for figure in shown:
+            assert one[figure] == pytest.approx(other[figure], rel=1e-4, abs=1e-4), (one["step"], figure)
+
+
+def test_a_run_that_is_pushed_names_its_data(
+    run: Callable[..., str], asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer(pad=True).save_pretrained("model")
+    pushed: list[Any] = []
+    monkeypatch.setattr(DPOTrainer, "init_hf_repo", lambda self, **options: None)
+    monkeypatch.setattr(DPOTrainer, "push_to_hub", lambda self, **options: pushed.append(options.get("dataset_name")))
+    run(model="model", train_data="owner/name:train", push_to_hub=True, output_dir="out")
+    assert pushed[-1] == "owner/name"
+    pushed.clear()
+    run(model="model", train_data="owner/name:train", output_dir="out")
+    assert pushed == []

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("TETHER_TRACEBACK", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"]
+    _quiet_bitsandbytes()
     try:
         return _run(words)
     except SystemExit as done:  # after --help
@@ -75,6 +76,13 @@ def _run(words: list[str]) -> int:
         print(f"tether {_version()}")
         return EXIT_DONE
     return run_verb("tether", HELP, {verb: f"tether.cli.{verb}" for verb in VERBS}, words)
+
+
+def _quiet_bitsandbytes() -> None:
+    """Where it is installed, it warns of 4-bit kernels when peft imports it, and of a cast in every 8-bit product."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _version() -> str:

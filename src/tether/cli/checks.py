@@ -37,6 +37,7 @@ def check_script(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> 
     Raises:
         ConfigurationError: If one is missing, or two contradict each other.
     """
+    script = _without_splits_of_a_mixture(script)
     _check_sources(script, prog)
     _check_held_out(script)
     _check_streaming(script, given, prog)
@@ -52,6 +53,18 @@ def check_script(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> 
         _refuse("`resume` together with `resume_from_checkpoint`", "They are the same option", "Keep `resume`")
     resume = script.resume or checkpoint
     return replace(script, resume=None if resume is None or resume.lower() == "false" else resume)
+
+
+def _without_splits_of_a_mixture(script: ScriptOptions) -> ScriptOptions:
+    """TRL calls the parts of a mixture `train` and `test`, so that its recipes may name these splits."""
+    if script.datasets is None:
+        return script
+    train, test = script.dataset_train_split, script.dataset_test_split
+    return replace(
+        script,
+        dataset_train_split=None if train == "train" else train,
+        dataset_test_split=None if test == "test" and script.eval_fraction is not None else test,
+    )
 
 
 def _check_sources(script: ScriptOptions, prog: str) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from tether.cli.refusing_parser import RefusingParser, refuse_unknown
-from tether.cli.trl_options import REFUSED, refuse_trl_option
+from tether.cli.trl_options import refuse_former_option, take_refused_flags
+from tether.cli.values import kinds_of, read_list, read_scalar, reader
 from tether.config import DPOConfig
 
 
@@ -228,7 +229,12 @@ class RecipeParser(RefusingParser, HfArgumentParser):
             return super().add_argument(*names, **settings)
         if name.startswith("no_") and "dest" in settings:  # the complement of a flag that is on
             return self._heading(settings["dest"]).add_argument(*names, **settings | {"help": argparse.SUPPRESS})
-        settings["type"] = _reader(settings.get("type", str), self.hints.get(name))
+        hint = self.hints.get(name)
+        if bool in kinds_of(hint):  # HfArgumentParser asks for a word where None is a value too
+            settings = {"nargs": "?", "const": True} | settings
+        elif name == "resume_from_checkpoint":
+            settings = {"nargs": "?", "const": "true"} | settings
+        settings["type"] = reader(name, settings.get("type", str), hint)
         settings["help"] = _first_sentence(settings.get("help") or "", settings.get("default"))
         if "metavar" not in settings and not 0 < len(settings.get("choices", ())) < 8:  # more would fill the page
             settings["metavar"] = _type_name(self.hints[name])
@@ -244,14 +250,14 @@ class RecipeParser(RefusingParser, HfArgumentParser):
         Raises:
             ConfigurationError: For a word that is no option, or a value that cannot be read.
         """
+        argv = take_refused_flags(argv, self.prog)
         unset = object()
         namespace = argparse.Namespace(**{action.dest: unset for action in self.options.values()})
         known, unknown = self.parse_known_args(argv, namespace)
         for word in unknown:
             if word.startswith("--"):
                 name = word.lstrip("-").partition("=")[0].replace("-", "_")
-                if name in REFUSED:
-                    refuse_trl_option(name, word, f"`{word}` after `{self.prog}`")
+                refuse_former_option(name, f"`{word}` after `{self.prog}`")
                 refuse_unknown(f"`{word}` after `{self.prog}`", name, self.options, self.prog, dashes="--")
         if unknown:
             self.error(f"`{unknown[0]}` belongs to no option")
@@ -265,8 +271,8 @@ class RecipeParser(RefusingParser, HfArgumentParser):
         """
         action = self.options[name]
         if action.dest == "datasets":  # its entries are paths, or options of their own
-            return _read_list(value)
-        kinds = {typing.get_origin(kind) or kind for kind in _kinds(self.hints[action.dest])}
+            return read_list(value)
+        kinds = {typing.get_origin(kind) or kind for kind in kinds_of(self.hints[action.dest])}
         if value is not None and value == self._plain[action.dest]:
             return value  # as transformers wrote it: `debug: ""` is no list of what may be debugged, and a default
         if value is None:
@@ -278,8 +284,8 @@ class RecipeParser(RefusingParser, HfArgumentParser):
                 raise ValueError(f"It takes one {_type_name(self.hints[action.dest])}, not a {type(value).__name__}")
             return value
         if action.nargs != "+":
-            return _read_scalar(action, value)
-        return [_read_scalar(action, entry) for entry in (value if isinstance(value, list) else [value])]
+            return read_scalar(action, value)
+        return [read_scalar(action, entry) for entry in (value if isinstance(value, list) else [value])]
 
     def _heading(self, name: str) -> Any:
         if not self._headings:
@@ -295,51 +301,8 @@ def option_names(options: type) -> set[str]:
     return {entry.name for entry in fields(options) if entry.init}
 
 
-def _read_list(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("It takes a list of sets")
-    return value
-
-
-def _read_scalar(action: argparse.Action, value: Any) -> Any:
-    read = action.type
-    assert callable(read)
-    if isinstance(value, dict | list):
-        raise ValueError(f"{value!r} is not a single value")
-    try:
-        result = read(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise ValueError(f"{value!r} is not {_describe(read)}") from None
-    if action.choices is not None and result not in action.choices:
-        raise ValueError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
-    return result
-
-
-def _reader(read: Any, hint: Any) -> Callable[[str], Any]:
-    """`read`, which also takes `none` where None is a value and a word is not."""
-    kinds = _kinds(hint)
-    if types.NoneType not in kinds or str in kinds:
-        return read  # type: ignore[no-any-return]
-
-    def read_or_none(text: str) -> Any:
-        return None if text.lower() in ("none", "null") else read(text)
-
-    read_or_none.__name__ = getattr(read, "__name__", "value")
-    return read_or_none
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _describe(read: Any) -> str:
-    known = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
-    return known.get(getattr(read, "__name__", ""), "a value of its kind")
-
-
 def _type_name(hint: Any) -> str:
-    kinds = [kind for kind in _kinds(hint) if kind is not types.NoneType]
+    kinds = [kind for kind in kinds_of(hint) if kind is not types.NoneType]
     inner = typing.get_args(kinds[0])
     if bool in kinds:
         return "BOOL"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,28 @@ from datasets.exceptions import DatasetsError
 from tether.data import PairDataset
 from tether.errors import DataError
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What `datasets` calls the format of a file, and how it is told of it.
+_FORMATS: Mapping[str, dict[str, Any]] = {
+    ".json": {"path": "json"},
+    ".jsonl": {"path": "json"},
+    ".ndjson": {"path": "json"},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".parquet": {"path": "parquet"},
+    ".arrow": {"path": "arrow"},
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # `datasets` unpacks them
 
 
 def is_file(name: str) -> bool:
     """Whether a source is one file, which has no other split than `train`."""
     path = Path(name).expanduser()
-    return not path.is_dir() and (path.suffix in _FORMATS or path.exists())
+    return not path.is_dir() and (_format_of(path) is not None or path.exists())
+
+
+def _format_of(path: Path) -> dict[str, Any] | None:
+    plain = path.with_suffix("") if path.suffix in _COMPRESSED else path
+    return _FORMATS.get(plain.suffix)
 
 
 def load_pairs(
@@ -58,13 +75,27 @@ def load_pairs(
         raise DataError(
             asked=f"`{option}: {name}`" + (f", split `{split}`." if split else "."),
             why=f"It cannot be read: {_root_cause(error)}",
-            instead="Every line of a .jsonl file is one row, all rows with the same fields of the same types: "
-            '{"prompt": ..., "chosen": ..., "rejected": ...}.'
-            if is_file(name)
-            else "Name a file (.json, .jsonl, .csv, .parquet), a folder of such files, or a dataset on the hub as "
-            "`owner/name` or `owner/name:split`.",
+            instead=_what_to_name(name, split, error),
         ) from error
     return rows
+
+
+def _what_to_name(name: str, split: str | None, error: Exception) -> str:
+    if split is not None and "split" in str(error):
+        return (
+            "A file has one split, `train`: hold pairs out with `eval_fraction`, or name another file with `eval_data`."
+            if is_file(name)
+            else "Name one of its splits."
+        )
+    if is_file(name):
+        return (
+            "Every line of a .jsonl file is one row, all rows with the same fields of the same types: "
+            '{"prompt": ..., "chosen": ..., "rejected": ...}.'
+        )
+    return (
+        "Name a file (.json, .jsonl, .csv, .parquet), a folder of such files, or a dataset on the hub as "
+        "`owner/name` or `owner/name:split`."
+    )
 
 
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -119,13 +150,14 @@ def _file_source(path: Path, option: str) -> dict[str, Any]:
             why=f"There is no such file; paths start at the current folder, {Path.cwd()}.",
             instead=f"Name a file: {', '.join(_FORMATS)}.",
         )
-    if path.suffix not in _FORMATS:
+    known = _format_of(path)
+    if known is None:
         raise DataError(
             asked=f"`{option}: {path}`.",
             why=f"What is in a `{path.suffix}` file is not known.",
-            instead=f"Name a file that ends in {', '.join(_FORMATS)}.",
+            instead=f"Name a file that ends in {', '.join(_FORMATS)}, or one of these with {', '.join(_COMPRESSED)}.",
         )
-    return {"path": _FORMATS[path.suffix], "data_files": str(path)}
+    return {**known, "data_files": str(path)}
 
 
 def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
@@ -145,4 +177,4 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())
+    return textwrap.shorten(" ".join(str(error).split()), 500)  # some spell the schema of every file out

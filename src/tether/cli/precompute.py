@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from tether.cli import EXIT_DONE, EXIT_INTERRUPTED
 from tether.cli.assemble import build_trainer
+from tether.cli.library_errors import library_errors_told
 from tether.cli.recipe import read_recipe
 from tether.cli.summary import describe_start
 from tether.errors import ConfigurationError
@@ -23,7 +24,7 @@ scored again, so it may be stopped and started, and run again after new rows cam
   tether precompute recipe.yaml
   tether train recipe.yaml --precompute_ref_log_probs      makes no reference pass
 
-Processes of one machine share the rows (torchrun). For many machines, part i of n on each, and join:
+Processes of one machine share the rows (--num_processes). For many machines, part i of n on each, and join:
 
   tether precompute recipe.yaml --shard 1/4 --ref_store part-1.sqlite
   tether store merge part-1.sqlite part-2.sqlite part-3.sqlite part-4.sqlite
@@ -42,11 +43,18 @@ def run(argv: Sequence[str]) -> int:
 def _fill_store(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     shard, words = _read_shard(argv)
+    recipe = read_recipe(
+        "precompute",
+        _ABOUT,
+        words,
+        beside=() if shard is None else ("--shard", f"{shard[0]}/{shard[1]}"),
+        precompute_ref_log_probs=True,
+        ref_store_mode="fill",
+    )
     with tempfile.TemporaryDirectory() as nowhere:  # nothing is trained, so nothing is written to output_dir
-        recipe = read_recipe(
-            "precompute", _ABOUT, words, precompute_ref_log_probs=True, ref_store_mode="fill", output_dir=nowhere
-        )
-        trainer = build_trainer(recipe, shard=shard)
+        recipe.config.output_dir = nowhere
+        with library_errors_told("tether precompute"):
+            trainer = build_trainer(recipe, shard=shard)
         lines = describe_start(trainer, recipe)
     if trainer.is_world_process_zero():
         print(f"{lines}\n           {trainer.reference.num_passes} passes, {time.perf_counter() - started:.1f} s")

@@ -13,21 +13,33 @@ from transformers import TrainerCallback
 class ProgressLines(TrainerCallback):
     """Prints `step 20/100  loss 0.6512  margin +0.0831  accuracy 0.625  ...` at every log and evaluation.
 
+    The last step is logged too, so that a run shorter than `logging_steps` shows what came of it.
+
     Attributes:
-        tokens_per_second: Prompt and response tokens that the policy was trained on, per second, up to the last log.
+        tokens_per_second: Prompt and response tokens that the policy was trained on in this run, per second, up to the
+            last log; None while that is not known.
+        has_begun: Whether a step was begun.
     """
 
     def __init__(self) -> None:
-        self.tokens_per_second = 0.0
+        self.tokens_per_second: float | None = None
+        self.has_begun = False
         self._bar: Any = None
         self._start = 0.0
+        self._counted: tuple[float, float] | None = None  # tokens, and when there were as many
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
+        self._counted = (0.0, self._start) if state.global_step == 0 else None  # a resumed run counts on
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.has_begun = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -36,9 +48,8 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         if not logs or not state.is_world_process_zero:
             return
-        seconds = time.perf_counter() - self._start
         if "loss" in logs:
-            self.tokens_per_second = logs.get("num_tokens", 0.0) / seconds
+            seconds = self._count(logs.get("num_tokens", 0.0))
             rate = f"learning rate {logs['learning_rate']:.1e}"
             self._say(f"step {state.global_step:>4}/{state.max_steps}  {_figures(logs, '')}  {rate}  {seconds:.0f} s")
         elif "eval_loss" in logs:
@@ -48,6 +59,16 @@ class ProgressLines(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _count(self, num_tokens: float) -> float:
+        """Counts the tokens so far; the seconds since training began."""
+        now = time.perf_counter()
+        if self._counted is None:
+            self._counted = (num_tokens, now)
+        before, since = self._counted
+        if num_tokens > before:
+            self.tokens_per_second = (num_tokens - before) / (now - since)
+        return now - self._start
 
     def _say(self, line: str) -> None:
         if self._bar is not None:

@@ -5,6 +5,7 @@ Knows how options are written; does not know what they do.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.cli.checks import check_script
+from tether.cli.launch import Launcher
 from tether.cli.mixture import Part, check_streaming, read_parts
 from tether.cli.options import RecipeParser, ScriptOptions, option_names
 from tether.cli.quantization import check_quantization
@@ -37,22 +39,28 @@ class Recipe:
     parts: tuple[Part, ...] = ()
 
 
-def read_recipe(verb: str, about: str, argv: Sequence[str], **forced: Any) -> Recipe:
+def read_recipe(verb: str, about: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Recipe:
     """Reads the recipe that `argv` names, and the flags, which win.
+
+    Where they have options of `accelerate launch`, this process becomes the launcher.
 
     Args:
         verb: The command's verb, for its messages.
         about: What the verb does, for its --help.
         argv: The words after the verb.
+        beside: Words that only the verb reads, which the processes of a launcher need too.
         forced: Options that the verb decides.
 
     Raises:
         ConfigurationError: For an option that does not exist (names the nearest), or a value that cannot be.
     """
     parser = RecipeParser(verb, about)
-    flags = parser.parse_given(argv)
+    launcher = Launcher(parser.options, parser.prog)
+    of_launcher, words = launcher.split(argv)
+    flags = parser.parse_given(words)
     path = _recipe_path(parser, flags.pop("recipe", None), flags.pop("config", None))
-    given = (read_recipe_file(parser, path) if path is not None else {}) | flags
+    in_file, launched_by_file = read_recipe_file(parser, launcher, path) if path is not None else ({}, {})
+    given = in_file | flags
     script_values = {name: value for name, value in given.items() if name in option_names(ScriptOptions)}
     config_values = {name: value for name, value in given.items() if name not in script_values}
     script = check_script(ScriptOptions(**script_values), given, parser.prog)
@@ -60,11 +68,18 @@ def read_recipe(verb: str, about: str, argv: Sequence[str], **forced: Any) -> Re
     parts = tuple(read_parts(script.datasets or (), parser.prog))
     if script.dataset_streaming:
         check_streaming(parts)
+    launch = launched_by_file | of_launcher
+    launcher.check(launch)
+    environment = dict(os.environ)  # before transformers writes its own into it
     if not sys.stderr.isatty():
         config_values.setdefault("disable_tqdm", True)  # bars are for terminals
+    if config_values.get("report_to", "none") is None:
+        config_values["report_to"] = "none"  # what an empty value says; transformers knows the word only
     if config_values.get("output_dir") is None:
         config_values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
     config = _make_config(config_values | forced, parser.prog)
+    # Only now, so that a mistake is told once, and not by every process.
+    launcher.start(launch, verb, [*words, *beside], [*argv, *beside], environment)
     _add_model_options(config, script)
     return Recipe(script, config, given, parts)
 
@@ -90,7 +105,7 @@ def _make_config(values: Mapping[str, Any], prog: str) -> DPOConfig:
         return DPOConfig(**values)
     except TetherError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+    except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise ConfigurationError(
             asked="These options of transformers.TrainingArguments, together.",
             why=" ".join(str(error).split()),

@@ -13,14 +13,18 @@ from typing import Any
 
 import yaml
 
+from tether.cli.launch import Launcher
 from tether.cli.options import RecipeParser
 from tether.cli.refusing_parser import refuse_unknown
-from tether.cli.trl_options import REFUSED, refuse_trl_option
+from tether.cli.trl_options import REFUSED, refuse_former_option, refuse_trl_option
 from tether.errors import ConfigurationError
 
 
-def read_recipe_file(parser: RecipeParser, path: Path) -> dict[str, Any]:
+def read_recipe_file(parser: RecipeParser, launcher: Launcher, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that the file gives, as their types read them; sets the environment variables of its `env`.
+
+    Returns:
+        The run's own options, and the launcher's as they are written.
 
     Raises:
         ConfigurationError: If it is no YAML, or for an option that does not exist or a value that cannot be.
@@ -28,11 +32,16 @@ def read_recipe_file(parser: RecipeParser, path: Path) -> dict[str, Any]:
     content = _read_yaml(path)
     _set_environment(content.pop("env", None), path)
     values: dict[str, Any] = {}
+    of_launcher: dict[str, Any] = {}
     for key, value in content.items():
+        if key in launcher.options:
+            of_launcher[key] = value
+            continue
         if key in REFUSED:
             refuse_trl_option(key, value, f"`{key}: {value}` in {path}")
             continue
         if key not in parser.options:
+            refuse_former_option(str(key), f"`{key}: {value}` in {path}")
             refuse_unknown(f"`{key}: {value}` in {path}", str(key), parser.options, parser.prog)
         name = parser.options[key].dest
         if name in values:
@@ -42,7 +51,7 @@ def read_recipe_file(parser: RecipeParser, path: Path) -> dict[str, Any]:
                 instead="Keep one of the two.",
             )
         values[name] = _read_value(parser, key, value, path)
-    return values
+    return values, of_launcher
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

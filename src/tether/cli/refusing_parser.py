@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ class RefusingParser(argparse.ArgumentParser):
     hint = ""  # what else is worth knowing when words cannot be read
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message)  # one spelling of an option is enough
         raise ConfigurationError(
             asked=f"These words after `{self.prog}`.",
             why=f"{message[0].upper()}{message[1:].rstrip('.')}.",

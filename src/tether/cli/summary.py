@@ -27,14 +27,16 @@ def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
     return "\n".join(lines + describe_store(trainer))
 
 
-def describe_end(trainer: DPOTrainer, metrics: Mapping[str, float], seconds: float, tokens_per_second: float) -> str:
+def describe_end(
+    trainer: DPOTrainer, metrics: Mapping[str, float], seconds: float, tokens_per_second: float | None
+) -> str:
     """What came of a training run, and where it is.
 
     Args:
         trainer: After training.
         metrics: Of the held-out pairs, as `evaluate` returns them; empty without held-out pairs.
         seconds: Of the training.
-        tokens_per_second: Of the training.
+        tokens_per_second: Of the training; None where it is not known.
     """
     state = trainer.state
     logged = [entry for entry in state.log_history if "loss" in entry]
@@ -42,16 +44,25 @@ def describe_end(trainer: DPOTrainer, metrics: Mapping[str, float], seconds: flo
     if metrics:
         num = _num_rows(trainer.eval_dataset)
         rows.append((f"held out, {num} pairs" if num.isdigit() else "held out", _row(metrics, "eval_")))
+    if rows:
+        rows.insert(0, ("", "".join(f"{name:>20}" for name in _FIGURES)))
+    steps = f"{state.global_step} step{'s' if state.global_step != 1 else ''}"
+    speed = f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second is not None else ""
     lines = [
         "",
-        f"{state.global_step} steps, {state.epoch or 0:.2f} epochs, {seconds:.1f} s, {tokens_per_second:,.0f} tokens/s",
-        " " * 22 + "".join(f"{name:>20}" for name in _FIGURES),
+        f"{steps}, {state.epoch or 0:.2f} epochs, {seconds:.1f} s{speed}",
         *(f"{title:<22}{figures}" for title, figures in rows),
         f"reference  {describe_reference(trainer)}, {trainer.reference.num_passes} passes",
         *describe_store(trainer),
-        f"saved      {trainer.args.output_dir}",
+        f"saved      {trainer.args.output_dir}{_which_weights(trainer)}",
     ]
     return "\n".join(lines)
+
+
+def _which_weights(trainer: DPOTrainer) -> str:
+    """Where the saved weights are not the last step's: whose they are."""
+    best = trainer.state.best_model_checkpoint
+    return f": the weights of {Path(best).name}, the best" if trainer.args.load_best_model_at_end and best else ""
 
 
 def describe_reference(trainer: DPOTrainer) -> str:

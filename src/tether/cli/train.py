@@ -8,15 +8,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from tether.cli import EXIT_DONE, EXIT_INTERRUPTED
 from tether.cli.assemble import build_trainer
 from tether.cli.interrupt import StopOnInterrupt
+from tether.cli.launch import typed_words
+from tether.cli.library_errors import library_errors_told
+from tether.cli.pairs import is_file
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.resume import find_checkpoint, last_checkpoint, newest_checkpoint
 from tether.cli.summary import describe_end, describe_start
-from tether.errors import MissingLogProbsError, ResumeError
+from tether.errors import MissingLogProbsError
 from tether.trainer import DPOTrainer
 
 _ABOUT = """\
@@ -25,7 +27,7 @@ Every option below is a key of the recipe and a flag; the flag wins.
 
   tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
   tether train recipe.yaml --resume                    go on from the last checkpoint
-  torchrun --nproc_per_node 2 -m tether train recipe.yaml
+  tether train recipe.yaml --num_processes 2           or any option of `accelerate launch`
 
 Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model and its tokenizer are
 written to output_dir.
@@ -37,7 +39,8 @@ def run(argv: Sequence[str]) -> int:
     checkpoint = find_checkpoint(recipe)
     stop, progress = StopOnInterrupt(), ProgressLines()
     try:
-        trainer = build_trainer(recipe, [progress, stop])
+        with library_errors_told("tether train"):
+            trainer = build_trainer(recipe, [progress, stop])
     except MissingLogProbsError as error:  # `ref_store_mode: require`
         raise MissingLogProbsError(
             error.asked, error.why, f"Score what is missing: `tether precompute {shlex.join(argv)}`."
@@ -45,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     _say(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
     started = time.perf_counter()
     try:
-        with stop:
+        with stop, library_errors_told("tether train", lambda: not progress.has_begun):
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         stop.stopped = True
@@ -56,36 +59,22 @@ def run(argv: Sequence[str]) -> int:
     trainer.save_model()
     trainer.save_state()
     metrics = _held_out_metrics(trainer)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=_hub_data(recipe))
     _say(trainer, describe_end(trainer, metrics, seconds, progress.tokens_per_second))
     return EXIT_DONE
 
 
-def find_checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to go on from, if the recipe asks for one.
-
-    Raises:
-        ResumeError: If it is not there.
-    """
-    wanted, output_dir = recipe.script.resume, recipe.config.output_dir
-    if wanted is None:
-        return None
-    is_last = wanted.lower() == "true"
-    found = get_last_checkpoint(output_dir) if is_last and Path(str(output_dir)).is_dir() else wanted
-    if found is None or not Path(found).is_dir():
-        raise ResumeError(
-            asked=f"`resume` from {f'the last checkpoint in {output_dir}' if is_last else wanted}.",
-            why="There is none."
-            if is_last
-            else f"There is no such folder; paths start at the current folder, {Path.cwd()}.",
-            instead="Leave `resume` out to start anew, or name a checkpoint's folder (out/checkpoint-100).",
-        )
-    return found
+def _hub_data(recipe: Recipe) -> str | None:
+    """The name on the hub of the pairs, for the model card; None for a file, a folder or a mixture."""
+    name = recipe.script.train_data
+    return None if name is None or is_file(name) or Path(name).expanduser().is_dir() else name.partition(":")[0]
 
 
 def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
     """A line on checkpoints that this run may replace; nothing where it goes on from one, or finds none."""
     folder = str(trainer.args.output_dir)
-    earlier = get_last_checkpoint(folder) if checkpoint is None and Path(folder).is_dir() else None
+    earlier = last_checkpoint(folder) if checkpoint is None else None
     return (
         f"\nnote       {earlier} is there from an earlier run; this run starts anew (--resume goes on)"
         if earlier
@@ -105,10 +94,15 @@ def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
 
 def _how_to_go_on(trainer: DPOTrainer, argv: Sequence[str]) -> str:
     where = f"\ntether: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}."
-    checkpoint = get_last_checkpoint(str(trainer.args.output_dir))
+    folder = str(trainer.args.output_dir)
+    checkpoint = newest_checkpoint(folder)
     if checkpoint is None or trainer.args.save_only_model:
         return f"{where} There is no checkpoint to go on from."
-    words = [*argv] if any(word.startswith("--resume") for word in argv) else [*argv, "--resume"]
+    words = typed_words(argv)
+    if checkpoint != last_checkpoint(folder):  # an earlier run left later steps
+        words += ["--resume", str(checkpoint)]
+    elif not any(word.startswith("--resume") for word in words):
+        words.append("--resume")
     return f"{where} The last checkpoint is {checkpoint}. To go on:\n  tether train {shlex.join(words)}"
 
 

@@ -1,11 +1,12 @@
 """Options of `trl dpo` that `tether train` does not take: why, and what to write instead.
 
-All others it takes under TRL's names; this is the whole list of exceptions, and a test compares it with TRL's.
+All others it takes under TRL's names; `REFUSED` is the whole list of exceptions, and a test compares it with TRL's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +28,6 @@ class RefusedOption:
     instead: str
 
 
-_LAUNCHED = (
-    "How many processes run, and where, is their launcher's business.",
-    "Take it out, and start with `torchrun --nproc_per_node N -m tether train recipe.yaml`, or with `accelerate "
-    "launch [its options] -m tether train recipe.yaml`.",
-)
-_LAUNCHER_OPTIONS = (
-    "accelerate_config config_file num_processes num_machines machine_rank main_process_ip main_process_port "
-    "multi_gpu gpu_ids use_deepspeed use_fsdp dynamo_backend"
-)
-
 REFUSED: Mapping[str, RefusedOption] = {
     "ignore_bias_buffers": RefusedOption(
         False,
@@ -49,7 +40,28 @@ REFUSED: Mapping[str, RefusedOption] = {
     "mixed_precision": RefusedOption(
         None, "It is an option of the launcher's, and the trainer's own would win.", "Write `bf16: true`."
     ),
-    **{name: RefusedOption(None, *_LAUNCHED) for name in _LAUNCHER_OPTIONS.split()},
+}
+
+# Options of earlier versions of TRL and transformers, which recipes still have: what to write instead.
+FORMER: Mapping[str, str] = {
+    "torch_dtype": "`dtype`",
+    "warmup_ratio": "`warmup_steps`: below 1, it is a share of all steps",
+    "evaluation_strategy": "`eval_strategy`",
+    "group_by_length": "`train_sampling_strategy: group_by_length`",
+    "no_cuda": "`use_cpu: true`",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR, in `env` say",
+    "max_prompt_length": "`max_length`, for prompt and response together",
+    "max_completion_length": "`max_length`, for prompt and response together",
+    "rpo_alpha": "`loss_type: [sigmoid, sft]`, with the alpha as the second of `loss_weights`",
+    "force_use_ref_model": "`ref_model`, with the model that is the reference",
+    "ref_adapter_name": "nothing: the reference of a continued adapter is the adapter as it was",
+    "model_adapter_name": "nothing: the adapter beside the weights is the one that goes on training",
+    "overwrite_output_dir": "nothing: a run writes to its folder, and `resume` goes on from what is there",
+    "save_safetensors": "nothing: weights are saved as safetensors",
+    "generate_during_eval": "nothing: evaluation scores the held-out pairs",
+    "label_pad_token_id": "nothing: rows have no padding",
+    "padding_value": "nothing: rows have no padding",
+    "use_logits_to_keep": "nothing: only the logits of responses are made, and never all at once",
 }
 
 
@@ -58,12 +70,43 @@ def refuse_trl_option(name: str, value: Any, written: str) -> None:
 
     Args:
         name: The option.
-        value: What it was given.
+        value: What it was given, by a recipe or as a word; None for a flag without a value.
         written: How it was written, and where.
 
     Raises:
         ConfigurationError: With what to write instead.
     """
     option = REFUSED[name]
-    if value != option.default or type(value) is not type(option.default):
+    is_default = value == option.default and type(value) is type(option.default)
+    if not is_default and not (isinstance(value, str) and value.lower() == str(option.default).lower()):
         raise ConfigurationError(asked=f"{written}.", why=option.why, instead=option.instead)
+
+
+def refuse_former_option(name: str, written: str) -> None:
+    """Refuses an option of `FORMER`.
+
+    Raises:
+        ConfigurationError: With what to write instead.
+    """
+    if name in FORMER:
+        raise ConfigurationError(
+            asked=f"{written}.",
+            why="TRL 1.16 and transformers 5 have no such option any more.",
+            instead=f"Write {FORMER[name]}.",
+        )
+
+
+def take_refused_flags(argv: Sequence[str], prog: str) -> list[str]:
+    """The words without the flags of `REFUSED` that say what is done anyway.
+
+    Raises:
+        ConfigurationError: For one that says something else.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, option in REFUSED.items():
+        dashed = f"--{name.replace('_', '-')}"
+        parser.add_argument(f"--{name}", dashed, nargs="?", const=True if option.default is False else "")
+    found, others = parser.parse_known_args(argv)
+    for name, value in vars(found).items():
+        refuse_trl_option(name, value, f"`--{name}{'' if value in (True, '') else f' {value}'}` after `{prog}`")
+    return others

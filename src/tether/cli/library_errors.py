@@ -1,0 +1,55 @@
+"""What a library refuses while a run is set up, told in three parts.
+
+A wrong option of transformers or PEFT is a user's mistake like any other. Once training is under way an error keeps
+its traceback: then nobody wants to run again to see it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from tether.errors import ConfigurationError, TetherError
+
+_LIBRARIES = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "bitsandbytes")
+_REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, OSError)
+
+
+@contextmanager
+def library_errors_told(prog: str, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """While open, an error that a library raises becomes a `ConfigurationError`.
+
+    Args:
+        prog: The command, for the message.
+        applies: Whether the run is still being set up.
+
+    Raises:
+        ConfigurationError: With the library's words.
+    """
+    try:
+        yield
+    except TetherError:
+        raise
+    except _REFUSALS as error:
+        library = _raised_in(error.__traceback__)
+        is_refusal = library in _LIBRARIES or (library == "torch" and isinstance(error, ValueError))
+        if not is_refusal or not applies():
+            raise
+        raise ConfigurationError(
+            asked=f"What these options ask of {library}.",
+            why=f"It refuses: {' '.join(str(error).split()) or type(error).__name__}",
+            instead=f"Change the option that this is about: `{prog} --help` lists them, and --traceback shows where it "
+            "was raised.",
+        ) from error
+
+
+def _raised_in(trace: TracebackType | None) -> str | None:
+    """The package of the innermost frame that is not of Python's own library."""
+    package = None
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        package = package if name in sys.stdlib_module_names else name
+        trace = trace.tb_next
+    return package
