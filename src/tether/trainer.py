@@ -58,6 +58,7 @@ from tether.metrics import MetricSums, pair_metrics
 from tether.model_card import CardFacts, write_model_card
 from tether.models import (
     add_adapter,
+    check_embeds,
     check_even_forwards,
     check_padding_free,
     check_trainable,
@@ -86,6 +87,7 @@ from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
+from tether.tokenizing import largest_id
 from tether.types import PairBatch
 from tether.unread import refuse_unread
 
@@ -195,6 +197,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
         sets = self._named_sets({"train": train_set}, eval_sets)
+        for name, dataset in sets.items():
+            if isinstance(dataset, Dataset):
+                largest, row = largest_id(dataset)
+                check_embeds(policy, largest, f"Row {row} of the {name} set")
         refuse_unread(args, streams=isinstance(train_set, IterableDataset))
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
