@@ -301,6 +301,19 @@ def test_the_base_of_the_adapter_as_reference_model_is_refused(tmp_path: Path) -
         refused(tmp_path, policy, ref_model=base)
 
 
+def test_a_token_that_the_model_does_not_embed_is_refused_with_its_row(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    assert make_trainer(tmp_path, rows=PAIRS, processing_class=tokenizer), "no row has the token"
+    rows = [PAIRS[0], PAIRS[1] | {"chosen": " <new> tokens"}, PAIRS[2] | {"rejected": " <new> too"}]
+    with pytest.raises(ConfigurationError) as caught:
+        refused(tmp_path, rows=rows, processing_class=tokenizer)
+    assert_in_three_parts(caught.value, "Row 1 of the train set", "256 tokens")
+    model = tiny_model()
+    model.resize_token_embeddings(len(tokenizer))
+    assert make_trainer(tmp_path, model, rows=rows, processing_class=tokenizer).train().global_step == 3
+
+
 def test_a_reference_whose_embedding_has_no_room_for_the_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, ref_model=tiny_model(vocab_size=200))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runs import as_dataset, curve, make_trainer, trained
-from tether.collators import PairsOfPadded
+from tether.collators import DataCollatorForPreference, PairsOfPadded
 from tether.data import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
 from tiny import tiny_pairs
@@ -62,6 +62,16 @@ def test_a_run_with_a_collator_is_the_run_without(tmp_path: Path) -> None:
     theirs = trained(tmp_path / "2", data_collator=padded, precompute_ref_log_probs=True, **evaluation)
     assert curve(theirs) == pytest.approx(curve(plain), abs=1e-5)
     assert theirs.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
+
+
+def test_sums_of_the_reference_that_rows_bring_are_kept() -> None:
+    sums = {"ref_chosen_logps": [-3.0, -4.0], "ref_rejected_logps": [-5.0, -6.0]}
+    rows = [row | {name: values[number] for name, values in sums.items()} for number, row in enumerate(ROWS)]
+    collator = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=8)
+    ours, theirs = batch_of(PairCollator()(rows)), batch_of(PairsOfPadded(collator)(rows))
+    assert theirs.reference_sums == ours.reference_sums != () and theirs.keys == ours.keys
+    with pytest.raises(ConfigurationError, match="ref_chosen_logps"):  # no row has them: the reference is another one
+        PairsOfPadded(lambda given: collator(rows))(ROWS)
 
 
 def test_keys_that_nothing_would_read_are_refused_by_name(tmp_path: Path) -> None:

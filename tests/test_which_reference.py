@@ -352,7 +352,8 @@ def test_evaluate_before_train_gives_rewards_of_zero(dtype: str, kind: str, tmp_
             bf16=dtype == "autocast",
             sync_ref_model=kind == "synchronized",
             precompute_ref_log_probs=kind == "precomputed",
-            precompute_ref_batch_size=8,  # as in the evaluation: other batches round otherwise
+            # As in the evaluation: other batches round otherwise.
+            precompute_ref_batch_size=8 if kind == "precomputed" else None,
         ),
         train_dataset=rows,
         eval_dataset=rows,

@@ -196,7 +196,8 @@ class PairsOfPadded:
 
     Args:
         collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
-            sequences, then all rejected ones. What it returns as pairs already is left alone.
+            sequences, then all rejected ones; and `ref_chosen_logps`, `ref_rejected_logps`, each `[rows]`, if rows
+            bring them. What it returns as pairs already is left alone.
 
     Raises:
         ConfigurationError: If it returns other keys or shapes.
@@ -209,9 +210,14 @@ class PairsOfPadded:
         padded = self.collator(list(rows))
         if isinstance(padded, Mapping) and isinstance(padded.get("batch"), PairBatch):
             return dict(padded)
-        _check_layout(padded, len(rows))
+        # Sums that the rows do not bring would be those of a reference that nobody asks.
+        optional = _REFERENCE if all(name in row for row in rows for name in _REFERENCE) else ()
+        _check_layout(padded, len(rows), optional)
+        sums = [total for name in _REFERENCE if name in padded for total in padded[name].tolist()]
         sequences = [
-            _response(number, *(tensor.tolist() for tensor in sequence))
+            _response(number, *(tensor.tolist() for tensor in sequence))._replace(
+                reference_sum=sums[number] if sums else None
+            )
             for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
         ]
         pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
@@ -219,10 +225,12 @@ class PairsOfPadded:
         return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
 
 
-def _check_layout(padded: Any, num_rows: int) -> None:
+def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None:
     keys = sorted(padded) if isinstance(padded, Mapping) else [f"a {type(padded).__name__}"]
-    shapes = {name: tuple(padded[name].shape) for name in _PADDED} if keys == sorted(_PADDED) else {}
-    if len(set(shapes.values())) == 1 and shapes["input_ids"][:1] == (2 * num_rows,):
+    known = set(keys) in (set(_PADDED), {*_PADDED, *optional})
+    shapes = {name: tuple(padded[name].shape) for name in _PADDED} if known else {}
+    sums = {tuple(padded[name].shape) for name in _REFERENCE if name in keys} if known else set()
+    if len(set(shapes.values())) == 1 and shapes["input_ids"][:1] == (2 * num_rows,) and sums <= {(num_rows,)}:
         return
     found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or ", ".join(keys)
     raise ConfigurationError(

@@ -387,6 +387,27 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -> None:
+    """Refuses token ids that the policy has no embedding for; on an accelerator they would end the process.
+
+    Args:
+        model: The policy.
+        largest: The largest id of a set.
+        where: The row that has it: "Row 3 of the train set".
+
+    Raises:
+        ConfigurationError: If the model embeds fewer tokens.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows = whole_shape(embeddings.weight)[0]
+    if largest >= rows:
+        raise ConfigurationError(
+            asked=f"{where} has the token id {largest}, and the model embeds {rows} tokens.",
+            why="The tokenizer has tokens that the model was not made for, such as those added to it later.",
+            instead="Call `model.resize_token_embeddings(len(tokenizer))` before, or use the model's own tokenizer.",
+        )
+
+
 def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a reference to which the policy's token ids mean something else.
 

@@ -156,6 +156,19 @@ def _prompt_lengths(dataset: Dataset) -> Any:
     return np.concatenate([pc.list_value_length(table[TOKEN_COLUMNS[0]]).to_numpy() for table in tables])
 
 
+def largest_id(dataset: Dataset) -> tuple[int, int]:
+    """The largest token id of a tokenized set, and the number of a row that has it."""
+    largest, found, start = -1, 0, 0
+    for table in _tables(dataset, TOKEN_COLUMNS):
+        ids = [column.combine_chunks() for column in (table[name] for name in TOKEN_COLUMNS)]
+        here = max(pc.max(pc.list_flatten(column)).as_py() for column in ids)
+        if here > largest:
+            rows = (row for column in ids for row, values in enumerate(column.to_pylist()) if here in values)
+            largest, found = here, start + min(rows)
+        start += table.num_rows
+    return largest, found
+
+
 def _texts(dataset: Dataset, column: str) -> Iterator[str | None]:
     return (text for table in _tables(dataset, (column,)) for text in table[column].to_pylist())
 

@@ -57,6 +57,7 @@ from tether.model_card import CardFacts, write_model_card
 from tether.models import (
     add_adapter,
     broadcasts_buffers,
+    check_embeds,
     check_even_forwards,
     check_padding_free,
     check_trainable,
@@ -87,6 +88,7 @@ from tether.reference.checks import ReferenceWatch
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
+from tether.tokenizing import largest_id
 from tether.training_callback import FollowTraining
 from tether.types import PairBatch
 from tether.unread import refuse_unread
@@ -202,6 +204,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
+        for name, dataset in sets.items():
+            if isinstance(dataset, Dataset):
+                largest, row = largest_id(dataset)
+                check_embeds(policy, largest, f"Row {row} of the {name} set")
         refuse_unread(args, streams=isinstance(train_set, IterableDataset))
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()

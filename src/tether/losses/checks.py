@@ -68,7 +68,7 @@ def _check_names(losses: Sequence[str], weights: Sequence[float] | None) -> None
     if weights is not None and len(weights) != len(losses):
         count = len(losses)
         are = "there is one loss" if count == 1 else f"there are {count} losses"
-        _refuse("loss_weights", weights, are, f"{count} weights, in the order of `loss_type`")
+        _refuse("loss_weights", weights, are, f"{count} weight{'s' * (count != 1)}, in the order of `loss_type`")
     if weights is not None and not all(math.isfinite(weight) for weight in weights):
         _refuse("loss_weights", weights, "the loss is multiplied by them", "finite numbers")
 
