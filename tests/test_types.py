@@ -7,23 +7,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.types import PairBatch, PairScores, Response, ResponseLogProbs, TokenStatistics, offsets_of
+from tether.types import PairBatch, PairScores, PromptImages, Response, ResponseLogProbs, TokenStatistics, offsets_of
 
 A, B, C = Response((1, 2), (3,)), Response((1, 2), (4,)), Response((1, 2), (5, 6))
 OTHER = Response((7,), (3,)), Response((7,), (8, 9, 10))
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple)
-responses = st.builds(Response, ids, ids, st.just(b""), st.none() | st.floats(-9, 0))
+PICTURES = [PromptImages({"pixel_values": torch.zeros(1, 3)}, {}, name) for name in (b"first", b"second")]
+responses = st.builds(
+    Response, ids, ids, st.just(b""), st.none() | st.floats(-9, 0), st.none() | st.sampled_from(PICTURES)
+)
 pairs_of_responses = st.lists(st.tuples(responses, responses), min_size=1, max_size=6)
 
 
 def response_of(batch: PairBatch, index: int) -> Response:
-    """One response of a batch as it was given: its prompt, its tokens, and its sum if it brought one."""
+    """One response of a batch as it was given: its prompt with its images, its tokens, and its sum if it has one."""
     group = batch.response_group[index]
     prompt = batch.prompt_ids.split(list(batch.prompt_lengths))[group]
     tokens = batch.response_ids.split(list(batch.response_lengths))[index]
     known = batch.reference_sums[index] if batch.reference_sums else None
-    return Response(tuple(prompt.tolist()), tuple(tokens.tolist()), reference_sum=known)
+    images = batch.images[group] if batch.images else None
+    return Response(tuple(prompt.tolist()), tuple(tokens.tolist()), reference_sum=known, images=images)
 
 
 def log_probs_of(lengths: list[int], **options: object) -> ResponseLogProbs:
@@ -48,7 +52,7 @@ def test_batch_holds_each_prompt_and_each_response_once_and_groups_in_order(
 ) -> None:
     batch = PairBatch.of_pairs(pairs)
     distinct = {response for pair in pairs for response in pair}
-    assert batch.num_groups == len({response.prompt_ids for response in distinct})
+    assert batch.num_groups == len({(response.prompt_ids, response.images) for response in distinct})
     assert batch.num_responses == len(distinct) <= 2 * batch.num_pairs
     assert list(batch.response_group) == sorted(batch.response_group)
 

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, check_config, check_losses, refuse
 from tether.errors import ConfigurationError
-from tether.losses import DIVERGENCES, LOSSES, LossOptions
+from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
 from tether.reference.parts import RULES
 from tether.unread import check_kinds
 
@@ -226,6 +226,28 @@ class DPOConfig(TrainingArguments):
                 FutureWarning,
                 stacklevel=4,  # whoever wrote `DPOConfig(...)`
             )
+
+
+def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
+    """What a run minimises: the losses that its options name, or the user's own.
+
+    Raises:
+        ConfigurationError: For a loss of one's own beside named ones.
+    """
+    if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
+        raise ConfigurationError(
+            asked=f"`loss=...` together with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`.",
+            why="A loss of your own takes the place of the named ones.",
+            instead="Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` "
+            "and add what it gives.",
+        )
+    return Objective(
+        [loss] if loss is not None else args.loss_type,
+        args.loss_weights,
+        lambda: args.loss_options,  # as it is at each step: a callback may change beta
+        use_weighting=args.use_weighting,
+        bco_reward_shift=args.bco_reward_shift,
+    )
 
 
 def refuse_data_parallel(args: DPOConfig) -> None:

@@ -15,7 +15,7 @@ from tether.config import DPOConfig
 from tether.data import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs
 from tether.errors import ConfigurationError
 from tether.image_rows import ImageRows
-from tether.models import tokenizer_of
+from tether.loading import tokenizer_of
 from tether.rows import RowReader, TextRows, has_image_column
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.

@@ -5,7 +5,7 @@ Orchestrates; decides nothing about references (`reference.build` does), losses 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from tether.checkpoints import (
 )
 from tether.collators import Collator, pair_collator
 from tether.columns import find_given
-from tether.config import DPOConfig, how_to_fill, look_for_unused_parameters, refuse_data_parallel
+from tether.config import DPOConfig, how_to_fill, look_for_unused_parameters, objective_of, refuse_data_parallel
 from tether.data import (
     MARGIN_COLUMN,
     PairDataset,
@@ -51,7 +51,8 @@ from tether.data import (
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
 from tether.evaluation import PairGather, WithTokenIds, padded_logits
-from tether.losses import Objective, PreferenceLoss
+from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
+from tether.losses import PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
 from tether.model_card import CardFacts, write_model_card
 from tether.models import (
@@ -62,17 +63,9 @@ from tether.models import (
     check_padding_free,
     check_trainable,
     check_vocabulary,
-    default_output_dir,
     disable_dropout,
-    hub_name,
     keep_differentiable,
-    load_model,
-    load_processing_class,
-    loading_options,
     router_coefficient,
-    tokenizer_of,
-    use_pad_token,
-    where_from,
 )
 from tether.offloading import activations_of
 from tether.reference import (
@@ -85,6 +78,7 @@ from tether.reference import (
 )
 from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
+from tether.rows import has_image_column
 from tether.sampling import EvenBatches
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
@@ -181,36 +175,29 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         check_arguments(args, model, ref_model, callbacks)
         args = args or DPOConfig(default_output_dir(model))
         refuse_data_parallel(args)
-        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
-        init_kwargs = loading_options(model, init_kwargs, quantization_config)
         set_seed(args.seed)  # a fresh adapter starts from it
-        named = model if ref_model is None else ref_model
-        origins = where_from(named, init_kwargs, args.trust_remote_code)
-        policy = load_model(model, init_kwargs, args.trust_remote_code)
-        if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, init_kwargs, args.trust_remote_code)
+        policy, ref_model, processing, origins = load(
+            model,
+            ref_model,
+            processing_class,
+            init_kwargs=args.model_init_kwargs,
+            quantization_config=quantization_config,
+            trust_remote_code=args.trust_remote_code,
+        )
         for loaded in filter(None, (policy, ref_model)):
             keep_differentiable(loaded)
-        revision = (init_kwargs or {}).get("revision")
-        processing = load_processing_class(processing_class, policy, args.trust_remote_code, revision)
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
             check_padding_free(policy)
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
-        self._objective = self._objective_of(args, loss)
+        self._objective = objective_of(args, loss)
         self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
         self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
-        for name, dataset in sets.items():
-            if isinstance(dataset, Dataset):
-                largest, row = largest_id(dataset)
-                check_embeds(policy, largest, f"Row {row} of the {name} set")
-        refuse_unread(args, streams=isinstance(train_set, IterableDataset))
-        if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
-            self._objective.check_margin()
+        self._check_sets(sets, policy, args)
         leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
         given = find_given(sets, args, has_ref_model=ref_model is not None)
         options = replace(
@@ -256,27 +243,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
-        shard = sharding_of(self.accelerator)
-        if shard is not None:
-            for sharded in filter(None, (self.model, ref_model)):
-                check_even_forwards(sharded, args.max_length)
-        cast_as_training_will(self.model, self.accelerator)
-        with together():
-            self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
-        check_alike(self.reference.identity.digest, "reference")
-        for leader in leaders:
-            assert isinstance(self.reference, FollowingReference)
-            leader.follow_with(self.reference)
-        self._watch = ReferenceWatch(self.reference, args.autocast_dtype)
-        # A pass through the policy's own modules must wait until training has sharded them and put them in place.
-        is_early = shard is not None or waits_for_device(self.model, args.device)
-        self._prepares_late = is_early and self.reference.runs_in_policy
-        if not self._prepares_late:
-            self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
-        if self.reference.moves:
-            warn_of_weights_alone(args)
+        self._make_reference(ref_model, options, leaders)
         self.model.add_model_tags(list(self._tag_names))
-        self.add_callback(FollowTraining(self.reference, self._watch, self._begin_training, self._begin_epoch))
 
     # ---- the reference -------------------------------------------------------------------------------------------
 
@@ -288,6 +256,31 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def null_ref_context(self) -> AbstractContextManager[None]:
         """While open, the policy computes what the reference computes (adapter models)."""
         return self.reference.in_policy()
+
+    def _make_reference(
+        self, ref_model: nn.Module | None, options: ReferenceOptions, leaders: Sequence[BEMACallback]
+    ) -> None:
+        """Builds the reference beside the policy, which the accelerator holds by now, and watches it from here on."""
+        shard = sharding_of(self.accelerator)
+        if shard is not None:
+            for sharded in filter(None, (self.model, ref_model)):
+                check_even_forwards(sharded, self.args.max_length)
+        cast_as_training_will(self.model, self.accelerator)
+        with together():
+            self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
+        check_alike(self.reference.identity.digest, "reference")
+        for leader in leaders:
+            assert isinstance(self.reference, FollowingReference)
+            leader.follow_with(self.reference)
+        self._watch = ReferenceWatch(self.reference, self.args.autocast_dtype)
+        # A pass through the policy's own modules must wait until training has sharded them and put them in place.
+        is_early = shard is not None or waits_for_device(self.model, self.args.device)
+        self._prepares_late = is_early and self.reference.runs_in_policy
+        if not self._prepares_late:
+            self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
+        if self.reference.moves:
+            warn_of_weights_alone(self.args)
+        self.add_callback(FollowTraining(self.reference, self._watch, self._begin_training, self._begin_epoch))
 
     @staticmethod
     def _reference_options(args: DPOConfig, sets: Mapping[str, PairDataset]) -> ReferenceOptions:
@@ -366,6 +359,17 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
+    def _check_sets(self, sets: Mapping[str, PairDataset], policy: Any, args: DPOConfig) -> None:
+        """Refuses rows that the policy cannot read or the loss would not, and options that no row would need."""
+        for name, dataset in sets.items():
+            # Tokens of images are placeholders: a model may embed none of them.
+            if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
+                largest, row = largest_id(dataset)
+                check_embeds(policy, largest, f"Row {row} of the {name} set")
+        refuse_unread(args, streams=isinstance(sets["train"], IterableDataset))
+        if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
+            self._objective.check_margin()
+
     @property
     def _pad_token_id(self) -> int:
         return int(self._tokenizer.pad_token_id or 0)
@@ -383,25 +387,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = batch_columns(with_images=self._sets.image_rows is not None)
-
-    # ---- the loss ------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
-        if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
-            raise ConfigurationError(
-                asked=f"`loss=...` together with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`.",
-                why="A loss of your own takes the place of the named ones.",
-                instead="Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` "
-                "and add what it gives.",
-            )
-        return Objective(
-            [loss] if loss is not None else args.loss_type,
-            args.loss_weights,
-            lambda: args.loss_options,  # as it is at each step: a callback may change beta
-            use_weighting=args.use_weighting,
-            bco_reward_shift=args.bco_reward_shift,
-        )
 
     # ---- a step --------------------------------------------------------------------------------------------------
 

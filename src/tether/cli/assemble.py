@@ -25,7 +25,8 @@ from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe
 from tether.data import PairDataset
 from tether.errors import ConfigurationError
-from tether.models import load_processing_class_of, lora_config
+from tether.loading import load_processing_class_of
+from tether.models import lora_config
 from tether.trainer import DPOTrainer
 
 

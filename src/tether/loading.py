@@ -1,0 +1,263 @@
+"""Models, tokenizers and processors: from what a user names or passes to objects in memory.
+
+Knows transformers and PEFT's folders; knows no data and no training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from tether.errors import ArgumentTypeError, ConfigurationError
+from tether.reference.frozen import Origin
+
+_READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+_CONFIG_OPTIONS = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "code_revision")
+
+
+class Loaded(NamedTuple):
+    """What a run trains and reads with.
+
+    Attributes:
+        policy: The model that is to be trained.
+        ref_model: The reference model, if one is named.
+        processing_class: The tokenizer or the processor.
+        origins: Where the model that the reference is made of can be had from again.
+    """
+
+    policy: PreTrainedModel | PeftModel
+    ref_model: PreTrainedModel | PeftModel | None
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    origins: tuple[Origin, ...]
+
+
+def load(
+    model: str | PreTrainedModel | PeftModel,
+    ref_model: str | PreTrainedModel | PeftModel | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    *,
+    init_kwargs: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Loads what is given by path or name; what is in memory already is passed through.
+
+    Raises:
+        ConfigurationError: For arguments of loading with a model that is loaded, or without a tokenizer.
+    """
+    given = init_kwargs if isinstance(init_kwargs, dict) else None
+    options = loading_options(model, given, quantization_config)
+    origins = where_from(model if ref_model is None else ref_model, options, trust_remote_code)
+    policy = load_model(model, options, trust_remote_code)
+    reference = load_model(ref_model, options, trust_remote_code) if isinstance(ref_model, str) else ref_model
+    revision = (options or {}).get("revision")
+    return Loaded(
+        policy, reference, load_processing_class(processing_class, policy, trust_remote_code, revision), origins
+    )
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> PreTrainedModel | PeftModel:
+    """A causal language model from a path or name; an instance is passed through.
+
+    As in TRL, the dtype is float32 unless `init_kwargs` says otherwise: weights that train in bf16 lose small steps.
+    The folder of an adapter gives its base with that adapter on it, ready to go on training.
+    """
+    if not isinstance(model, str):
+        if init_kwargs:
+            raise ConfigurationError(
+                asked="`model_init_kwargs` together with a model that is already an instance.",
+                why="They are arguments of `from_pretrained`, which is not called for an instance.",
+                instead="Load the instance with them yourself, or pass the model's path or name.",
+            )
+        return model
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    options["dtype"] = _dtype_of(options)
+    if find_adapter_config_file(model) is None:
+        loaded: PreTrainedModel = _auto_class(model, options).from_pretrained(model, **options)
+        return loaded
+    # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
+    name = PeftConfig.from_pretrained(model).base_model_name_or_path
+    base = _auto_class(name, options).from_pretrained(name, **options)
+    return PeftModel.from_pretrained(base, model, is_trainable=True)
+
+
+def _auto_class(name: str, options: dict[str, Any]) -> Any:
+    """What loads a model: with its images, if it was saved as one that reads them."""
+    passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+    config = AutoConfig.from_pretrained(name, **passed)
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+
+
+def _dtype_of(options: Mapping[str, Any]) -> Any:
+    dtype = options.get("dtype", "float32")
+    if "torch_dtype" in options:
+        raise ConfigurationError(
+            asked=f"`model_init_kwargs` with `torch_dtype={options['torch_dtype']!r}`.",
+            why="By now its name is `dtype`, and the model is loaded in float32 unless that is given.",
+            instead=f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
+        )
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto" or isinstance(named, torch.dtype):
+        return dtype if dtype == "auto" else named
+    raise ConfigurationError(
+        asked=f"`model_init_kwargs` with `dtype={dtype!r}`.",
+        why="There is no such dtype.",
+        instead="Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
+    )
+
+
+def where_from(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> tuple[Origin, ...]:
+    """Where a model can be had from again: what it was loaded from, as far as it says so.
+
+    Whether that is still the same model is not looked at here; a reference proves it by its digest.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        return ()
+    kwargs = dict(init_kwargs or {})
+    if not isinstance(model, str):
+        kwargs["dtype"] = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
+
+
+def loading_options(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, quantization_config: Any
+) -> dict[str, Any] | None:
+    """The keyword arguments of `from_pretrained`, with the quantization that the trainer was given.
+
+    Raises:
+        ConfigurationError: For a quantization that was given twice, or with a model that is already loaded.
+    """
+    if quantization_config is None:
+        return init_kwargs
+    if not isinstance(model, str):
+        raise ConfigurationError(
+            asked="`quantization_config` together with a model that is already an instance.",
+            why="Weights are quantized while they are loaded, and these were.",
+            instead="Pass the model's path or name, or load the instance with `quantization_config=` yourself and "
+            "leave it out here.",
+        )
+    if "quantization_config" in (init_kwargs or {}):
+        raise ConfigurationError(
+            asked="`quantization_config` given to the trainer and in `model_init_kwargs`.",
+            why="They may differ, and a model is loaded with one.",
+            instead="Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
+        )
+    return {**(init_kwargs or {}), "quantization_config": quantization_config}
+
+
+def load_processing_class(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    model: PreTrainedModel | PeftModel,
+    trust_remote_code: bool,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or the processor of a model that reads images; from the model's folder if none is given.
+
+    Without a pad token it pads with EOS.
+    """
+    if processing_class is None:
+        name = getattr(model.config, "_name_or_path", "")
+        if not name:
+            raise ConfigurationError(
+                asked="No `processing_class` was given.",
+                why="The model was made in memory, so there is no folder to load its tokenizer from.",
+                instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
+            )
+        options = {"revision": revision} if revision else {}
+        processing_class = load_processing_class_of(name, trust_remote_code, **options)
+    tokenizer = tokenizer_of(processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ArgumentTypeError(
+            asked=f"`processing_class` is a {type(processing_class).__name__}.",
+            why="Rows are text, and only a tokenizer turns text into token ids.",
+            instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
+            "vision-language model (`AutoProcessor.from_pretrained(...)`).",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    assert isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin)
+    return processing_class
+
+
+def load_processing_class_of(
+    name: str, trust_remote_code: bool, **options: Any
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The processor beside a model that reads images, or the tokenizer beside any other.
+
+    Raises:
+        OSError, ValueError, KeyError: If there is none.
+    """
+    options["trust_remote_code"] = trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError):  # a tokenizer may stand alone
+        config = None
+    loads = AutoProcessor if reads_images(config) else AutoTokenizer
+    loaded = loads.from_pretrained(name, **options)
+    assert isinstance(loaded, PreTrainedTokenizerBase | ProcessorMixin)
+    return loaded
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer itself, or that of a processor."""
+    return (
+        getattr(processing_class, "tokenizer", None)
+        if isinstance(processing_class, ProcessorMixin)
+        else processing_class
+    )
+
+
+def reads_images(config: Any) -> bool:
+    """Whether a config is that of a vision-language model."""
+    saved_as = set(getattr(config, "architectures", None) or ())
+    return getattr(config, "vision_config", None) is not None and bool(saved_as & _READS_IMAGES)
+
+
+def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
+    """Gives the tokenizer the padding token of the deprecated option, if one is named.
+
+    Raises:
+        ConfigurationError: If the vocabulary does not have it.
+    """
+    if pad_token is None:
+        return
+    if pad_token not in tokenizer.get_vocab():
+        raise ConfigurationError(
+            asked=f"`pad_token={pad_token!r}`.",
+            why=f"The vocabulary of the {type(tokenizer).__name__} has no such token.",
+            instead="Name a token that it has, or leave `pad_token` out.",
+        )
+    tokenizer.pad_token = pad_token
+
+
+def hub_name(model: PreTrainedModel | PeftModel) -> str | None:
+    """The name on the hub that a model was loaded by; None for a local folder or a model made in memory."""
+    name = getattr(model.config, "_name_or_path", "")
+    return None if not name or os.path.isdir(name) else str(name)
+
+
+def default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
+    """The output folder when none is named: after the model."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"
