@@ -197,10 +197,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         train_set = self._tokenized(as_dataset(train_dataset), "train", args)
         eval_sets = self._tokenized_sets(eval_dataset, args)
         sets = self._named_sets({"train": train_set}, eval_sets)
-        for name, dataset in sets.items():
-            if isinstance(dataset, Dataset):
-                largest, row = largest_id(dataset)
-                check_embeds(policy, largest, f"Row {row} of the {name} set")
+        self._check_ids(sets, policy)
         refuse_unread(args, streams=isinstance(train_set, IterableDataset))
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()
@@ -381,6 +378,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if isinstance(sets, Mapping):
             return {**named, **{f"eval_{name}": dataset for name, dataset in sets.items()}}
         return {**named, "eval": sets}
+
+    @staticmethod
+    def _check_ids(sets: Mapping[str, Any], policy: Any) -> None:
+        for name, dataset in sets.items():
+            if isinstance(dataset, Dataset):
+                largest, row = largest_id(dataset)
+                check_embeds(policy, largest, f"Row {row} of the {name} set")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""
@@ -581,6 +585,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def _new_sets(self, sets: Any) -> Any:
         """Sets that were not given at construction, tokenized and made known to the reference."""
         tokenized = self._tokenized_sets(sets, self.args)
+        if tokenized is not self.eval_dataset:
+            self._check_ids(self._named_sets({}, tokenized), self.accelerator.unwrap_model(self.model))
         if tokenized is not self.eval_dataset and not self._prepares_late:
             self._prepare_reference(self._named_sets({}, tokenized))
         return tokenized
