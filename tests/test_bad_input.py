@@ -226,6 +226,7 @@ ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a reference without head": ("`ref_model` is a LlamaModel", lambda: {"ref_model": tiny_model().model}),
     "True as reference": ("`ref_model` is a bool", lambda: {"ref_model": True}),
     "one callback": ("`callbacks`", lambda: {"callbacks": BEMACallback()}),
+    "a tuple of callbacks": ("`callbacks` is a tuple", lambda: {"callbacks": (BEMACallback(),)}),
     "dtype that is none": ("bf61", lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"dtype": "bf61"})}),
     "the old name of dtype": (
         "`dtype='bfloat16'`",
@@ -304,11 +305,13 @@ def test_the_base_of_the_adapter_as_reference_model_is_refused(tmp_path: Path) -
 def test_a_token_that_the_model_does_not_embed_is_refused_with_its_row(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
-    assert make_trainer(tmp_path, rows=PAIRS, processing_class=tokenizer), "no row has the token"
+    trainer = make_trainer(tmp_path, rows=PAIRS, processing_class=tokenizer)  # no row has the token
     rows = [PAIRS[0], PAIRS[1] | {"chosen": " <new> tokens"}, PAIRS[2] | {"rejected": " <new> too"}]
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, rows=rows, processing_class=tokenizer)
     assert_in_three_parts(caught.value, "Row 1 of the train set", "256 tokens")
+    with pytest.raises(ConfigurationError, match="Row 1 of the eval set"):
+        trainer.evaluate(rows)
     model = tiny_model()
     model.resize_token_embeddings(len(tokenizer))
     assert make_trainer(tmp_path, model, rows=rows, processing_class=tokenizer).train().global_step == 3

@@ -30,10 +30,10 @@ def check_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any) -> No
     _check_model("model", model)
     if ref_model is not None:
         _check_model("ref_model", ref_model)
-    if callbacks is not None and not isinstance(callbacks, list | tuple):
+    if callbacks is not None and not isinstance(callbacks, list):
         raise ArgumentTypeError(
             asked=f"`callbacks` is a {type(callbacks).__name__}.",
-            why="Several callbacks may be given.",
+            why="Those of transformers are added to the list of them.",
             instead="Write a list: `callbacks=[...]`.",
         )
 

@@ -361,18 +361,18 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     def _check_sets(self, sets: Mapping[str, PairDataset], policy: Any, args: DPOConfig) -> None:
         """Refuses rows that the policy cannot read or the loss would not, and options that no row would need."""
+        self._check_ids(sets, policy)
+        refuse_unread(args, streams=isinstance(sets["train"], IterableDataset))
+        if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
+            self._objective.check_margin()
+
+    @staticmethod
+    def _check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:
         for name, dataset in sets.items():
             # Tokens of images are placeholders: a model may embed none of them.
             if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
                 largest, row = largest_id(dataset)
                 check_embeds(policy, largest, f"Row {row} of the {name} set")
-        refuse_unread(args, streams=isinstance(sets["train"], IterableDataset))
-        if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
-            self._objective.check_margin()
-
-    @property
-    def _pad_token_id(self) -> int:
-        return int(self._tokenizer.pad_token_id or 0)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""
@@ -554,6 +554,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def _new_sets(self, sets: Any) -> Any:
         """Sets that were not given at construction, tokenized and made known to the reference."""
         tokenized = self._sets.read_all(sets)
+        if tokenized is not self.eval_dataset:
+            self._check_ids(named_sets(None, tokenized), self.accelerator.unwrap_model(self.model))
         if tokenized is not self.eval_dataset and not self._prepares_late:
             self._prepare_reference(named_sets(None, tokenized))
         return tokenized
