@@ -359,6 +359,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self._tokenizer.pad_token_id or 0)
+
     def _check_sets(self, sets: Mapping[str, PairDataset], policy: Any, args: DPOConfig) -> None:
         """Refuses rows that the policy cannot read or the loss would not, and options that no row would need."""
         self._check_ids(sets, policy)
