@@ -22,11 +22,14 @@ demo: $(VENV)/.installed-demo ## install, then train a tiny model from nothing a
 dev: $(VENV)/.installed-dev ## install with everything that development needs
 	@:
 
+# Two processes: one test in each, whose own threads and processes share the machine with it. ARGS="-n 0" for one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: dev ## run the tests, except the slow ones and those for a GPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: dev ## run all tests, slow ones too; GPU tests are skipped where there is no GPU
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 check: dev ## lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .

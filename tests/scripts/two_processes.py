@@ -95,7 +95,8 @@ def rows_of(name: str, folder: Path) -> Any:
         return stream(rows)
     if name != "disk":
         return rows
-    if os.environ.get("RANK", "0") == "0":
+    # Written once: the other process may be reading it already when it is asked for again.
+    if os.environ.get("RANK", "0") == "0" and not (folder / "done").exists():
         as_dataset(rows).save_to_disk(folder)
         (folder / "done").touch()
     while not (folder / "done").exists():
