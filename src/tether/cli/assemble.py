@@ -5,14 +5,12 @@ The verbs share it, so that `precompute` and `train` see the same rows and the s
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -22,6 +20,7 @@ from tether.cli.mixture import load_mixture
 from tether.cli.options import ScriptOptions
 from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
 from tether.cli.quantization import quantization_of
+from tether.cli.quiet import quiet_deepspeed
 from tether.cli.recipe import Recipe
 from tether.data import PairDataset
 from tether.errors import ConfigurationError
@@ -128,8 +127,7 @@ def _load_split(script: ScriptOptions, split: str | None) -> PairDataset:
 
 def _quiet_libraries(recipe: Recipe) -> None:
     """No bars where none are wanted, and no notices from one library to another."""
-    if not torch.accelerator.is_available():  # DeepSpeed, where it is installed, would say that it found none either
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_deepspeed()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 still asks it
     if recipe.config.disable_tqdm:
         datasets.disable_progress_bars()

@@ -32,7 +32,10 @@ def run(argv: Sequence[str]) -> int:
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         refuse_unknown(f"`{unknown[0]}` after `{parser.prog}`", name, vars(options), parser.prog, dashes="--")
-    from tether.demo.run import run_demo  # not before --help: it loads torch
+    from tether.cli.quiet import quiet_deepspeed  # not before --help: both load torch
+
+    quiet_deepspeed()
+    from tether.demo.run import run_demo
 
     run_demo(options.output_dir, seed=options.seed, quick=options.quick)
     return EXIT_DONE
