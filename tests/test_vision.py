@@ -20,6 +20,7 @@ import tether
 from observe import bits, same_bits
 from runs import curve, differences, make_trainer, steps, stream, trained
 from tether import DataCollatorForVisionPreference
+from tether.columns import with_reference_columns
 from tether.data import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
@@ -260,6 +261,16 @@ def test_a_store_serves_the_same_images_and_only_these(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = score(tiny_vision_model(), batch).sums()
     assert torch.allclose(third.reference.log_probs(batch).sums(), expected, atol=1e-4)
+
+
+def test_rows_are_given_the_references_sums_and_train_by_them(tmp_path: Path) -> None:
+    expected = naive_vision_log_prob(tiny_vision_model(), tiny_image_pairs(1)[0], "chosen", "llava").item()
+    trainer = vision_trainer(tmp_path / "own")
+    rows = with_reference_columns(trainer.train_dataset, trainer.reference, trainer.data_collator)
+    assert rows[0]["ref_chosen_logps"] == pytest.approx(expected, abs=2e-4)
+    trainer.train()
+    given = vision_trained(tmp_path / "given", rows)
+    assert given.reference.num_passes == 0 and curve(given) == pytest.approx(curve(trainer), abs=1e-5)
 
 
 def test_a_saved_reference_comes_with_its_processor(tmp_path: Path) -> None:

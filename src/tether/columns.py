@@ -14,11 +14,11 @@ import numpy as np
 from datasets import Dataset
 
 from tether.config import DPOConfig
-from tether.data import REFERENCE_COLUMNS, TOKEN_COLUMNS, PairCollator, PairDataset, batch_of
+from tether.data import REFERENCE_COLUMNS, PairCollator, PairDataset, batch_columns, batch_of
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LOSSES
 from tether.reference import Reference
-from tether.rows import check_reference_sum
+from tether.rows import check_reference_sum, has_image_column
 
 _ROWS_AT_ONCE = 32
 
@@ -63,7 +63,10 @@ def with_reference_columns(dataset: Dataset, reference: Reference, collator: Pai
         collator: Truncates as the run does.
     """
     sums: tuple[list[float], list[float]] = ([], [])
-    rows: Any = dataset.select_columns(list(TOKEN_COLUMNS))
+    needed = batch_columns(with_images=has_image_column(dataset.column_names))
+    rows: Any = dataset.select_columns(
+        [name for name in needed if name in dataset.column_names and name not in REFERENCE_COLUMNS]
+    )
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = batch_of(collator(rows.__getitems__(list(range(start, min(start + _ROWS_AT_ONCE, len(rows)))))))
         for side, values in zip(sums, batch.of_responses(reference.log_probs(batch).sums()), strict=True):
