@@ -26,7 +26,8 @@ from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
 from tether.scoring import score
 from tether.scoring.images import image_inputs
-from tether.scoring.packing import PROVEN_WITH_IMAGES, packs_images
+from tether.scoring.packing import PROVEN_WITH_IMAGES
+from tether.scoring.score import can_pack_images
 from tether.types import PairBatch
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
@@ -108,7 +109,7 @@ def test_layouts_agree_in_values_and_gradients(family: str) -> None:
     """Where a family's images are packed, each prompt with its images is read once; all others are padded."""
     rows = tiny_image_pairs(5, family=family) + [row | {"images": []} for row in tiny_image_pairs(2, seed=3)]
     model, batch = tiny_vision_model(family), batch_from(rows, family)
-    assert packs_images(model, model, batch) == (family in PROVEN_WITH_IMAGES)
+    assert can_pack_images(model) == (family in PROVEN_WITH_IMAGES)
     weights = torch.randn(sum(batch.response_lengths), generator=torch.Generator().manual_seed(0))
     found = []
     for layout in ("padded", "auto"):
@@ -382,8 +383,12 @@ def test_text_alone_trains_a_vision_language_model(tmp_path: Path) -> None:
     with_column = curve(vision_trained(tmp_path / "column", rows))
     without = curve(vision_trained(tmp_path / "none", [{k: v for k, v in r.items() if k != "images"} for r in rows]))
     assert with_column == pytest.approx(without, abs=1e-6) and with_column[0] == pytest.approx(math.log(2), abs=1e-6)
-    trainer = vision_trainer(tmp_path / "text", tiny_pairs(4))
-    row, model = trainer.train_dataset[0], tiny_vision_model()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_has_the_log_probs_of_each_response_alone(family: str, tmp_path: Path) -> None:
+    trainer = vision_trainer(tmp_path, tiny_pairs(4), family)
+    row, model = trainer.train_dataset[0], tiny_vision_model(family)
     batch = batch_of(trainer.data_collator([row]))
     with torch.no_grad():
         expected = naive_log_probs(model, row["prompt_ids"], row["chosen_ids"]).sum()
@@ -493,6 +498,12 @@ def test_images_are_refused_without_a_processor(tmp_path: Path) -> None:
 def test_keeping_the_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="keep_end"):
         vision_trainer(tmp_path, truncation_mode="keep_end", max_length=64)
+
+
+def test_padding_free_is_refused_where_images_are_padded(tmp_path: Path) -> None:
+    vision_trainer(tmp_path / "packed", padding_free=True)
+    with pytest.raises(ConfigurationError, match="padding_free=True` with a Gemma3ForConditionalGeneration and images"):
+        vision_trainer(tmp_path / "padded", family="gemma3", padding_free=True)
 
 
 def test_token_ids_belong_to_their_images(tmp_path: Path) -> None:

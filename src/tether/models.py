@@ -19,22 +19,24 @@ from transformers import (
 from tether.distributed import whole_shape
 from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.scoring import rotary_limit, uneven_forwards
-from tether.scoring.score import can_pack
+from tether.scoring.score import can_pack, can_pack_images
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
 
 
-def check_padding_free(model: nn.Module) -> None:
+def check_padding_free(model: nn.Module, *, with_images: bool = False) -> None:
     """Refuses a model whose rows have to be padded.
 
     Raises:
-        ConfigurationError: If packed rows do not give the model's own numbers.
+        ConfigurationError: If packed rows do not give the model's own numbers, or are not proven to with images.
     """
-    if not can_pack(model):
+    if not (can_pack_images(model) if with_images else can_pack(model)):
         raise ConfigurationError(
-            asked=f"`padding_free=True` with a {type(model).__name__}.",
-            why="Without padding, its attention gives other log-probs than for each sequence alone.",
+            asked=f"`padding_free=True` with a {type(model).__name__}{' and images' * with_images}.",
+            why="Without padding, its images are not proven to give the log-probs of each sequence alone."
+            if with_images
+            else "Without padding, its attention gives other log-probs than for each sequence alone.",
             instead="Set `padding_free=False`: it is then trained on padded rows.",
         )
 

@@ -366,6 +366,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def _check_sets(self, sets: Mapping[str, PairDataset], policy: Any, args: DPOConfig) -> None:
         """Refuses rows that the policy cannot read or the loss would not, and options that no row would need."""
         self._check_ids(sets, policy)
+        if args.padding_free and any(has_image_column(dataset.column_names or ()) for dataset in sets.values()):
+            check_padding_free(policy, with_images=True)
         refuse_unread(args, streams=isinstance(sets["train"], IterableDataset))
         if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
             self._objective.check_margin()

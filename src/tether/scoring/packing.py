@@ -55,13 +55,12 @@ def known_to_pack(model: nn.Module, base: nn.Module) -> bool | None:
     return _packs.get(base)
 
 
-def packs_images(model: nn.Module, base: nn.Module, batch: PairBatch) -> bool:
-    """Whether a batch with images is scored packed: each prompt and its images once."""
+def packs_images(model: nn.Module, base: nn.Module) -> bool:
+    """Whether prompts with images are scored packed: each prompt and its images once."""
     config: Any = base.config
     if config.model_type not in PROVEN_WITH_IMAGES or _learns_prompt(model):
         return False
-    says_more = any(images is not None and images.token_inputs for images in batch.images)
-    return not says_more and _is_made_of(base, config.get_text_config(), (config, config.vision_config))
+    return _is_made_of(base, config.get_text_config(), (config, config.vision_config))
 
 
 def remember(base: nn.Module, packs: bool, why: str = "") -> bool:

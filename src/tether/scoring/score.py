@@ -100,8 +100,14 @@ def _score_apart(
 
 def _packs(model: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> bool:
     if batch.images:
-        return not auxiliary_loss and packs_images(model, base_model_of(model), batch)
+        says_more = any(images is not None and images.token_inputs for images in batch.images)
+        return not says_more and not auxiliary_loss and can_pack_images(model)
     return can_pack(model)
+
+
+def can_pack_images(model: nn.Module) -> bool:
+    """Whether packed rows give a vision-language model's own log-probs for prompts with images."""
+    return packs_images(model, base_model_of(model))
 
 
 def can_pack(model: nn.Module) -> bool:
