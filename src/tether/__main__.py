@@ -1,8 +1,6 @@
 """`python -m tether` is the command `tether`; with it, `torchrun -m tether train ...` starts several processes."""
 
-import sys
-
-from tether.cli import main
+from tether.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from launch import leave
 from observe import same_bits
 from runs import as_dataset
 from tether.checkpoints import load_reference, save_reference
@@ -224,5 +225,4 @@ if __name__ == "__main__":
         look = refusals if name.startswith("followed") else compared
         seen[name] = look(target / name.replace("/", "-"), name)
     (target / f"process-{dist.get_rank()}.json").write_text(json.dumps(seen))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

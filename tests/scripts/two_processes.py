@@ -19,6 +19,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import EvalPrediction
 
+from launch import leave
 from observe import bits, same_bits
 from runs import as_dataset, make_trainer, steps, stream
 from tether import DPOTrainer, StoredReference
@@ -144,6 +145,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     seen = run(target, int(sys.argv[2]))
     (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from test_rotary_lengths import ROPES
 
+from launch import leave
 from runs import make_trainer, steps
 from tiny import tiny_model, tiny_pairs
 
@@ -55,6 +56,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     seen = {rope: run(rope, target / rope, int(sys.argv[2])) for rope in OPTIONS}
     (target / f"process-{RANK}.json").write_text(json.dumps(seen))
-    if NUM_PROCESSES > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from launch import leave
 from runs import make_trainer
 from tether import DPOTrainer
 from tether.errors import TetherError
@@ -115,5 +116,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     seen = {name: raised_by(fault, target / name) for name, fault in FAULTS.items()}
     (target / f"process-{RANK}.json").write_text(json.dumps(seen))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()

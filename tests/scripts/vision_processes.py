@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from launch import leave
 from runs import make_trainer, steps
 from tiny_vision import tiny_image_pairs, tiny_processor, tiny_vision_model
 
@@ -56,3 +57,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     seen = run(target)
     (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+    leave()

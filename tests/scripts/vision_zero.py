@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from launch import leave
 from runs import make_trainer, steps
 from scripts.vision_processes import KINDS, PAIRS_PER_STEP, rows
 from scripts.zero_runs import deepspeed_config
@@ -59,3 +60,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     seen = run(target)
     (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+    leave()

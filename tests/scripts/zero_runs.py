@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from launch import leave
 from observe import same_bits
 from runs import as_dataset, make_trainer, steps
 from tether import DPOTrainer
@@ -189,6 +190,4 @@ if __name__ == "__main__":
         place = target / f"run-{number}"
         seen[name] = {"": observed, "resume": resumes, "refuse": refusal}[checked](place, run)
     (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

@@ -5,10 +5,12 @@ Must stay instant: torch and everything that imports it are loaded by a verb, ne
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from tether.cli.verbs import run_verb
 from tether.errors import TetherError
@@ -40,6 +42,21 @@ To read more: README.md, docs/recipes.md, examples/. In Python: from tether impo
 
 # Each is a module beside this file with `run(argv) -> int`.
 VERBS = ("demo", "train", "precompute", "store")
+
+
+def run_and_exit() -> NoReturn:
+    """The installed command: `main`, and the end of the process with its exit code.
+
+    A process of several is ended without tearing the interpreter down: a thread of gloo may still let go of Python
+    objects then, which aborts a process whose work is done ("terminate called without an active exception").
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()  # trackers write their last there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
