@@ -38,14 +38,18 @@ def image_inputs(shown: Sequence[PromptImages | None], width: int) -> dict[str, 
     }
 
 
-def check_even_images(model: nn.Module, batch: PairBatch) -> None:
+def check_even_images(base: nn.Module, batch: PairBatch) -> None:
     """Refuses a forward in which a part of the sharded vision tower's owners would not take part. Collective.
+
+    Args:
+        base: The model itself: a wrapper (DeepSpeed's engine) has another config, or none.
+        batch: What this process feeds it.
 
     Raises:
         DataError: On every process, if this batch has images on some of them and none on others.
     """
-    has_tower = getattr(getattr(model, "config", None), "vision_config", None) is not None
-    if num_processes() == 1 or not has_tower or not has_shards(model):
+    has_tower = getattr(base.config, "vision_config", None) is not None
+    if num_processes() == 1 or not has_tower or not has_shards(base):
         return
     flags = torch.tensor([int(bool(batch.images)), int(not batch.images)], device=batch.device)
     if reduced(flags, "max").sum() == 2:

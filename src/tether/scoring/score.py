@@ -66,7 +66,7 @@ def score(
         reset_rotary(model)
         if batch.num_responses > 1 and max(batch.fed_lengths()) > limit:
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
-    check_even_images(model, batch)
+    check_even_images(base_model_of(model), batch)
     packed = layout == "packed" or (layout == "auto" and _packs(model, batch, auxiliary_loss))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
     if hasattr(model, "_orig_mod"):
