@@ -65,19 +65,14 @@ class RowsToScore:
 
 def _lengths_and_prompts(dataset: Any, max_length: int | None) -> tuple[_Numbers, _Numbers]:
     """Tokens of each row as it is laid out, and a number for each that rows of one prompt share; in bounded memory."""
-    limit = max_length or sys.maxsize
-    lengths: list[_Numbers] = []
     prompts: list[int] = []
-    for table in dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE):
-        prompt, chosen, rejected = (
-            pc.list_value_length(table[column]).to_numpy().astype(np.int64) for column in TOKEN_COLUMNS
-        )
-        room = np.maximum(limit - prompt, 1)
-        lengths.append(prompt + np.minimum(chosen, room) + np.minimum(rejected, room))
+    for table in _token_tables(dataset):
+        lengths = pc.list_value_length(table[TOKEN_COLUMNS[0]]).to_numpy().astype(np.int64)
         ids = pc.list_flatten(table[TOKEN_COLUMNS[0]]).to_numpy()
-        for part in np.split(ids, np.cumsum(prompt)[:-1]):
+        for part in np.split(ids, np.cumsum(lengths)[:-1]):
             prompts.append(int.from_bytes(blake2b(part.tobytes(), digest_size=8).digest()))
-    return np.concatenate(lengths), np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)[1]
+    groups = np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)[1]
+    return pair_lengths(dataset, max_length), groups
 
 
 def _longest_first(lengths: _Numbers, groups: _Numbers) -> _Numbers:
@@ -118,7 +113,7 @@ def even_loader(
 ) -> tuple[DataLoader[Any], EvenBatches]:
     """The training batches of `EvenBatches`, dealt to the processes, and the sampler to tell the epoch to."""
     sampler = EvenBatches(
-        pair_lengths(dataset, args.max_length),
+        pair_lengths(dataset, args.max_length).tolist(),
         max_pairs=max_pairs,
         max_tokens=args.max_tokens_per_micro_batch,
         num_processes=args.world_size,
@@ -141,14 +136,23 @@ def even_loader(
         accelerator.even_batches = evened
 
 
-def pair_lengths(dataset: Dataset, max_length: int | None) -> list[int]:
+def pair_lengths(dataset: Dataset, max_length: int | None) -> _Numbers:
     """Tokens of each pair as it is laid out: its prompt once, and both responses as far as `max_length` lets them."""
     limit = max_length or sys.maxsize
-    lengths = []
-    for row in dataset.select_columns(list(TOKEN_COLUMNS)):
-        room = max(limit - len(row["prompt_ids"]), 1)
-        lengths.append(len(row["prompt_ids"]) + min(len(row["chosen_ids"]), room) + min(len(row["rejected_ids"]), room))
-    return lengths
+    lengths: list[_Numbers] = []
+    for table in _token_tables(dataset):
+        prompt, chosen, rejected = (
+            pc.list_value_length(table[column]).to_numpy().astype(np.int64) for column in TOKEN_COLUMNS
+        )
+        room = np.maximum(limit - prompt, 1)
+        lengths.append(prompt + np.minimum(chosen, room) + np.minimum(rejected, room))
+    return np.concatenate(lengths)
+
+
+def _token_tables(dataset: Dataset) -> Iterator[Any]:
+    """The token ids as Arrow tables, in the order of the rows."""
+    ids = dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")
+    return ids.iter(batch_size=_ROWS_READ_AT_ONCE)  # type: ignore[no-any-return]
 
 
 def token_columns(dataset: Dataset) -> Any:
