@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from tether.distributed import is_sharded
 from tether.errors import ConfigurationError, ResumeError
 from tether.reference.averaging import BemaSchedule, bema
 from tether.reference.following import FollowingReference
@@ -225,7 +226,7 @@ class BEMACallback(TrainerCallback):
 
 def _refuse_shards(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
-        if parameter.numel() == 0 or hasattr(parameter, "ds_id") or hasattr(parameter, "placements"):
+        if parameter.numel() == 0 or is_sharded(parameter):
             raise ConfigurationError(
                 asked="`BEMACallback` with sharded weights.",
                 why=f"This process holds a part of `{name}` only, so it can neither average nor save it.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +186,7 @@ def load_processing_class(
                 instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
             )
         options = {"revision": revision} if revision else {}
-        processing_class = load_processing_class_of(name, trust_remote_code, **options)
+        processing_class = load_processing_class_of(name, trust_remote_code, config=model.config, **options)
     tokenizer = tokenizer_of(processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ArgumentTypeError(
@@ -201,18 +202,23 @@ def load_processing_class(
 
 
 def load_processing_class_of(
-    name: str, trust_remote_code: bool, **options: Any
+    name: str, trust_remote_code: bool, *, config: Any = None, **options: Any
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """The processor beside a model that reads images, or the tokenizer beside any other.
+
+    Args:
+        name: Path or name of the model.
+        trust_remote_code: Whether code that comes with it may run.
+        config: The model's config; read if it is not at hand.
+        options: Further arguments of `from_pretrained`.
 
     Raises:
         OSError, ValueError, KeyError: If there is none.
     """
     options["trust_remote_code"] = trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError):  # a tokenizer may stand alone
-        config = None
+    if config is None:
+        with suppress(OSError, ValueError):  # a tokenizer may stand alone
+            config = AutoConfig.from_pretrained(name, **options)
     loads = AutoProcessor if reads_images(config) else AutoTokenizer
     loaded = loads.from_pretrained(name, **options)
     assert isinstance(loaded, PreTrainedTokenizerBase | ProcessorMixin)
