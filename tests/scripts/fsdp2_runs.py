@@ -7,7 +7,6 @@ Each case is run sharded, and on the same process unsharded with the batches of 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,5 +223,4 @@ if __name__ == "__main__":
     for name in sys.argv[2:]:
         look = refusals if name.startswith("followed") else compared
         seen[name] = look(target / name.replace("/", "-"), name)
-    (target / f"process-{dist.get_rank()}.json").write_text(json.dumps(seen))
-    leave()
+    leave(target, seen)

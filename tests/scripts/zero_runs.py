@@ -7,7 +7,6 @@ With one process the same runs are made without DeepSpeed, to compare with.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -189,5 +188,4 @@ if __name__ == "__main__":
         run, _, checked = name.partition(":")
         place = target / f"run-{number}"
         seen[name] = {"": observed, "resume": resumes, "refuse": refusal}[checked](place, run)
-    (target / f"process-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-    leave()
+    leave(target, seen)
