@@ -59,4 +59,4 @@ def test_a_sharded_vision_tower_that_one_process_would_not_use_is_refused_on_all
     sharded: tuple[dict[str, Any], list[dict[str, Any]]],
 ) -> None:
     _, two = sharded
-    assert all("images on one process and none on another" in seen["mixed"] for seen in two)
+    assert all("images on one process and none on another" in told for seen in two for told in seen["mixed"])

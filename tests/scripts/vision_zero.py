@@ -41,6 +41,15 @@ def trainer_of(folder: Path, pairs: list[dict[str, Any]], **options: Any) -> Any
     )
 
 
+def refusal(folder: Path, *, free: bool) -> str:
+    """How rows with and without images are refused: by the reference's forward; by the policy's if there is none."""
+    try:
+        trainer_of(folder / f"mixed-{free}", rows(), reference_free=free).train()
+    except DataError as error:
+        return str(error)
+    return "not refused"
+
+
 def run(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, kind in enumerate(("explicit", "implicit", "precomputed")):
@@ -48,10 +57,7 @@ def run(folder: Path) -> dict[str, Any]:
         trainer.train()
         found[kind] = {"steps": steps(trainer), "sharded": has_shards(trainer.model)}
     if NUM_PROCESSES > 1:
-        try:
-            trainer_of(folder / "mixed", rows()).train()
-        except DataError as error:
-            found["mixed"] = str(error)
+        found["mixed"] = [refusal(folder, free=free) for free in (False, True)]
     return found
 
 
