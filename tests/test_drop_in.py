@@ -143,6 +143,50 @@ result = [*trainer.state.log_history, *(
     {"shape": str(tuple(logits.shape)), "first": float(logits[0, 0, 0]), "mean": float(logits[:, 0].mean()),
      "gradient": logits.requires_grad} for logits in trainer.seen)]
 """,
+    "a loss of a subclass over accumulated micro-batches": """
+import types
+
+class Dropped(DPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs)
+
+class Added(DPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss + 0.01 * model.lm_head.weight.square().sum()
+
+class Own(DPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model.lm_head.weight.square().mean()
+
+def bound(trainer, model, inputs, return_outputs=False, num_items_in_batch=None):
+    return 3 * type(trainer).compute_loss(trainer, model, inputs)
+
+result = []
+for kind in (Dropped, Added, Own, DPOTrainer):
+    args = config(gradient_accumulation_steps=2, max_grad_norm=1e9, per_device_train_batch_size=2)
+    trainer = kind(model_folder, args=args, train_dataset=rows, eval_dataset=eval_rows)
+    if kind is DPOTrainer:
+        trainer.compute_loss = types.MethodType(bound, trainer)
+    trainer.train()
+    logged = [*trainer.state.log_history, trainer.evaluate()]
+    figures = ("loss", "grad_norm", "num_tokens", "eval_loss", "rewards/margins")
+    result += [{name: entry[name] for name in figures if name in entry} for entry in logged]
+""",
+    "logs of several steps, and of those that are left at the end": """
+from transformers import TrainerCallback
+
+class AsksForALog(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step == 5
+
+result = []
+for options in ({"max_steps": 7}, {"max_steps": 2}, {"max_steps": 2, "logging_strategy": "no"}):
+    trainer = DPOTrainer(model_folder, args=config(logging_steps=3, **options), train_dataset=rows,
+                         callbacks=[AsksForALog()])
+    result.append(trainer.train().metrics)
+    result += trainer.state.log_history
+""",
     "tokens that the model was fed": """
 args = config(include_num_input_tokens_seen="non_padding", gradient_accumulation_steps=2)
 trainer = DPOTrainer(model_folder, args=args, train_dataset=rows)

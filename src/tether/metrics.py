@@ -66,32 +66,38 @@ def _token_metrics(batch: PairBatch, scores: PairScores, policy: ResponseLogProb
 
 
 class MetricSums:
-    """Running totals of `PairMetrics` on the device; `means` is the only transfer."""
+    """Totals of `PairMetrics` on the device, one set for each optimizer step; `means` is the only transfer."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
+        self._steps: dict[int, dict[str, Tensor]] = {}
         self._once: dict[str, float] = {}
 
-    def add(self, metrics: PairMetrics, num_pairs: int) -> None:
-        """Adds the first `num_pairs` pairs of a micro-batch."""
+    def add(self, metrics: PairMetrics, num_pairs: int, step: int = 0) -> None:
+        """Adds the first `num_pairs` pairs of a micro-batch of an optimizer step."""
+        totals = self._steps.setdefault(step, {})
         for name, (values, weights) in metrics.items():
             total = torch.stack([values[:num_pairs].sum(), weights[:num_pairs].sum()]).double()
-            self._totals[name] = self._totals[name] + total if name in self._totals else total
+            totals[name] = totals[name] + total if name in totals else total
 
     def add_once(self, values: dict[str, float]) -> None:
         """Adds figures that are the same on every process and stand in the next report only."""
         self._once |= values
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> dict[str, float]:
-        """The weighted mean of each metric, and an empty slate.
+        """Each metric's mean over the steps of its weighted mean in a step, and an empty slate.
+
+        A step counts all its micro-batches and processes together, and steps count alike, as they do in the loss.
 
         Args:
             reduce: Sums a tensor over the processes.
         """
-        once, self._once = self._once, {}
-        if not self._totals:
+        (once, self._once), (steps, self._steps) = (self._once, {}), (list(self._steps.values()), {})
+        if not steps:
             return once
-        names = sorted(self._totals)
-        totals = reduce(torch.stack([self._totals[name] for name in names])).tolist()
-        self._totals.clear()
-        return once | {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+        names = sorted(steps[0])
+        by_step = reduce(torch.stack([torch.stack([step[name] for name in names]) for step in steps])).cpu()
+        return once | {
+            name: (totals[:, 0] / totals[:, 1])[totals[:, 1] > 0].mean().item()
+            for name, totals in zip(names, by_step.unbind(1), strict=True)
+            if totals[:, 1].any()
+        }

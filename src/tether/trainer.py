@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
 from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
@@ -144,8 +144,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         >>> trainer.train()                                    # doctest: +SKIP
     """
 
-    # `compute_loss` already divides by the pairs of the whole optimizer step.
-    loss_is_scaled_for_ga = True
     _tag_names: ClassVar[list[str]] = ["tether", "dpo"]  # a subclass may add its own
 
     reference: Reference
@@ -396,6 +394,14 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
+    @property
+    def loss_is_scaled_for_ga(self) -> bool:  # type: ignore[override]  # transformers has an attribute here
+        """Whether `compute_loss` divides by the pairs of the whole optimizer step.
+
+        A subclass's own, or one set on the instance, is taken for the mean of a micro-batch, as TRL takes it.
+        """
+        return getattr(self.compute_loss, "__func__", None) is _COMPUTE_LOSS
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._activations:
             return super().training_step(*args, **kwargs)
@@ -423,7 +429,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         policy = score(
             model,
             batch,
-            statistics=self._objective.use_weighting or not self.model.training or self._logs_after_this_step(),
+            statistics=True,
             auxiliary_loss=self._router_coefficient != 0,
             # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
             layout="auto" if self.args.neftune_noise_alpha is None else "padded",
@@ -433,11 +439,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         if policy.auxiliary_loss is not None:
             losses = losses + self._router_coefficient * policy.auxiliary_loss
-        sums.add(pair_metrics(batch, scores, losses, self.args.beta, policy), self._num_counted_pairs(batch))
+        metrics = pair_metrics(batch, scores, losses, self.args.beta, policy)
+        sums.add(metrics, self._num_counted_pairs(batch), self.state.global_step)
+        if self.model.training:
+            self._num_train_tokens += batch.num_sequence_tokens()
         if num_items_in_batch is None:
             loss = losses.mean()
         else:  # gradients are averaged over processes, and this is a sum over this process's pairs
-            self._num_train_tokens += batch.num_sequence_tokens()
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if not return_outputs:
             return loss
@@ -459,8 +467,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         return min(max(remainder - of_processes_before, 0), batch.num_pairs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Pairs of the whole optimizer step: all micro-batches of all processes."""
-        if not batch_samples:
+        """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""
+        if not batch_samples or not self.loss_is_scaled_for_ga:
             return None
         counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
         total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
@@ -489,18 +497,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
                 return loss.detach(), None, None
             return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
 
-    def _logs_after_this_step(self) -> bool:
-        step = self.state.global_step + 1
-        if self.args.logging_strategy == IntervalStrategy.STEPS:
-            every = self.state.logging_steps or self.args.logging_steps
-            return step % max(1, int(every)) == 0 or (step == 1 and self.args.logging_first_step)
-        return self.args.logging_strategy == IntervalStrategy.EPOCH
-
     # ---- reports -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            means = self._train_sums.means(self._sum_over_processes)
+        # The last entry, with the run's totals, has the figures of the steps that no other has reported.
+        means = self._train_sums.means(self._sum_over_processes) if logs.keys() & {"loss", "train_loss"} else {}
+        if means:
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
             logs |= self.reference.figures() | self._watch.distances(self.accelerator.unwrap_model(self.model))
@@ -531,6 +533,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self.gather_function = PairGather(self.gather_function)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._eval_sums.means(self._sum_over_processes)
+        if not self.loss_is_scaled_for_ga:
+            means.pop("loss", None)  # what was put in the place of `compute_loss` says it
         assert output.metrics is not None
         means["num_tokens"] = self._sum_tokens()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -638,3 +642,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
 
 _SENTINEL_PAIRS = 2
+
+
+_COMPUTE_LOSS = DPOTrainer.compute_loss

@@ -265,13 +265,14 @@ def _scan(
             plain += logits.sum(-1)
         before, largest = largest, torch.maximum(largest, tile_largest)
         shrink = (before - largest).exp_()
-        if statistics:
-            weighted = weighted * shrink + (logits * (logits - largest[:, None]).exp_()).sum(-1)
-        shares = logits.sub_(largest[:, None]).exp_()
-        total = total * shrink + shares.sum(-1)
+        below = logits.sub_(largest[:, None])
+        shares = below.exp() if statistics else below.exp_()
+        tile_total = shares.sum(-1)
+        total = total * shrink + tile_total
         keep(tile, shares, largest)
         if statistics:
-            squares = squares * shrink.square() + shares.square().sum(-1)
+            weighted = weighted * shrink + torch.linalg.vecdot(below, shares) + largest * tile_total
+            squares = squares * shrink.square() + torch.linalg.vecdot(shares, shares)
         if gradient:
             if slope is not None:
                 target_slope = torch.where(here, slope.gather(-1, column)[:, 0], target_slope)
