@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -19,8 +19,9 @@ from tether.reference.parts import RULES
 if TYPE_CHECKING:
     from tether.config import DPOConfig
 
-STORE_MODES = ("auto", "fill", "lazy", "require")
-DTYPES = ("float32", "bfloat16", "float16")
+StoreMode = Literal["auto", "fill", "lazy", "require"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA = 0.6
 
 
