@@ -35,7 +35,7 @@ check: dev ## lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layering.py
+	$(BIN)/lint-imports
 
 format: dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
