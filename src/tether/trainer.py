@@ -51,10 +51,10 @@ from tether.data import (
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
 from tether.evaluation import PairGather, WithTokenIds, padded_logits
-from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
+from tether.loading import default_output_dir, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
-from tether.model_card import CardFacts, write_model_card
+from tether.model_card import write_model_card
 from tether.models import (
     add_adapter,
     broadcasts_buffers,
@@ -589,23 +589,16 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             dataset_name: The data's name on the hub.
             tags: Further tags.
         """
-        if not self.is_world_process_zero():
-            return
-        facts = CardFacts.of_run(
-            self.args,
-            self.reference.identity,
-            self._objective.functions,
-            base_model=hub_name(self.model),
-            own_tags=self._tag_names,
-            model_name=model_name,
-            dataset_name=dataset_name,
-            tags=tags,
-        )
-        write_model_card(facts, Path(str(self.args.output_dir)))
+        if self.is_world_process_zero():
+            write_model_card(self, Path(str(self.args.output_dir)), model_name, dataset_name, tags)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy with its tokenizer and its card."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call or output_dir in (None, self.args.output_dir):  # all checkpoints share one card
+            self.create_model_card()
+        elif self.is_world_process_zero():
+            write_model_card(self, Path(output_dir))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
