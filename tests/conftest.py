@@ -56,12 +56,3 @@ def tether_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     home = tmp_path_factory.mktemp("tether-home")
     monkeypatch.setenv("TETHER_HOME", str(home))
     return home
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """The folder of real data beside the repository; the test is skipped where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("needs the data folder ../shared/data beside the repository, which is not here")
-    return folder
