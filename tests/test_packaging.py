@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,20 @@ except MissingPackageError as error:
     assert found.returncode == 0, found.stderr
     assert "Cannot draw a report: matplotlib, which draws its curves, is not installed.\n" in found.stdout
     assert "pip install matplotlib" in found.stdout
+
+
+def test_every_dependency_has_a_floor_and_a_tested_version_and_the_readme_names_the_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    own = [word for words in (project["dependencies"], *extras.values()) for word in words if "tether[" not in word]
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    known = {name.lower().replace("_", "-") for name in pinned} | {"setuptools", "tqdm"}  # not felt by us
+    for word in own:
+        name = re.match(r"[\w.-]+", word)
+        assert name and re.search(r"[>=]=\d", word), word
+        assert name[0].lower().replace("_", "-") in known, word
+    table = (ROOT / "README.md").read_text().partition("| extra | for |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([\w-]+)`", table.replace("`tether demo`", "").replace("`make dev`", ""))) == set(extras)
 
 
 @pytest.mark.slow  # downloads, and installs torch once more
