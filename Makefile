@@ -35,7 +35,7 @@ check: dev ## lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=src $(BIN)/lint-imports
 
 format: dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

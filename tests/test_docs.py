@@ -87,7 +87,8 @@ def test_the_rows_of_the_vision_page_train(tmp_path: Path, monkeypatch: pytest.M
 
 def test_completion_shows_the_public_names_and_no_others() -> None:
     in_a_fresh_interpreter = "import tether; print(*dir(tether))"
-    shown = subprocess.run([sys.executable, "-c", in_a_fresh_interpreter], capture_output=True, text=True, check=True)
+    command, environment = [sys.executable, "-c", in_a_fresh_interpreter], {"PYTHONPATH": str(ROOT / "src")}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert set(shown.stdout.split()) == set(tether.__all__)
 
 
