@@ -50,7 +50,7 @@ bench: dev ## run every benchmarks/bench_*.py, one after the other
 	[ $$found = 1 ] || printf 'No benchmark to run: there is no benchmarks/bench_*.py yet.\n'
 
 clean: ## remove the virtual environment, caches and what the demo wrote
-	rm -rf $(VENV) build dist out tether-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out tether-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- installing -------------------------------------------------------------------------------

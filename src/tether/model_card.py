@@ -204,7 +204,7 @@ def _hub_link(name: str, kind: str) -> str:
 
 
 def _cells(values: Mapping[str, Any]) -> dict[str, str]:
-    return {_text(name): _code(value) for name, value in values.items()}
+    return {_text(name): _code(value) for name, value in values.items() if value != ""}
 
 
 def _papers(kind: str, losses: Mapping[str, Callable[..., Any]]) -> list[str]:
