@@ -13,8 +13,12 @@ from torch import Tensor
 
 from tether.types import PairBatch, PairScores, ResponseLogProbs
 
-# A metric of a micro-batch: what to add up for each pair, and what to divide the total by.
+# A metric of a micro-batch: what to add up for each pair, and what to divide the total by; 0 for a count.
 PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
+
+_TIED_PER_TOKEN = (
+    1e-5  # nats: in float32, two scorings by the same weights differ by less in the mean (docs/numerics.md)
+)
 
 
 def pair_metrics(
@@ -24,7 +28,9 @@ def pair_metrics(
     beta: float,
     policy: ResponseLogProbs,
 ) -> PairMetrics:
-    """Every metric of a micro-batch, under TRL's names.
+    """Every metric of a micro-batch, under TRL's names; and how many pairs there are, and how many are tied.
+
+    Tied are pairs whose margin may be rounding: at most 1e-5 nats for each token of the two responses, times beta.
 
     Token statistics are included when the policy's scoring brought them.
     """
@@ -41,6 +47,9 @@ def pair_metrics(
     }
     one = torch.ones_like(losses, dtype=torch.float32)
     metrics = {name: (value.float(), one) for name, value in per_pair.items()}
+    rounding = _TIED_PER_TOKEN * beta * (scores.chosen_lengths + scores.rejected_lengths)
+    tied = per_pair["rewards/margins"].abs() <= rounding
+    metrics |= {"pairs/total": (one, 0 * one), "pairs/tied": (tied.float(), 0 * one)}
     if policy.auxiliary_loss is not None:
         metrics["aux_loss"] = (policy.auxiliary_loss.detach().float() * one, one)
     return metrics | _token_metrics(batch, scores, policy)
@@ -83,7 +92,7 @@ class MetricSums:
         self._once |= values
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> dict[str, float]:
-        """The weighted mean of each metric, and an empty slate.
+        """The weighted mean of each metric, the total of a count, and an empty slate.
 
         Args:
             reduce: Sums a tensor over the processes.
@@ -94,4 +103,4 @@ class MetricSums:
         names = sorted(self._totals)
         totals = reduce(torch.stack([self._totals[name] for name in names])).tolist()
         self._totals.clear()
-        return once | {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+        return once | {name: total / (weight or 1) for name, (total, weight) in zip(names, totals, strict=True)}
