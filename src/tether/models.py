@@ -272,8 +272,8 @@ def _check_not_float16(model: nn.Module) -> None:
     if halves:
         raise ConfigurationError(
             asked="Cannot train weights in `float16`: most steps are too small for it, and gradients overflow.",
-            why=f"`{halves[0]}` is one of {len(halves)} such weights, and the model is soon ruined. `fp16=True` does "
-            "not help, because it scales the gradients of weights in `float32` only.",
+            why=f"Among them is `{halves[0]}`, and the model would soon be ruined. `fp16=True` does not help, because "
+            "it scales the gradients of weights in `float32` only.",
             instead='Load the model in float32, `model_init_kwargs={"dtype": "float32"}` or `model.float()`, and write '
             "`bf16=True` or `fp16=True` for products in 16 bits; or train in `bfloat16`. An adapter in float32 on a "
             "base in float16 is fine.",
