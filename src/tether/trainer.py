@@ -140,6 +140,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     Raises:
         ConfigurationError: For options that contradict each other or the model.
         DataError: For a row that is not a preference pair.
+        NotFiniteError: From `train` and `save_model`, when the loss or the weights have become NaN or infinite.
 
     Example:
         >>> trainer = DPOTrainer(model, args=DPOConfig(output_dir="out"), train_dataset=pairs,
