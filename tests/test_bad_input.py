@@ -404,12 +404,46 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"max_tokens_per_micro_batch": 99, "train_sampling_strategy": "sequential"},
     ),
     "a last batch by length": ("dataloader_drop_last", lambda: BY_LENGTH | {"dataloader_drop_last": True}),
+    "weights in float16": ("`float16`", lambda: {"model": tiny_model(dtype=torch.float16)}),
+    "an adapter in float16": ("`float16`", lambda: {"model": adapted(LORA, "float16").half()}),
+    "an adapter that is merged": ("`model.unmerge_adapter()`", lambda: {"model": merged(adapted())}),
+    "an optimizer of another model": ("another model", lambda: {"optimizers": optimizer_of(tiny_model())}),
+    "an optimizer of an adapter's base": ("fresh adapter", lambda: optimizer_of_base(tiny_model()) | LORA),
+    "an optimizer of what is frozen": ("frozen", lambda: optimizer_of_base(adapted())),
     "arguments for an instance": ("model_init_kwargs", lambda: {"model_init_kwargs": {"dtype": "auto"}}),
 }
 
 
-def adapted(config: dict[str, Any] = LORA) -> Any:
-    return get_peft_model(tiny_model(), config["peft_config"])
+def test_a_copy_that_an_adapter_trains_in_float16_is_refused(tmp_path: Path) -> None:
+    """PEFT makes LoRA's own factors float32, and leaves what `modules_to_save` copies in the dtype of the base."""
+    whole_head = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ConfigurationError, match="float16") as caught:
+        make_trainer(tmp_path, tiny_model(dtype=torch.float16), peft_config=whole_head)
+    assert_in_three_parts(caught.value, "lm_head.modules_to_save")
+
+
+def test_float16_of_a_model_given_by_name_is_refused(tmp_path: Path) -> None:
+    folder = str(with_tokenizer(tmp_path / "model", tiny_tokenizer()))
+    with pytest.raises(ConfigurationError, match="float16"):
+        make_trainer(tmp_path / "out", folder, model_init_kwargs={"dtype": "float16"})
+
+
+def adapted(config: dict[str, Any] = LORA, dtype: str = "float32") -> Any:
+    return get_peft_model(tiny_model(dtype=getattr(torch, dtype)), config["peft_config"])
+
+
+def merged(model: Any) -> Any:
+    model.merge_adapter()
+    return model
+
+
+def optimizer_of(model: Any) -> tuple[Any, None]:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2), None
+
+
+def optimizer_of_base(model: Any) -> dict[str, Any]:
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    return {"model": model, "optimizers": (torch.optim.AdamW(base, lr=1e-2), None)}
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

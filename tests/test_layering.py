@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.data",
         "tether.collators",
         "tether.sampling",
+        "tether.finite",
         "tether.store",
     ),
     ("tether.reference",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from observe import bits, same_bits, tensor_bytes_alive, traces
 from runs import as_dataset, curve, differences, make_trainer, steps, stream, trained
 from tether import DPOConfig
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
+from tether.metrics import MetricSums, pair_metrics
 from tether.scoring import score
-from tether.types import PairBatch, Response
+from tether.types import PairBatch, PairScores, Response
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from trl_oracle import trl_curve, trl_evaluation
 
@@ -218,6 +220,34 @@ def test_training_metrics_are_means_over_the_steps_since_the_last_log(tmp_path: 
         means = [sum(curve(every, name)[start : start + 3]) / 3 for start in (0, 3)]
         assert curve(third, name) == pytest.approx(means, rel=1e-5, abs=1e-6)
     assert curve(third, "num_tokens") == [curve(every, "num_tokens")[step] for step in (2, 5)]
+
+
+def test_a_tied_pair_is_one_whose_margin_may_be_rounding(tmp_path: Path) -> None:
+    """1e-5 nats for each token of the two responses, times beta: for 10 tokens at beta 0.5, a margin of 5e-5."""
+    margins = torch.tensor([0.0, 4e-5, -4e-5, 6e-5, -6e-5, 0.3])
+    zeros, lengths = torch.zeros(6), torch.full((6,), 5)
+    scores = PairScores(margins / 0.5, zeros, zeros, zeros, lengths, lengths)
+    sums = MetricSums()
+    for _ in range(2):
+        sums.add(pair_metrics(None, scores, zeros, 0.5, SimpleNamespace(auxiliary_loss=None, statistics=None)), 5)
+    found = sums.means()
+    assert (found["pairs/tied"], found["pairs/total"]) == (6, 10)
+    assert found["rewards/accuracies"] == pytest.approx(0.4)  # as TRL has it: a tie is not right
+
+
+def test_tied_pairs_are_counted_in_the_window_and_in_the_set(tmp_path: Path) -> None:
+    rows = tiny_pairs(8)
+    rows[0]["rejected"] = rows[0]["chosen"]  # tied whatever the policy is
+    trainer = make_trainer(
+        tmp_path, rows=rows, max_steps=6, logging_steps=2, learning_rate=1e-2, eval_dataset=as_dataset(rows[:7]),
+        per_device_eval_batch_size=4, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    assert trainer.evaluate().items() >= {"eval_pairs/tied": 7, "eval_pairs/total": 7}.items()
+    trainer.train()
+    assert trainer.evaluate().items() >= {"eval_pairs/tied": 1, "eval_pairs/total": 7}.items()
+    # All four of the first step, and then the one, in each epoch of two steps.
+    assert curve(trainer, "pairs/tied") == [4, 1, 1]
+    assert curve(trainer, "pairs/total") == [8, 8, 8]
 
 
 def test_metrics_of_evaluation_and_training_do_not_mix(tmp_path: Path) -> None:

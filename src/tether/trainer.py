@@ -51,6 +51,7 @@ from tether.data import (
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
 from tether.evaluation import PairGather, WithTokenIds, padded_logits
+from tether.finite import LossWatch, check_weights
 from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
@@ -60,9 +61,11 @@ from tether.models import (
     broadcasts_buffers,
     check_embeds,
     check_even_forwards,
+    check_optimizer,
     check_padding_free,
     check_trainable,
     check_vocabulary,
+    checkpoints_activations,
     disable_dropout,
     keep_differentiable,
     router_coefficient,
@@ -137,6 +140,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     Raises:
         ConfigurationError: For options that contradict each other or the model.
         DataError: For a row that is not a preference pair.
+        NotFiniteError: From `train` and `save_model`, when the loss or the weights have become NaN or infinite.
 
     Example:
         >>> trainer = DPOTrainer(model, args=DPOConfig(output_dir="out"), train_dataset=pairs,
@@ -187,7 +191,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
-            check_padding_free(policy)
+            check_padding_free(policy, peft_config)
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = objective_of(args, loss)
@@ -210,13 +214,16 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         args.ddp_broadcast_buffers = broadcasts_buffers(
             policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
         )
+        check_optimizer(policy, optimizers[0], new_adapter=peft_config is not None)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
-        check_trainable(policy)
+        check_trainable(policy, keeps_masters=args.deepspeed_plugin is not None)
+        args.activation_checkpointing = checkpoints_activations(policy, args.activation_checkpointing)
         if args.disable_dropout:
             disable_dropout(policy)
         self._activations = activations_of(policy, offloaded=args.activation_offloading)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._losses = LossWatch()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
         collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode, self._sets.image_rows)
@@ -404,7 +411,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._activations:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        self._losses.see(loss, self.state.global_step + 1)
+        return loss
 
     def compute_loss(
         self,
@@ -500,8 +509,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     # ---- reports -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The last entry, with the run's totals, has the figures of the steps that no other has reported.
-        means = self._train_sums.means(self._sum_over_processes) if logs.keys() & {"loss", "train_loss"} else {}
+        means = {}
+        if logs.keys() & {"loss", "train_loss"}:  # the second in the last entry: every process makes both
+            self._losses.check()
+            means = self._train_sums.means(self._sum_over_processes)
         if means:
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
@@ -516,8 +527,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
                 instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
                 "reference's answers.",
             )
+        self._losses = LossWatch()
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self._check_weights()
+            return output
         finally:
             restore_attention(self.accelerator.unwrap_model(self.model))
 
@@ -603,7 +617,17 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         write_model_card(facts, Path(str(self.args.output_dir)))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy; weights that training made NaN or infinite are refused, and what is there stays."""
+        self._check_weights()
+        super().save_model(output_dir, _internal_call)
+
+    def _check_weights(self) -> None:
+        check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._losses.check()
+        self._check_weights()  # before anything is written, the model card too
         self.create_model_card()
         super()._save_checkpoint(model, trial)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tether.distributed import forget_gathered
 from tether.errors import ResumeError
+from tether.finite import check_weights
 from tether.reference.identity import ReferenceIdentity, num_bytes
 from tether.reference.low_rank_parts import truncation_error
 from tether.reference.parts import MovableReference, Tensors, UpdateRule
@@ -92,6 +93,7 @@ class MovingReference(WrappingReference[MovableReference]):
     def advance(self, step: int) -> bool:
         if step % self._every:
             return False
+        check_weights(self._policy(), "let the reference follow the policy", step)
         policy = _tensors_of(self._policy())
         own = self._source.tensors()
         with torch.no_grad():
