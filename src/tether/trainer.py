@@ -24,12 +24,13 @@ from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
-from tether.checkpoint_weights import load_renamed_weights
+from tether.checkpoint_weights import load_weights, save_adapters
 from tether.checkpoints import (
-    dtypes_kept,
+    load_companions,
     load_reference,
     load_reward_shift,
     load_start,
+    refuse_best_alone,
     save_reference,
     save_reward_shift,
     save_start,
@@ -209,6 +210,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
+        refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
         args.ddp_broadcast_buffers = broadcasts_buffers(
             policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
         )
@@ -605,6 +607,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # A checkpoint; DeepSpeed's own files of one have every tensor under its name.
+        if _internal_call and output_dir is not None and not self.is_deepspeed_enabled:
+            save_adapters(self.accelerator.unwrap_model(self.model), Path(output_dir), writes=self.args.should_save)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         num_tokens = self._sum_tokens()  # every process takes part
@@ -614,16 +622,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             save_start(Path(output_dir), self._watch.start)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
-            return
-        with dtypes_kept(self.model):
+        if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
-            return
-        with dtypes_kept(self.model):
+        checkpoint = Path(str(self.state.best_model_checkpoint))
+        self.accelerator.wait_for_everyone()  # one process may still be writing it
+        if self.is_deepspeed_enabled or not load_weights(self.accelerator.unwrap_model(self.model), checkpoint):
             super()._load_best_model()
+        load_companions(checkpoint, self.reference, self._objective.reward_shift)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
