@@ -117,6 +117,9 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "modules_to_save, tied": lambda: adapted(
         LoraConfig(**LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True), tie_word_embeddings=True
     ),
+    "LoRA, tied": lambda: adapted(
+        LoraConfig(**K, r=4, target_modules=["embed_tokens"], ensure_weight_tying=True), tie_word_embeddings=True
+    ),
     "trainable tokens": lambda: adapted(LoraConfig(**LORA, trainable_token_indices=[5, 6]), "dpo"),
     "trainable tokens, tied": lambda: adapted(
         LoraConfig(**LORA, trainable_token_indices=[5, 6]), tie_word_embeddings=True
