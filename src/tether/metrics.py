@@ -16,6 +16,15 @@ from tether.types import PairBatch, PairScores, ResponseLogProbs
 # A metric of a micro-batch: what to add up for each pair, and what to divide the total by.
 PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
 
+# The figures of every evaluation; a mixture of experts adds `aux_loss`.
+EVALUATED = (
+    "loss",
+    *(f"rewards/{figure}" for figure in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"{kind}/{side}" for kind in ("logps", "logits") for side in ("chosen", "rejected")),
+    "entropy",
+    "mean_token_accuracy",
+)
+
 
 def pair_metrics(
     batch: PairBatch,

@@ -51,7 +51,7 @@ from tether.data import (
 )
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather, WithTokenIds, padded_logits
+from tether.evaluation import PairGather, WithTokenIds, check_best_metric, padded_logits
 from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
@@ -81,6 +81,7 @@ from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.rows import has_image_column
 from tether.sampling import EvenBatches
+from tether.saving import keep_savable, try_saving
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.tokenizing import largest_id
@@ -187,6 +188,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         for loaded in filter(None, (policy, ref_model)):
             keep_differentiable(loaded)
+            keep_savable(loaded)
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
@@ -210,6 +212,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
+        check_best_metric(
+            args,
+            eval_sets,
+            has_own=(compute_metrics is not None and not args.prediction_loss_only) or type(self) is not DPOTrainer,
+            has_router=self._router_coefficient != 0,
+        )
         refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
         args.ddp_broadcast_buffers = broadcasts_buffers(
             policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
@@ -245,6 +253,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
+        with together():
+            if args.should_save:
+                try_saving(self._save, self.model, str(args.output_dir))
         self._make_reference(ref_model, options, leaders)
         self.model.add_model_tags(list(self._tag_names))
 
@@ -337,6 +348,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             self._watch.set_start(self.accelerator.unwrap_model(self.model))
 
     def _begin_training(self, state: TrainerState) -> None:
+        keep_savable(self.model)  # by now it has the tokenizer's special tokens
         if self._prepares_late:
             self._prepares_late = False
             self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
@@ -391,6 +403,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             self.train_dataset, self.data_collator, self._train_batch_size, self.args, self.accelerator
         )
         return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """None, for the rows in their order: transformers would group those of evaluation by a column of tokens."""
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
