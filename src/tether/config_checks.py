@@ -129,6 +129,9 @@ def _check_batches(args: DPOConfig) -> None:
         refuse("max_length", args.max_length, "a prompt and a response have a token each", "2 or more, or None")
     if args.max_tokens_per_micro_batch is not None and args.max_tokens_per_micro_batch < 1:
         refuse("max_tokens_per_micro_batch", args.max_tokens_per_micro_batch, "a pair has tokens", "1 or more, or None")
+    for name in ("per_device_eval_batch_size", "eval_accumulation_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            refuse(name, getattr(args, name), "it counts what evaluation takes at once", "1 or more")
     if args.train_sampling_strategy == "batch_rebalance":
         refuse(
             "train_sampling_strategy",

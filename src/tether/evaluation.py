@@ -1,22 +1,58 @@
-"""What a user's `compute_metrics` is given: padded rows, their logits, and how they are gathered.
+"""What a user's `compute_metrics` is given (padded rows, their logits, how they are gathered), and what figures come.
 
-Knows tensors and transformers' evaluation loop; knows no reference and no loss. Nothing here runs unless logits are
-asked for: evaluation itself never builds them.
+Knows tensors and transformers' evaluation loop; knows no reference and no loss. Evaluation itself never builds logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from tether.data import batch_of
+from tether.errors import ConfigurationError
+from tether.metrics import EVALUATED
 from tether.scoring.layout import padded_rows
 from tether.types import PairBatch
+
+if TYPE_CHECKING:
+    from tether.config import DPOConfig
+
+# What evaluation gives besides the figures of pairs.
+_OF_THE_RUN = ("num_tokens", "runtime", "samples_per_second", "steps_per_second")
+
+
+def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_router: bool) -> None:
+    """Refuses to choose checkpoints by a figure that the first evaluation would not have.
+
+    Args:
+        args: The run's options.
+        eval_sets: What is evaluated: nothing, a set, or several by name.
+        has_own: Whether further figures may come, from `compute_metrics` or a subclass.
+        has_router: Whether the load-balancing loss of a mixture of experts is one.
+
+    Raises:
+        ConfigurationError: Says which there are.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no":
+        return
+    sets = [f"{name}_" for name in eval_sets] if isinstance(eval_sets, Mapping) else [""]
+    figures = (*EVALUATED, *_OF_THE_RUN, *(("aux_loss",) if has_router else ()))
+    asked = metric.removeprefix("eval_")
+    if any(asked in [name + figure for figure in figures] or (has_own and asked.startswith(name)) for name in sets):
+        return
+    raise ConfigurationError(
+        asked=f"Cannot use `metric_for_best_model={metric!r}`: evaluation gives no figure of that name.",
+        why="With several sets, a figure's name begins with that of its set."
+        if sets != [""]
+        else "There is no such figure of pairs, and no `compute_metrics` that would make it.",
+        instead=f"Write `eval_` and one of: {', '.join(name + figure for name in sets for figure in EVALUATED)}.",
+    )
 
 
 def padded_logits(model: nn.Module, batch: PairBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,16 @@ PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
 
 # In nats; on average, two float32 scorings by the same weights differ by less (docs/numerics.md).
 _TIED_PER_TOKEN = 1e-5
+# The figures of every evaluation; a mixture of experts adds `aux_loss`.
+EVALUATED = (
+    "loss",
+    *(f"rewards/{figure}" for figure in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"{kind}/{side}" for kind in ("logps", "logits") for side in ("chosen", "rejected")),
+    "entropy",
+    "mean_token_accuracy",
+    "pairs/total",
+    "pairs/tied",
+)
 
 
 def pair_metrics(

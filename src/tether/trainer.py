@@ -24,12 +24,13 @@ from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
-from tether.checkpoint_weights import load_renamed_weights
+from tether.checkpoint_weights import load_weights, save_adapters
 from tether.checkpoints import (
-    dtypes_kept,
+    load_companions,
     load_reference,
     load_reward_shift,
     load_start,
+    refuse_best_alone,
     save_reference,
     save_reward_shift,
     save_start,
@@ -50,7 +51,7 @@ from tether.data import (
 )
 from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather, WithTokenIds, padded_logits
+from tether.evaluation import PairGather, WithTokenIds, check_best_metric, padded_logits
 from tether.finite import LossWatch, check_weights
 from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
@@ -83,6 +84,7 @@ from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.rows import has_image_column
 from tether.sampling import EvenBatches
+from tether.saving import keep_savable, try_saving
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.tokenizing import largest_id
@@ -188,6 +190,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         for loaded in filter(None, (policy, ref_model)):
             keep_differentiable(loaded)
+            keep_savable(loaded)
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
@@ -211,6 +214,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
+        check_best_metric(
+            args,
+            eval_sets,
+            has_own=(compute_metrics is not None and not args.prediction_loss_only) or type(self) is not DPOTrainer,
+            has_router=self._router_coefficient != 0,
+        )
+        refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
         args.ddp_broadcast_buffers = broadcasts_buffers(
             policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
         )
@@ -248,6 +258,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
+        with together():
+            if args.should_save:
+                try_saving(self._save, self.model, str(args.output_dir))
         self._make_reference(ref_model, options, leaders)
         self.model.add_model_tags(list(self._tag_names))
 
@@ -340,6 +353,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             self._watch.set_start(self.accelerator.unwrap_model(self.model))
 
     def _begin_training(self, state: TrainerState) -> None:
+        keep_savable(self.model)  # by now it has the tokenizer's special tokens
         if self._prepares_late:
             self._prepares_late = False
             self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
@@ -394,6 +408,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             self.train_dataset, self.data_collator, self._train_batch_size, self.args, self.accelerator
         )
         return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """None, for the rows in their order: transformers would group those of evaluation by a column of tokens."""
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -621,6 +638,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         """Saves the policy; weights that training made NaN or infinite are refused, and what is there stays."""
         self._check_weights()
         super().save_model(output_dir, _internal_call)
+        # A checkpoint; DeepSpeed's own files of one have every tensor under its name.
+        if _internal_call and output_dir is not None and not self.is_deepspeed_enabled:
+            save_adapters(self.accelerator.unwrap_model(self.model), Path(output_dir), writes=self.args.should_save)
 
     def _check_weights(self) -> None:
         check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
@@ -642,16 +662,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             save_start(Path(output_dir), self._watch.start)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
-            return
-        with dtypes_kept(self.model):
+        if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
-            return
-        with dtypes_kept(self.model):
+        checkpoint = Path(str(self.state.best_model_checkpoint))
+        self.accelerator.wait_for_everyone()  # one process may still be writing it
+        if self.is_deepspeed_enabled or not load_weights(self.accelerator.unwrap_model(self.model), checkpoint):
             super()._load_best_model()
+        load_companions(checkpoint, self.reference, self._objective.reward_shift)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
