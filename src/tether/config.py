@@ -202,6 +202,12 @@ class DPOConfig(TrainingArguments):
         """Dtype of mixed precision, which policy and reference share; None for none."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
+    @property
+    def checkpoints_reentrantly(self) -> bool:
+        """Whether layers run without a gradient at first, and with one only when the backward runs them again."""
+        kwargs = self.activation_checkpointing_kwargs
+        return bool(self.activation_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
+
     def set_beta(self, value: float) -> None:
         """Changes `beta` while training.
 
@@ -265,9 +271,7 @@ def refuse_data_parallel(args: DPOConfig) -> None:
 def look_for_unused_parameters(args: DPOConfig) -> None:
     """Lets DDP expect parameters without gradient, unless the user said otherwise: a batch without images uses no
     vision tower. Reentrant checkpointing fails with it."""
-    kwargs = args.gradient_checkpointing_kwargs
-    reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant")
-    if args.ddp_find_unused_parameters is None and not reentrant:
+    if args.ddp_find_unused_parameters is None and not args.checkpoints_reentrantly:
         args.ddp_find_unused_parameters = True
 
 

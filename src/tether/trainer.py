@@ -193,7 +193,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = objective_of(args, loss)
-        self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
+        self._router_coefficient = router_coefficient(
+            policy, args.router_aux_loss_coef, reentrant=args.checkpoints_reentrantly
+        )
         self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
@@ -499,10 +501,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     # ---- reports -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # a run's last entry has the steps after the last log, as TRL's
             means = self._train_sums.means(self._sum_over_processes)
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
-            logs |= means | {"num_tokens": self._sum_tokens()}
+            logs |= means
+        if "loss" in logs:
+            logs["num_tokens"] = self._sum_tokens()
             logs |= self.reference.figures() | self._watch.distances(self.accelerator.unwrap_model(self.model))
         super().log(logs, start_time)
 
