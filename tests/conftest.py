@@ -27,6 +27,7 @@ CHECKED_MODULES = [
     "tether.scoring.head",
     "tether.scoring.images",
     "tether.scoring.layout",
+    "tether.scoring.router",
     "tether.scoring.score",
 ]
 ROOT = Path(__file__).resolve().parent.parent

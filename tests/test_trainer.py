@@ -447,10 +447,13 @@ def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path: Path) -> None:
 
 
 def test_bf16_by_default_follows_the_machine(tmp_path: Path) -> None:
+    def dtype(**options: Any) -> str:
+        return make_trainer(tmp_path, **options).reference.identity.compute_dtype
+
     args = DPOConfig(str(tmp_path), report_to=[])
-    assert args.bf16 is torch.cuda.is_available() and (args.autocast_dtype is not None) is args.bf16
-    assert DPOConfig(str(tmp_path), use_cpu=True, bf16=True, report_to=[]).autocast_dtype == torch.bfloat16
-    assert DPOConfig(str(tmp_path), use_cpu=True, report_to=[]).autocast_dtype is None
+    assert args.bf16 is torch.cuda.is_available() and (dtype() == "bfloat16") is args.bf16
+    assert dtype(use_cpu=True, bf16=True) == "bfloat16"
+    assert dtype(use_cpu=True) == "float32"
 
 
 def test_an_adapter_made_from_a_config_starts_from_the_seed(tmp_path: Path) -> None:

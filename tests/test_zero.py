@@ -46,6 +46,8 @@ BF16 = (  # of DeepSpeed's own config
     "explicit/2/whole/bf16",
     "continued/2/whole/bf16",
     "synchronized-implicit/2/whole/bf16",
+    "explicit/2/whole/autocast",  # of DeepSpeed's engine, which no option of the trainer's says
+    "implicit/3/born/autocast",
 )
 CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
 RESUMED = (

@@ -15,7 +15,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, check_config, check_losses, refuse
+from tether.config_checks import (
+    DTYPES,
+    STORE_MODES,
+    SYNC_ALPHA,
+    check_config,
+    check_full_evaluation,
+    check_losses,
+    launched_precision,
+    refuse,
+)
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
 from tether.reference.parts import RULES
@@ -35,7 +44,8 @@ class DPOConfig(TrainingArguments):
 
     Four defaults differ from `TrainingArguments`, as they do in TRL: `logging_steps=10`,
     `gradient_checkpointing=True`, `learning_rate=1e-6`, and `bf16=None`, which here means: on where an accelerator
-    supports it, off on a CPU.
+    supports it, off on a CPU. With `bf16_full_eval` or `fp16_full_eval`, every evaluation runs in that dtype; the
+    weights stay what they are.
 
     Args:
         model_init_kwargs: Keyword arguments of `from_pretrained` when the model is given by path or name.
@@ -178,13 +188,14 @@ class DPOConfig(TrainingArguments):
         self._check_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
-            self.bf16 = bool(on_accelerator and not self.fp16)
+            self.bf16 = bool(on_accelerator and not self.fp16 and launched_precision() in ("no", "bf16"))
         if self.activation_checkpointing is None:  # transformers' new name of the same option
             self.activation_checkpointing = self.gradient_checkpointing
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and DataLoader would say so
             self.use_cpu = True  # it is what happens; unsaid, the processes of torchrun would not find each other
         super().__post_init__()
+        check_full_evaluation(self)
 
     @property
     def loss_options(self) -> LossOptions:
@@ -198,9 +209,10 @@ class DPOConfig(TrainingArguments):
         )
 
     @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Dtype of mixed precision, which policy and reference share; None for none."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+    def checkpoints_reentrantly(self) -> bool:
+        """Whether layers run without a gradient at first, and with one only when the backward runs them again."""
+        kwargs = self.activation_checkpointing_kwargs
+        return bool(self.activation_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
 
     def set_beta(self, value: float) -> None:
         """Changes `beta` while training.
@@ -265,9 +277,7 @@ def refuse_data_parallel(args: DPOConfig) -> None:
 def look_for_unused_parameters(args: DPOConfig) -> None:
     """Lets DDP expect parameters without gradient, unless the user said otherwise: a batch without images uses no
     vision tower. Reentrant checkpointing fails with it."""
-    kwargs = args.gradient_checkpointing_kwargs
-    reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant")
-    if args.ddp_find_unused_parameters is None and not reentrant:
+    if args.ddp_find_unused_parameters is None and not args.checkpoints_reentrantly:
         args.ddp_find_unused_parameters = True
 
 

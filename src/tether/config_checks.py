@@ -36,6 +36,7 @@ def check_config(args: DPOConfig) -> None:
         _check_reference_free(args)
     _check_sync(args)
     _check_batches(args)
+    _check_precision(args)
     _check_device(args)
     _check_rows(args)
     _check_reference(args)
@@ -141,14 +142,58 @@ def _check_batches(args: DPOConfig) -> None:
         )
 
 
-def _check_device(args: DPOConfig) -> None:
-    if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
-        refuse(
-            "fp16",
-            args.fp16,
-            "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
-            "`bf16=True`, or `fp16=False`",
+def launched_precision() -> str:
+    """What `accelerate launch --mixed_precision` (or its config file) asked for; the options win over it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def check_full_evaluation(args: DPOConfig) -> None:
+    """Refuses evaluation in another dtype than that which mixed precision, or DeepSpeed, runs the policy in.
+
+    Raises:
+        ConfigurationError: Names both.
+    """
+    asked = "bf16" if args.bf16_full_eval else "fp16" if args.fp16_full_eval else None
+    if asked is None:
+        return
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        runs_in, fitting = args.mixed_precision, ("no", asked)
+    else:  # its engine switches off any autocast but its own
+        on = (name for name in ("bf16", "fp16") if plugin.deepspeed_config.get(name, {}).get("enabled") is True)
+        runs_in, fitting = next(on, "fp32"), (asked,)
+    if runs_in in fitting:
+        return
+    raise ConfigurationError(
+        asked=f"Cannot evaluate in {asked} (`{asked}_full_eval=True`): "
+        + (f"mixed precision is {runs_in}." if plugin is None else f"DeepSpeed runs the policy in {runs_in}."),
+        why="The policy's own forward sets its precision, in evaluation too: the option would have no effect.",
+        instead=f"Leave `{asked}_full_eval` out, or train in {asked} too.",
+    )
+
+
+def _check_precision(args: DPOConfig) -> None:
+    launched = "no" if args.bf16 or args.fp16 else launched_precision()
+    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if on_cpu and (args.fp16 or launched == "fp16"):
+        raise ConfigurationError(
+            asked="Cannot train in fp16 ("
+            + ("`fp16=True`" if args.fp16 else "`--mixed_precision fp16`")
+            + ") on a CPU: "
+            "accelerate has no fp16 autocast there, and the policy would run in fp32 without a word.",
+            why="Its mixed precision in fp16 is for accelerators.",
+            instead="Write `bf16=True`, or leave it out.",
         )
+    if launched == "fp8":
+        raise ConfigurationError(
+            asked="Cannot train in fp8 (`--mixed_precision fp8`): the policy's layers are replaced when training "
+            "starts, after its reference was made, and the two would compute differently.",
+            why="accelerate puts layers of another library into the policy.",
+            instead="Write `bf16=True`, or `--mixed_precision bf16`.",
+        )
+
+
+def _check_device(args: DPOConfig) -> None:
     if args.activation_offloading and (args.use_cpu or not torch.accelerator.is_available()):
         raise ConfigurationError(
             asked="`activation_offloading=True` without an accelerator.",

@@ -22,6 +22,8 @@ from tether.distributed import whole_shape
 from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.scoring import rotary_limit, uneven_forwards
 from tether.scoring.packing import reads_rows
+from tether.scoring.projection import base_model_of
+from tether.scoring.router import has_router
 from tether.scoring.score import can_pack, can_pack_images
 
 logger = logging.getLogger(__name__)
@@ -83,23 +85,37 @@ def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | N
     return False
 
 
-def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
-    """Weight of the model's own load-balancing loss: as asked, else as its config says; 0 where it has no experts.
+def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None, *, reentrant: bool) -> float:
+    """Weight of the load-balancing loss: as asked, else as the model's config says; 0 where it has no experts.
+
+    Args:
+        model: The policy.
+        asked: `router_aux_loss_coef`.
+        reentrant: Whether layers will be checkpointed reentrantly.
 
     Raises:
-        ConfigurationError: If one is asked for and the model has no router.
+        ConfigurationError: If one is asked for and the model has no router, or if the loss would have no gradient.
     """
-    config: Any = model.config.get_text_config()
-    has_router = hasattr(config, "output_router_logits")
-    if asked and not has_router:
+    base, config = base_model_of(model), model.config.get_text_config()
+    routes = has_router(base)
+    own = getattr(config, "router_aux_loss_coef", 0.0) if routes else 0.0
+    coefficient = float(own if asked is None else asked)
+    if coefficient and not routes:
         raise ConfigurationError(
-            asked=f"`router_aux_loss_coef={asked!r}` with a {type(model).__name__}.",
-            why="It is not a mixture of experts that returns its router's logits: there is no loss to weigh.",
+            asked=f"Cannot use `router_aux_loss_coef={asked!r}` with this {type(base).__name__}: it is not a mixture "
+            "of experts that returns its router's logits, so there is no loss to weigh.",
+            why="Of some families with experts there are dense models too, which have no router.",
             instead="Leave `router_aux_loss_coef` out, or write 0.",
         )
-    if not has_router:
-        return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked)
+    if coefficient and reentrant:
+        raise ConfigurationError(
+            asked="Cannot use `use_reentrant=True` in the options of gradient checkpointing with a router's loss, here "
+            f"weighed by {coefficient:g}: the loss would have no gradient.",
+            why="Layers then run without a gradient at first, and the router's logits are taken from that forward.",
+            instead='Write `gradient_checkpointing_kwargs={"use_reentrant": False}`, the default, or '
+            "`router_aux_loss_coef=0`.",
+        )
+    return coefficient
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:

@@ -49,9 +49,9 @@ from tether.data import (
     batch_of,
     num_pairs_tensor,
 )
-from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
+from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather, WithTokenIds, check_best_metric, padded_logits
+from tether.evaluation import PairGather, WithTokenIds, check_best_metric, full_evaluation, padded_logits, running_in
 from tether.finite import LossWatch, check_weights
 from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
@@ -198,7 +198,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = objective_of(args, loss)
-        self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
+        self._router_coefficient = router_coefficient(
+            policy, args.router_aux_loss_coef, reentrant=args.checkpoints_reentrantly
+        )
         self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
@@ -243,19 +245,20 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             look_for_unused_parameters(args)
         # A batch is one object; it cannot be cut into slices.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-        super().__init__(
-            model=policy,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_set,
-            eval_dataset=eval_sets,
-            processing_class=processing,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        with full_evaluation(args) as self._evaluation_dtype:
+            super().__init__(
+                model=policy,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_set,
+                eval_dataset=eval_sets,
+                processing_class=processing,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
         with together():
@@ -285,12 +288,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
                 check_even_forwards(sharded, self.args.max_length)
         cast_as_training_will(self.model, self.accelerator)
         with together():
-            self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
+            options = replace(options, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
+            self.reference = build_reference(self.model, ref_model, options)
         check_alike(self.reference.identity.digest, "reference")
         for leader in leaders:
             assert isinstance(self.reference, FollowingReference)
             leader.follow_with(self.reference)
-        self._watch = ReferenceWatch(self.reference, self.args.autocast_dtype)
+        self._watch = ReferenceWatch(self.reference, options.autocast_dtype)
         # A pass through the policy's own modules must wait until training has sharded them and put them in place.
         is_early = shard is not None or waits_for_device(self.model, self.args.device)
         self._prepares_late = is_early and self.reference.runs_in_policy
@@ -313,7 +317,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             sync_rank=args.ref_model_sync_rank,
             sync_steps=args.ref_model_sync_steps,
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
-            autocast_dtype=args.autocast_dtype,
             device=args.device,
             store_mode=args.ref_store_mode,
         )
@@ -452,14 +455,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
         gap = self._watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
         self._train_sums.add_once(gap)
-        policy = score(
-            model,
-            batch,
-            statistics=True,
-            auxiliary_loss=self._router_coefficient != 0,
-            # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
-            layout="auto" if self.args.neftune_noise_alpha is None else "padded",
-        )
+        with self._precision():
+            policy = score(
+                model,
+                batch,
+                statistics=True,
+                auxiliary_loss=self._router_coefficient != 0,
+                # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
+                layout="auto" if self.args.neftune_noise_alpha is None else "padded",
+            )
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
         )
@@ -521,7 +525,12 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
                 return loss.detach(), None, None
-            return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
+            with self._precision():
+                return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Of the policy's forward alone: the reference answers as it does in training."""
+        return running_in(None if self.model.training else self._evaluation_dtype, self.args.device)
 
     # ---- reports -------------------------------------------------------------------------------------------------
 
@@ -562,7 +571,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     ) -> EvalLoopOutput:
         self._eval_sums = MetricSums()
         self.gather_function = PairGather(self.gather_function)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with full_evaluation(self.args) as self._evaluation_dtype:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         means = self._eval_sums.means(self._sum_over_processes)
         if not self.loss_is_scaled_for_ga:
             means.pop("loss", None)  # what was put in the place of `compute_loss` says it

@@ -56,7 +56,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-def deepspeed_config(stage: int, persistent: bool) -> dict[str, Any]:
+def deepspeed_config(stage: int, persistent: bool, autocast: bool) -> dict[str, Any]:
     """`persistent`: small parameters stay whole on every process between passes, as they do by default."""
     zero: dict[str, Any] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     if not persistent:
@@ -66,6 +66,7 @@ def deepspeed_config(stage: int, persistent: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "bf16": {"enabled": "auto"},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
 
 
@@ -77,7 +78,7 @@ def trainer_of(folder: Path, case: str, **more: Any) -> DPOTrainer:
     options["activation_checkpointing"] = "checkpointed" in flags
     options["bf16"] = "bf16" in flags
     if NUM_PROCESSES > 1:
-        options["deepspeed"] = deepspeed_config(int(stage), "persistent" in flags)
+        options["deepspeed"] = deepspeed_config(int(stage), "persistent" in flags, "autocast" in flags)
     # From a folder the model is loaded by the trainer, when transformers already knows that it will be partitioned.
     # An instance made while an earlier run's config is still alive would be partitioned too.
     if loaded == "whole":
