@@ -158,11 +158,12 @@ def check_full_evaluation(args: DPOConfig) -> None:
         return
     plugin = args.deepspeed_plugin
     if plugin is None:
-        runs_in, fitting = args.mixed_precision, ("no", asked)
+        runs_in, fits = args.mixed_precision, args.mixed_precision in ("no", asked)
     else:  # its engine switches off any autocast but its own
         on = (name for name in ("bf16", "fp16") if plugin.deepspeed_config.get(name, {}).get("enabled") is True)
-        runs_in, fitting = next(on, "fp32"), (asked,)
-    if runs_in in fitting:
+        runs_in = next(on, "fp32")
+        fits = runs_in == asked
+    if fits:
         return
     raise ConfigurationError(
         asked=f"Cannot evaluate in {asked} (`{asked}_full_eval=True`): "
