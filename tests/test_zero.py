@@ -21,7 +21,6 @@ KINDS = (
     "synchronized",
     "synchronized-named",
     "hard",
-    "bema",
 )
 MEANT_TO_DIFFER = ("named", "synchronized-named")
 # Partitioned at birth, as a model loaded by its path is; or loaded whole, and partitioned when training starts.
@@ -54,7 +53,7 @@ RESUMED = (
     "explicit/3/whole",
     "continued/3/born",
     "synchronized/3/born",
-    "bema/3/born/bf16",  # keeps an average in fp32 of parts in bf16
+    "synchronized/3/born/bf16",  # keeps what bf16 rounds away
 )
 SLOW_RESUMED = (
     "explicit/3/born",
@@ -141,7 +140,7 @@ def test_weights_are_partitioned_where_they_should_be(case: str, two: list[dict[
     for process in two:
         assert process["partitioned_at_birth"] == (loaded == "born")
         assert process["policy_is_sharded"] == (stage == "3")
-        has_own_weights = kind in ("explicit", "named", "synchronized", "synchronized-named", "hard", "bema")
+        has_own_weights = kind in ("explicit", "named", "synchronized", "synchronized-named", "hard")
         assert process["reference_is_sharded"] == (stage == "3" and has_own_weights)
 
 
@@ -150,7 +149,7 @@ def test_training_does_not_move_a_frozen_reference(case: str, two: list[dict[str
     assert [process["drift"] for process in two] == [0, 0]
 
 
-MOVING = [case for case in QUICK if kind_of(case).startswith("synchronized") or kind_of(case) in ("hard", "bema")]
+MOVING = [case for case in QUICK if kind_of(case).startswith("synchronized") or kind_of(case) == "hard"]
 
 
 @pytest.mark.parametrize("case", MOVING)

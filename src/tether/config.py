@@ -27,7 +27,6 @@ from tether.config_checks import (
 )
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
-from tether.reference.parts import RULES
 from tether.unread import check_kinds
 
 
@@ -85,9 +84,6 @@ class DPOConfig(TrainingArguments):
         sync_ref_model: The reference follows the policy (TR-DPO).
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
-        ref_model_sync_rule: How a sync moves the reference: `soft`, the average of the weights (of a LoRA update as
-            the matrix it is); `hard`, a copy of the policy; `bema`, the bias-corrected average; `factors`, the
-            average of LoRA's factors one by one.
         ref_model_sync_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
         ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
         ref_store_mode: With `precompute_ref_log_probs`, when the store is filled. `fill`: before training, and the
@@ -164,7 +160,6 @@ class DPOConfig(TrainingArguments):
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
     ref_model_mixup_alpha: float = _option(SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
-    ref_model_sync_rule: str = _option("soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(RULES))
     ref_model_sync_rank: int | None = _option(
         None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
     )

@@ -14,7 +14,6 @@ import torch
 from tether.errors import ConfigurationError
 from tether.losses import LossOptions, check_loss_options
 from tether.reference.build import check_sync_without_precompute
-from tether.reference.parts import RULES
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig
@@ -96,33 +95,20 @@ def _check_sync(args: DPOConfig) -> None:
             "it counts optimizer steps between syncs",
             "a whole number of at least 1",
         )
-    _check_sync_rule(args)
+    _check_sync_rank(args)
     check_sync_without_precompute(args.sync_ref_model, args.precompute_ref_log_probs)
 
 
-def _check_sync_rule(args: DPOConfig) -> None:
-    rule, alpha, rank = args.ref_model_sync_rule, args.ref_model_mixup_alpha, args.ref_model_sync_rank
-    if rule not in RULES:
-        refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(RULES)}")
-    if not args.sync_ref_model and (rule != "soft" or rank is not None):
-        name, value = ("ref_model_sync_rule", rule) if rank is None else ("ref_model_sync_rank", rank)
-        refuse(name, value, "the reference does not move", "`sync_ref_model=True` with it")
-    if (rule == "hard" and alpha not in (SYNC_ALPHA, 1)) or (rule == "bema" and alpha != SYNC_ALPHA):
-        refuse(
-            "ref_model_mixup_alpha",
-            alpha,
-            f"the rule `{rule}` has no weight to choose",
-            "`ref_model_sync_rule='soft'` with it, or leave it out",
-        )
-    if rank is not None and rank < 1:
+def _check_sync_rank(args: DPOConfig) -> None:
+    rank = args.ref_model_sync_rank
+    if rank is None:
+        return
+    if not args.sync_ref_model:
+        refuse("ref_model_sync_rank", rank, "the reference does not move", "`sync_ref_model=True` with it")
+    if rank < 1:
         refuse("ref_model_sync_rank", rank, "a matrix of rank 0 is zero", "1 or more, or None")
-    if rank is not None and (rule in ("hard", "factors") or (rule == "soft" and alpha == 1)):
-        refuse(
-            "ref_model_sync_rank",
-            rank,
-            "nothing is averaged at a rank of its own: copies and averaged factors have the policy's",
-            "`ref_model_sync_rule='soft'` with an alpha below 1, or None",
-        )
+    if args.ref_model_mixup_alpha == 1:
+        refuse("ref_model_sync_rank", rank, "a copy has the policy's rank", "an alpha below 1 with it, or None")
 
 
 def _check_batches(args: DPOConfig) -> None:

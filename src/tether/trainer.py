@@ -313,7 +313,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             store_path=Path(args.ref_store) if args.ref_store else None,
             sync=args.sync_ref_model,
             alpha=args.ref_model_mixup_alpha,
-            sync_rule=args.ref_model_sync_rule,
             sync_rank=args.ref_model_sync_rank,
             sync_steps=args.ref_model_sync_steps,
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,

@@ -53,8 +53,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "precomputed": {"precompute": True},
     "synchronized": {"sync": True, "alpha": 0.5, "sync_steps": 2},
-    "hard": {"sync": True, "sync_rule": "hard", "sync_steps": 2},
-    "bema": {"sync": True, "sync_rule": "bema", "sync_steps": 2},
+    "hard": {"sync": True, "alpha": 1.0, "sync_steps": 2},
     "followed": {"sync": True, "alpha": 0.5, "sync_steps": 2},
 }
 

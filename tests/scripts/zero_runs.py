@@ -51,8 +51,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "synchronized": SYNC,
     "synchronized-named": SYNC | {"named": True},
     "synchronized-implicit": SYNC | lora(),
-    "hard": SYNC | {"ref_model_mixup_alpha": 0.6, "ref_model_sync_rule": "hard"},
-    "bema": SYNC | {"ref_model_mixup_alpha": 0.6, "ref_model_sync_rule": "bema"},
+    "hard": SYNC | {"ref_model_mixup_alpha": 1.0},
 }
 
 
