@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.evaluation",
         "tether.model_card",
         "tether.offloading",
+        "tether.parallelism",
         "tether.sets",
         "tether.training_callback",
         "tether.trainer",

@@ -154,6 +154,7 @@ def check_full_evaluation(args: DPOConfig) -> None:
     if asked is None:
         return
     plugin = args.deepspeed_plugin
+    fitting: tuple[str, ...]
     if plugin is None:
         runs_in, fitting = args.mixed_precision, ("no", asked)
     else:  # its engine switches off any autocast but its own
