@@ -54,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.evaluation",
         "tether.model_card",
         "tether.offloading",
+        "tether.parallelism",
         "tether.saving",
         "tether.sets",
         "tether.training_callback",

@@ -27,6 +27,7 @@ from tether.config_checks import (
 )
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
+from tether.parallelism import check_parallelism
 from tether.unread import check_kinds
 
 
@@ -191,6 +192,7 @@ class DPOConfig(TrainingArguments):
             self.use_cpu = True  # it is what happens; unsaid, the processes of torchrun would not find each other
         super().__post_init__()
         check_full_evaluation(self)
+        check_parallelism(self)
 
     @property
     def loss_options(self) -> LossOptions:

@@ -143,6 +143,7 @@ def check_full_evaluation(args: DPOConfig) -> None:
     if asked is None:
         return
     plugin = args.deepspeed_plugin
+    fitting: tuple[str, ...]
     if plugin is None:
         runs_in, fits = args.mixed_precision, args.mixed_precision in ("no", asked)
     else:  # its engine switches off any autocast but its own
