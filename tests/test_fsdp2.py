@@ -84,6 +84,12 @@ def test_a_reference_survives_its_checkpoint(case: str, built: str, two: list[di
     assert all(process[case][built]["survives_checkpoint"] for process in two)
 
 
+@both_orders
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("implicit", "continued", "saved"))])
+def test_trained_adapters_survive_their_checkpoint(case: str, built: str, two: list[dict[str, Any]]) -> None:
+    assert [process[case][built]["adapters_survive"] for process in two] == [True, True]
+
+
 def test_the_copy_of_a_sharded_policy_is_sharded(two: list[dict[str, Any]]) -> None:
     shown = {case: two[0][case]["after"]["reference_is_sharded"] for case in CASES}
     assert all(sharded for case, sharded in shown.items() if case.startswith(("explicit", *MOVING)))

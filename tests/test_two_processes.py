@@ -109,6 +109,12 @@ def test_two_processes_resume_bit_for_bit(process: int, two: list[dict[str, Any]
     assert two[process]["resumed"] is True
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_two_processes_load_the_best_adapter_with_its_reference(process: int, two: list[dict[str, Any]]) -> None:
+    first, last, loaded = two[process]["best"]
+    assert loaded == pytest.approx(first, abs=1e-6) and abs(first - last) > 1e-4
+
+
 def test_compute_metrics_gets_every_row_of_two_processes_once(one: Any, two: Any) -> None:
     assert one["metrics"]["eval_rows"] == 14
     for seen in two:

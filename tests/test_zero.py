@@ -55,6 +55,7 @@ RESUMED = (
     "synchronized/3/born",
     "synchronized/3/born/bf16",  # keeps what bf16 rounds away
 )
+BEST = ("synchronized/3/born", "synchronized-implicit/2/whole", "continued/3/born")
 SLOW_RESUMED = (
     "explicit/3/born",
     "saved/3/whole",
@@ -190,3 +191,9 @@ def test_each_row_is_computed_once(case: str, one: dict[str, Any], two: list[dic
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: str, two: list[bool]) -> None:
     assert two == [True, True]
+
+
+@pytest.mark.parametrize("case", [f"{case}:best" for case in BEST])
+def test_the_best_checkpoint_comes_with_its_reference(case: str, two: list[list[float]]) -> None:
+    for first, last, loaded in two:
+        assert loaded == pytest.approx(first, abs=1e-6) and abs(first - last) > 1e-4

@@ -163,6 +163,16 @@ def resumes(folder: Path, case: str) -> bool:
     return same_bits(*weights) and torch.equal(*answers)
 
 
+def best(folder: Path, case: str) -> list[float]:
+    """The figure of the best checkpoint, which is the first, that of the last, and what is loaded at the end."""
+    options = {"metric_for_best_model": "num_tokens", "greater_is_better": False, "load_best_model_at_end": True}
+    times = {f"{what}_{by}": value for what in ("save", "eval") for by, value in (("strategy", "steps"), ("steps", 2))}
+    trainer = trainer_of(folder, case, **options, **times)
+    trainer.train()
+    figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [*figures, trainer.evaluate()["eval_loss"]]
+
+
 def whole_bits(model: nn.Module) -> dict[str, Tensor]:
     forget_gathered(model)
     return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
@@ -187,5 +197,5 @@ if __name__ == "__main__":
     for number, name in enumerate(sys.argv[2:]):
         run, _, checked = name.partition(":")
         place = target / f"run-{number}"
-        seen[name] = {"": observed, "resume": resumes, "refuse": refusal}[checked](place, run)
+        seen[name] = {"": observed, "resume": resumes, "best": best, "refuse": refusal}[checked](place, run)
     leave(target, seen)
