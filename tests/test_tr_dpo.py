@@ -21,6 +21,8 @@ from tether.reference import FrozenReference, MovingReference
 from tether.reference.averaging import bema
 from tiny import naive_log_probs, tiny_model, tiny_pairs
 
+pytestmark = pytest.mark.numerics
+
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
 
