@@ -24,6 +24,8 @@ from tether.reference.low_rank_parts import LowRankPart, convolution, experts
 from tether.reference.parts import DensePart, UpdateRule
 from tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 ALPHAS = [0.005, 0.01, 0.05, 0.6, 1.0]
 QV = ["q_proj", "v_proj"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

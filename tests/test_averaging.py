@@ -17,6 +17,8 @@ from tether.reference.averaging import (
     soft_update_with_residual,
 )
 
+pytestmark = pytest.mark.numerics
+
 ALPHAS = [0.005, 0.01, 0.05, 0.6, 1.0]
 
 

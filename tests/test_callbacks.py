@@ -19,6 +19,8 @@ from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
 from tether.reference import ReferenceOptions, check_options
 from tiny import tiny_model, tiny_pairs
 
+pytestmark = pytest.mark.numerics
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 RULE: dict[str, Any] = {"update_freq": 2, "ema_power": 0.6, "bias_power": 0.3, "lag": 4, "multiplier": 0.5}
 

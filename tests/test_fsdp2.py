@@ -35,7 +35,7 @@ MOVING = ("synchronized", "hard")
 GRADIENT_ERROR = {"bf16": 0.1}
 LOSS_ERROR = {"bf16": 0.05}
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.numerics]
 both_orders = pytest.mark.parametrize("built", ["before", "after"])  # the reference, before or after sharding
 
 

@@ -18,6 +18,8 @@ from tether.reference import FrozenReference, MovingReference
 from tether.reference.averaging import soft_update, soft_update_with_residual
 from tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 alphas = st.floats(0, 1)
 
 

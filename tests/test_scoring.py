@@ -22,6 +22,8 @@ from tether.scoring import score
 from tether.types import PairBatch, Response
 from tiny import FAMILIES, naive_log_probs, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 LAYOUTS = ("auto", "padded")
 CLOSE = {"atol": 5e-6, "rtol": 1e-6}  # fp32 rounding, in nats
 

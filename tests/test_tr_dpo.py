@@ -19,6 +19,8 @@ from tether import DPOTrainer
 from tether.errors import ReferenceModelError, ResumeError
 from tiny import naive_log_probs, tiny_model, tiny_pairs
 
+pytestmark = pytest.mark.numerics
+
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
 

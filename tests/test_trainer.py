@@ -23,6 +23,8 @@ from tether.types import PairBatch, PairScores, Response
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from trl_oracle import trl_curve, trl_evaluation
 
+pytestmark = pytest.mark.numerics
+
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 SYNC: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5}
 PRECOMPUTE: dict[str, Any] = {"precompute_ref_log_probs": True}
@@ -73,8 +75,8 @@ def changed_in_memory() -> Any:
 def test_training_starts_at_log_2_with_rewards_of_0(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trained(tmp_path, max_steps=1, **INITIAL[kind](), **options)
     (first,) = steps(trainer)
-    # Precomputed in other batches, and products in bf16 round by the shape of the batch.
-    tolerance = 0.02 if "bf16" in options and "precomputed" in kind else 1e-6
+    # Precomputed in other batches, and products round by the shape of the batch: 3e-6 under `OtherRounding(10)`.
+    tolerance = (0.02 if "bf16" in options else 1e-5) if "precomputed" in kind else 1e-6
     assert first["loss"] == pytest.approx(math.log(2), abs=tolerance)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert first[name] == pytest.approx(0, abs=tolerance)

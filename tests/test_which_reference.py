@@ -30,6 +30,8 @@ from tether import DPOConfig, DPOTrainer
 from tether.data import batch_of
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "which-reference.md"
 
 

@@ -67,6 +67,7 @@ SLOW_RESUMED = (
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.numerics,
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None,
         reason="needs DeepSpeed: `pip install 'tether[deepspeed]' --no-build-isolation`",
