@@ -70,12 +70,3 @@ def other_rounding() -> Iterator[None]:
     times = float(os.environ.get("TETHER_ROUNDING", 0))
     with OtherRounding(times) if times else nullcontext():
         yield
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """The folder of real data beside the repository; the test is skipped where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("needs the data folder ../shared/data beside the repository, which is not here")
-    return folder

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -17,8 +18,9 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.config_checks import (
     DTYPES,
-    STORE_MODES,
     SYNC_ALPHA,
+    Dtype,
+    StoreMode,
     check_config,
     check_full_evaluation,
     check_losses,
@@ -26,9 +28,15 @@ from tether.config_checks import (
     refuse,
 )
 from tether.errors import ConfigurationError
-from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
+from tether.losses import DIVERGENCES, LOSSES, DivergenceName, LossName, LossOptions, Objective, PreferenceLoss
 from tether.parallelism import check_parallelism
+from tether.types import TruncationMode
 from tether.unread import check_kinds
+
+if TYPE_CHECKING:  # what may be written, for editors; HfArgumentParser reads a list of plain words only
+    LossType = LossName | Sequence[LossName]
+else:
+    LossType = list[str]
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -115,11 +123,9 @@ class DPOConfig(TrainingArguments):
 
     dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
     max_length: int | None = _option(1024, "Tokens of prompt and response together; None for no limit.")
-    truncation_mode: str = _option(
-        "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
-    )
-    bad_rows: str = _option(
-        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them.", choices=["raise", "drop"]
+    truncation_mode: TruncationMode = _option("keep_start", "Which end of a longer sequence stays.")
+    bad_rows: Literal["raise", "drop"] = _option(
+        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them."
     )
 
     padding_free: bool = _option(False, "Insist on rows without padding, which is the default where it is proven.")
@@ -139,12 +145,12 @@ class DPOConfig(TrainingArguments):
         "What the precompute pass takes at once, in longest pairs. Default: 4 micro-batches, to 16,384 tokens.",
     )
 
-    loss_type: list[str] = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
+    loss_type: LossType = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
     loss_weights: list[float] | None = _option(None, "Weight of each loss when there are several. Default: 1 each.")
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped, in [0, 0.5).")
     beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO: tau).")
-    f_divergence_type: str = _option(
-        "reverse_kl", f"The divergence behind that pull: {', '.join(DIVERGENCES)}.", choices=list(DIVERGENCES)
+    f_divergence_type: DivergenceName = _option(
+        "reverse_kl", f"The divergence behind that pull: {', '.join(DIVERGENCES)}."
     )
     f_alpha_divergence_coef: float = _option(0.5, "Coefficient of the alpha-divergence; 1 is the reverse KL.")
     ld_alpha: float | None = _option(
@@ -166,18 +172,15 @@ class DPOConfig(TrainingArguments):
     )
 
     ref_store: str | None = _option(None, "File of the log-prob store. Default: one in the user's cache folder.")
-    ref_store_mode: str = _option(
-        "auto",
-        "When the store is filled: before training, while it runs, or never (a missing row is then an error).",
-        choices=list(STORE_MODES),
+    ref_store_mode: StoreMode = _option(
+        "auto", "When the store is filled: before training, while it runs, or never (a missing row is then an error)."
     )
-    ref_dtype: str | None = _option(
+    ref_dtype: Dtype | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )
 
     def __post_init__(self) -> None:
-        loss_type: str | list[str] = self.loss_type
-        self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         inherited = TrainingArguments.__dataclass_fields__  # those are transformers' to check
         check_kinds(self, {name: kind for name, kind in DPOConfig.__annotations__.items() if name not in inherited})
         check_config(self)

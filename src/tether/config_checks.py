@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -18,8 +18,9 @@ from tether.reference.build import check_sync_without_precompute
 if TYPE_CHECKING:
     from tether.config import DPOConfig
 
-STORE_MODES = ("auto", "fill", "lazy", "require")
-DTYPES = ("float32", "bfloat16", "float16")
+StoreMode = Literal["auto", "fill", "lazy", "require"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA = 0.6
 
 
@@ -143,7 +144,6 @@ def check_full_evaluation(args: DPOConfig) -> None:
     if asked is None:
         return
     plugin = args.deepspeed_plugin
-    fitting: tuple[str, ...]
     if plugin is None:
         runs_in, fits = args.mixed_precision, args.mixed_precision in ("no", asked)
     else:  # its engine switches off any autocast but its own

@@ -53,10 +53,10 @@ from tether.distributed import autocast_dtype, cast_as_training_will, check_alik
 from tether.errors import ConfigurationError
 from tether.evaluation import PairGather, WithTokenIds, check_best_metric, full_evaluation, padded_logits, running_in
 from tether.finite import LossWatch, check_weights
-from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
+from tether.loading import default_output_dir, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
-from tether.model_card import CardFacts, write_model_card
+from tether.model_card import write_model_card
 from tether.models import (
     add_adapter,
     broadcasts_buffers,
@@ -631,35 +631,27 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             dataset_name: The data's name on the hub.
             tags: Further tags.
         """
-        if not self.is_world_process_zero():
-            return
-        facts = CardFacts.of_run(
-            self.args,
-            self.reference.identity,
-            self._objective.functions,
-            base_model=hub_name(self.model),
-            own_tags=self._tag_names,
-            model_name=model_name,
-            dataset_name=dataset_name,
-            tags=tags,
-        )
-        write_model_card(facts, Path(str(self.args.output_dir)))
+        if self.is_world_process_zero():
+            write_model_card(self, Path(str(self.args.output_dir)), model_name, dataset_name, tags)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the policy; weights that training made NaN or infinite are refused, and what is there stays."""
+        """Saves the policy with its tokenizer and its card; weights that are NaN or infinite are refused."""
         self._check_weights()
         super().save_model(output_dir, _internal_call)
         # A checkpoint; DeepSpeed's own files of one have every tensor under its name.
         if _internal_call and output_dir is not None and not self.is_deepspeed_enabled:
             save_adapters(self.accelerator.unwrap_model(self.model), Path(output_dir), writes=self.args.should_save)
+        if _internal_call or output_dir in (None, self.args.output_dir):  # all checkpoints share one card
+            self.create_model_card()
+        elif self.is_world_process_zero():
+            write_model_card(self, Path(output_dir))
 
     def _check_weights(self) -> None:
         check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._losses.check()
-        self._check_weights()  # before anything is written, the model card too
-        self.create_model_card()
+        self._check_weights()  # before anything is written
         super()._save_checkpoint(model, trial)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
