@@ -72,6 +72,11 @@ def curve(trainer: DPOTrainer, name: str = "loss") -> list[float]:
     return [entry[name] for entry in steps(trainer)]
 
 
+def shared_names(entry: dict[str, float]) -> set[str]:
+    """Its figures that TRL logs too: all but those of the reference, and the counts of pairs."""
+    return {name for name in entry if not name.removeprefix("eval_").startswith(("reference/", "pairs/"))}
+
+
 def differences(first: list[dict[str, float]], second: list[dict[str, float]]) -> dict[str, float]:
     """The largest difference between two logs of each metric that every entry has."""
     names = set.intersection(*(set(entry) for entry in (*first, *second)))

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from observe import bits, same_bits
-from runs import as_dataset, curve, differences, make_trainer, steps, stream, trained
+from runs import as_dataset, curve, differences, make_trainer, shared_names, steps, stream, trained
 from tether import DataCollatorForPreference, DPOConfig, LossOptions, PairScores
 from tether.errors import ConfigurationError, DataError, ResumeError
 from tether.losses import LOSSES
@@ -110,7 +110,7 @@ def shortened(characters: int | None) -> list[dict[str, Any]]:
 
 
 def assert_same_curves(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    assert len(ours) == len(theirs) and ours[1].keys() == theirs[1].keys()
+    assert len(ours) == len(theirs) and shared_names(ours[1]) == theirs[1].keys()
     for metric, difference in differences(ours, theirs).items():
         size = max(abs(entry[metric]) for entry in theirs) if metric in LARGE else 1
         assert difference <= 1e-4 * max(1, size), metric
