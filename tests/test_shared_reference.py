@@ -22,6 +22,8 @@ from tether.scoring import score
 from tether.testing import naive_log_probs_of
 from tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 

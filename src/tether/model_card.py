@@ -154,7 +154,7 @@ def _options_of_run(args: DPOConfig) -> dict[str, Any]:
     return {
         **{name: getattr(args, name) for name in names},
         "pairs of an optimizer step": at_most + pairs,
-        "mixed precision": args.autocast_dtype or "none",
+        "mixed precision": args.mixed_precision,
     }
 
 

@@ -178,7 +178,7 @@ _GROUPS: Mapping[str, tuple[str | None, str]] = {
     "the reference": (
         REFERENCE_TABLE,
         "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store ref_store_mode sync_ref_model "
-        "ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rule ref_model_sync_rank ref_dtype reference_free",
+        "ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rank ref_dtype reference_free",
     ),
     "when to say, evaluate and save something": (
         None,
