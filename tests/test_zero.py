@@ -56,6 +56,7 @@ RESUMED = (
     "synchronized/3/born/bf16",  # keeps what bf16 rounds away
 )
 BEST = ("synchronized/3/born", "synchronized-implicit/2/whole", "continued/3/born")
+SEEN_QUICKLY = (*QUICK, *BF16, *(f"{case}:resume" for case in RESUMED), *(f"{case}:best" for case in BEST))
 SLOW_RESUMED = (
     "explicit/3/born",
     "saved/3/whole",
@@ -85,7 +86,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = (*QUICK, *BF16, *(f"{case}:resume" for case in RESUMED), *(f"{case}:refuse" for case in REFUSED))
+    cases = (*SEEN_QUICKLY, *(f"{case}:refuse" for case in REFUSED))
     return launch("zero_runs.py", tmp_path_factory.mktemp("quick") / "run", *cases, num_processes=2)
 
 
@@ -98,8 +99,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture
 def two(case: str, request: pytest.FixtureRequest) -> list[Any]:
     """What each process saw of the case."""
-    is_quick = case in (*QUICK, *BF16, *(f"{resumed}:resume" for resumed in RESUMED))
-    processes = request.getfixturevalue("quick" if is_quick else "slow")
+    processes = request.getfixturevalue("quick" if case in SEEN_QUICKLY else "slow")
     return [process[case] for process in processes]
 
 
