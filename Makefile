@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-all check format bench clean
+.PHONY: help demo dev test test-all numerics check format bench clean
 
 help: ## show this list
 	@printf 'tether: preference training with a reference model you can hold\n\n'
@@ -30,6 +30,22 @@ test: dev ## run the tests, except the slow ones and those for a GPU
 
 test-all: dev ## run all tests, slow ones too; GPU tests are skipped where there is no GPU
 	$(PYTEST) -m "" $(ARGS)
+
+# What another processor would make of the numbers: other kernels of torch and MKL, more threads, and products that are
+# rounded three times as coarsely as any kernels here (tests/rounding.py). `make test` is the run that is missing.
+NUMERICS := \
+	OMP_NUM_THREADS=2 \
+	OMP_NUM_THREADS=4 \
+	ATEN_CPU_CAPABILITY=avx2 \
+	ATEN_CPU_CAPABILITY=default \
+	MKL_CBWR=COMPATIBLE \
+	TETHER_ROUNDING=3
+
+numerics: dev ## run the tests marked numerics under the kernels of other processors (about XX minutes)
+	@failed=0; for setting in $(NUMERICS); do \
+		printf '== %s\n' "$$setting"; \
+		env "$$setting" $(PYTEST) -m "numerics and not slow and not gpu" $(ARGS) || failed=1; \
+	done; exit $$failed
 
 check: dev ## lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .

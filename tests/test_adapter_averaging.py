@@ -352,7 +352,7 @@ def test_the_reference_is_the_model_that_its_weights_make() -> None:
 @settings(max_examples=25)
 def test_a_convolution_is_read_and_written_as_a_matrix(rank: int, seed: int) -> None:
     layout = convolution((3,))
-    b, a = normal(6, rank, 1, seed=seed), normal(rank, 5, 3, seed=seed + 1)
+    b, a = normal(6, rank, 1, seed=seed).double(), normal(rank, 5, 3, seed=seed + 1).double()
     pair = layout.read(b, a)
     exact = torch.nn.functional.conv1d(a.transpose(0, 1), b).transpose(0, 1)  # PEFT's own `get_delta_weight`
     torch.testing.assert_close((pair.B @ pair.A).reshape(6, 5, 3), exact)
@@ -364,7 +364,7 @@ def test_a_convolution_is_read_and_written_as_a_matrix(rank: int, seed: int) -> 
 @settings(max_examples=25)
 def test_experts_are_read_and_written_as_matrices(rank: int, num: int, seed: int) -> None:
     layout = experts(num)
-    b, a = normal(6, rank * num, seed=seed), normal(num * rank, 5, seed=seed + 1)
+    b, a = normal(6, rank * num, seed=seed).double(), normal(num * rank, 5, seed=seed + 1).double()
     pair = layout.read(b, a)
     exact = torch.einsum("ore,eri->eoi", b.reshape(6, rank, num), a.reshape(num, rank, 5))  # as PEFT does
     torch.testing.assert_close(pair.B @ pair.A, exact)

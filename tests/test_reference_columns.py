@@ -92,8 +92,8 @@ def test_rows_that_bring_sums_train_without_any_reference_pass(loss_type: str, t
     given = trained(tmp_path / "1", rows=rows, **options)
     computed = trained(tmp_path / "2", rows=ROWS, **options)
     assert (given.reference.num_passes, given.reference.extra_bytes, given.ref_model) == (0, 0, None)
-    # `ipo` starts at 25, with a slope of 10 per nat of sums that are themselves rounded by 3e-5.
-    assert curve(given) == pytest.approx(curve(computed), rel=1e-5, abs=1e-5)
+    # Sums of hundreds of nats are rounded by 3e-5 each; under `OtherRounding(10)` the curves part by 2e-5.
+    assert curve(given) == pytest.approx(curve(computed), rel=1e-4, abs=1e-4)
     assert steps(given)[0]["reference/initial_gap"] < 1e-5
     assert curve(trained(tmp_path / "3", rows=stream(list(rows)), **options)) == pytest.approx(
         curve(trained(tmp_path / "4", rows=rows, train_sampling_strategy="sequential", **options)), abs=1e-6

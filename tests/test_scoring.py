@@ -25,7 +25,8 @@ from tiny import FAMILIES, naive_log_probs, tiny_model
 pytestmark = pytest.mark.numerics
 
 LAYOUTS = ("auto", "padded")
-CLOSE = {"atol": 5e-6, "rtol": 1e-6}  # fp32 rounding, in nats
+# Rounding in fp32, in nats: 8e-6 by the kernels of other processors, 4e-5 under `OtherRounding(3)`.
+CLOSE = {"atol": 5e-5, "rtol": 1e-6}
 
 
 def draw(seed: int, count: int) -> tuple[int, ...]:
@@ -63,11 +64,12 @@ def gradients(model: nn.Module, values: Tensor) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], share: float = 2e-5) -> None:
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 1e-4 of a tensor's largest entry: 1.5e-5 by the kernels of other processors, 5e-5 under `OtherRounding(3)`."""
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         # the gradient of a key's bias is zero but for rounding: hence not the tensor's own size alone
-        assert (found[name] - grad).abs().max() <= share * max(1.0, grad.abs().max().item()), name
+        assert (found[name] - grad).abs().max() <= 1e-4 * max(1.0, grad.abs().max().item()), name
 
 
 # ----------------------------------------------------------------------------------------------- the meaning
