@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.collators",
         "tether.sampling",
         "tether.store",
+        "tether.truncation",
     ),
     ("tether.reference",),
     (

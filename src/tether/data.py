@@ -29,6 +29,7 @@ from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.rows import RowReader, TextRows, check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
+from tether.truncation import Truncation
 from tether.types import PairBatch, PromptImages, Response
 
 PairDataset: TypeAlias = Dataset | IterableDataset
@@ -91,9 +92,8 @@ def tokenize_pairs(
         DataError: For a row that is not a pair (names it, and counts the others), or when no row remains. Rows of a
             stream are looked at when they are read.
     """
-    limit = max_length if truncation_mode == "keep_start" else None
     reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
-    plan = TokenizingPlan(reader, name, limit, drops=bad_rows == "drop")
+    plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
     if isinstance(dataset, Dataset):
         return tokenize_set(dataset, plan, num_proc)
     return tokenize_stream(dataset, plan)
@@ -146,40 +146,53 @@ class PairCollator:
         )
         return chosen, rejected
 
+    @property
+    def truncation(self) -> Truncation:
+        """Where it cuts a row."""
+        return Truncation(self.max_length, self.truncation_mode)
+
     def _response(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: PromptImages | None
     ) -> Response:
-        fed = self._fed(prompt_ids, response_ids)
+        check_room(prompt_ids, self.truncation, "A row of a batch")
+        start, begin, stop = self.truncation.span(len(prompt_ids), len(response_ids))
+        if images and start:
+            raise cut_images("A row of a batch", self.truncation)
+        sequence = (*prompt_ids, *response_ids)
+        fed = sequence[start:begin], sequence[begin:stop]
         named = fed if self.truncation_mode == "keep_end" else (prompt_ids, response_ids)
         inputs = {"images": images.digest} if images else None
         return Response(*fed, content_key(*named, inputs=inputs), images=images)
 
-    def _fed(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Prompt and response within `max_length`."""
-        limit = self.max_length
-        if limit is None or len(prompt_ids) + len(response_ids) <= limit:
-            return tuple(prompt_ids), tuple(response_ids)
-        if self.truncation_mode == "keep_start":
-            check_room(prompt_ids, limit, "A row of a batch")
-            return tuple(prompt_ids), tuple(response_ids[: limit - len(prompt_ids)])
-        # Keep the end: a response that fills the row gives up its first token as the context of its second.
-        sequence = [*prompt_ids, *response_ids][-limit:]
-        start = max(1, limit - len(response_ids))
-        return tuple(sequence[:start]), tuple(sequence[start:])
+
+def truncation_of(collator: Any) -> Truncation | None:
+    """Where a collator cuts a row; None for one of another making, of which nobody can tell."""
+    found = getattr(collator, "truncation", None)
+    return found if isinstance(found, Truncation) else None
 
 
-def check_room(prompt_ids: Sequence[int], max_length: int | None, where: str) -> None:
+def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) -> None:
     """Refuses a row whose prompt leaves no room for a response.
 
     Raises:
         DataError: Names it.
     """
-    if max_length is not None and len(prompt_ids) >= max_length:
+    if not truncation.leaves_room(len(prompt_ids)):
         raise DataError(
-            asked=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={max_length}`.",
+            asked=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={truncation.max_length}`.",
             why="No token of its response would be scored.",
             instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
         )
+
+
+def cut_images(where: str, truncation: Truncation) -> DataError:
+    """What is wrong with cutting the start of a row with images."""
+    return DataError(
+        asked=f"{where} has images and is longer than `max_length={truncation.max_length}`, with "
+        "`truncation_mode='keep_end'`.",
+        why="The start of its prompt would be cut, and with it the places of its images.",
+        instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
+    )
 
 
 def batch_columns(*, with_images: bool) -> list[str]:

@@ -14,8 +14,9 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from tether.data import batch_of
+from tether.data import batch_of, truncation_of
 from tether.scoring.layout import padded_rows
+from tether.truncation import Truncation
 from tether.types import PairBatch
 
 
@@ -49,6 +50,10 @@ class WithTokenIds:
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     pad_token_id: int
+
+    @property
+    def truncation(self) -> Truncation | None:
+        return truncation_of(self.collator)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = self.collator(rows)

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 
 from tether.errors import DataError
 from tether.rows import REFERENCE_COLUMNS, TOKEN_COLUMNS, RowReader, check_reference_sum, has_image_column
+from tether.truncation import Truncation
 
 logger = logging.getLogger("tether.data")
 
@@ -35,13 +36,13 @@ class TokenizingPlan:
     Attributes:
         reader: What tokenizes a row.
         name: The set's name, for messages.
-        limit: Tokens at which a prompt alone leaves no room for a response; None where that cannot be.
+        truncation: Where its rows will be cut; a prompt that leaves no room for a response is left out.
         drops: Whether rows that are no pairs are left out; else they are refused.
     """
 
     reader: RowReader
     name: str
-    limit: int | None
+    truncation: Truncation
     drops: bool
 
     def name_of(self, index: int) -> str:
@@ -49,7 +50,7 @@ class TokenizingPlan:
 
     @property
     def full_prompt(self) -> str:
-        return f"has a prompt that alone fills `max_length={self.limit}`"
+        return f"has a prompt that alone fills `max_length={self.truncation.max_length}`"
 
 
 # ---- sets in memory ----------------------------------------------------------------------------------------------
@@ -71,9 +72,8 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
     reasons: dict[str, list[int]] = defaultdict(list)
     for index, error in problems.items():
         reasons[_reason(error, index, plan)].append(index)
-    if plan.limit is not None:
-        full = np.flatnonzero(_prompt_lengths(dataset) >= plan.limit).tolist()
-        reasons[plan.full_prompt] += full
+    lengths = _prompt_lengths(dataset)
+    reasons[plan.full_prompt] += np.flatnonzero((lengths > 0) & ~plan.truncation.leaves_room(lengths)).tolist()
     dropped = {index for indices in reasons.values() for index in indices}
     if len(dropped) == len(dataset):
         raise _no_rows(plan, _listed(reasons))
@@ -236,7 +236,7 @@ def _check_reference_sums(row: Mapping[str, Any], where: str) -> None:
 def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog) -> bool:
     if not row["prompt_ids"]:
         return False
-    if plan.limit is not None and len(row["prompt_ids"]) >= plan.limit:
+    if not plan.truncation.leaves_room(len(row["prompt_ids"])):
         log.drop(index, plan.full_prompt)
         return False
     return True
@@ -294,7 +294,7 @@ def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: Token
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:
     return DataError(
         asked=f"The {plan.name} set has no row to use" + (f"; all were dropped:{listed}." if listed else "."),
-        why=f"Where the prompt alone fills `max_length={plan.limit}`, no response token would be scored."
+        why=f"No response token would be scored of a row that {plan.full_prompt}."
         if plan.full_prompt in listed
         else "No row is a pair."
         if listed

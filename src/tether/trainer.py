@@ -36,7 +36,7 @@ from tether.checkpoints import (
     warn_of_no_sync,
     warn_of_weights_alone,
 )
-from tether.collators import Collator, pair_collator
+from tether.collators import Collator
 from tether.columns import find_given
 from tether.config import DPOConfig, how_to_fill, look_for_unused_parameters, objective_of, refuse_data_parallel
 from tether.data import (
@@ -194,7 +194,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = objective_of(args, loss)
         self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
-        self._sets = SetReader(processing, args)
+        self._sets = SetReader(processing, args, data_collator)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
         self._check_sets(sets, policy, args)
@@ -210,7 +210,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
         args.ddp_broadcast_buffers = broadcasts_buffers(
-            policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
+            policy, self._sets.truncation.max_length, args.ddp_broadcast_buffers, args.world_size
         )
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
@@ -221,7 +221,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
-        collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode, self._sets.image_rows)
+        collator: Any = self._sets.collator
         if compute_metrics is not None and "inputs" in args.include_for_metrics:
             collator = WithTokenIds(collator, self._pad_token_id)
         if self._sets.image_rows is not None:
@@ -264,7 +264,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         shard = sharding_of(self.accelerator)
         if shard is not None:
             for sharded in filter(None, (self.model, ref_model)):
-                check_even_forwards(sharded, self.args.max_length)
+                check_even_forwards(sharded, self._sets.truncation.max_length)
         cast_as_training_will(self.model, self.accelerator)
         with together():
             self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
