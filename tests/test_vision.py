@@ -21,7 +21,7 @@ from observe import bits, same_bits
 from runs import curve, differences, make_trainer, steps, stream, trained
 from tether import DataCollatorForVisionPreference
 from tether.columns import with_reference_columns
-from tether.data import PairCollator, batch_of
+from tether.data import PairCollator, as_dataset, batch_of
 from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
 from tether.scoring import score
@@ -569,3 +569,19 @@ def test_a_dataset_of_images_is_not_written_again(tmp_path: Path) -> None:
     assert ours.address == theirs.address
     assert isinstance(trainer.train_dataset[0]["images"][0], Image.Image)
     assert tiny_tokenizer().eos_token_id in trainer.train_dataset[0]["chosen_ids"]
+
+
+def test_images_of_later_rows_of_a_list_are_seen_as_those_of_the_first(tmp_path: Path) -> None:
+    rows = tiny_image_pairs(4)
+    plain = {name: value for name, value in rows[0].items() if name not in ("image", "images")}
+    trainers = [
+        vision_trainer(tmp_path / str(number), as_dataset(order))
+        for number, order in enumerate(([plain, *rows[1:]], [*rows[1:], plain]))
+    ]
+    first, last = ([trainer.train_dataset[i]["prompt_ids"] for i in range(4)] for trainer in trainers)
+    assert first == [last[3], *last[:3]]
+    assert [reads_images(trainers[0], index) for index in range(4)] == [False, True, True, True]
+
+
+def reads_images(trainer: Any, index: int) -> bool:
+    return bool(batch_of(trainer.data_collator([trainer.train_dataset[index]])).images)

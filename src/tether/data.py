@@ -5,16 +5,21 @@ Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 import torch
 from datasets import (
     Dataset,
+    Features,
     IterableDataset,
+    Json,
     are_progress_bars_disabled,
+    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
 )
@@ -37,15 +42,16 @@ Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
 
 def as_dataset(rows: Rows | None) -> PairDataset:
-    """The rows as a dataset; a list of dicts becomes one.
+    """The rows as a dataset; a list of dicts becomes one, with every column that some row has.
 
     Raises:
         ArgumentTypeError: If they are nothing of the kind.
+        DataError: If a column holds what no set can hold together.
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
-        return Dataset.from_list(rows)
+        return _dataset_of(rows)
     given = type(rows).__name__
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
@@ -54,6 +60,32 @@ def as_dataset(rows: Rows | None) -> PairDataset:
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
+
+
+def _dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """A list of rows; `Dataset.from_list` would read the columns of its first row alone."""
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    try:
+        return Dataset.from_dict(columns)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of a column with text in one row and messages in another
+        return concatenate_datasets([_column(name, values) for name, values in columns.items()], axis=1)
+
+
+def _column(name: str, values: list[Any]) -> Dataset:
+    """A set of one column, as JSON where Arrow has no type for all its values."""
+    try:
+        return Dataset.from_dict({name: values})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as mixed:
+        try:
+            # Encoded here: `datasets` would take a text such as `4` for JSON already, and give a number back.
+            texts = [None if value is None else json.dumps(value) for value in values]
+        except TypeError:
+            raise DataError(
+                asked=f"The column `{name}` holds values of kinds that cannot stand in one column.",
+                why=f"{' '.join(str(mixed).split()).rstrip('.')}.",
+                instead="Give it values of one kind in all rows.",
+            ) from None
+        return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
 
 
 def _how_to_make_one(rows: Any) -> str:
