@@ -166,6 +166,11 @@ def test_rows_are_padded_with_the_tokenizers_pad_token(tmp_path: Path) -> None:
         assert set(row[length:].tolist()) <= {pad}
 
 
+def test_a_run_that_groups_its_rows_by_length_evaluates_all_of_them(tmp_path: Path) -> None:
+    keeping, metrics, _ = evaluated(tmp_path, 4, train_sampling_strategy="group_by_length")
+    assert len(keeping.given[0].label_ids) == 14 and metrics["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
 class TwoProcesses:
     """Stands for accelerate in process 0 of 2; the other one's batch has a pair less."""
 
@@ -182,9 +187,8 @@ class TwoProcesses:
 @pytest.mark.parametrize(("others_count", "found"), [(1, [1, 2, 3, -1, -2, -3]), (0, [1, 2, -1, -2])])
 def test_gathering_leaves_out_what_does_not_count(others_count: int, found: list[float]) -> None:
     """Two processes with 2 pairs and with 1, which may be there to fill up only; its second place is padding."""
-    gathered = PairGather(
-        TwoProcesses({1: torch.tensor([others_count, 0]), 2: torch.tensor([[3.0, -3.0], [0.0, 0.0]])})
-    )
+    others = {1: torch.tensor([others_count, 0]), 2: torch.tensor([[3.0, -3.0], [0.0, 0.0]])}
+    gathered = PairGather(TwoProcesses(others))
     gathered.begin_batch(torch.ones(2))
     assert gathered(torch.tensor([0.5, 0.5, 0.5])).shape == (len(found) // 2,)  # the loss, once for each pair
     assert gathered(torch.tensor([1.0, 2.0, -1.0, -2.0])).tolist() == found

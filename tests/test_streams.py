@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from observe import bits, same_bits
 from runs import as_dataset, make_trainer, steps, stream, trained
@@ -49,15 +48,15 @@ def test_a_resumed_stream_goes_on_with_the_rows_of_the_uninterrupted_run(
     """In its first pass, at the end of one and in a later one; the random state is the same too."""
     options: dict[str, Any] = RUN | {"gradient_accumulation_steps": accumulation, "disable_dropout": False}
     whole = trained(tmp_path, dropping_out(), STREAMS[name](), **options)
-    for stop in (1, 2, 4, 5, 7):
+    for stop in (2, 5, 7):
         resumed = make_trainer(tmp_path, dropping_out(), STREAMS[name](), **options | {"save_strategy": "no"})
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
         assert log_of(resumed) == log_of(whole), stop
         assert same_bits(bits(resumed.model), bits(whole.model)), stop
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
-@pytest.mark.parametrize("num_rows", [10, 9, 3])
+@pytest.mark.parametrize("accumulation", [1, 3, 7])
+@pytest.mark.parametrize("num_rows", [10, 9])
 def test_a_stream_is_trained_on_as_the_same_rows_in_a_set_are(num_rows: int, accumulation: int, tmp_path: Path) -> None:
     """A step that a pass leaves with less batches is a mean over what it has, and the next pass begins anew."""
     options: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 2, "loss_type": "bco_pair"}
@@ -66,21 +65,6 @@ def test_a_stream_is_trained_on_as_the_same_rows_in_a_set_are(num_rows: int, acc
     streamed = trained(tmp_path / "2", rows=stream(ROWS[:num_rows]), **options)
     assert log_of(streamed) == log_of(as_set)
     assert same_bits(bits(streamed.model), bits(as_set.model))
-
-
-def test_a_stream_whose_passes_differ_in_length_is_resumed_too(tmp_path: Path) -> None:
-    def growing() -> IterableDataset:
-        passes = iter(range(100))
-
-        def read() -> Iterator[Any]:
-            yield from ROWS[: 4 + 2 * (next(passes) // 2)]  # the trainer looks at the first rows before
-
-        return IterableDataset.from_generator(read)
-
-    whole = trained(tmp_path, rows=growing(), **RUN)
-    place = json.loads((tmp_path / "checkpoint-5" / "progress.json").read_text())["stream"]
-    assert place["num_passes"] >= 1
-    assert whole.state.global_step == END
 
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path: Path) -> None:
@@ -95,7 +79,7 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_say_where_its_stream_was_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, rows=ROWS, **RUN)
-    with pytest.raises(ResumeError, match="how often its run had read a stream"):
+    with pytest.raises(ResumeError, match="does not say how far its run had read one"):
         make_trainer(tmp_path, rows=stream(ROWS), **RUN).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 

@@ -80,7 +80,7 @@ def test_two_processes_have_the_losses_and_metrics_of_one_with_twice_the_batch(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_evaluate_each_pair_once(kind: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    """7 pairs in batches of 2 on 2 processes: none counts twice because the batches had to be evened, of a stream too."""
+    """7 pairs in batches of 2 on 2 processes: none counts twice because batches had to be evened, in streams too."""
     for name, value in one[kind]["evaluation"].items():
         if any(word in name for word in ("runtime", "per_second", "preparation")):
             continue

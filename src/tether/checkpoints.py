@@ -60,8 +60,8 @@ def load_place(checkpoint: Path) -> StreamPlace:
     saved = json.loads(path.read_text()).get("stream")
     if saved is None:
         raise ResumeError(
-            asked=f"Resuming from {checkpoint} with a stream.",
-            why="It does not say how often its run had read a stream, or how far: the rows would be others.",
+            asked=f"Cannot resume from {checkpoint} with a stream: it does not say how far its run had read one.",
+            why="How many passes were over, and how many steps of the next were taken, decides which rows come now.",
             instead="Resume with the set that its run was trained on, or start a new run.",
         )
     return StreamPlace(**saved)

@@ -234,9 +234,9 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
 def cut_images(where: str, truncation: Truncation) -> DataError:
     """What is wrong with cutting the start of a row with images."""
     return DataError(
-        asked=f"{where} has images and is longer than `max_length={truncation.max_length}`, with "
-        "`truncation_mode='keep_end'`.",
-        why="The start of its prompt would be cut, and with it the places of its images.",
+        asked=f"{where} has images and more than `max_length={truncation.max_length}` tokens, and "
+        "`truncation_mode='keep_end'` would cut the start of its prompt.",
+        why="With it the places of its images would go.",
         instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
     )
 

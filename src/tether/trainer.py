@@ -404,7 +404,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     ) -> DataLoader[Any]:
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description=description)
-        make, order = super()._get_dataloader, sampler_fn and (lambda _: sampler_fn(dataset))
+        make = super()._get_dataloader
+        # Evaluation takes rows as they come; transformers would group them by `input_ids`, which they do not have.
+        order = (lambda _: sampler_fn(dataset)) if is_training and sampler_fn else None
         return counted_loader(
             lambda rows: make(rows, description, batch_size, order, is_training, dataloader_key),
             dataset,
