@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PromptTuningConfig
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 
 from observe import LargestTensor
 from runs import as_dataset, make_trainer, trained
+from tether.errors import ConfigurationError
 from tether.evaluation import PairGather
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -90,6 +91,9 @@ def test_evaluation_builds_no_logits_unless_it_is_asked_for_them(tmp_path: Path)
     assert sizes[False] < sizes[True] / 10
 
 
+EVERY_STEP = {"strategy": "steps", "steps": 1}
+
+
 def test_metrics_are_logged_and_choose_the_best_checkpoint(tmp_path: Path) -> None:
     keeping = Keeping()
     trainer = trained(
@@ -108,6 +112,22 @@ def test_metrics_are_logged_and_choose_the_best_checkpoint(tmp_path: Path) -> No
     assert [entry["eval_calls"] for entry in trainer.state.log_history if "eval_calls" in entry] == [1, 2, 3]
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert all("eval_rewards/margins" in entry for entry in trainer.state.log_history if "eval_calls" in entry)
+
+
+class Figure(TrainerCallback):
+    """A figure of a user's own, put to those of every evaluation."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_mine"] = -float(state.global_step)
+
+
+def test_a_callbacks_own_figure_may_choose_the_best_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {f"{what}_{by}": value for what in ("save", "eval") for by, value in EVERY_STEP.items()}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "mine", "max_steps": 2}
+    with pytest.raises(ConfigurationError, match="metric_for_best_model"):
+        make_trainer(tmp_path, eval_dataset=as_dataset(tiny_pairs(4, seed=1)), **options)
+    trainer = trained(tmp_path, eval_dataset=as_dataset(tiny_pairs(4, seed=1)), callbacks=[Figure()], **options)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and trainer.state.best_metric == -1
 
 
 def test_logits_can_be_reduced_before_they_are_kept(tmp_path: Path) -> None:

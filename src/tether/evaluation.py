@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tether.config import DPOConfig
 from tether.data import batch_of, truncation_of
@@ -34,7 +35,7 @@ def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_rou
     Args:
         args: The run's options.
         eval_sets: What is evaluated: nothing, a set, or several by name.
-        has_own: Whether further figures may come, from `compute_metrics` or a subclass.
+        has_own: Whether further figures may come, from `compute_metrics`, a subclass or a callback.
         has_router: Whether the load-balancing loss of a mixture of experts is one.
 
     Raises:
@@ -55,6 +56,12 @@ def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_rou
         else "There is no such figure of pairs, and no `compute_metrics` that would make it.",
         instead=f"Write `eval_` and one of: {', '.join(name + figure for name in sets for figure in EVALUATED)}.",
     )
+
+
+def adds_figures(callback: Any) -> bool:
+    """Whether a callback may add figures of its own to those of an evaluation; transformers' add none."""
+    own: Any = callback if isinstance(callback, type) else type(callback)
+    return own.on_evaluate is not TrainerCallback.on_evaluate and not own.__module__.startswith("transformers.")
 
 
 @contextmanager

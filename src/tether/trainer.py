@@ -54,7 +54,15 @@ from tether.data import (
 )
 from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather, WithTokenIds, check_best_metric, full_evaluation, padded_logits, running_in
+from tether.evaluation import (
+    PairGather,
+    WithTokenIds,
+    adds_figures,
+    check_best_metric,
+    full_evaluation,
+    padded_logits,
+    running_in,
+)
 from tether.finite import LossWatch, check_weights
 from tether.loading import default_output_dir, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
@@ -221,7 +229,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         check_best_metric(
             args,
             eval_sets,
-            has_own=(compute_metrics is not None and not args.prediction_loss_only) or type(self) is not DPOTrainer,
+            has_own=(compute_metrics is not None and not args.prediction_loss_only)
+            or type(self) is not DPOTrainer
+            or any(map(adds_figures, callbacks or ())),
             has_router=self._router_coefficient != 0,
         )
         refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
