@@ -88,7 +88,7 @@ def frozen_projection() -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
         if "lora_A" in name:
-            parameter.data = torch.rand_like(parameter, generator=None)
+            parameter.data = torch.rand_like(parameter)
     return model
 
 
