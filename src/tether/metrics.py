@@ -16,9 +16,8 @@ from tether.types import PairBatch, PairScores, ResponseLogProbs
 # A metric of a micro-batch: what to add up for each pair, and what to divide the total by; 0 for a count.
 PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
 
-_TIED_PER_TOKEN = (
-    1e-5  # nats: in float32, two scorings by the same weights differ by less in the mean (docs/numerics.md)
-)
+# In nats; two scorings by the same weights in float32 differ by less in the mean (docs/numerics.md).
+_TIED_PER_TOKEN = 1e-5
 
 
 def pair_metrics(
