@@ -41,7 +41,7 @@ NUMERICS := \
 	MKL_CBWR=COMPATIBLE \
 	TETHER_ROUNDING=3
 
-numerics: dev ## run the tests marked numerics under the kernels of other processors (about XX minutes)
+numerics: dev ## run the tests marked numerics under the kernels of other processors (about an hour)
 	@failed=0; for setting in $(NUMERICS); do \
 		printf '== %s\n' "$$setting"; \
 		env "$$setting" $(PYTEST) -m "numerics and not slow and not gpu" $(ARGS) || failed=1; \
