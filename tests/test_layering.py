@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tether.tokenizing",
         "tether.data",
         "tether.collators",
+        "tether.rounds",
         "tether.sampling",
         "tether.store",
         "tether.truncation",

@@ -500,6 +500,12 @@ def test_keeping_the_end_is_refused(tmp_path: Path) -> None:
         vision_trainer(tmp_path, truncation_mode="keep_end", max_length=64)
 
 
+def test_keeping_the_end_of_a_row_that_is_cut_is_refused_where_a_stream_names_no_columns(tmp_path: Path) -> None:
+    trainer = vision_trainer(tmp_path, stream(tiny_image_pairs(4)), truncation_mode="keep_end", max_length=12)
+    with pytest.raises(DataError, match="would cut the start of its prompt"):
+        trainer.train()
+
+
 def test_padding_free_is_refused_where_images_are_padded(tmp_path: Path) -> None:
     vision_trainer(tmp_path / "packed", padding_free=True)
     with pytest.raises(ConfigurationError, match="padding_free=True` with a Gemma3ForConditionalGeneration and images"):

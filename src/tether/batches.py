@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
 from tether.data import TOKEN_COLUMNS, batch_columns, batch_of, truncation_of
+from tether.rounds import FilledOrder, FilledStream, MarkedRows
 from tether.rows import has_image_column
 from tether.sampling import EvenBatches
 from tether.truncation import Truncation
@@ -105,6 +106,31 @@ def _tokens_at_once(longest: int, args: DPOConfig) -> int:
         return args.precompute_ref_batch_size * longest
     trained = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * longest
     return max(trained, min(4 * trained, _ENOUGH_TOKENS))
+
+
+def counted_loader(
+    make: Callable[[Any], DataLoader[Any]], dataset: Any, batch_size: int, accelerator: Accelerator, *, drop_last: bool
+) -> DataLoader[Any]:
+    """A loader as `make` makes it of a set, whose rows are marked where several processes get one again.
+
+    accelerate fills the last round of batches up with the first rows, and nobody could tell them from the others.
+
+    Args:
+        make: Makes a loader that accelerate has prepared.
+        dataset: A set, or a stream.
+        batch_size: Rows of a batch.
+        accelerator: Deals the rows to the processes.
+        drop_last: Whether a set's last round is dropped instead.
+    """
+    if accelerator.num_processes == 1:
+        return make(dataset)
+    size = batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
+    if isinstance(dataset, IterableDataset):
+        return make(FilledStream(dataset, size))
+    loader: Any = make(MarkedRows(dataset))
+    if not drop_last:
+        loader.set_sampler(FilledOrder(loader.batch_sampler.batch_sampler.sampler, size))
+    return loader  # type: ignore[no-any-return]
 
 
 def even_loader(

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.data.data_collator import DataCollatorMixin
 
-from tether.data import PairCollator, check_room, margins_of
+from tether.data import PairCollator, check_room, inputs_of, margins_of, uncounted
 from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
+from tether.rounds import own_rows
 from tether.rows import check_reference_sum
 from tether.scoring.images import image_inputs
 from tether.store import content_key
@@ -218,9 +219,10 @@ class PairsOfPadded:
     collator: Callable[[list[Any]], Mapping[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        padded = self.collator(list(rows))
+        rows, counts = own_rows(rows)
+        padded = self.collator(rows)
         if isinstance(padded, Mapping) and isinstance(padded.get("batch"), PairBatch):
-            return dict(padded)
+            return dict(padded) if counts else uncounted(padded)
         # Sums that the rows do not bring would be those of a reference that nobody asks.
         optional = _REFERENCE if all(name in row for row in rows for name in _REFERENCE) else ()
         _check_layout(padded, len(rows), optional)
@@ -232,8 +234,7 @@ class PairsOfPadded:
             for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
         ]
         pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
-        batch = PairBatch.of_pairs(pairs, margins_of(rows))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
+        return inputs_of(pairs, margins_of(rows), counts=counts)
 
 
 def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ArgumentTypeError, DataError
 from tether.image_rows import PROMPT_COLUMNS, ImageRows
+from tether.rounds import REPEATED, own_rows
 from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
 from tether.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
@@ -164,9 +165,8 @@ class PairCollator:
     image_rows: ImageRows | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs = [self._pair(row) for row in rows]
-        batch = PairBatch.of_pairs(pairs, margins_of(rows))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
+        own, counts = own_rows(rows)
+        return inputs_of([self._pair(row) for row in own], margins_of(own), counts=counts)
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Response, Response]:
         images = self.image_rows.shown(row) if self.image_rows is not None else None
@@ -197,6 +197,20 @@ class PairCollator:
         return Response(*fed, content_key(*named, inputs=inputs), images=images)
 
 
+def inputs_of(
+    pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None, *, counts: bool
+) -> dict[str, Any]:
+    """What a collator returns for these pairs: their batch, and a tensor with a 1 for each that counts."""
+    batch = replace(PairBatch.of_pairs(pairs, margins), counts=counts)
+    return {"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch}
+
+
+def uncounted(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as pairs that do not count."""
+    batch = replace(batch_of(inputs), counts=False)
+    return {**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch}
+
+
 def truncation_of(collator: Any) -> Truncation | None:
     """Where a collator cuts a row; None for one of another making, of which nobody can tell."""
     found = getattr(collator, "truncation", None)
@@ -220,16 +234,16 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
 def cut_images(where: str, truncation: Truncation) -> DataError:
     """What is wrong with cutting the start of a row with images."""
     return DataError(
-        asked=f"{where} has images and is longer than `max_length={truncation.max_length}`, with "
-        "`truncation_mode='keep_end'`.",
-        why="The start of its prompt would be cut, and with it the places of its images.",
+        asked=f"{where} has images and more than `max_length={truncation.max_length}` tokens, and "
+        "`truncation_mode='keep_end'` would cut the start of its prompt.",
+        why="With it the places of its images would go.",
         instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
     )
 
 
 def batch_columns(*, with_images: bool) -> list[str]:
     """The columns that a batch may need of a tokenized set."""
-    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, *(PROMPT_COLUMNS if with_images else ())]
+    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *(PROMPT_COLUMNS if with_images else ())]
 
 
 def _as_python(value: Any) -> Any:
@@ -258,7 +272,7 @@ def batch_of(inputs: Mapping[str, Any]) -> PairBatch:
 
 
 def num_pairs_tensor(inputs: Mapping[str, Any]) -> Tensor:
-    """Number of pairs in what the collator returned, as a tensor."""
+    """Number of pairs that count in what the collator returned, as a tensor."""
     pairs = inputs["pairs"]
     assert isinstance(pairs, Tensor)
     return pairs.sum()

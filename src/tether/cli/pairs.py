@@ -90,9 +90,10 @@ def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
     """
     if not is_whole:
         raise DataError(
-            asked=f"`{option}: {name}` has text in some rows and messages in others.",
-            why="Only a whole .json or .jsonl file of such rows can be read, neither compressed nor streamed.",
-            instead="Write the rows to one, or text and messages to a set of their own each.",
+            asked=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
+            "whole .json or .jsonl file.",
+            why="Compressed, streamed, in a folder or on the hub, a text such as `4` would come back as a number.",
+            instead="Write the rows to such a file, or text and messages to a set of their own each.",
         )
     text = Path(name).expanduser().read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
