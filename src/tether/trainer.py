@@ -445,7 +445,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if not return_outputs:
             return loss
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             logits, _ = padded_logits(model, batch, self._pad_token_id)
         return loss, CausalLMOutput(logits=logits)
 
@@ -511,9 +511,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if "loss" in logs or "train_loss" in logs:  # a run's last entry has the steps after the last log, as TRL's
             means = self._train_sums.means(self._sum_over_processes)
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
-            logs |= means
+            logs |= means | ({"num_tokens": self._sum_tokens()} if means else {})
         if "loss" in logs:
-            logs["num_tokens"] = self._sum_tokens()
             logs |= self.reference.figures() | self._watch.distances(self.accelerator.unwrap_model(self.model))
         super().log(logs, start_time)
 
