@@ -537,7 +537,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             loss = losses.sum() * (self.accelerator.num_processes * batch.counts) / num_items_in_batch
         if not return_outputs:
             return loss
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             logits, _ = padded_logits(model, batch, self._pad_token_id)
         return loss, CausalLMOutput(logits=logits)
 
