@@ -20,7 +20,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("tether.types", "tether.errors"),
+    ("tether.types", "tether.errors", "tether.option_types"),
     (
         "tether.distributed",
         "tether.scoring",
@@ -98,6 +98,8 @@ HOMES: tuple[Home, ...] = (
     Home("matplotlib", ("tether.report",)),
     Home("transformers.Trainer", ("tether.trainer",)),
     Home("transformers.trainer", ("tether.trainer",)),
+    Home("pydantic", ("tether.option_types", "tether.cli.options")),
+    Home("typer", ("tether.cli.verbs", "tether.cli.help", "tether.cli.store")),
     Home("pytest", ("tether.testing",)),
     Home("trl", ()),
 )

@@ -18,8 +18,8 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, check_config, check_losses, refuse
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
+from tether.option_types import check_types
 from tether.reference.parts import RULES
-from tether.unread import check_kinds
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -172,8 +172,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         loss_type: str | list[str] = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-        inherited = TrainingArguments.__dataclass_fields__  # those are transformers' to check
-        check_kinds(self, {name: kind for name, kind in DPOConfig.__annotations__.items() if name not in inherited})
+        check_types(self, DPOConfig, TrainingArguments)  # whose options are transformers' to check
         check_config(self)
         self._check_padding()
         if self.bf16 is None:

@@ -89,8 +89,8 @@ def _adapter(script: ScriptOptions, rank: int) -> Any:
 def load_sets(recipe: Recipe) -> tuple[PairDataset, PairDataset | None]:
     """The pairs to train on, and those held out, if any."""
     script = recipe.script
-    if recipe.parts:
-        pairs = load_mixture(recipe.parts, script.dataset_streaming)
+    if script.datasets:
+        pairs = load_mixture(script.datasets, script.dataset_streaming)
     else:
         pairs = _load_split(script, script.dataset_train_split)
     if script.eval_fraction is not None:
