@@ -25,7 +25,6 @@ from tether.cli.options import Part, ScriptOptions
 from tether.cli.trl_options import REFUSED
 from tether.config import DPOConfig
 from tether.losses import LOSSES
-from tether.option_types import flat_schema
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 FILE = SOURCE / "tether" / "cli" / "recipe.schema.json"
@@ -100,6 +99,23 @@ def made_schema() -> dict[str, Any]:
         "properties": properties,
         "$defs": {"Part": TypeAdapter(Part).json_schema()},
     }
+
+
+def flat_schema(hint: Any) -> dict[str, Any]:
+    """The JSON schema of a type hint, with all that a union allows in one `type`."""
+    schema = TypeAdapter(hint).json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def flatten(part: dict[str, Any]) -> dict[str, Any]:
+        flat: dict[str, Any] = {"type": []}
+        for kind in part.get("anyOf", [part]):
+            kind = definitions[kind["$ref"].rpartition("/")[2]] if "$ref" in kind else kind
+            flat["type"] += [kind["type"]] if kind["type"] not in flat["type"] else []
+            flat |= {"items": flatten(kind["items"])} if "items" in kind else {}
+            flat |= {"enum": kind["enum"]} if "enum" in kind else {}
+        return flat
+
+    return flatten(schema)
 
 
 def option_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:

@@ -393,10 +393,10 @@ def test_a_part_on_the_hub_is_passed_on(asked: list[dict[str, Any]]) -> None:
 # ---------------------------------------------------------------------------------------------------- refusals
 
 REFUSALS = [
-    ("datasets: []", "without `train_data`|takes a list"),
-    ("datasets: one.jsonl", "takes a list of sets"),
-    ("datasets: [3]", r"`datasets: \[3\]`.*in part 0, there is neither a path nor options"),
-    ("datasets: [{name: en}]", "in part 0, there is no `path`"),
+    ("datasets: []", "without `train_data`|should be a valid list"),
+    ("datasets: one.jsonl", "should be a valid list"),
+    ("datasets: [3]", r"`datasets: \[3\]`.*`datasets\[0\]`: a part of a mixture has a path"),
+    ("datasets: [{name: en}]", r"`datasets\[0\]`: a part of a mixture has a path"),
     ("datasets: [{path: a, colums: [b]}]", "did you mean `columns`"),
     ("datasets: [{path: a, fraction: 1}, {path: b}]", "Give every part a fraction"),
     ("datasets: [{path: a, fraction: -1}]", "Give every part a fraction"),
@@ -408,7 +408,7 @@ REFUSALS = [
     ("dataset_name: a/b\ndataset_streaming: true\nmax_steps: 1\ntest_split_size: 0.1", "`eval_fraction` together with"),
     ("dataset_name: a/b\neval_fraction: 0.1\ndataset_test_split: x", "`eval_fraction` together with"),
     ("dataset_name: a/b\nmodel_revision: v1\nref_model: other", "`model_revision` together with `ref_model`"),
-    ("dataset_name: a/b\ndtype: float8", "takes one of auto, bfloat16"),
+    ("dataset_name: a/b\ndtype: float8", "should be 'auto', 'bfloat16'"),
     ("dataset_name: a/b\ndtype: bfloat16\nmodel_init_kwargs: {dtype: float16}", "the same argument"),
     ("dataset_name: a/b\nuse_peft: false\nlora_r: 8", "`use_peft: false` together with `lora_r`"),
     ("dataset_name: a/b\nuse_dora: true", "`use_dora` without `lora_r`"),

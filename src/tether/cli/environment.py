@@ -3,54 +3,39 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 
 from tether.store import default_store_path
-
-_PACKAGES = (
-    "tether",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pyarrow",
-    "pydantic",
-    "typer",
-    "bitsandbytes",
-    "deepspeed",
-    "trl",
-)
 
 
 def describe_environment() -> str:
     """A line each, as `name  value`."""
     store = default_store_path()
     rows = {
-        "Python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: _version_of(name) for name in _PACKAGES},
+        "Python": f"{platform.python_version()}, {platform.platform()}",
+        **_versions(),
         "devices": _devices(),
         "store": f"{store} ({store.stat().st_size / 1e6:,.1f} MB)" if store.is_file() else f"{store} (not there yet)",
     }
-    return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
 
 
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _versions() -> dict[str, str]:
+    """Of what tether needs or can use, as far as it is installed."""
+    found = {}
+    for name in ("tether", *sorted(re.split(r"[^\w-]", needed)[0] for needed in requires("tether") or ())):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _devices() -> str:
     if not torch.accelerator.is_available():
         return f"CPU, {torch.get_num_threads()} threads"
-    kind = torch.accelerator.current_accelerator()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(names) or f"{torch.accelerator.device_count()} x {kind}"
+    return ", ".join(names) or f"{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"

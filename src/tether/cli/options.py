@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial, reduce
 from operator import or_
@@ -19,7 +19,12 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
-from tether.option_types import nearest_to, words_of
+from tether.option_types import faults, nearest_to
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -53,115 +58,74 @@ class ScriptOptions:
     Attributes: each is explained by its help text below.
     """
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "The policy: a folder or a name on the hub.", "aliases": ["model_name_or_path"]},
+    model: str | None = _option(None, "The policy: a folder or a name on the hub.", aliases=["model_name_or_path"])
+    train_data: str | None = _option(
+        None,
+        "Pairs to train on: a .json, .jsonl, .csv or .parquet file, a folder of them, or a dataset on the hub, "
+        "`owner/name` or `owner/name:split`.",
+        aliases=["dataset", "dataset_name"],
     )
-    train_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs to train on: a .json, .jsonl, .csv or .parquet file, a folder of them, or a dataset on the "
-            "hub, `owner/name` or `owner/name:split`.",
-            "aliases": ["dataset", "dataset_name"],
-        },
+    datasets: list[Part] | None = _option(
+        None, "Or several sets as one: paths or names; a recipe may say more of each (docs/recipes.md)."
     )
-    datasets: list[Part] | None = field(
-        default=None,
-        metadata={"help": "Or several sets as one: paths or names; a recipe may say more of each (docs/recipes.md)."},
+    dataset_config: str | None = _option(None, "The configuration of train_data, where a dataset has several.")
+    dataset_train_split: str | None = _option(
+        None, "The split of train_data to train on, or a slice of it. Default: train."
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "The configuration of train_data, where a dataset has several."}
+    dataset_test_split: str | None = _option(
+        None,
+        "The split of train_data that is held out. Default: test, where eval_strategy is set and train_data is no "
+        "file.",
     )
-    dataset_train_split: str | None = field(
-        default=None, metadata={"help": "The split of train_data to train on, or a slice of it. Default: train."}
+    dataset_streaming: bool = _option(
+        False, "Read the pairs as they are needed; needs max_steps.", aliases=["streaming"]
     )
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "The split of train_data that is held out. Default: test, where eval_strategy is set and "
-            "train_data is no file."
-        },
+    eval_data: str | None = _option(None, "Held-out pairs, named in the same way.")
+    eval_fraction: float | None = _option(
+        None,
+        "Or: the share of the training pairs to hold out; pairs of one prompt stay together.",
+        aliases=["test_split_size"],
     )
-    dataset_streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the pairs as they are needed; needs max_steps.", "aliases": ["streaming"]},
+    split_seed: int = _option(
+        0, "Which pairs eval_fraction holds out; apart from `seed`, so that all seeds share one set."
     )
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, named in the same way."})
-    eval_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Or: the share of the training pairs to hold out; pairs of one prompt stay together.",
-            "aliases": ["test_split_size"],
-        },
+    tokenizer: str | None = _option(None, "Folder or name of the tokenizer. Default: the one beside the model.")
+    resume: str | None = _option(
+        None, "Go on from a checkpoint: its folder, or no value for the last one in output_dir."
     )
-    split_seed: int = field(
-        default=0,
-        metadata={"help": "Which pairs eval_fraction holds out; apart from `seed`, so that all seeds share one set."},
+    ref_model: str | None = _option(None, "Another model as the reference: a folder or a name on the hub.")
+    model_revision: str | None = _option(None, "Branch, tag or commit of the policy on the hub. Default: main.")
+    dtype: str | None = _option(
+        None, "Dtype of the policy's weights. Default: float32.", choices=["auto", "bfloat16", "float16", "float32"]
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or name of the tokenizer. Default: the one beside the model."}
+    load_in_8bit: bool = _option(False, "Hold the frozen weights in 8 bits (bitsandbytes).")
+    load_in_4bit: bool = _option(False, "Hold the frozen weights in 4 bits (QLoRA).")
+    bnb_4bit_quant_type: str = _option("nf4", "Which 4 bits.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = _option(False, "Quantize the 4-bit blocks' scales too.")
+    bnb_4bit_quant_storage: str | None = _option(
+        None, "Dtype of the tensors that 4-bit weights lie in. Default: uint8."
     )
-    resume: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from a checkpoint: its folder, or no value for the last one in output_dir.",
-        },
+    attn_implementation: str | None = _option(
+        None, "Attention implementation of the policy, as transformers names them."
     )
-    ref_model: str | None = field(
-        default=None, metadata={"help": "Another model as the reference: a folder or a name on the hub."}
+    use_peft: bool | None = _option(
+        None, "Train a LoRA adapter as TRL makes it: rank 16, alpha 32, dropout 0.05, unless said."
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the policy on the hub. Default: main."}
+    lora_r: int | None = _option(None, "Train a LoRA adapter of this rank instead of the model's own weights.")
+    lora_alpha: float | None = _option(
+        None, "Its scale: the update is multiplied by lora_alpha / lora_r. Default: 2 lora_r."
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of the policy's weights. Default: float32.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    lora_dropout: float | None = _option(None, "Dropout in front of it; needs disable_dropout=false. Default: 0.")
+    lora_target_modules: list[str] | None = _option(
+        None, "Layers that get one, or `all-linear`. Default: what PEFT takes for the model's family."
     )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 8 bits (bitsandbytes)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Hold the frozen weights in 4 bits (QLoRA)."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Which 4 bits.", "choices": ["fp4", "nf4"]})
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit blocks' scales too."})
-    bnb_4bit_quant_storage: str | None = field(
-        default=None, metadata={"help": "Dtype of the tensors that 4-bit weights lie in. Default: uint8."}
+    lora_target_parameters: list[str] | None = _option(
+        None, "Parameters that get one, for weights that are no layers of their own."
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention implementation of the policy, as transformers names them."}
-    )
-    use_peft: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Train a LoRA adapter as TRL makes it: rank 16, alpha 32, dropout 0.05, unless said.",
-        },
-    )
-    lora_r: int | None = field(
-        default=None, metadata={"help": "Train a LoRA adapter of this rank instead of the model's own weights."}
-    )
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={"help": "Its scale: the update is multiplied by lora_alpha / lora_r. Default: 2 lora_r."},
-    )
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout in front of it; needs disable_dropout=false. Default: 0."}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Layers that get one, or `all-linear`. Default: what PEFT takes for the model's family."},
-    )
-    lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters that get one, for weights that are no layers of their own."}
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Layers that train as a whole beside it."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale it by lora_alpha / sqrt(lora_r) instead."})
-    use_dora: bool = field(default=False, metadata={"help": "Train the magnitude of each weight's rows too (DoRA)."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Stop before the first step: show sets, lengths, the reference and the first pair."},
-    )
+    lora_modules_to_save: list[str] | None = _option(None, "Layers that train as a whole beside it.")
+    use_rslora: bool = _option(False, "Scale it by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = _option(False, "Train the magnitude of each weight's rows too (DoRA).")
+    dry_run: bool = _option(False, "Stop before the first step: show sets, lengths, the reference and the first pair.")
 
 
 SCHEMA_TEXT = Path(__file__).with_name("recipe.schema.json").read_text(encoding="utf-8")
@@ -191,32 +155,8 @@ def read_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     try:
         read = _model().model_validate(dict(values))
     except ValidationError as error:
-        return {}, dict(_faults(error, values))
+        return {}, faults(error)
     return {name: getattr(read, name) for name in values}, {}
-
-
-def _faults(error: ValidationError, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for found in reversed(error.errors()):  # of several for an option, the first is the last that dict() keeps
-        name, *inside = found["loc"]
-        option = OPTIONS[str(name)]
-        if inside and name == "datasets":
-            yield str(name), f"in part {inside[0]}, {_fault_of_part(found, str(inside[-1]))}"
-        elif values[str(name)] is None:
-            yield str(name), f"it needs a value: {words_of(option)}"
-        else:
-            yield str(name), f"it takes {words_of(option)}"
-
-
-def _fault_of_part(found: Mapping[str, Any], inner: str) -> str:
-    known = Part.__dataclass_fields__
-    what = {
-        "unexpected_keyword_argument": f"there is no option `{inner}`: a part has {', '.join(known)}",
-        "missing": f"there is no `{inner}`: write `- path: pairs.jsonl`, or `- path: owner/name`",
-        "dataclass_type": "there is neither a path nor options: write `- path: pairs.jsonl`, or `- path: owner/name`",
-    }
-    nearest = nearest_to(inner, known) if "unexpected" in found["type"] else ""
-    meant = f" (did you mean `{nearest}`?)" if nearest else ""
-    return what.get(found["type"], f"`{inner}`: {found['msg'][0].lower()}{found['msg'][1:]}") + meant
 
 
 @cache
@@ -235,11 +175,25 @@ _KINDS = {"boolean": bool, "integer": int, "number": float, "string": str, "obje
 def _kind(option: Mapping[str, Any]) -> Any:
     """The type hint of a flat schema."""
     if "type" not in option:  # a part of `datasets`
-        return Annotated[Part, BeforeValidator(lambda part: {"path": part} if isinstance(part, str) else part)]
-    literal: Any = Literal
+        return Annotated[Part, BeforeValidator(_part)]
+    literal: Any = Literal  # Any, since mypy reads a subscript as a type that it ought to know
+    lists: Any = list
     words: Any = literal[tuple(option["enum"])] if "enum" in option else str
-    hints: dict[str, Any] = {"string": words, "array": list[_kind(option["items"])] if "items" in option else list}
+    hints: dict[str, Any] = {"string": words, "array": lists[_kind(option["items"])] if "items" in option else list}
     return reduce(or_, [hints.get(kind, _KINDS.get(kind)) for kind in option["type"]])
+
+
+def _part(written: Any) -> Any:
+    if isinstance(written, str):
+        return {"path": written}
+    known = Part.__dataclass_fields__
+    if not isinstance(written, dict) or "path" not in written:
+        raise ValueError("a part of a mixture has a path: write `- path: pairs.jsonl`, or `- path: owner/name`")
+    for name in written:
+        if name not in known:
+            meant = f" (did you mean `{near}`?)" if (near := nearest_to(str(name), known)) else ""
+            raise ValueError(f"there is no option `{name}` of a part{meant}, which has {', '.join(known)}")
+    return written
 
 
 def _as_written(option: Mapping[str, Any], value: Any) -> Any:

@@ -6,6 +6,7 @@ Must stay instant: torch is loaded by a verb when it runs.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -17,7 +18,6 @@ from tether.cli.help import HELP_NAMES, WORDS, RecipeCommand, ToldGroup
 from tether.cli.options import SCHEMA_TEXT
 from tether.cli.recipe import read_request
 from tether.errors import ConfigurationError
-from tether.option_types import nearest_to
 
 HELP = """\
 tether: train a language model on preference pairs (DPO and its family), with the reference
@@ -46,7 +46,7 @@ To read more: README.md, docs/recipes.md, examples/. In Python: from tether impo
 """
 
 
-app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None, suggest_commands=False)
+app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
 app.add_typer(store.app, name="store")
 
 
@@ -67,34 +67,18 @@ def run_verb(words: Sequence[str]) -> int:
     except typer.Exit as done:  # after --help
         return done.exit_code
     except typer.TyperException as error:
-        raise _refusal(error, words) from None
+        raise _refusal(error) from None
 
 
-def _refusal(error: Any, words: Sequence[str]) -> ConfigurationError:
+def _refusal(error: Any) -> ConfigurationError:
     """What typer refuses, as the command tells it."""
-    path, command = error.ctx.command_path, error.ctx.command
-    unknown = getattr(error, "option_name", None) if "No such option" in str(error) else None
-    help_line = f"`{path} --help` explains {'its verbs' if hasattr(command, 'commands') else 'every option'}."
-    if hasattr(command, "commands") and unknown is None:
-        verb = words[len(path.split()) - 1]
-        nearest = nearest_to(verb, command.commands)
-        return ConfigurationError(
-            asked=f"Cannot run `{path} {verb}`: there is no such verb.",
-            why=f"The verbs are {', '.join(command.commands)}.",
-            instead=f"{f'Did you mean `{path} {nearest}`? ' if nearest else ''}{help_line}",
-        )
-    if unknown is None:
-        return ConfigurationError(
-            asked=f"Cannot run `{path}` with these words: {error.format_message().rstrip('.')}.",
-            why=f"It is written as {command.get_usage(error.ctx).removeprefix('Usage: ')}",
-            instead=help_line,
-        )
-    known = [name for param in command.params for name in param.opts]
-    nearest = nearest_to(unknown, known)
+    path, usage = error.ctx.command_path, error.ctx.command.get_usage(error.ctx)
+    message, *meant = re.split(r" (?:\(Possible options: |Did you mean )", error.format_message())
+    nearest = "".join(f"Did you mean {names.strip('?)')}? " for names in meant)
     return ConfigurationError(
-        asked=f"Cannot use `{unknown}` after `{path}`: there is no such option.",
-        why=f"It takes {', '.join(name for name in known if name.startswith('-')) or 'no options'}.",
-        instead=f"{f'Did you mean `{nearest}`?' if nearest else 'Take it out.'} {help_line}",
+        asked=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",
+        why=f"It is written `{usage.removeprefix('Usage: ')}`.",
+        instead=f"{nearest}`{path} --help` explains what it takes.",
     )
 
 

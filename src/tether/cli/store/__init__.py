@@ -5,11 +5,14 @@ What each verb takes and says of itself; `records` does what needs no model, `ro
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
 from tether.cli.help import HELP_NAMES, WORDS, ToldGroup
+from tether.cli.mistakes import refuse, unknown_option
+from tether.cli.recipe import Request, read_request
+from tether.errors import ConfigurationError
 
 HELP = """\
 tether store: the log-probs of references, kept on disk so that each response is scored once.
@@ -34,7 +37,7 @@ Digest = Annotated[
 ]
 File = Annotated[str, typer.Argument(metavar="FILE.parquet", help="The file.")]
 
-app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None, suggest_commands=False)
+app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
 
 
 @app.command(context_settings=HELP_NAMES)
@@ -76,7 +79,7 @@ def export(
     rows: Annotated[
         str | None, typer.Option(metavar="RECIPE.yaml", help="Write this recipe's pairs with their sums.")
     ] = None,
-    set: Annotated[str, typer.Option(metavar="train|eval", help="Which of its sets.")] = "train",
+    set: Annotated[Literal["train", "eval"], typer.Option(help="Which of its sets.")] = "train",
 ) -> int:
     """Writes the records of one reference to a Parquet file: `key` and `log_probs`, which `tether store import` reads.
 
@@ -88,11 +91,19 @@ def export(
 
     tether store export rows.parquet --rows recipe.yaml --max_length 512
     """
-    from tether.cli.store import records
-
-    records.check_export(ctx.args, rows=rows, set_name=set, identity=identity)
     if rows is None:
+        known = ["identity", "rows", "set", "store"]
+        unknown = [unknown_option(f"`{word}`", word.lstrip("-"), known, dashes="--") for word in ctx.args]
+        refuse(unknown, ctx.command_path)
+        from tether.cli.store import records
+
         return records.export(store, file, identity)
+    if identity is not None:
+        raise ConfigurationError(
+            asked="Cannot use `--identity` together with `--rows`: the recipe says which reference scores its rows.",
+            why="`--identity` chooses among the references whose records a store holds.",
+            instead="Leave `--identity` out.",
+        )
     request = _request("export", [rows, *ctx.args], store)
     from tether.cli.store import rows as of_recipe
 
@@ -142,10 +153,8 @@ def prune(
     return records.prune_store(store, identity, older_than)
 
 
-def _request(verb: str, words: list[str], store: str | None) -> Any:
+def _request(verb: str, words: list[str], store: str | None) -> Request:
     """A recipe over the store that `--store` names, of which nothing is trained."""
-    from tether.cli.recipe import read_request
-
     named = {} if store is None else {"ref_store": store}
     return read_request(f"store {verb}", words, precompute_ref_log_probs=True, ref_store_mode="lazy", **named)
 

@@ -7,8 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from tether.cli import EXIT_DONE
-from tether.cli.mistakes import refuse, unknown_option
-from tether.errors import ConfigurationError, StoreError
+from tether.errors import StoreError
 from tether.store import (
     LogProbStore,
     StoredIdentity,
@@ -29,27 +28,6 @@ def info(name: str | None) -> int:
         if not identities:
             print("           It is empty.")
     return EXIT_DONE
-
-
-def check_export(words: Sequence[str], *, rows: str | None, set_name: str, identity: str | None) -> None:
-    """Refuses words of `tether store export` that belong to no option, and options that do not go together."""
-    if rows is None:
-        known = ["store", "identity", "rows", "set"]
-        names = {word: word.lstrip("-").partition("=")[0] for word in words}
-        found = [unknown_option(f"`{word}`", name, known, dashes="--") for word, name in names.items()]
-        refuse(found, "tether store export")
-    if set_name not in ("train", "eval"):
-        raise ConfigurationError(
-            asked=f"Cannot use `--set {set_name}`: a recipe has the sets train and eval.",
-            why="With `--rows`, it says which of a recipe's sets is written.",
-            instead="Write `--set train` or `--set eval`.",
-        )
-    if rows is not None and identity is not None:
-        raise ConfigurationError(
-            asked="Cannot use `--identity` together with `--rows`: the recipe says which reference scores its rows.",
-            why="`--identity` chooses among the references whose records a store holds.",
-            instead="Leave `--identity` out.",
-        )
 
 
 def export(name: str | None, file: str, start: str | None) -> int:
