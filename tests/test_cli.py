@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from tether.cli import main, progress
 from tether.cli.library_errors import library_errors_told
@@ -448,6 +448,42 @@ def test_train_saves_a_model_and_sums_the_run_up(tether: Run, recipe: Callable[.
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "checkpoint-4"} <= files
     assert "%|" not in err  # no bars where there is no terminal
+
+
+@pytest.mark.parametrize(
+    ("changes", "cost"),
+    [
+        ({}, "a pass in every step"),
+        ({"reference_free": True}, "no pass at all"),
+        ({"precompute_ref_log_probs": True}, r"0 of the \d+ responses to train on are in the store"),
+    ],
+)
+def test_a_dry_run_shows_what_would_be_trained_and_changes_nothing(
+    tether: Run, recipe: Callable[..., str], start: Path, tmp_path: Path, changes: dict[str, Any], cost: str
+) -> None:
+    limit = 50
+    path = recipe(eval_fraction=None, max_length=limit, max_steps=1, **changes)
+    before = {file.name for file in tmp_path.iterdir()}
+    code, out, err = tether("train", path, "--dry_run")
+    assert code == 0, err
+    assert {file.name for file in tmp_path.iterdir()} - before <= {"datasets"}  # no output, no checkpoint
+
+    tokenizer = AutoTokenizer.from_pretrained(start / "model")
+    rows = [json.loads(line) for line in (start / "pairs.jsonl").read_text().splitlines()]
+
+    def length(messages: list[Any], **options: Any) -> int:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    kept = [row for row in rows if length(row["prompt"], add_generation_prompt=True) < limit]
+    cut = [row for row in kept if any(length(row["prompt"] + row[side]) > limit for side in ("chosen", "rejected"))]
+    assert 0 < len(cut) < len(kept)
+    assert f"{len(kept)} to train on" in out and f"max_length {limit} cuts {len(cut)} of {len(kept)} pairs" in out
+    prompt = tokenizer.apply_chat_template(kept[0]["prompt"], add_generation_prompt=True, tokenize=False)
+    assert f"first prompt, {length(kept[0]['prompt'], add_generation_prompt=True)} tokens:\n  {prompt!r}" in out
+    assert re.search(cost, out) and f"output     {tmp_path / 'out'}" in out
+    code, _, err = tether("precompute", path, "--dry_run")
+    assert code == 2 and "only `tether train` can stop before its first step" in err
 
 
 def test_train_makes_an_adapter_and_goes_on_with_one(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
         )
     mistake = mistakes[0]
     place = f" in line {mistake.line} of {path}" if mistake.line else ""
-    names = [*re.findall(r"(?<=`)(?:--)?(\w+)", mistake.subject), mistake.about]
+    names = [*re.findall(r"`(?:--)?(\w+)", f"{mistake.subject} {mistake.instead}"), mistake.about]
     texts = {name: help_of(name) for name in names if help_of(name)}
     explained = " ".join(f"`{name}`: {text}" for name, text in texts.items())
     raise ConfigurationError(

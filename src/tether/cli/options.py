@@ -140,7 +140,7 @@ SCRIPT_NAMES = frozenset(ScriptOptions.__dataclass_fields__)
 
 def help_of(name: str) -> str:
     """What an option does, in a sentence."""
-    return str((OPTIONS | LAUNCHER).get(name, {}).get("description", ""))
+    return str((OPTIONS | LAUNCHER).get(ALIASES.get(name, name), {}).get("description", ""))
 
 
 def read_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -180,7 +180,8 @@ def _kind(option: Mapping[str, Any]) -> Any:
     lists: Any = list
     words: Any = literal[tuple(option["enum"])] if "enum" in option else str
     hints: dict[str, Any] = {"string": words, "array": lists[_kind(option["items"])] if "items" in option else list}
-    return reduce(or_, [hints.get(kind, _KINDS.get(kind)) for kind in option["type"]])
+    single = [] if option["type"][0] != "array" else option["items"].get("type", [])  # is a list of one by now
+    return reduce(or_, [hints.get(kind, _KINDS.get(kind)) for kind in option["type"] if kind not in single])
 
 
 def _part(written: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tether.cli import EXIT_DONE, EXIT_INTERRUPTED
 from tether.cli.assemble import build_trainer
+from tether.cli.dry_run import describe_dry_run
 from tether.cli.interrupt import StopOnInterrupt
 from tether.cli.launch import typed_words
 from tether.cli.library_errors import library_errors_told
@@ -25,6 +26,10 @@ from tether.trainer import DPOTrainer
 def run(request: Request) -> int:
     recipe = make_recipe(request)
     checkpoint = find_checkpoint(recipe)
+    if recipe.script.dry_run:
+        with library_errors_told("tether train"):
+            print(describe_dry_run(recipe), flush=True)
+        return EXIT_DONE
     stop, progress = StopOnInterrupt(), ProgressLines()
     try:
         with library_errors_told("tether train"):

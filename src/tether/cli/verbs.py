@@ -73,7 +73,9 @@ def run_verb(words: Sequence[str]) -> int:
 def _refusal(error: Any) -> ConfigurationError:
     """What typer refuses, as the command tells it."""
     path, usage = error.ctx.command_path, error.ctx.command.get_usage(error.ctx)
-    message, *meant = re.split(r" (?:\(Possible options: |Did you mean )", error.format_message())
+    message, *meant = re.split(
+        r" (?:\(Possible options: |Did you mean )", error.format_message().replace("Value error, ", "")
+    )
     nearest = "".join(f"Did you mean {names.strip('?)')}? " for names in meant)
     return ConfigurationError(
         asked=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",

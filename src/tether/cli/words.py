@@ -102,7 +102,7 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigurationError(
             asked=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or error}.",
-            why=f"It cannot be read as YAML. {' '.join(str(error).split())}",
+            why=f"It cannot be read as YAML{_context_of(error)}.",
             instead=_ONE_PER_LINE,
         ) from None
     written: list[Written] = []
@@ -115,6 +115,11 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
             continue
         written.append(Written(name, value, f"`{name}: {shown}`".replace(": `", ":`"), line))
     return written, mistakes
+
+
+def _context_of(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "context_mark", None)
+    return f", {error.context} that begins in line {mark.line + 1}" if mark else ""  # type: ignore[attr-defined]
 
 
 def _text_of(path: Path) -> str:
