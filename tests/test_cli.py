@@ -198,6 +198,22 @@ warmup_steps: 10
     assert config.model_init_kwargs == {"attn_implementation": "eager", "rope_theta": 1e4}
 
 
+@pytest.mark.parametrize("word", ["yes", "on", "True", "true", "1", "'yes'"])
+def test_truth_is_written_in_many_words_where_truth_is_asked_and_stays_a_word_elsewhere(
+    word: str, tmp_path: Path
+) -> None:
+    recipe = read(f"sync_ref_model: {word}\nrun_name: {word}\noutput_dir: true_run\nseed: 0010", tmp_path)
+    assert recipe.config.sync_ref_model is True and recipe.config.run_name == word.strip("'")
+    assert recipe.config.output_dir == "true_run" and recipe.config.seed == 10
+
+
+def test_flags_and_lines_are_told_apart_from_values_that_look_alike(tmp_path: Path) -> None:
+    flags = ["--max_steps", "-1", "--run_name=--x", "--lora-target-modules", "q_proj", "v_proj", "--no_bf16"]
+    recipe = read("report_to: [none]\nlora_r: 2", tmp_path, *flags)
+    assert (recipe.config.max_steps, recipe.config.run_name, recipe.config.bf16) == (-1, "--x", False)
+    assert recipe.script.lora_target_modules == ["q_proj", "v_proj"]
+
+
 def test_a_recipe_and_flags_take_the_options_of_the_losses(tmp_path: Path) -> None:
     text = "loss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1]\nld_alpha: 0.5\nbco_reward_shift: no"
     config = read(text, tmp_path, "--use_weighting", "--router_aux_loss_coef", "0", "--label_smoothing=0.1").config
@@ -277,7 +293,7 @@ REFUSALS = [
     ("sync_ref_model: perhaps", "it should be a valid boolean", "--help"),
     ("eval_strategy: sometimes", "it should be 'no', 'steps' or 'epoch'", "--help"),
     ("eval_strategy: steps", "nothing to evaluate on", "eval_fraction"),
-    ("do_eval: true", "The verb says what is done", "eval_fraction"),
+    ("do_eval: true", "the verb says what is done", "eval_fraction"),
     ("load_best_model_at_end: true", "save and eval strategy to match", "--help"),
     ("loss_type: sigmoidal", "it should be 'sigmoid', 'hinge'", "Did you mean `sigmoid`?"),
     ("sync_ref_model: true\nprecompute_ref_log_probs: true", "stale", "one of the two"),
@@ -286,7 +302,7 @@ REFUSALS = [
     ("eval_fraction: 1.5", "share of the pairs", "0.1"),
     ("eval_fraction: 0.1\neval_data: x.jsonl", "which pairs are held out", "one of the two"),
     ("dataset: other.jsonl", "the same option", "one of the two"),
-    ("resume: true", "There is none", "start anew"),
+    ("resume: true", "there is none", "start anew"),
     ("resume: out/checkpoint-7", "no such folder", "checkpoint"),
     ("ref_model: ./nowhere", "no such folder", "save_pretrained"),
     ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
@@ -371,7 +387,7 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("absent.jsonl", None, "There is no such file"),
+        ("absent.jsonl", None, "there is no such file"),
         ("pairs.txt", "a", "`.txt` file is not known"),
         ("broken.jsonl", '{"prompt": "a"', "cannot be read"),
         ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "Row 0 of the train set has no `rejected`"),

@@ -12,16 +12,22 @@ import dataclasses
 import io
 import json
 import os
+import re
+import subprocess
+import sys
+import time
 import typing
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import pytest
 from accelerate.commands.launch import launch_command_parser
 from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
-from tether.cli.options import Part, ScriptOptions
+from tether.cli import main
+from tether.cli.options import OPTIONS, Part, ScriptOptions
 from tether.cli.trl_options import REFUSED
 from tether.config import DPOConfig
 from tether.losses import LOSSES
@@ -189,3 +195,58 @@ def test_the_list_of_options_is_made_of_the_dataclasses() -> None:
     if os.environ.get("TETHER_WRITE_OPTIONS"):
         FILE.write_text(made)
     assert FILE.read_text() == made, "write it anew with TETHER_WRITE_OPTIONS=1"
+
+
+# ------------------------------------------------------------------------------------------------ what it is for
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["precompute", "--help"], ["train", "--bata", "1"], ["schema"]])
+def test_neither_help_nor_a_mistake_waits_for_torch(words: list[str]) -> None:
+    check = (
+        "import sys, tether.cli; tether.cli.main(sys.argv[1:]); assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    started = time.process_time() + sum(os.times()[2:4])
+    done = subprocess.run([sys.executable, "-c", check, *words], env=environment, capture_output=True, text=True)
+    seconds = time.process_time() + sum(os.times()[2:4]) - started  # of the processor: other work is not counted
+    assert done.returncode == 0, done.stderr
+    assert seconds < 1
+
+
+def test_the_schema_is_printed_and_holds_what_recipes_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    known, kinds = schema["properties"], {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+    kinds |= {"NoneType": "null", "list": "array", "dict": "object"}
+    for name in OPTIONS:
+        option, default = known[name], known[name]["default"]
+        kind = kinds[type(default).__name__]
+        assert kind in option["type"] or (kind == "integer" and "number" in option["type"]), name
+        assert "enum" not in option or default in option["enum"], name
+    recipe = {"model_name_or_path", "dataset_name", "test_split_size", "num_processes", "accelerate_config", "env"}
+    assert schema["additionalProperties"] is False and recipe | set(REFUSED) <= set(known)
+    assert known["datasets"]["items"]["anyOf"][1]["$ref"] == "#/$defs/Part"
+    assert schema["$defs"]["Part"]["required"] == ["path"]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("tether st", ["store"]),
+        ("tether store ex", ["export"]),
+        ("tether train --truncation", ["--truncation_mode"]),
+        ("tether train recipe.yaml --truncation_mode keep_", ["keep_start", "keep_end"]),
+    ],
+)
+def test_a_shell_completes_verbs_options_and_choices(words: str, completed: list[str]) -> None:
+    asked = {"_TETHER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)} | asked
+    done = subprocess.run([sys.executable, "-m", "tether"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == completed, done.stderr
+
+
+def test_the_environment_names_versions_devices_and_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    for name in ("Python", "torch", "transformers", "accelerate", "peft", "datasets", "pydantic", "devices", "store"):
+        assert re.search(rf"^{name} +\S", out, re.MULTILINE), out

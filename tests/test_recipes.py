@@ -427,7 +427,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(text: str, said: str) -> No
 BAD_PARTS = [
     ([{"path": "one.jsonl", "data_files": "two.jsonl"}], "together with `data_files`"),
     ([{"path": "one.jsonl", "columns": ["prompt", "answer"]}], "it has no column `answer`.\n.*It has prompt"),
-    ([{"path": "one.jsonl"}, {"path": "talk.jsonl"}], "do not fit together"),
+    ([{"path": "one.jsonl"}, {"path": "talk.jsonl"}], "their columns differ"),
     ([{"path": "absent.jsonl"}], r"`datasets\[0\].path: absent.jsonl`"),
 ]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
-import re
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from tether.store import default_store_path
+
+_NEEDED = ("tether", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+_USED = ("pyarrow", "pydantic", "typer", "bitsandbytes", "deepspeed", "trl")
 
 
 def describe_environment() -> str:
@@ -16,22 +18,18 @@ def describe_environment() -> str:
     store = default_store_path()
     rows = {
         "Python": f"{platform.python_version()}, {platform.platform()}",
-        **_versions(),
+        **{name: _version_of(name) for name in (*_NEEDED, *_USED)},
         "devices": _devices(),
         "store": f"{store} ({store.stat().st_size / 1e6:,.1f} MB)" if store.is_file() else f"{store} (not there yet)",
     }
-    return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
 
-def _versions() -> dict[str, str]:
-    """Of what tether needs or can use, as far as it is installed."""
-    found = {}
-    for name in ("tether", *sorted(re.split(r"[^\w-]", needed)[0] for needed in requires("tether") or ())):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _devices() -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -99,27 +98,17 @@ def _completed() -> Any:
 
     def words(**values: Any) -> None: ...
 
-    kinds = {name: bool if option["type"] == ["boolean"] else str for name, option in OPTIONS.items()}
-    flags = {
-        name: Annotated[
-            kinds[name],
-            typer.Option(f"--{name}", help=option["description"], autocompletion=partial(_starting, _choices(option))),
-        ]
-        for name, option in OPTIONS.items()
-    }
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(name, kind, annotation=flags[name], default=None) for name in flags]
-    words.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    literal: Any = Literal
+    flags: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        choices = option.get("enum") or option.get("items", {}).get("enum") or ()
+        names = tuple(str(choice) for choice in choices if choice is not None)
+        kind = bool if option["type"] == ["boolean"] else literal[names] if names else str
+        flags[name] = Annotated[kind, typer.Option(f"--{name}", help=option["description"])]
+    only = inspect.Parameter.KEYWORD_ONLY
+    by_name = [inspect.Parameter(name, only, default=None, annotation=flag) for name, flag in flags.items()]
+    words.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
     words.__annotations__ = flags
     app = typer.Typer(add_completion=False)
     app.command()(words)
     return typer.main.get_command(app).params
-
-
-def _choices(option: Mapping[str, Any]) -> list[str]:
-    choices = option.get("enum") or option.get("items", {}).get("enum") or ()
-    return [str(choice) for choice in choices if choice is not None]
-
-
-def _starting(choices: Sequence[str], incomplete: str) -> list[str]:
-    return [choice for choice in choices if choice.startswith(incomplete)]

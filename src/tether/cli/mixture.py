@@ -30,7 +30,7 @@ def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
         mixture: PairDataset = concatenate_datasets(sets)
     except (ValueError, TypeError) as error:
         raise DataError(
-            asked=f"Cannot join `datasets` {', '.join(part.path for part in parts)}: their columns do not fit together.",
+            asked=f"Cannot join `datasets` {', '.join(part.path for part in parts)}: their columns differ.",
             why=f"{' '.join(str(error).split())}",
             instead="Keep the columns that they share (`columns: [prompt, chosen, rejected]`), and write text beside "
             "text, messages beside messages.",
@@ -56,7 +56,7 @@ def _load_part(part: Part, number: int, streaming: bool) -> Any:
     option = f"datasets[{number}].path"
     if given and is_file(part.path):
         raise DataError(
-            asked=f"Cannot use `{option}: {part.path}` together with `{next(iter(given))}`: the path is a file already.",
+            asked=f"Cannot use `{option}: {part.path}` together with `{next(iter(given))}`: the path is a file.",
             why="`data_dir` and `data_files` say more of a folder, a dataset on the hub, or a format.",
             instead="Keep the path, or write the name of a format as the path: `path: json`.",
         )

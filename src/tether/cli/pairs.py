@@ -73,7 +73,8 @@ def load_pairs(
         rows: PairDataset = load_dataset(**source | further, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            asked=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: {textwrap.shorten(_root_cause(error), 100).rstrip('.')}.",
+            asked=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: "
+            f"{textwrap.shorten(_root_cause(error), 100).rstrip('.')}.",
             why=f"It cannot be read: {_root_cause(error)}",
             instead=_what_to_name(name, split, error),
         ) from error
