@@ -32,12 +32,14 @@ def faults(error: ValidationError) -> dict[str, str]:
     for one in error.errors():
         name, *inside = one["loc"]
         text = one["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-        if inside and isinstance(inside[0], int):  # of a list, or of an option of one of its entries
+        is_entry = bool(inside) and isinstance(inside[0], int)
+        if is_entry and len(inside) == 1 and text.startswith("it should"):
+            text = f"{text}, not {one['input']!r}"
+        elif is_entry:  # one with options of its own
             where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside)
             text = f"`{name}{where}`: {text}"
-        found.setdefault(str(name), []).append(
-            textwrap.shorten(text[0].lower() + text[1:], 200, placeholder=" and others")
-        )
+        text = textwrap.shorten(text[0].lower() + text[1:], 240, placeholder=" and others")
+        found.setdefault(str(name), []).append(text)
     return {name: ", or ".join(dict.fromkeys(texts)) for name, texts in found.items()}
 
 
