@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-all check format bench clean
+.PHONY: help demo dev test test-all numerics check format bench clean
 
 help: ## show this list
 	@printf 'tether: preference training with a reference model you can hold\n\n'
@@ -31,11 +31,27 @@ test: dev ## run the tests, except the slow ones and those for a GPU
 test-all: dev ## run all tests, slow ones too; GPU tests are skipped where there is no GPU
 	$(PYTEST) -m "" $(ARGS)
 
+# What another processor would make of the numbers: other kernels of torch and MKL, more threads, and products that are
+# rounded three times as coarsely as any kernels here (tests/rounding.py). `make test` is the run that is missing.
+NUMERICS := \
+	OMP_NUM_THREADS=2 \
+	OMP_NUM_THREADS=4 \
+	ATEN_CPU_CAPABILITY=avx2 \
+	ATEN_CPU_CAPABILITY=default \
+	MKL_CBWR=COMPATIBLE \
+	TETHER_ROUNDING=3
+
+numerics: dev ## run the tests marked numerics under the kernels of other processors (about XX minutes)
+	@failed=0; for setting in $(NUMERICS); do \
+		printf '== %s\n' "$$setting"; \
+		env "$$setting" $(PYTEST) -m "numerics and not slow and not gpu" $(ARGS) || failed=1; \
+	done; exit $$failed
+
 check: dev ## lint, formatting, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layering.py
+	PYTHONPATH=src $(BIN)/lint-imports
 
 format: dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -50,7 +66,7 @@ bench: dev ## run every benchmarks/bench_*.py, one after the other
 	[ $$found = 1 ] || printf 'No benchmark to run: there is no benchmarks/bench_*.py yet.\n'
 
 clean: ## remove the virtual environment, caches and what the demo wrote
-	rm -rf $(VENV) build dist out tether-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out tether-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- installing -------------------------------------------------------------------------------
@@ -68,7 +84,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python

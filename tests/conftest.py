@@ -1,7 +1,8 @@
 """Settings that hold for every test, and the fixtures that several files share.
 
 The environment is set before torch and transformers are imported. TETHER_TYPECHECK=0 switches off the
-checking of shapes and types (jaxtyping with beartype) in the modules named below; it is on otherwise.
+checking of shapes and types (jaxtyping with beartype) in the modules named below; it is on otherwise. TETHER_ROUNDING
+and OMP_NUM_THREADS are what `make numerics` varies.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ os.environ["WANDB_DISABLED"] = "true"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis
@@ -21,12 +24,15 @@ import jaxtyping
 import pytest
 import torch
 
+from rounding import OtherRounding
+
 CHECKED_MODULES = [
     "tether.types",
     "tether.losses",
     "tether.scoring.head",
     "tether.scoring.images",
     "tether.scoring.layout",
+    "tether.scoring.router",
     "tether.scoring.score",
 ]
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if os.environ.get("TETHER_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
-# The models are tiny: a second thread only waits (on busy cores 20 times longer), and one adds in one order.
-torch.set_num_threads(1)
+# The models are tiny: a second thread only waits (on busy cores 20 times longer). More are for `make numerics`.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 # No deadline: how long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("tether", deadline=None)
@@ -58,10 +64,9 @@ def tether_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     return home
 
 
-@pytest.fixture
-def shared_data() -> Path:
-    """The folder of real data beside the repository; the test is skipped where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("needs the data folder ../shared/data beside the repository, which is not here")
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def other_rounding() -> Iterator[None]:
+    """All tests under the rounding of another processor, TETHER_ROUNDING times as coarse, where that is set."""
+    times = float(os.environ.get("TETHER_ROUNDING", 0))
+    with OtherRounding(times) if times else nullcontext():
+        yield

@@ -227,7 +227,6 @@ SOURCES: dict[str, Kind] = {
     "moving, LoRA": Kind(lora, moving_adapter()),
     "moving, LoRA truncated": Kind(lora, moving_adapter(max_rank=5)),
     "moving, LoRA hard": Kind(lora, moving_adapter(alpha=1.0)),
-    "moving, LoRA by BEMA": Kind(lora, moving_adapter(rule="bema")),
     "moving, LoRA continued": Kind(lambda: lora(init_lora_weights=False), moving_adapter()),
     "moving, LoRA with a trained head": Kind(lambda: llama_lora(modules_to_save=["lm_head"]), moving_adapter()),
     "moving, DoRA": Kind(lambda: llama_lora(use_dora=True), moving_adapter()),

@@ -11,6 +11,8 @@ from tether.scoring.attention import packed_attention
 from tether.scoring.groups import lengths_tensor
 from tether.scoring.varlen import plan_of, varlen_attention
 
+pytestmark = pytest.mark.numerics
+
 GROUPS = [(5, [3, 4]), (2, [6]), (7, [1, 2, 5])]
 ROW = sum(prompt + sum(responses) for prompt, responses in GROUPS)
 WINDOWS = [None, 4]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.reference.averaging import (
+    BemaSchedule,
     LowRank,
     average_dora,
     average_low_rank,
@@ -15,6 +16,8 @@ from tether.reference.averaging import (
     soft_update,
     soft_update_with_residual,
 )
+
+pytestmark = pytest.mark.numerics
 
 ALPHAS = [0.005, 0.01, 0.05, 0.6, 1.0]
 
@@ -81,7 +84,7 @@ def test_bema_is_the_paper_written_out() -> None:
     average = oracle = initial
     for update in range(30):
         policy = initial + 0.1 * update * random(20, seed=update + 1, dtype=torch.float64)
-        average, corrected = bema(average, policy, initial, update)
+        average, corrected = bema(average, policy, initial, update, BemaSchedule())
         b, a = (10 + update) ** -0.5, (10 + update) ** -0.2
         oracle = (1 - b) * oracle + b * policy
         torch.testing.assert_close(average, oracle, atol=1e-12, rtol=1e-12)

@@ -44,13 +44,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ref_model_mixup_alpha": {"ref_model_mixup_alpha": 1.5},
     "ref_model_mixup_alpha below 0": {"ref_model_mixup_alpha": -0.1},
     "ref_model_sync_steps": {"ref_model_sync_steps": 0},
-    "ref_model_sync_rule": {"ref_model_sync_rule": "mean", "sync_ref_model": True},
-    "ref_model_sync_rule without sync": {"ref_model_sync_rule": "hard"},
     "ref_model_sync_rank": {"ref_model_sync_rank": 0, "sync_ref_model": True},
     "ref_model_sync_rank without sync": {"ref_model_sync_rank": 8},
-    "ref_model_sync_rank of a copy": {"ref_model_sync_rank": 8, "ref_model_sync_rule": "hard", "sync_ref_model": True},
-    "alpha of a copy": {"ref_model_mixup_alpha": 0.3, "ref_model_sync_rule": "hard", "sync_ref_model": True},
-    "alpha of bema": {"ref_model_mixup_alpha": 0.3, "ref_model_sync_rule": "bema", "sync_ref_model": True},
+    "ref_model_sync_rank of a copy": {"ref_model_sync_rank": 8, "ref_model_mixup_alpha": 1.0, "sync_ref_model": True},
     "label_smoothing": {"label_smoothing": 0.5},
     "label_smoothing below 0": {"label_smoothing": -0.1},
     "label_smoothing that no loss has": {"label_smoothing": 0.1, "loss_type": "ipo"},
@@ -372,16 +368,12 @@ def test_several_gpus_without_a_launcher_are_refused_with_the_command_to_use(
 
 LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
 VERA = {"peft_config": VeraConfig(target_modules=["q_proj"])}
-BEMA = {"ref_model_sync_rule": "bema", "sync_ref_model": True}
 FOLLOWED = BEMACallback(update_ref_model=True)
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sync with VeRA": ("VERA", lambda: VERA | {"sync_ref_model": True}),
     "sync with a VeRA model": ("VERA", lambda: {"model": adapted(VERA), "sync_ref_model": True}),
     "sync with PEFT and a reference": ("ref_model", lambda: LORA | {"ref_model": tiny_model(), "sync_ref_model": True}),
-    "bema with a reference": ("bema", lambda: {"ref_model": tiny_model(), **BEMA}),
-    "bema with DoRA": ("DoRA", lambda: BEMA | {"peft_config": LoraConfig(target_modules=["q_proj"], use_dora=True)}),
-    "factors without LoRA": ("factors", lambda: {"ref_model_sync_rule": "factors", "sync_ref_model": True}),
     "sync rank without LoRA": ("ref_model_sync_rank", lambda: {"ref_model_sync_rank": 8, "sync_ref_model": True}),
     "sync rank below LoRA's": ("rank 2", lambda: LORA | {"ref_model_sync_rank": 1, "sync_ref_model": True}),
     "ref_dtype with PEFT": ("ref_dtype", lambda: LORA | {"ref_dtype": "bfloat16"}),
@@ -391,7 +383,10 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "no tokenizer for an instance": ("processing_class", lambda: {"processing_class": None}),
     "a tokenizer that is none": ("processing_class", lambda: {"processing_class": str}),
     "a quantization for an instance": ("quantization_config", lambda: {"quantization_config": object()}),
-    "an average for an adapter's reference": ("update_ref_model", lambda: LORA | {"callbacks": [FOLLOWED]}),
+    "an average of an adapter for a reference model": (
+        "update_ref_model",
+        lambda: LORA | {"ref_model": tiny_model(), "callbacks": [FOLLOWED]},
+    ),
     "a schedule of syncs without sync": ("ref_model_sync_steps", lambda: {"ref_model_sync_steps": 4}),
     "a weight of syncs without sync": ("ref_model_mixup_alpha", lambda: {"ref_model_mixup_alpha": 0.3}),
     "a pass that there is not": ("precompute_ref_batch_size", lambda: {"precompute_ref_batch_size": 4}),
@@ -404,12 +399,46 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"max_tokens_per_micro_batch": 99, "train_sampling_strategy": "sequential"},
     ),
     "a last batch by length": ("dataloader_drop_last", lambda: BY_LENGTH | {"dataloader_drop_last": True}),
+    "weights in float16": ("`float16`", lambda: {"model": tiny_model(dtype=torch.float16)}),
+    "an adapter in float16": ("`float16`", lambda: {"model": adapted(LORA, "float16").half()}),
+    "an adapter that is merged": ("`model.unmerge_adapter()`", lambda: {"model": merged(adapted())}),
+    "an optimizer of another model": ("another model", lambda: {"optimizers": optimizer_of(tiny_model())}),
+    "an optimizer of an adapter's base": ("fresh adapter", lambda: optimizer_of_base(tiny_model()) | LORA),
+    "an optimizer of what is frozen": ("frozen", lambda: optimizer_of_base(adapted())),
     "arguments for an instance": ("model_init_kwargs", lambda: {"model_init_kwargs": {"dtype": "auto"}}),
 }
 
 
-def adapted(config: dict[str, Any] = LORA) -> Any:
-    return get_peft_model(tiny_model(), config["peft_config"])
+def test_a_copy_that_an_adapter_trains_in_float16_is_refused(tmp_path: Path) -> None:
+    """PEFT makes LoRA's own factors float32, and leaves what `modules_to_save` copies in the dtype of the base."""
+    whole_head = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ConfigurationError, match="float16") as caught:
+        make_trainer(tmp_path, tiny_model(dtype=torch.float16), peft_config=whole_head)
+    assert_in_three_parts(caught.value, "lm_head.modules_to_save")
+
+
+def test_float16_of_a_model_given_by_name_is_refused(tmp_path: Path) -> None:
+    folder = str(with_tokenizer(tmp_path / "model", tiny_tokenizer()))
+    with pytest.raises(ConfigurationError, match="float16"):
+        make_trainer(tmp_path / "out", folder, model_init_kwargs={"dtype": "float16"})
+
+
+def adapted(config: dict[str, Any] = LORA, dtype: str = "float32") -> Any:
+    return get_peft_model(tiny_model(dtype=getattr(torch, dtype)), config["peft_config"])
+
+
+def merged(model: Any) -> Any:
+    model.merge_adapter()
+    return model
+
+
+def optimizer_of(model: Any) -> tuple[Any, None]:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2), None
+
+
+def optimizer_of_base(model: Any) -> dict[str, Any]:
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    return {"model": model, "optimizers": (torch.optim.AdamW(base, lr=1e-2), None)}
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

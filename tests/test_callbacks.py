@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tether import BEMACallback
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
 from tether.reference import ReferenceOptions, check_options
 from tiny import tiny_model, tiny_pairs
+
+pytestmark = pytest.mark.numerics
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 RULE: dict[str, Any] = {"update_freq": 2, "ema_power": 0.6, "bias_power": 0.3, "lag": 4, "multiplier": 0.5}
@@ -88,11 +91,25 @@ RUN: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3
 FOLLOWS: dict[str, Any] = {"update_ref_model": True, "ref_model_update_freq": 2, "ref_model_update_after": 1}
 
 
+KINDS: dict[str, dict[str, Any]] = {"full": {}, "LoRA": {"peft_config": LoraConfig(**LORA)}}
+
+
+def reference_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """What the reference holds of the weights that train, in float64."""
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    with nullcontext() if trainer.ref_model is not None else trainer.null_ref_context():
+        held = dict((trainer.ref_model or trainer.model).named_parameters())
+        return {name: held[name].detach().double().clone() for name in names}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("follows", [{}, FOLLOWS], ids=["beside", "the reference follows"])
-def test_a_resumed_run_has_the_average_of_the_uninterrupted_one(follows: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_average_of_the_uninterrupted_one(
+    follows: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
     def run(resume: bool) -> tuple[Any, BEMACallback]:
         average = BEMACallback(**RULE, **follows)
-        trainer = make_trainer(tmp_path, callbacks=[average], **RUN)
+        trainer = make_trainer(tmp_path, callbacks=[average], **RUN, **KINDS[kind])
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
         return trainer, average
 
@@ -100,7 +117,7 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one(follows: dict[st
     for one, other in zip(of_whole._averages(), of_resumed._averages(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert same_bits(bits(whole.model), bits(resumed.model))
-    assert same_bits(bits(whole.ref_model), bits(resumed.ref_model))
+    assert same_bits(reference_weights(whole), reference_weights(resumed))
 
 
 def test_a_reference_that_follows_the_average_is_saved_as_a_model(tmp_path: Path) -> None:
@@ -111,6 +128,15 @@ def test_a_reference_that_follows_the_average_is_saved_as_a_model(tmp_path: Path
     assert trainer.ref_model is not None
     assert torch.equal(loaded(ids).logits, trainer.ref_model(ids).logits)
     assert not torch.equal(loaded(ids).logits, tiny_model()(ids).logits), "it has moved"
+
+
+def test_an_adapters_reference_that_follows_the_average_is_saved_as_an_adapter(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 6, "learning_rate": 1e-2, **KINDS["LoRA"]}
+    trainer = trained(tmp_path / "run", callbacks=[BEMACallback(**RULE, **FOLLOWS)], **options)
+    trainer.save_reference(tmp_path / "saved")
+    loaded = dict(PeftModel.from_pretrained(tiny_model(), str(tmp_path / "saved")).named_parameters())
+    for name, weight in reference_weights(trainer).items():
+        assert torch.equal(loaded[name].double(), weight)
 
 
 def test_resuming_without_the_average_is_refused(tmp_path: Path) -> None:
@@ -126,17 +152,18 @@ def test_weights_alone_are_saved_without_the_average(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("checkpoint-*/bema.safetensors"))
 
 
-def test_the_reference_takes_the_average_on_its_own_schedule(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_takes_the_average_on_its_own_schedule(kind: str, tmp_path: Path) -> None:
     """Updates after steps 2, 4, 6; the reference takes them after 1, 3, 5: that of 0, of 2, of 4."""
     weights, average = Weights(), BEMACallback(**RULE, **FOLLOWS)
-    trainer = make_trainer(tmp_path, callbacks=[weights, average], **RUN | {"save_strategy": "no"})
+    trainer = make_trainer(tmp_path, callbacks=[weights, average], **RUN | {"save_strategy": "no"}, **KINDS[kind])
     initial = bits(trainer.model)
     trainer.train()
-    assert trainer.ref_model is not None
-    names = [name for name, _ in trainer.model.named_parameters()]
-    expected = by_hand(weights.after, {name: initial[name] for name in names}, 4, 0)
-    for name, found in trainer.ref_model.named_parameters():
-        torch.testing.assert_close(found.double(), expected[name], atol=1e-6, rtol=1e-5)
+    found = reference_weights(trainer)
+    expected = by_hand(weights.after, {name: initial[name] for name in found}, 4, 0)
+    for name, weight in found.items():
+        assert not torch.equal(weight, weights.after[6][name]), "the average is the policy: nothing is tested"
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
     assert curve(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -150,7 +177,7 @@ def test_a_reference_that_follows_is_evaluated_and_saved_without_a_false_alarm(t
 CANNOT_FOLLOW: dict[str, dict[str, Any]] = {
     "precompute_ref_log_probs": {"precompute_ref_log_probs": True},
     "sync_ref_model": {"sync_ref_model": True},
-    "PEFT": {"peft_config": LoraConfig(**LORA)},
+    "PEFT": {"peft_config": LoraConfig(**LORA), "ref_model": tiny_model()},
     "reference_free": {"reference_free": True},
     "ref_chosen_logps": {
         "rows": [row | {"ref_chosen_logps": -9.0, "ref_rejected_logps": -9.0} for row in tiny_pairs(4)]

@@ -58,6 +58,7 @@ def test_a_policy_changed_between_building_and_training_is_refused_with_the_gap_
     assert "`ref_model`" in said.instead
 
 
+@pytest.mark.numerics
 def test_the_size_that_the_error_names_is_the_gap() -> None:
     policy = tiny_model()
     reference = FrozenReference(disturb(copy.deepcopy(policy)), means_policy=True)

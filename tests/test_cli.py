@@ -21,7 +21,9 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from tether.cli import main, progress
@@ -576,6 +578,35 @@ def test_a_run_shorter_than_logging_steps_shows_its_end(tether: Run, recipe: Cal
     code, out, err = tether("train", recipe(max_steps=1, logging_strategy="no", eval_fraction=None))
     assert code == 0, err
     assert "step    1/1" not in out and "tokens/s" not in out and "rewards/margins" not in out
+
+
+def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    """A learning rate that leaves finite weights after the first step, and no finite loss after them."""
+    path = recipe(learning_rate=1e30, save_steps=1, logging_steps=2, eval_fraction=None)
+    code, out, err = tether("train", path)
+    assert code == 2
+    assert err.startswith("tether: Cannot go on training: the loss of step 2 is NaN or infinite.\n  Why not: ")
+    assert "Traceback" not in err and "step    2/4" not in out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "README.md") == ["checkpoint-1"]
+    weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def test_float16_is_refused_before_anything_is_written(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    code, _, err = tether("train", recipe(dtype="float16"))
+    assert code == 2 and err.startswith("tether: Cannot train weights in `float16`: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_accuracy_of_pairs_that_are_all_tied_is_no_figure(tether: Run, recipe: Callable[..., str]) -> None:
+    code, out, err = tether("train", recipe(max_steps=2, logging_steps=1))
+    assert code == 0, err
+    assert re.search(r"step +1/2  loss 0\.6931  margin \+0\.0000  accuracy -  ", out)
+    assert re.search(r"step +2/2  loss 0\.\d{4}  margin .\d\.\d{4}  accuracy \d\.\d{3}  ", out)
+    assert re.search(r"train, to step 1 +0\.6931 +0\.0000 +-\n", out)
+    assert re.search(r"train, to step 2 +0\.\d{4} +-?\d\.\d{4} +\d\.\d{4}\n", out)
 
 
 def test_the_speed_of_a_resumed_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ GROUPS = {
     "LoRA": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
     "use_rslora use_dora",
     "the reference": "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store ref_store_mode "
-    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rule ref_model_sync_rank ref_dtype "
+    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rank ref_dtype "
     "reference_free",
     "when to log, evaluate and save": "logging_steps eval_strategy eval_steps per_device_eval_batch_size save_strategy "
     "save_steps save_total_limit report_to run_name disable_tqdm",
@@ -133,7 +133,9 @@ def option_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         hint = type(None)
     schema = flat_schema(hint)
     if choices is not None:
-        schema["enum"] = [*choices, *([None] if "null" in schema["type"] else [])]
+        schema["enum"] = list(choices)
+    if "enum" in schema and "null" in schema["type"]:
+        schema["enum"].append(None)
     if "object" in schema["type"] and name not in MAY_BE_FILES:
         schema["type"] = [kind for kind in schema["type"] if kind != "string"]
     if "nargs" in field.metadata and "boolean" not in schema["type"]:  # a flag that may stand alone
@@ -141,7 +143,7 @@ def option_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if name in ("resume", "resume_from_checkpoint"):  # alone, from the last one
         schema["type"].append("boolean")
     if name == "loss_type":
-        schema["items"]["enum"] = list(LOSSES)
+        schema["items"]["enum"] = list(LOSSES)  # for HfArgumentParser, it is a list of plain words
     if name == "datasets":
         schema["items"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Part"}]}
     elif schema["type"][0] == "array":  # a list of one may be written as the one

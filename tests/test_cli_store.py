@@ -55,6 +55,7 @@ def test_info_tells_which_references_a_store_holds(tether: Run, filled: tuple[st
     assert f"{identity.num_records} responses, {identity.num_tokens:,} tokens" in out
 
 
+@pytest.mark.numerics
 def test_verify_scores_a_sample_again_and_says_the_largest_difference(
     tether: Run,  # noqa: F811
     filled: tuple[str, str],

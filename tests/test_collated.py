@@ -14,6 +14,8 @@ from tether.data import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
 from tiny import tiny_pairs
 
+pytestmark = pytest.mark.numerics
+
 ROWS: list[dict[str, Any]] = [
     {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10]},
     {"prompt_ids": [5], "chosen_ids": [11], "rejected_ids": [12, 13, 14]},

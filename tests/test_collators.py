@@ -140,6 +140,7 @@ def test_a_response_with_a_hole_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------ the trainer
 
 
+@pytest.mark.numerics
 def test_a_trainer_with_a_padded_collator_trains_as_without(tmp_path: Path) -> None:
     """And truncates as the collator does, not as the options say."""
     rows = [row for row in tiny_pairs(40) if len(row["prompt"]) < 30]

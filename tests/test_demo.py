@@ -102,6 +102,7 @@ def test_pretraining_lowers_the_loss_and_follows_the_seed() -> None:
     assert loss_after(40) == last
 
 
+@pytest.mark.numerics
 def test_pretraining_counts_answers_only() -> None:
     model = new_model(TOKENIZER, SIZE, seed=0)
     prompt, answer = TEXTS[0]
@@ -168,6 +169,7 @@ def test_sequence_kl_of_a_model_to_itself_is_zero() -> None:
     assert (kl.mean, kl.standard_error) == (0.0, 0.0)
 
 
+@pytest.mark.numerics
 def test_sequence_kl_is_the_mean_log_ratio_of_whole_answers() -> None:
     policy, initial = new_model(TOKENIZER, SIZE, seed=0), new_model(TOKENIZER, SIZE, seed=1)
     prompts, answers = PROMPTS.held_out[:3], [["ab", "ab"], ["", "bca"], ["a", "u"]]
@@ -225,6 +227,7 @@ def test_demo_store_spares_a_second_run_all_passes(quick: tuple[DemoResult, str]
     assert precomputed.num_passes > 0 and result.num_passes_again == 0
 
 
+@pytest.mark.numerics
 def test_demo_precomputed_trains_as_explicit_does(quick: tuple[DemoResult, str]) -> None:
     explicit, precomputed = quick[0].outcomes[0], quick[0].outcomes[2]
     losses = [[entry["loss"] for entry in o.log_history if "loss" in entry] for o in (explicit, precomputed)]

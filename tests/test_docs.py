@@ -6,6 +6,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,13 @@ def test_the_rows_of_the_vision_page_train(tmp_path: Path, monkeypatch: pytest.M
         exec(compile(block, "vision.md", "exec"), names)
     trainer = names["train"](tiny_vision_model(), names["rows"], tiny_processor())
     assert trainer.state.global_step == 1 and trainer.reference.num_passes == 1
+
+
+def test_completion_shows_the_public_names_and_no_others() -> None:
+    in_a_fresh_interpreter = "import tether; print(*dir(tether))"
+    command, environment = [sys.executable, "-c", in_a_fresh_interpreter], {"PYTHONPATH": str(ROOT / "src")}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert set(shown.stdout.split()) == set(tether.__all__)
 
 
 def test_every_public_name_is_there_and_documented() -> None:

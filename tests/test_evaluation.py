@@ -16,6 +16,8 @@ from runs import as_dataset, make_trainer, trained
 from tether.evaluation import PairGather
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 VOCABULARY = 256
 
 
@@ -66,7 +68,7 @@ def test_compute_metrics_gets_the_logits_of_every_sequence_once(size: int, tmp_p
         assert found[: len(ids)].tolist() == ids
         with torch.no_grad():
             alone = model(torch.tensor([ids])).logits[0]
-        np.testing.assert_allclose(logits[: len(ids)], alone.numpy(), atol=1e-4)
+        np.testing.assert_allclose(logits[: len(ids)], alone.numpy(), atol=1e-3)  # 2e-4 under `OtherRounding(10)`
 
 
 def test_evaluation_builds_no_logits_unless_it_is_asked_for_them(tmp_path: Path) -> None:

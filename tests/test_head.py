@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tether.scoring import LogitTransform, token_log_probs
 
+pytestmark = pytest.mark.numerics
+
 TOKENS, HIDDEN, VOCAB = 23, 8, 50
 
 TRANSFORMS = {

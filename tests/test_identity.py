@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tether.errors import ReferenceModelError
-from tether.reference import AdapterReference, FrozenReference
+from tether.reference import AdapterReference, FrozenReference, ReferenceIdentity
 from tiny import tiny_model
 
 TESTS = Path(__file__).parent
@@ -136,3 +136,9 @@ def test_identity_refuses_weights_that_are_not_finite_and_names_them(value: floa
     model = changed(lambda m: m.model.layers[1].mlp.up_proj.weight[0, 0].fill_(value))
     with pytest.raises(ReferenceModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         FrozenReference(model)
+
+
+def test_a_reference_without_weights_is_told_from_others_by_its_name() -> None:
+    one, same, other = (ReferenceIdentity.named(name) for name in ("team/dpo-v3", "team/dpo-v3", "team/dpo-v4"))
+    assert one.digest == same.digest != other.digest
+    assert one.digest != digest_of(tiny_model()) and one.describe()["kind"] == "named"

@@ -54,7 +54,8 @@ and lets `forward_kl` overflow.
 - **`margin`**, a column of the rows: by how much the chosen response is better, in units of reward (`beta` times
   nats). DPO with an offset, Amini et al. 2024, arXiv 2402.10571. TRL ignores such a column.
 - **`router_aux_loss_coef`**: the load-balancing loss of a mixture of experts is added with this weight; by default
-  the model config's own, as in TRL. Logged as `aux_loss`.
+  the model config's own, as in TRL. It is the model's own loss; where a model returns none (GLM-4.5, DeepSeek-V3,
+  Llama 4), it is that of Switch Transformers, made of its router's logits. Logged as `aux_loss`.
 - **`reference_free`**: no reference. Every response has the log-prob 0 under it, so `h = log pi_theta(y|x)`.
 
 ## What a loss is

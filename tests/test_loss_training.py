@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from observe import bits, same_bits
-from runs import as_dataset, curve, differences, make_trainer, steps, stream, trained
+from runs import as_dataset, curve, differences, make_trainer, shared_names, steps, stream, trained
 from tether import DataCollatorForPreference, DPOConfig, LossOptions, PairScores
 from tether.errors import ConfigurationError, DataError, ResumeError
 from tether.losses import LOSSES
@@ -21,12 +21,14 @@ from tether.reference import AdapterReference, FrozenReference, Reference, Store
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from trl_oracle import trl_curve
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Tiny models with their tokenizer on disk, by family."""
     found = {}
-    for family in ("llama", "mixtral"):
+    for family in ("llama", "mixtral", "hunyuan_v1_moe"):
         folder = tmp_path_factory.mktemp(family)
         tiny_model(family).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
@@ -67,6 +69,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "router, coefficient": {
         "family": "mixtral", "router_aux_loss_coef": 0.5, "loss_type": ["hinge"], "learning_rate": 3e-4
     },
+    "router without a loss of its own": {
+        "family": "hunyuan_v1_moe", "router_aux_loss_coef": 0.5, "learning_rate": 3e-4
+    },
 }  # fmt: skip
 REFERENCES: dict[str, tuple[type[Reference], dict[str, Any]]] = {
     "explicit": (FrozenReference, {}),
@@ -74,7 +79,8 @@ REFERENCES: dict[str, tuple[type[Reference], dict[str, Any]]] = {
     "precomputed": (StoredReference, {"precompute_ref_log_probs": True}),
 }
 # Where something is subtle, TRL's run is compared by default; for the plain functions above, with the slow tests.
-QUICK = ("bco_pair", "aot", "sft", "discopop", "MPO", "forward_kl", "LD-DPO", "WPO", "router, coefficient")
+QUICK = ("bco_pair", "aot", "sft", "discopop", "MPO", "forward_kl", "LD-DPO", "WPO", "router, coefficient",
+         "router without a loss of its own")  # fmt: skip
 # fp32 cannot tell sums of hundreds of nats, and norms of their gradients, apart to 1e-4: to 1e-4 of their size.
 LARGE = ("grad_norm", "logps/chosen", "logps/rejected")
 
@@ -95,7 +101,7 @@ def assert_equal_to_trl(name: str, reference: str, num_steps: int, folders: dict
     theirs = trl_curve(folder, rows, tiny_tokenizer(), tmp_path / "trl", **options | deepcopy(more))
     trainer = trained(tmp_path / "tether", folder, rows, **options | deepcopy(more) | ours_only)
     assert isinstance(trainer.reference, kind)
-    assert_same_curves(steps(trainer), theirs, stored=reference == "precomputed")
+    assert_same_curves(steps(trainer), theirs)
 
 
 def shortened(characters: int | None) -> list[dict[str, Any]]:
@@ -103,12 +109,8 @@ def shortened(characters: int | None) -> list[dict[str, Any]]:
     return [row for row in rows if row["chosen"] != row["rejected"]]
 
 
-def assert_same_curves(ours: list[dict[str, float]], theirs: list[dict[str, float]], *, stored: bool) -> None:
-    assert len(ours) == len(theirs) and ours[1].keys() == theirs[1].keys()
-    if stored:  # before the first step all margins are 0 but for the rounding of other batches; so is their sign
-        for first in (ours[0], theirs[0]):
-            assert abs(first["rewards/margins"]) < 1e-5
-            first["rewards/accuracies"] = 0.0
+def assert_same_curves(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    assert len(ours) == len(theirs) and shared_names(ours[1]) == theirs[1].keys()
     for metric, difference in differences(ours, theirs).items():
         size = max(abs(entry[metric]) for entry in theirs) if metric in LARGE else 1
         assert difference <= 1e-4 * max(1, size), metric
@@ -154,10 +156,47 @@ def test_router_loss_is_added_by_the_models_own_coefficient_and_can_be_switched_
     assert other["loss"] == pytest.approx(math.log(2) + own["aux_loss"], rel=1e-5)
 
 
-def test_router_loss_of_a_model_without_a_router_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="router_aux_loss_coef"):
-        make_trainer(tmp_path, router_aux_loss_coef=0.1)
-    make_trainer(tmp_path, router_aux_loss_coef=0.0)
+@pytest.mark.parametrize(("family", "own"), [("glm4_moe", 0.0), ("hunyuan_v1_moe", 0.0), ("llama4_text", 0.001)])
+def test_router_loss_is_made_where_the_model_defines_none(family: str, own: float, tmp_path: Path) -> None:
+    def run(**options: Any) -> Any:
+        return steps(trained(tmp_path, tiny_model(family), max_steps=1, **options))[0]
+
+    by_default, asked = run(), run(router_aux_loss_coef=0.5)
+    assert asked["aux_loss"] >= 1 and asked["loss"] == pytest.approx(math.log(2) + 0.5 * asked["aux_loss"], rel=1e-5)
+    assert by_default["loss"] == pytest.approx(math.log(2) + own * asked["aux_loss"], rel=1e-5)
+    assert ("aux_loss" in by_default) is (own > 0)
+
+
+DENSE = {
+    "another family": ("llama", {}),
+    "a family with experts": ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "all layers dense": ("qwen2_moe", {"mlp_only_layers": [0, 1]}),
+}
+
+
+@pytest.mark.parametrize(("family", "config"), DENSE.values(), ids=DENSE)
+def test_router_loss_of_a_model_without_a_router_is_refused(family: str, config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"router_aux_loss_coef=0\.1.* no loss to weigh"):
+        make_trainer(tmp_path, tiny_model(family, **config), router_aux_loss_coef=0.1)
+    trainer = trained(tmp_path, tiny_model(family, **config), max_steps=1)
+    assert curve(trainer) == pytest.approx([math.log(2)], abs=1e-6)
+    assert not trainer.aux_loss_enabled and "aux_loss" not in steps(trainer)[0]
+
+
+def test_router_loss_that_would_have_no_gradient_is_refused(tmp_path: Path) -> None:
+    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ConfigurationError, match="use_reentrant"):
+        make_trainer(tmp_path, tiny_model("mixtral"), **reentrant)
+    make_trainer(tmp_path, tiny_model("mixtral"), **reentrant, router_aux_loss_coef=0.0)
+    make_trainer(tmp_path, tiny_model("mixtral"), **reentrant | {"activation_checkpointing": False})
+
+
+def test_router_loss_of_steps_after_the_last_log_is_in_the_last_entry(tmp_path: Path) -> None:
+    """As in TRL, whose tests look for it there."""
+    each = curve(trained(tmp_path / "each", tiny_model("mixtral")), "aux_loss")
+    last = trained(tmp_path / "last", tiny_model("mixtral"), logging_steps=10).state.log_history[-1]
+    assert last["aux_loss"] == pytest.approx(sum(each) / 3, rel=1e-6)
+    assert "train_loss" in last and "loss" not in last
 
 
 # ------------------------------------------------------------------------------------------------- reference-free

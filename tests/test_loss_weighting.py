@@ -17,6 +17,8 @@ from tether.losses.weighting import RewardShift, pair_scores, policy_weights
 from tether.types import PairBatch, PairScores, Response, ResponseLogProbs, TokenStatistics, offsets_of
 from trl_oracle import trl_loss_of_tokens
 
+pytestmark = pytest.mark.numerics
+
 # Two prompts; the first has three responses in two pairs, of 5, 2 and 4 tokens, so one response has two partners.
 A, B, C = (Response((1, 2), tuple(range(10, 10 + n))) for n in (5, 2, 4))
 D, E = (Response((3,), tuple(range(20, 20 + n))) for n in (3, 3))

@@ -14,6 +14,8 @@ from tether.losses import DIVERGENCES, LOSSES, LossOptions
 from tether.types import PairScores
 from trl_oracle import trl_loss
 
+pytestmark = pytest.mark.numerics
+
 PAIRS = [
     Pair(-12.5, -30.25, -14.0, -28.0, 11, 23),
     Pair(-3.0, -2.0, -1.0, -4.5, 1, 2),

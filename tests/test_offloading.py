@@ -14,6 +14,8 @@ from tether.errors import ConfigurationError
 from tether.offloading import OffloadedActivations
 from tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 
 class Counted(OffloadedActivations):
     """As on a CPU, with a count of what was moved and where it came from."""

@@ -19,6 +19,8 @@ from tether.scoring.score import can_pack
 from tether.types import PairBatch, Response
 from tiny import FAMILIES, naive_log_probs, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 

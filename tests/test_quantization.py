@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from observe import bits, same_bits
 from runs import curve, make_trainer, steps, trained
 from tether.errors import ConfigurationError
-from tiny import tiny_model, tiny_pairs, tiny_tokenizer
+from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
+
+pytestmark = pytest.mark.numerics
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bitsandbytes")
 
@@ -24,7 +26,7 @@ FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
 BITS = {"4 bits": FOUR, "8 bits": EIGHT}
 ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-RUN: dict[str, Any] = {"learning_rate": 1e-2, "max_steps": 6}
+RUN: dict[str, Any] = {"learning_rate": 1e-2, "adam_epsilon": ADAM_EPSILON, "max_steps": 6}
 
 
 @pytest.fixture(scope="module")

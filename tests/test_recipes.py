@@ -40,7 +40,7 @@ from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.trl_options import FORMER, REFUSED
 from tether.errors import ConfigurationError, DataError, MissingPackageError
 from tether.trainer import DPOTrainer
-from tiny import tiny_model, tiny_pairs, tiny_tokenizer
+from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 
 TRL_OPTIONS = (ScriptArguments, ModelConfig, DatasetMixtureConfig)
 START = "model_name_or_path: m\n"
@@ -506,6 +506,7 @@ PARITY = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", PARITY)
 def test_a_recipe_trains_as_under_trls_own_script(name: str, run: Callable[..., str]) -> None:
     tiny_model().save_pretrained("model")
@@ -520,6 +521,7 @@ def test_a_recipe_trains_as_under_trls_own_script(name: str, run: Callable[..., 
         "eval_strategy": "steps",
         "eval_steps": 3,
         "warmup_steps": 2,
+        "adam_epsilon": ADAM_EPSILON,
         "gradient_accumulation_steps": 2,
         "bf16": False,
         "use_cpu": True,

@@ -15,7 +15,9 @@ from tether import BEMACallback
 from tether.columns import with_reference_columns
 from tether.data import REFERENCE_COLUMNS
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError
-from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
+from tiny import ADAM_EPSILON, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
+
+pytestmark = pytest.mark.numerics
 
 ROWS = tiny_pairs(12)
 MAX_LENGTH = 60  # cuts some responses
@@ -52,6 +54,7 @@ def trl_trainer(folder: str, rows: Dataset, output_dir: Path, **options: Any) ->
         max_length=MAX_LENGTH,
         per_device_train_batch_size=4,
         learning_rate=1e-3,
+        adam_epsilon=ADAM_EPSILON,
         max_steps=3,
         logging_steps=1,
         **options,
@@ -89,7 +92,8 @@ def test_rows_that_bring_sums_train_without_any_reference_pass(loss_type: str, t
     given = trained(tmp_path / "1", rows=rows, **options)
     computed = trained(tmp_path / "2", rows=ROWS, **options)
     assert (given.reference.num_passes, given.reference.extra_bytes, given.ref_model) == (0, 0, None)
-    assert curve(given) == pytest.approx(curve(computed), abs=1e-5)
+    # Sums of hundreds of nats are rounded by 3e-5 each; under `OtherRounding(10)` the curves part by 2e-5.
+    assert curve(given) == pytest.approx(curve(computed), rel=1e-4, abs=1e-4)
     assert steps(given)[0]["reference/initial_gap"] < 1e-5
     assert curve(trained(tmp_path / "3", rows=stream(list(rows)), **options)) == pytest.approx(
         curve(trained(tmp_path / "4", rows=rows, train_sampling_strategy="sequential", **options)), abs=1e-6

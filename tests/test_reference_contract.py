@@ -20,6 +20,8 @@ from tether.scoring import score
 from tether.testing import ReferenceContract
 from tether.types import PairBatch, ResponseLogProbs
 
+pytestmark = pytest.mark.numerics
+
 
 class OfKind(ReferenceContract):
     """The contract for one of the kinds of tests/kinds.py."""

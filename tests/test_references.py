@@ -37,6 +37,8 @@ from tether.testing import naive_log_probs_of
 from tether.types import PairBatch
 from tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("name", ["explicit", "implicit, fresh LoRA", "moving"])
 def test_reference_that_computes_counts_every_batch(name: str, tmp_path: Path) -> None:

@@ -48,11 +48,6 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "synchronized": lambda: SYNC,
     "synchronized, hard": lambda: SYNC | {"ref_model_mixup_alpha": 1.0},
     "synchronized, bfloat16": lambda: SYNC | {"ref_dtype": "bfloat16"},
-    "synchronized, bema": lambda: {k: v for k, v in SYNC.items() if "alpha" not in k} | {"ref_model_sync_rule": "bema"},
-    "synchronized, bema, LoRA": lambda: (
-        {"sync_ref_model": True, "ref_model_sync_steps": 2}
-        | {"peft_config": LoraConfig(**LORA), "ref_model_sync_rule": "bema"}
-    ),
     "synchronized, fresh LoRA": lambda: SYNC | {"peft_config": LoraConfig(**LORA), "ref_model_sync_steps": 2},
     "synchronized, hard, fresh LoRA": lambda: SYNC | {"peft_config": LoraConfig(**LORA), "ref_model_mixup_alpha": 1.0},
     "synchronized, continued LoRA": lambda: SYNC | {"model": continued()},

@@ -17,6 +17,8 @@ from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response
 from tiny import naive_log_probs, tiny_model, tiny_pairs
 
+pytestmark = pytest.mark.numerics
+
 LIMIT = 24
 ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {
@@ -88,7 +90,8 @@ def test_gradients_are_those_of_the_rows_alone(rope: str) -> None:
     for one in sorted(BATCH.responses(), key=lambda one: len(one.prompt_ids) + len(one.token_ids)):
         naive_log_probs(plain, one.prompt_ids, one.token_ids).sum().backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+        # Of a tensor's largest entry: 1e-6 by rounding here, 3e-5 under `OtherRounding(10)`.
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max()
 
 
 @pytest.mark.parametrize("rope", ROPES)

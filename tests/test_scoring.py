@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from observe import LargestTensor, traces
+from tether.errors import ConfigurationError
 from tether.scoring import score
 from tether.types import PairBatch, Response
 from tiny import FAMILIES, naive_log_probs, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 LAYOUTS = ("auto", "padded")
-CLOSE = {"atol": 5e-6, "rtol": 1e-6}  # fp32 rounding, in nats
+# Rounding in fp32, in nats: 8e-6 by the kernels of other processors, 4e-5 under `OtherRounding(3)`.
+CLOSE = {"atol": 5e-5, "rtol": 1e-6}
 
 
 def draw(seed: int, count: int) -> tuple[int, ...]:
@@ -60,11 +64,12 @@ def gradients(model: nn.Module, values: Tensor) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], share: float = 2e-5) -> None:
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 1e-4 of a tensor's largest entry: 1.5e-5 by the kernels of other processors, 5e-5 under `OtherRounding(3)`."""
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         # the gradient of a key's bias is zero but for rounding: hence not the tensor's own size alone
-        assert (found[name] - grad).abs().max() <= share * max(1.0, grad.abs().max().item()), name
+        assert (found[name] - grad).abs().max() <= 1e-4 * max(1.0, grad.abs().max().item()), name
 
 
 # ----------------------------------------------------------------------------------------------- the meaning
@@ -219,6 +224,68 @@ def test_score_auxiliary_loss_is_that_of_the_padded_sequences(family: str, layou
     assert found is not None
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert score(model, DISTINCT).auxiliary_loss is None
+
+
+def naive_load_balance(model: nn.Module, batch: PairBatch, top_k: list[int]) -> Tensor:
+    """Experts, times the sum over them of the share of tokens that each gets and the mean of its probabilities.
+
+    Over the tokens of all layers, each sequence fed alone: a prompt counts once for each of its responses.
+    """
+    probabilities, sent = [], []
+    for prompt, response in sequences(batch):
+        ids = torch.tensor([prompt + response])
+        outputs = model(input_ids=ids, output_router_logits=True, use_cache=False)
+        for layer, logits in enumerate(outputs.router_logits):
+            probabilities.append(torch.softmax(logits.double(), -1))
+            order = probabilities[-1].argsort(-1, descending=True)
+            sent.append(torch.zeros_like(probabilities[-1]).scatter(-1, order[:, : top_k[layer]], 1.0))
+    p, f = torch.cat(probabilities), torch.cat(sent)
+    return p.shape[-1] * (p.mean(0) * f.mean(0)).sum()
+
+
+# family, its config, and the experts of a token in each layer
+WITHOUT_A_LOSS: list[tuple[str, dict[str, Any], list[int]]] = [
+    ("glm4_moe", {}, [2, 2]),
+    ("glm4_moe", {"first_k_dense_replace": 1}, [2]),
+    ("hunyuan_v1_moe", {"moe_topk": [2, 1]}, [2, 1]),
+    ("llama4_text", {}, [1, 1]),
+]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(("family", "config", "top_k"), WITHOUT_A_LOSS)
+def test_score_auxiliary_loss_is_made_of_router_logits_where_the_model_has_none(
+    family: str, config: dict[str, Any], top_k: list[int], layout: Any
+) -> None:
+    model = tiny_model(family, **config)
+    ids = torch.tensor([LONG])
+    assert model(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss is None
+    expected = naive_load_balance(model, DISTINCT, top_k)
+    found = score(model, DISTINCT, auxiliary_loss=True, layout=layout).auxiliary_loss
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    parameters = {name: p for name, p in model.named_parameters() if "lm_head" not in name}
+    one, other = (torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) for loss in (found, expected))
+    grads = [{n: g for n, g in zip(parameters, side, strict=True) if g is not None} for side in (one, other)]
+    assert_same_gradients(*grads)
+    assert any(grad.abs().max() > 1e-2 for grad in grads[1].values())
+
+
+@torch.no_grad()
+def test_score_auxiliary_loss_counts_the_virtual_tokens_of_an_adapter_once() -> None:
+    """As the loss of the families that define one does, whose mask the adapter makes longer."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    own, made = (get_peft_model(tiny_model("mixtral"), config) for _ in range(2))
+    made.load_state_dict(own.state_dict())
+    made.get_base_model().register_forward_hook(lambda _, __, outputs: setattr(outputs, "aux_loss", None))
+    one, other = (score(model, DISTINCT, auxiliary_loss=True).auxiliary_loss for model in (own, made))
+    assert one is not None and other is not None
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_score_auxiliary_loss_of_a_model_without_a_router_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="router_aux_loss_coef"):
+        score(tiny_model(), BATCH, auxiliary_loss=True)
 
 
 # ------------------------------------------------------------------------------------- adapters, other heads

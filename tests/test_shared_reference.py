@@ -22,6 +22,8 @@ from tether.scoring import score
 from tether.testing import naive_log_probs_of
 from tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -114,7 +116,8 @@ def stands_still(sharing: str, policy: str, options: dict[str, Any], folder: Pat
     trainer = make_trainer(folder, model, ref_model=other, learning_rate=0.05, **POLICIES[policy], **options)
     batch = batch_of(trainer.data_collator([trainer.train_dataset[row] for row in range(4)]))
     meant = naive_log_probs_of(meant_model, batch)
-    close = {"atol": 0.6, "rtol": 0.05} if "ref_dtype" in options else {"atol": 2e-5, "rtol": 1e-5}
+    # Rounding: 7e-5 under `OtherRounding(3)`.
+    close = {"atol": 0.6, "rtol": 0.05} if "ref_dtype" in options else {"atol": 1e-4, "rtol": 1e-5}
     before = trainer.reference.log_probs(batch).values
     torch.testing.assert_close(before, meant, **close)
     trainer.train()

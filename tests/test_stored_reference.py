@@ -24,6 +24,8 @@ from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 PRECOMPUTE: dict[str, Any] = {"precompute_ref_log_probs": True}
 LAZY, REQUIRE = PRECOMPUTE | {"ref_store_mode": "lazy"}, PRECOMPUTE | {"ref_store_mode": "require"}
 LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}

@@ -25,6 +25,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "trl.md"
 # What is not the same, in words; every other option has TRL's default and meaning.
 DIFFERENCES = {
     "bf16": "on where an accelerator supports it, off on a CPU; TRL turns it on everywhere and fails there",
+    "gradient_checkpointing": "switched off, and said so, for prefix tuning, Cartridge and activated LoRA",
     "router_aux_loss_coef": "weighs each pair of the optimizer step alike; TRL each micro-batch",
     "truncation_mode": "`keep_end` is not deprecated",
     "padding_free": "rows have no padding by default; True makes it an error where the model needs some. TRL warns "

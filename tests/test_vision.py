@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference as TheirColl
 
 import tether
 from observe import bits, same_bits
-from runs import curve, differences, make_trainer, steps, stream, trained
+from runs import curve, differences, make_trainer, shared_names, steps, stream, trained
 from tether import DataCollatorForVisionPreference
 from tether.columns import with_reference_columns
 from tether.data import PairCollator, batch_of
@@ -32,6 +32,8 @@ from tether.types import PairBatch
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
 from trl_oracle import trl_curve
+
+pytestmark = pytest.mark.numerics
 
 SHAPES = ("messages", "blocks", "text")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -123,7 +125,8 @@ def test_layouts_agree_in_values_and_gradients(family: str) -> None:
     assert padded_grads.keys() == auto_grads.keys()
     assert any("vis" in name and grad.abs().max() > 1e-3 for name, grad in auto_grads.items())
     for name, grad in padded_grads.items():
-        assert (auto_grads[name] - grad).abs().max() <= 1e-4 * max(1e-2, grad.abs().max()), name
+        # The gradient of a key's bias is 0 but for the rounding of others, whose entries are 10 and more.
+        assert (auto_grads[name] - grad).abs().max() <= 1e-4 * max(1e-1, grad.abs().max()), name
 
 
 def test_a_family_whose_image_tokens_see_each_other_must_not_be_packed() -> None:
@@ -302,9 +305,7 @@ def assert_trains_as_trl(
     theirs = trl_curve(folder, rows, processor, tmp_path / "trl", **options)
     given = options | more | {"activation_checkpointing": False, "processing_class": processor}
     ours = steps(trained(tmp_path / "tether", folder, rows, **given))
-    assert len(ours) == num_steps and ours[1].keys() == theirs[1].keys()
-    if "precompute_ref_log_probs" in more:  # at the first step rewards are the rounding of two batches' shapes
-        ours[0]["rewards/accuracies"] = theirs[0]["rewards/accuracies"] = 0.0
+    assert len(ours) == num_steps and shared_names(ours[1]) == theirs[1].keys()
     for metric, difference in differences(ours, theirs).items():
         assert difference <= 1e-4 * max(1, max(abs(entry[metric]) for entry in theirs)), metric
     assert max(entry["loss"] for entry in ours) - min(entry["loss"] for entry in ours) > 1e-2

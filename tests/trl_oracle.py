@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from tiny import ADAM_EPSILON
+
 Row = dict[str, Any]
 
 
@@ -164,9 +166,10 @@ def trl_curve(
 ) -> list[dict[str, float]]:
     """The training log of a run with TRL, one entry per step (without its summary)."""
     peft_config = options.pop("peft_config", None)
+    options = {"bf16": False, "report_to": [], "save_strategy": "no", "adam_epsilon": ADAM_EPSILON} | options
     trainer = DPOTrainer(
         model=str(model),
-        args=DPOConfig(str(output_dir), bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, **options),
+        args=DPOConfig(str(output_dir), disable_tqdm=True, **options),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft_config,

@@ -1,14 +1,15 @@
 """Makes a small language model from nothing: a byte-level BPE tokenizer and a Qwen2 of six million parameters.
 
-Both are trained on one text file, a document per line, in a few minutes on a CPU. The model knows some English and
-nothing else; it is there so that `tether train` has a real policy to start from, offline.
+Both are trained on the texts of one file in a few minutes on a CPU. The model knows some English and nothing else; it
+is there so that `tether train` has a policy to start from, offline.
 
-    python examples/real_pairs/make_model.py --text ../shared/data/text_en.txt --output out/base
+    python examples/real_pairs/make_model.py --output out/base
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import sys
@@ -33,9 +34,9 @@ CHAT_TEMPLATE = (
 def main() -> None:
     options = read_options()
     if not options.text.is_file():
-        sys.exit(f"There is no text at {options.text}: name one with --text (plain text, a document per line).")
+        sys.exit(f"There is no text at {options.text}: name one with --text (text, or pairs as .jsonl).")
     torch.manual_seed(options.seed)
-    documents = [line for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    documents = read_documents(options.text)
     tokenizer = train_tokenizer(documents, options.vocab_size)
     held_out = max(1, len(documents) // 20)
     train_ids = encode(tokenizer, documents[:-held_out])
@@ -54,8 +55,9 @@ def main() -> None:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = ROOT.parent / "shared" / "data" / "text_en.txt"
-    parser.add_argument("--text", type=Path, default=text, help="plain text, a document per line [%(default)s]")
+    pairs = ROOT / "examples" / "pairs.jsonl"
+    about = "plain text, a document per line; or pairs, whose prompts and chosen answers are read [%(default)s]"
+    parser.add_argument("--text", type=Path, default=pairs, help=about)
     parser.add_argument("--output", type=Path, default=Path("out/base"), help="folder to write [%(default)s]")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=2, help="blocks of text in a step [%(default)s]")
@@ -66,6 +68,14 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="highest learning rate [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the blocks [%(default)s]")
     return parser.parse_args()
+
+
+def read_documents(path: Path) -> list[str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    rows = [json.loads(line) for line in lines]
+    return ["\n".join(turn["content"] for turn in (*row["prompt"], *row["chosen"])) for row in rows]
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -3,10 +3,9 @@
 from tether import DPOConfig, DPOTrainer
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from tether.callbacks import BEMACallback as BEMACallback
     from tether.collators import DataCollatorForPreference as DataCollatorForPreference
     from tether.collators import DataCollatorForVisionPreference as DataCollatorForVisionPreference
@@ -51,7 +50,13 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tether' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion shows; without this, the names that are not loaded yet are missing

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tether.config import DPOConfig
 from tether.errors import ArgumentTypeError, ConfigurationError
+from tether.parallelism import check_not_cut
 
 
 def check_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any) -> None:
@@ -19,7 +20,8 @@ def check_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any) -> No
 
     Raises:
         ArgumentTypeError: If one is of another kind.
-        ConfigurationError: If a model has no head that predicts tokens.
+        ConfigurationError: If a model has no head that predicts tokens, or its weights are cut over processes in a way
+            that is not supported.
     """
     if args is not None and not isinstance(args, DPOConfig):
         raise ArgumentTypeError(
@@ -49,6 +51,7 @@ def _check_model(name: str, model: Any) -> None:
         )
     wrapper: Any = model  # of PEFT
     base = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    check_not_cut(name, base)
     if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None and not base.can_generate():
         raise ConfigurationError(
             asked=f"`{name}` is a {type(base).__name__}.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tether.config import DPOConfig
 from tether.errors import ConfigurationError, NotHereError
+from tether.losses import DivergenceName
 
 # What TRL's trainer has and this one does not: why, and what to write instead.
 ELSEWHERE = {
@@ -76,7 +77,7 @@ class OptionsAsAttributes:
     @property
     def loss_types(self) -> list[str]:
         """The losses that are added up."""
-        return self.args.loss_type
+        return list(self.args.loss_type)
 
     @property
     def loss_weights(self) -> list[float]:
@@ -94,7 +95,7 @@ class OptionsAsAttributes:
         return self.args.label_smoothing
 
     @property
-    def f_divergence_type(self) -> str:
+    def f_divergence_type(self) -> DivergenceName:
         """The divergence that keeps the policy near the reference."""
         return self.args.f_divergence_type
 

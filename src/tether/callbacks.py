@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from tether.distributed import is_sharded
 from tether.errors import ConfigurationError, ResumeError
+from tether.finite import check_weights
 from tether.reference.averaging import BemaSchedule, bema
 from tether.reference.following import FollowingReference
 from tether.reference.frozen import frozen_twin
@@ -131,6 +132,8 @@ class BEMACallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         age = state.global_step - self.update_after
+        if self._policy is not None and age >= 0 and age % self.update_freq == 0:
+            check_weights(self._policy, "average the policy", state.global_step)
         if age == 0:
             self.theta0_params, self.ema_params = self._snapshot(), self._snapshot()
         elif age > 0 and age % self.update_freq == 0:

@@ -1,60 +1,133 @@
-"""A checkpoint's weights into a model whose tensors are named otherwise in files than in memory.
+"""A checkpoint's weights back into the model that trains: all of them, or an error.
 
-`save_pretrained` writes some families under older names, or cut into other tensors (mixtures of experts,
-vision-language models, GPT-NeoX's head). `transformers.Trainer` reads the file as it is: what it does not find by name
-stays as it was, with a warning, and a resumed run goes on from other weights than it was saved with.
+transformers reads a checkpoint's files as they are. Where that is not all that trains, it goes on from what happens to
+be in memory, with a warning at most:
 
-Knows files and transformers models; knows no trainer.
+- An adapter's files hold what inference needs. Prompt encoders leave out what trains (they save what it computed), and
+  an adapter that is not called `default` lies in a folder where the best checkpoint is not looked for. So a checkpoint
+  keeps a file of Tether's own beside them, with every tensor of the adapters under its name in memory.
+- `save_pretrained` writes some families under older names, or cut into other tensors (mixtures of experts,
+  vision-language models, GPT-NeoX's head); `from_pretrained` reads them back.
+
+Knows files and models; knows no trainer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from tether.distributed import has_shards
+from tether.distributed import has_shards, local_part, part_like, together, whole, whole_shape
 from tether.errors import ResumeError
+from tether.reference.adapter import adapter_tensors, saves_adapter_alone
+
+_ADAPTERS = "adapter_tensors.safetensors"
 
 
-def load_renamed_weights(model: nn.Module, checkpoint: Path) -> bool:
-    """Loads the weights if the file has names that the model does not have; says whether it did.
+def save_adapters(model: nn.Module, checkpoint: Path, *, writes: bool) -> None:
+    """Writes every tensor of a model's adapters, bit for bit; nothing for a model that is saved whole.
 
-    Nothing is done for adapters, whose checkpoints have their own names, and for sharded models, which FSDP and
-    DeepSpeed load.
+    Every process calls it, because sharded tensors are gathered; the one with `writes` writes.
+    """
+    if not saves_adapter_alone(model):
+        return
+    kept: dict[str, Tensor] = {}
+    for name, tensor in sorted(adapter_tensors(model).items()):
+        gathered = whole(tensor)
+        if writes:
+            kept[name] = gathered.to("cpu", copy=True).contiguous()  # a file can't hold two views of one storage
+    if writes:
+        save_file(kept, checkpoint / _ADAPTERS)
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> bool:
+    """Loads the weights where transformers would not load them all; says whether it did.
+
+    Every process calls it. A full model that is sharded is left to FSDP, which loads what it saved.
 
     Raises:
-        ResumeError: If a tensor of the model is not in the checkpoint.
+        ResumeError: On every process, if on any of them the checkpoint does not hold all that trains.
     """
-    names = _names_in(checkpoint)
-    if not isinstance(model, PreTrainedModel) or has_shards(model) or names <= model.state_dict().keys():
+    if saves_adapter_alone(model):
+        _load_adapters(model, checkpoint)
+        return True
+    if has_shards(model):
         return False
+    names = _names_in(checkpoint)
+    if names <= model.state_dict().keys():
+        with together():
+            _refuse_missing(_without_file(model, names), model, checkpoint)
+        return False
+    _load_renamed(model, checkpoint)
+    return True
+
+
+def _load_adapters(model: nn.Module, checkpoint: Path) -> None:
+    own = adapter_tensors(model)
+    with together():
+        saved = _read_adapters(own, model, checkpoint)
+    with torch.no_grad():
+        for name in sorted(own):
+            local_part(own[name]).copy_(part_like(saved[name], own[name]))
+
+
+def _read_adapters(own: Mapping[str, Tensor], model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:
+    path = checkpoint / _ADAPTERS
+    saved = load_file(path) if path.is_file() else {}
+    _refuse_missing(own.keys() - saved.keys(), model, checkpoint)
+    other = [name for name in sorted(own) if saved[name].shape != whole_shape(own[name])]
+    if other or saved.keys() - own.keys():
+        name = (other or sorted(saved.keys() - own.keys()))[0]
+        raise ResumeError(
+            asked=f"Cannot load the adapters of {checkpoint}: they are not those of this model.",
+            why=f"Its `{name}` has the shape {tuple(saved[name].shape)}, and here "
+            + (f"{tuple(whole_shape(own[name]))}." if name in own else "there is no such tensor."),
+            instead="Build the model with the adapters that the run began with: their names, types and ranks.",
+        )
+    return saved
+
+
+def _load_renamed(model: nn.Module, checkpoint: Path) -> None:
+    assert isinstance(model, PreTrainedModel)
     kind: Any = type(model)
     loaded, info = kind.from_pretrained(checkpoint, config=model.config, dtype="auto", output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ResumeError(
-            asked=f"Resume from {checkpoint}.",
-            why=f"It has no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} of the "
-            f"{type(model).__name__}: they would stay as they are.",
-            instead="Resume from a checkpoint of the same model.",
-        )
+    _refuse_missing(info["missing_keys"], model, checkpoint)
     model.load_state_dict(loaded.state_dict())
-    return True
+
+
+def _without_file(model: nn.Module, names: Collection[str]) -> set[str]:
+    """The parameters that train and are in a file of these names under none of their own (tied ones have several)."""
+    held = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in names}
+    return {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
+
+
+def _refuse_missing(names: Collection[str], model: nn.Module, checkpoint: Path) -> None:
+    if names:
+        first = ", ".join(sorted(names)[:3]) + " and others" * (len(names) > 3)
+        raise ResumeError(
+            asked=f"Cannot load the weights of {checkpoint}: it has no weights for {first} of the "
+            f"{type(model).__name__}.",
+            why="They would stay as they are, and the model would be one that never was.",
+            instead="Take a checkpoint of the same model, written to its end by this version of Tether.",
+        )
 
 
 def _names_in(checkpoint: Path) -> set[str]:
     """The names of the tensors in a checkpoint of whole models; none where there is no such file."""
-    index, whole = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
+    index, single = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
     if index.is_file():
         return set(json.loads(index.read_text())["weight_map"])
-    if whole.is_file():
-        with safe_open(whole, "pt") as file:
+    if single.is_file():
+        with safe_open(single, "pt") as file:
             opened: Any = file
             return set(opened.keys())
     return set()

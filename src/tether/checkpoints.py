@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from tether.distributed import together
-from tether.errors import ResumeError
+from tether.errors import ConfigurationError, ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
 from tether.reference.checks import Start
@@ -57,6 +54,40 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     with together():
         reference.load(folder)
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
+
+
+def load_companions(checkpoint: Path, reference: Reference, shift: RewardShift | None) -> None:
+    """Restores what belongs to the weights of a checkpoint that was chosen later: figures of it are of these.
+
+    Every process calls it. A reference that stands still has nothing to restore.
+    """
+    if reference.moves:
+        load_reference(checkpoint, reference)
+    load_reward_shift(checkpoint, shift)
+
+
+def refuse_best_alone(args: DPOConfig, *, follows: bool, keeps_mean: bool) -> None:
+    """Refuses a choice among checkpoints that do not hold what their weights were measured against.
+
+    Args:
+        args: The run's options.
+        follows: Whether the reference takes the weights of an averaging callback.
+        keeps_mean: Whether the loss keeps a running mean of rewards.
+    """
+    if not (args.load_best_model_at_end and args.save_only_model):
+        return
+    found = {
+        "`sync_ref_model=True`": args.sync_ref_model,
+        "`BEMACallback(update_ref_model=True)`": follows,
+        "`bco_pair`": keeps_mean,
+    }
+    for name in (name for name, applies in found.items() if applies):
+        raise ConfigurationError(
+            asked=f"Cannot use `load_best_model_at_end=True` and `save_only_model=True` with {name}: the best policy "
+            "would be left with what the run's last step was measured against.",
+            why="A checkpoint of weights alone holds neither a reference that moves nor a running mean of rewards.",
+            instead="Leave `save_only_model` out, or `load_best_model_at_end`.",
+        )
 
 
 def warn_of_weights_alone(args: DPOConfig) -> None:
@@ -113,19 +144,6 @@ def load_start(checkpoint: Path) -> Start | None:
     """Reads it, if the checkpoint has it; fp32 as decimal text comes back bit for bit."""
     path = checkpoint / _FOLDER / _START
     return Start(**json.loads(path.read_text())) if path.is_file() else None
-
-
-@contextmanager
-def dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """Gives every parameter its dtype back, after a checkpoint was loaded into the model.
-
-    PEFT loads an adapter of bfloat16 as float32; a resumed run would go on in another precision than it began with.
-    """
-    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    yield
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != before.get(name, parameter.dtype):
-            parameter.data = parameter.data.to(before[name])
 
 
 def _check_same(folder: Path, reference: Reference) -> None:

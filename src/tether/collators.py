@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
 from tether.scoring.images import image_inputs
 from tether.store import content_key
-from tether.types import PairBatch, Response
+from tether.types import PairBatch, Response, TruncationMode
 
 _PADDED = ("input_ids", "attention_mask", "completion_mask")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -62,9 +62,9 @@ class DataCollatorForPreference(DataCollatorMixin):
 
     pad_token_id: int
     max_length: int | None = None
-    truncation_mode: str = "keep_start"
+    truncation_mode: TruncationMode = "keep_start"
     pad_to_multiple_of: int | None = None
-    return_tensors: str = "pt"
+    return_tensors: Literal["pt"] = "pt"
 
     def __post_init__(self) -> None:
         for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("return_tensors", ("pt",))):
@@ -131,7 +131,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
     processor: ProcessorMixin
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
-    return_tensors: str = "pt"
+    return_tensors: Literal["pt"] = "pt"
 
     def __post_init__(self) -> None:
         tokenizer: Any = ImageRows(self.processor).tokenizer
@@ -156,7 +156,7 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 
 def pair_collator(
-    given: Any, max_length: int | None, truncation_mode: str, image_rows: ImageRows | None = None
+    given: Any, max_length: int | None, truncation_mode: TruncationMode, image_rows: ImageRows | None = None
 ) -> Collator:
     """What the trainer makes its batches with: its own collator, or the user's.
 

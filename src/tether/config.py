@@ -8,18 +8,35 @@ from __future__ import annotations
 
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from tether.config_checks import DTYPES, STORE_MODES, SYNC_ALPHA, check_config, check_losses, refuse
+from tether.config_checks import (
+    DTYPES,
+    SYNC_ALPHA,
+    Dtype,
+    StoreMode,
+    check_config,
+    check_full_evaluation,
+    check_losses,
+    launched_precision,
+    refuse,
+)
 from tether.errors import ConfigurationError
-from tether.losses import DIVERGENCES, LOSSES, LossOptions, Objective, PreferenceLoss
+from tether.losses import DIVERGENCES, LOSSES, DivergenceName, LossName, LossOptions, Objective, PreferenceLoss
 from tether.option_types import check_types
-from tether.reference.parts import RULES
+from tether.parallelism import check_parallelism
+from tether.types import TruncationMode
+
+if TYPE_CHECKING:  # what may be written, for editors; HfArgumentParser reads a list of plain words only
+    LossType = LossName | Sequence[LossName]
+else:
+    LossType = list[str]
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -35,7 +52,8 @@ class DPOConfig(TrainingArguments):
 
     Four defaults differ from `TrainingArguments`, as they do in TRL: `logging_steps=10`,
     `gradient_checkpointing=True`, `learning_rate=1e-6`, and `bf16=None`, which here means: on where an accelerator
-    supports it, off on a CPU.
+    supports it, off on a CPU. With `bf16_full_eval` or `fp16_full_eval`, every evaluation runs in that dtype; the
+    weights stay what they are.
 
     Args:
         model_init_kwargs: Keyword arguments of `from_pretrained` when the model is given by path or name.
@@ -75,9 +93,6 @@ class DPOConfig(TrainingArguments):
         sync_ref_model: The reference follows the policy (TR-DPO).
         ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
         ref_model_sync_steps: Optimizer steps between syncs.
-        ref_model_sync_rule: How a sync moves the reference: `soft`, the average of the weights (of a LoRA update as
-            the matrix it is); `hard`, a copy of the policy; `bema`, the bias-corrected average; `factors`, the
-            average of LoRA's factors one by one.
         ref_model_sync_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
         ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
         ref_store_mode: With `precompute_ref_log_probs`, when the store is filled. `fill`: before training, and the
@@ -108,11 +123,9 @@ class DPOConfig(TrainingArguments):
 
     dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
     max_length: int | None = _option(1024, "Tokens of prompt and response together; None for no limit.")
-    truncation_mode: str = _option(
-        "keep_start", "Which end of a longer sequence stays.", choices=["keep_start", "keep_end"]
-    )
-    bad_rows: str = _option(
-        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them.", choices=["raise", "drop"]
+    truncation_mode: TruncationMode = _option("keep_start", "Which end of a longer sequence stays.")
+    bad_rows: Literal["raise", "drop"] = _option(
+        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them."
     )
 
     padding_free: bool = _option(False, "Insist on rows without padding, which is the default where it is proven.")
@@ -132,12 +145,12 @@ class DPOConfig(TrainingArguments):
         "What the precompute pass takes at once, in longest pairs. Default: 4 micro-batches, to 16,384 tokens.",
     )
 
-    loss_type: list[str] = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
+    loss_type: LossType = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
     loss_weights: list[float] | None = _option(None, "Weight of each loss when there are several. Default: 1 each.")
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped, in [0, 0.5).")
     beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO: tau).")
-    f_divergence_type: str = _option(
-        "reverse_kl", f"The divergence behind that pull: {', '.join(DIVERGENCES)}.", choices=list(DIVERGENCES)
+    f_divergence_type: DivergenceName = _option(
+        "reverse_kl", f"The divergence behind that pull: {', '.join(DIVERGENCES)}."
     )
     f_alpha_divergence_coef: float = _option(0.5, "Coefficient of the alpha-divergence; 1 is the reverse KL.")
     ld_alpha: float | None = _option(
@@ -154,36 +167,34 @@ class DPOConfig(TrainingArguments):
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
     ref_model_mixup_alpha: float = _option(SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
-    ref_model_sync_rule: str = _option("soft", "How a sync moves the reference (docs/tr-dpo.md).", choices=list(RULES))
     ref_model_sync_rank: int | None = _option(
         None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
     )
 
     ref_store: str | None = _option(None, "File of the log-prob store. Default: one in the user's cache folder.")
-    ref_store_mode: str = _option(
-        "auto",
-        "When the store is filled: before training, while it runs, or never (a missing row is then an error).",
-        choices=list(STORE_MODES),
+    ref_store_mode: StoreMode = _option(
+        "auto", "When the store is filled: before training, while it runs, or never (a missing row is then an error)."
     )
-    ref_dtype: str | None = _option(
+    ref_dtype: Dtype | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )
 
     def __post_init__(self) -> None:
-        loss_type: str | list[str] = self.loss_type
-        self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         check_types(self, DPOConfig, TrainingArguments)  # whose options are transformers' to check
         check_config(self)
         self._check_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
-            self.bf16 = bool(on_accelerator and not self.fp16)
+            self.bf16 = bool(on_accelerator and not self.fp16 and launched_precision() in ("no", "bf16"))
         if self.activation_checkpointing is None:  # transformers' new name of the same option
             self.activation_checkpointing = self.gradient_checkpointing
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and DataLoader would say so
             self.use_cpu = True  # it is what happens; unsaid, the processes of torchrun would not find each other
         super().__post_init__()
+        check_full_evaluation(self)
+        check_parallelism(self)
 
     @property
     def loss_options(self) -> LossOptions:
@@ -197,9 +208,10 @@ class DPOConfig(TrainingArguments):
         )
 
     @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Dtype of mixed precision, which policy and reference share; None for none."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+    def checkpoints_reentrantly(self) -> bool:
+        """Whether layers run without a gradient at first, and with one only when the backward runs them again."""
+        kwargs = self.activation_checkpointing_kwargs
+        return bool(self.activation_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
 
     def set_beta(self, value: float) -> None:
         """Changes `beta` while training.
@@ -264,9 +276,7 @@ def refuse_data_parallel(args: DPOConfig) -> None:
 def look_for_unused_parameters(args: DPOConfig) -> None:
     """Lets DDP expect parameters without gradient, unless the user said otherwise: a batch without images uses no
     vision tower. Reentrant checkpointing fails with it."""
-    kwargs = args.gradient_checkpointing_kwargs
-    reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant")
-    if args.ddp_find_unused_parameters is None and not reentrant:
+    if args.ddp_find_unused_parameters is None and not args.checkpoints_reentrantly:
         args.ddp_find_unused_parameters = True
 
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from tether.errors import ConfigurationError
 from tether.losses import LossOptions, check_loss_options
 from tether.reference.build import check_sync_without_precompute
-from tether.reference.parts import RULES
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig
 
-STORE_MODES = ("auto", "fill", "lazy", "require")
-DTYPES = ("float32", "bfloat16", "float16")
+StoreMode = Literal["auto", "fill", "lazy", "require"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA = 0.6
 
 
@@ -36,6 +36,7 @@ def check_config(args: DPOConfig) -> None:
         _check_reference_free(args)
     _check_sync(args)
     _check_batches(args)
+    _check_precision(args)
     _check_device(args)
     _check_rows(args)
     _check_reference(args)
@@ -95,33 +96,20 @@ def _check_sync(args: DPOConfig) -> None:
             "it counts optimizer steps between syncs",
             "a whole number of at least 1",
         )
-    _check_sync_rule(args)
+    _check_sync_rank(args)
     check_sync_without_precompute(args.sync_ref_model, args.precompute_ref_log_probs)
 
 
-def _check_sync_rule(args: DPOConfig) -> None:
-    rule, alpha, rank = args.ref_model_sync_rule, args.ref_model_mixup_alpha, args.ref_model_sync_rank
-    if rule not in RULES:
-        refuse("ref_model_sync_rule", rule, "there is no such rule", f"one of {', '.join(RULES)}")
-    if not args.sync_ref_model and (rule != "soft" or rank is not None):
-        name, value = ("ref_model_sync_rule", rule) if rank is None else ("ref_model_sync_rank", rank)
-        refuse(name, value, "the reference does not move", "`sync_ref_model=True` with it")
-    if (rule == "hard" and alpha not in (SYNC_ALPHA, 1)) or (rule == "bema" and alpha != SYNC_ALPHA):
-        refuse(
-            "ref_model_mixup_alpha",
-            alpha,
-            f"the rule `{rule}` has no weight to choose",
-            "`ref_model_sync_rule='soft'` with it, or leave it out",
-        )
-    if rank is not None and rank < 1:
+def _check_sync_rank(args: DPOConfig) -> None:
+    rank = args.ref_model_sync_rank
+    if rank is None:
+        return
+    if not args.sync_ref_model:
+        refuse("ref_model_sync_rank", rank, "the reference does not move", "`sync_ref_model=True` with it")
+    if rank < 1:
         refuse("ref_model_sync_rank", rank, "a matrix of rank 0 is zero", "1 or more, or None")
-    if rank is not None and (rule in ("hard", "factors") or (rule == "soft" and alpha == 1)):
-        refuse(
-            "ref_model_sync_rank",
-            rank,
-            "nothing is averaged at a rank of its own: copies and averaged factors have the policy's",
-            "`ref_model_sync_rule='soft'` with an alpha below 1, or None",
-        )
+    if args.ref_model_mixup_alpha == 1:
+        refuse("ref_model_sync_rank", rank, "a copy has the policy's rank", "an alpha below 1 with it, or None")
 
 
 def _check_batches(args: DPOConfig) -> None:
@@ -129,6 +117,9 @@ def _check_batches(args: DPOConfig) -> None:
         refuse("max_length", args.max_length, "a prompt and a response have a token each", "2 or more, or None")
     if args.max_tokens_per_micro_batch is not None and args.max_tokens_per_micro_batch < 1:
         refuse("max_tokens_per_micro_batch", args.max_tokens_per_micro_batch, "a pair has tokens", "1 or more, or None")
+    for name in ("per_device_eval_batch_size", "eval_accumulation_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            refuse(name, getattr(args, name), "it counts what evaluation takes at once", "1 or more")
     if args.train_sampling_strategy == "batch_rebalance":
         refuse(
             "train_sampling_strategy",
@@ -138,14 +129,59 @@ def _check_batches(args: DPOConfig) -> None:
         )
 
 
-def _check_device(args: DPOConfig) -> None:
-    if args.fp16 and (args.use_cpu or not torch.accelerator.is_available()):
-        refuse(
-            "fp16",
-            args.fp16,
-            "accelerate has no fp16 autocast on a CPU: the policy would run in fp32 without a word",
-            "`bf16=True`, or `fp16=False`",
+def launched_precision() -> str:
+    """What `accelerate launch --mixed_precision` (or its config file) asked for; the options win over it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def check_full_evaluation(args: DPOConfig) -> None:
+    """Refuses evaluation in another dtype than that which mixed precision, or DeepSpeed, runs the policy in.
+
+    Raises:
+        ConfigurationError: Names both.
+    """
+    asked = "bf16" if args.bf16_full_eval else "fp16" if args.fp16_full_eval else None
+    if asked is None:
+        return
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        runs_in, fits = args.mixed_precision, args.mixed_precision in ("no", asked)
+    else:  # its engine switches off any autocast but its own
+        on = (name for name in ("bf16", "fp16") if plugin.deepspeed_config.get(name, {}).get("enabled") is True)
+        runs_in = next(on, "fp32")
+        fits = runs_in == asked
+    if fits:
+        return
+    raise ConfigurationError(
+        asked=f"Cannot evaluate in {asked} (`{asked}_full_eval=True`): "
+        + (f"mixed precision is {runs_in}." if plugin is None else f"DeepSpeed runs the policy in {runs_in}."),
+        why="The policy's own forward sets its precision, in evaluation too: the option would have no effect.",
+        instead=f"Leave `{asked}_full_eval` out, or train in {asked} too.",
+    )
+
+
+def _check_precision(args: DPOConfig) -> None:
+    launched = "no" if args.bf16 or args.fp16 else launched_precision()
+    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if on_cpu and (args.fp16 or launched == "fp16"):
+        raise ConfigurationError(
+            asked="Cannot train in fp16 ("
+            + ("`fp16=True`" if args.fp16 else "`--mixed_precision fp16`")
+            + ") on a CPU: "
+            "accelerate has no fp16 autocast there, and the policy would run in fp32 without a word.",
+            why="Its mixed precision in fp16 is for accelerators.",
+            instead="Write `bf16=True`, or leave it out.",
         )
+    if launched == "fp8":
+        raise ConfigurationError(
+            asked="Cannot train in fp8 (`--mixed_precision fp8`): the policy's layers are replaced when training "
+            "starts, after its reference was made, and the two would compute differently.",
+            why="accelerate puts layers of another library into the policy.",
+            instead="Write `bf16=True`, or `--mixed_precision bf16`.",
+        )
+
+
+def _check_device(args: DPOConfig) -> None:
     if args.activation_offloading and (args.use_cpu or not torch.accelerator.is_available()):
         raise ConfigurationError(
             asked="`activation_offloading=True` without an accelerator.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from datasets import (
@@ -29,7 +29,7 @@ from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.rows import RowReader, TextRows, check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
-from tether.types import PairBatch, PromptImages, Response
+from tether.types import PairBatch, PromptImages, Response, TruncationMode
 
 PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -69,10 +69,10 @@ def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase | RowReader,
     *,
     max_length: int | None,
-    truncation_mode: str = "keep_start",
+    truncation_mode: TruncationMode = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
-    bad_rows: str = "raise",
+    bad_rows: Literal["raise", "drop"] = "raise",
 ) -> PairDataset:
     """Adds the `TOKEN_COLUMNS` (untruncated), unless they are there, and drops rows whose prompt fills `max_length`.
 
@@ -128,7 +128,7 @@ class PairCollator:
     """
 
     max_length: int | None = None
-    truncation_mode: str = "keep_start"
+    truncation_mode: TruncationMode = "keep_start"
     image_rows: ImageRows | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -65,5 +65,9 @@ class DriftError(TetherError, RuntimeError):
     """A reference that should stand still, and moved during training."""
 
 
+class NotFiniteError(TetherError, FloatingPointError):
+    """Training made a loss or a weight NaN or infinite. Names the step; nothing of it was saved."""
+
+
 class MissingPackageError(TetherError, ImportError):
     """A library that this part of Tether needs, and Tether as a whole does not, is not installed."""

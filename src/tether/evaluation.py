@@ -1,12 +1,13 @@
-"""What a user's `compute_metrics` is given: padded rows, their logits, and how they are gathered.
+"""What evaluation adds to scoring: its dtype, which figures it has, and what a user's `compute_metrics` is given.
 
-Knows tensors and transformers' evaluation loop; knows no reference and no loss. Nothing here runs unless logits are
-asked for: evaluation itself never builds them.
+Knows tensors and transformers' evaluation loop; knows no reference and no loss. Logits are built where they are asked
+for, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,66 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from tether.config import DPOConfig
 from tether.data import batch_of
+from tether.errors import ConfigurationError
+from tether.metrics import EVALUATED
 from tether.scoring.layout import padded_rows
 from tether.types import PairBatch
+
+# What evaluation gives besides the figures of pairs.
+_OF_THE_RUN = ("num_tokens", "runtime", "samples_per_second", "steps_per_second")
+
+
+def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_router: bool) -> None:
+    """Refuses to choose checkpoints by a figure that the first evaluation would not have.
+
+    Args:
+        args: The run's options.
+        eval_sets: What is evaluated: nothing, a set, or several by name.
+        has_own: Whether further figures may come, from `compute_metrics` or a subclass.
+        has_router: Whether the load-balancing loss of a mixture of experts is one.
+
+    Raises:
+        ConfigurationError: Says which there are.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no":
+        return
+    sets = [f"{name}_" for name in eval_sets] if isinstance(eval_sets, Mapping) else [""]
+    figures = (*EVALUATED, *_OF_THE_RUN, *(("aux_loss",) if has_router else ()))
+    asked = metric.removeprefix("eval_")
+    if any(asked in [name + figure for figure in figures] or (has_own and asked.startswith(name)) for name in sets):
+        return
+    raise ConfigurationError(
+        asked=f"Cannot use `metric_for_best_model={metric!r}`: evaluation gives no figure of that name.",
+        why="With several sets, a figure's name begins with that of its set."
+        if sets != [""]
+        else "There is no such figure of pairs, and no `compute_metrics` that would make it.",
+        instead=f"Write `eval_` and one of: {', '.join(name + figure for name in sets for figure in EVALUATED)}.",
+    )
+
+
+@contextmanager
+def full_evaluation(args: DPOConfig) -> Iterator[torch.dtype | None]:
+    """The dtype of `bf16_full_eval` or `fp16_full_eval`; while open, transformers does not see these options.
+
+    It would leave the policy off its device, and cast its weights in place and for good: those that the reference
+    shares with them too, and those that train on after an evaluation. None under DeepSpeed, whose engine runs in that
+    dtype already, or the option was refused.
+    """
+    asked = args.bf16_full_eval, args.fp16_full_eval
+    args.bf16_full_eval = args.fp16_full_eval = False
+    dtype = torch.bfloat16 if asked[0] else torch.float16 if asked[1] else None
+    try:
+        yield dtype if args.deepspeed_plugin is None else None
+    finally:
+        args.bf16_full_eval, args.fp16_full_eval = asked
+
+
+def running_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """While open, products run in this dtype, whatever the weights are held in; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def padded_logits(model: nn.Module, batch: PairBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:

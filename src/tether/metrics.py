@@ -13,8 +13,21 @@ from torch import Tensor
 
 from tether.types import PairBatch, PairScores, ResponseLogProbs
 
-# A metric of a micro-batch: what to add up for each pair, and what to divide the total by.
+# A metric of a micro-batch: what to add up for each pair, and what to divide the total by; 0 for a count.
 PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
+
+# In nats; on average, two float32 scorings by the same weights differ by less (docs/numerics.md).
+_TIED_PER_TOKEN = 1e-5
+# The figures of every evaluation; a mixture of experts adds `aux_loss`.
+EVALUATED = (
+    "loss",
+    *(f"rewards/{figure}" for figure in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"{kind}/{side}" for kind in ("logps", "logits") for side in ("chosen", "rejected")),
+    "entropy",
+    "mean_token_accuracy",
+    "pairs/total",
+    "pairs/tied",
+)
 
 
 def pair_metrics(
@@ -24,7 +37,9 @@ def pair_metrics(
     beta: float,
     policy: ResponseLogProbs,
 ) -> PairMetrics:
-    """Every metric of a micro-batch, under TRL's names.
+    """Every metric of a micro-batch, under TRL's names; and how many pairs there are, and how many are tied.
+
+    Tied are pairs whose margin may be rounding: at most 1e-5 nats for each token of the two responses, times beta.
 
     Token statistics are included when the policy's scoring brought them.
     """
@@ -41,6 +56,9 @@ def pair_metrics(
     }
     one = torch.ones_like(losses, dtype=torch.float32)
     metrics = {name: (value.float(), one) for name, value in per_pair.items()}
+    rounding = _TIED_PER_TOKEN * beta * (scores.chosen_lengths + scores.rejected_lengths)
+    tied = per_pair["rewards/margins"].abs() <= rounding
+    metrics |= {"pairs/total": (one, 0 * one), "pairs/tied": (tied.float(), 0 * one)}
     if policy.auxiliary_loss is not None:
         metrics["aux_loss"] = (policy.auxiliary_loss.detach().float() * one, one)
     return metrics | _token_metrics(batch, scores, policy)
@@ -84,9 +102,10 @@ class MetricSums:
         self._once |= values
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> dict[str, float]:
-        """Each metric's mean over the steps of its weighted mean in a step, and an empty slate.
+        """The report of some steps, and an empty slate.
 
-        A step counts all its micro-batches and processes together, and steps count alike, as they do in the loss.
+        A figure is the mean over the steps of its weighted mean in a step, which counts all micro-batches and processes
+        together: steps count alike, as they do in the loss. Counts are added up.
 
         Args:
             reduce: Sums a tensor over the processes.
@@ -97,7 +116,6 @@ class MetricSums:
         names = sorted(steps[0])
         by_step = reduce(torch.stack([torch.stack([step[name] for name in names]) for step in steps])).cpu()
         return once | {
-            name: (totals[:, 0] / totals[:, 1])[totals[:, 1] > 0].mean().item()
-            for name, totals in zip(names, by_step.unbind(1), strict=True)
-            if totals[:, 1].any()
+            name: (total / weight)[weight > 0].mean().item() if weight.any() else total.sum().item()
+            for name, (total, weight) in zip(names, by_step.permute(1, 2, 0), strict=True)
         }

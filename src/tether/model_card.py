@@ -1,23 +1,32 @@
 """The model card: what was trained, with which loss, and against which reference.
 
-Writes Markdown from a run's options and its reference's identity; knows no model and no training.
+Fills `model_card_template.md` from what a trainer has; changes nothing of it.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import ProcessorMixin
 
 from tether.config import DPOConfig
-from tether.reference import ReferenceIdentity
+from tether.loading import hub_name
+from tether.reference.adapter import is_adapter_model
+
+if TYPE_CHECKING:
+    from tether.trainer import DPOTrainer
 
 DPO_PAPER = "2305.18290"
 _REFERENCE_PAPERS = {"moving": "2404.09656", "following": "2508.00180"}
@@ -26,6 +35,7 @@ _REFERENCES = {
     "adapter": "the policy's own base, with its adapter off or as it started",
     "moving": "weights that follow the policy (TR-DPO)",
     "following": "weights that follow an average of the policy's (BEMA)",
+    "given": "log-probs that the rows brought along",
     "uniform": "none, so that every response is as likely as any other",
 }
 _TITLES = {
@@ -49,105 +59,75 @@ _TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card says.
+def write_model_card(
+    trainer: DPOTrainer,
+    folder: Path,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Iterable[str] | None = None,
+) -> None:
+    """Writes the card of a run to `folder/README.md`.
 
-    Attributes:
-        model_name: The model's name.
-        base_model: Name of the model it was trained from, on the hub; None if it has none there.
-        hub_model_id: Where it will be found; None if it is not pushed.
+    Args:
+        trainer: The run.
+        folder: Where its model is.
+        model_name: The model's name; by default that on the hub, or the folder's.
         dataset_name: The data's name on the hub.
-        tags: Tags of the card.
-        losses: Name -> function of the losses that were added up.
-        reference: Who the reference is.
-        options: Option -> value, for the table.
-        links: Name -> address of trackers of the run.
+        tags: Further tags.
     """
-
-    model_name: str
-    base_model: str | None
-    hub_model_id: str | None
-    dataset_name: str | None
-    tags: Sequence[str]
-    losses: Mapping[str, Callable[..., Any]]
-    reference: ReferenceIdentity
-    options: Mapping[str, Any]
-    links: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of_run(
-        cls,
-        args: DPOConfig,
-        reference: ReferenceIdentity,
-        losses: Mapping[str, Callable[..., Any]],
-        *,
-        base_model: str | None,
-        own_tags: Sequence[str],
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | Iterable[str] | None = None,
-    ) -> CardFacts:
-        """The facts of a run from its options; the rest is what a user may add."""
-        return cls(
-            model_name=model_name or (args.hub_model_id or Path(str(args.output_dir)).name).rsplit("/", 1)[-1],
-            base_model=base_model,
-            hub_model_id=args.hub_model_id,
-            dataset_name=dataset_name,
-            tags=_merged_tags(tags, own_tags),
-            losses=losses,
-            reference=reference,
-            options={name: getattr(args, name) for name in (*_OPTIONS, *_changed_options(args))},
-            links=_tracker_links(),
-        )
-
-
-def model_card(facts: CardFacts) -> str:
-    """The card as Markdown with its front matter."""
-    papers = _papers(facts)
-    parts = (
-        _front_matter(facts),
-        f"# Model card for {facts.model_name}",
-        _lead(facts),
-        "## Quick start",
-        _quick_start(facts.hub_model_id or facts.model_name),
-        "## Training procedure",
-        _procedure(facts),
-        "### The reference",
-        _reference(facts.reference),
-        "### Options",
-        _table(facts.options),
-        *(f"[{name}]({address})" for name, address in facts.links.items()),
-        "### Framework versions",
-        "\n".join(f"- {name}: {_version(name)}" for name in _LIBRARIES),
-        "## Citations",
-        "\n\n".join(_citation(paper) for paper in papers),
+    hub_model_id = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    name = model_name or (hub_model_id or folder.resolve().name).rsplit("/", 1)[-1]
+    base_model = hub_name(trainer.model)
+    data = ModelCardData(
+        base_model=base_model,
+        datasets=dataset_name,
+        library_name="transformers",
+        model_name=name,
+        tags=_merged_tags(tags, trainer._tag_names),
     )
-    return "\n\n".join(parts) + "\n"
-
-
-def write_model_card(facts: CardFacts, folder: Path) -> None:
-    """Writes the card to `folder/README.md`."""
+    pairs = trainer.train_dataset
+    identity, losses = trainer.reference.identity, trainer._objective.functions
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card_template.md")),
+        name=_text(name),
+        start=_hub_link(base_model, "") if base_model else "a local model",
+        data=f" of {_hub_link(dataset_name, 'datasets/')}" if dataset_name else "",
+        num_pairs=f"{len(pairs):,}" if isinstance(pairs, Dataset) else "",
+        address=json.dumps(hub_model_id or "."),
+        where="" if hub_model_id else "  # the folder of this file",
+        chats=getattr(trainer.processing_class, "chat_template", None) is not None,
+        reads_images=isinstance(trainer.processing_class, ProcessorMixin),
+        dpo=_links([DPO_PAPER]),
+        losses="; ".join(f"{_code(name)} ({_links(_papers_of(loss)) or 'own'})" for name, loss in losses.items()),
+        links=", ".join(f"[{name}]({quote(url, safe=_OF_ADDRESSES)})" for name, url in _tracker_links().items()),
+        about_reference=_REFERENCES.get(identity.kind),
+        reference=_cells({**identity.describe(), "digest": identity.digest}),
+        options=_cells(_options_of_run(trainer.args)),
+        adapter=_cells(_options_of_adapter(trainer.model)),
+        versions=_cells({library: _version(library) for library in _LIBRARIES}),
+        citations=[_citation(paper) for paper in _papers(identity.kind, losses)],
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 
-_OPTIONS = ("beta", "label_smoothing", "learning_rate", "max_length", "seed")
-_OPTIONS_OF_LOSSES = (
-    "loss_weights",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "ld_alpha",
-    "discopop_tau",
-    "use_weighting",
-    "bco_reward_shift",
-)  # said where they are not the default
+# fmt: off
+_OPTIONS = (
+    "beta", "label_smoothing", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
+    "weight_decay", "max_grad_norm", "seed",
+)
+_SAID_IF_CHANGED = (
+    "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "discopop_tau", "use_weighting",
+    "bco_reward_shift", "max_tokens_per_micro_batch",
+)
+_OF_NO_INTEREST = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "runtime_config", "lora_bias",
+)
+# fmt: on
 _LIBRARIES = ("tether", "transformers", "torch", "peft", "datasets", "tokenizers")
-
-
-def _changed_options(args: DPOConfig) -> list[str]:
-    plain = {entry.name: entry.default for entry in fields(args)}
-    return [name for name in _OPTIONS_OF_LOSSES if getattr(args, name) != plain[name]]
+_OF_ADDRESSES = ":/?&=%#@+,;~-._"
 
 
 def _version(library: str) -> str:
@@ -163,62 +143,73 @@ def _merged_tags(given: str | Iterable[str] | None, own: Sequence[str]) -> list[
     return list(dict.fromkeys(["generated_from_trainer", *own, *users]))
 
 
-def _tracker_links() -> dict[str, str]:
-    """Addresses of the run on trackers that are open in this process."""
-    wandb = sys.modules.get("wandb")
-    run = getattr(wandb, "run", None)
-    return {"Weights & Biases": run.url} if run is not None and run.url else {}
-
-
-def _front_matter(facts: CardFacts) -> str:
-    entries = {
-        "base_model": facts.base_model,
-        "datasets": facts.dataset_name,
-        "library_name": "transformers",
-        "model_name": facts.model_name,
-        "tags": list(facts.tags),
+def _options_of_run(args: DPOConfig) -> dict[str, Any]:
+    """What shaped a run: its loss, batches and schedule; a loss's further options where they are not the default."""
+    plain = {entry.name: entry.default for entry in fields(args)}
+    names = [*_OPTIONS, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
+    names += [name for name in _SAID_IF_CHANGED if getattr(args, name) != plain[name]]
+    parts = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    pairs = f"{math.prod(parts)} = {parts[0]} per device × {parts[1]} accumulated × {parts[2]} processes"
+    at_most = "at most " if args.max_tokens_per_micro_batch is not None else ""
+    return {
+        **{name: getattr(args, name) for name in names},
+        "pairs of an optimizer step": at_most + pairs,
+        "mixed precision": args.mixed_precision,
     }
-    kept = {name: value for name, value in entries.items() if value is not None}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---"
 
 
-def _lead(facts: CardFacts) -> str:
-    start = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a local model"
-    name = facts.dataset_name
-    data = f" on [{name}](https://huggingface.co/datasets/{name})" if name else ""
-    return f"This model was trained from {start}{data}, on preference pairs, with Tether."
+def _options_of_adapter(model: Any) -> dict[str, Any]:
+    """The type of the adapter that trains and what of its options is not the default; nothing for a full model."""
+    if not is_adapter_model(model):
+        return {}
+    config = model.peft_config[model.active_adapter]
+    plain = {entry.name: entry.default for entry in fields(config) if entry.name not in _OF_NO_INTEREST}
+    values = {name: getattr(config, name) for name in plain}
+    told = {
+        name: ", ".join(sorted(map(str, value))) if isinstance(value, set | list | tuple) else value
+        for name, value in values.items()
+        if name in ("r", "lora_alpha") or (value and value != plain[name])
+    }
+    return {"type": config.peft_type} | told
 
 
-def _quick_start(name: str) -> str:
-    return f"""\
-```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="{name}")
-messages = [{{"role": "user", "content": "What makes a good question?"}}]
-print(generator(messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
-```"""
-
-
-def _procedure(facts: CardFacts) -> str:
-    losses = "; ".join(f"`{name}` ({_links(_papers_of(loss)) or 'own'})" for name, loss in facts.losses.items())
-    return f"Direct Preference Optimization ({_links([DPO_PAPER])}) with the loss {losses}."
+def _tracker_links() -> dict[str, str]:
+    """Addresses of the run on the trackers that are open in this process."""
+    wandb, comet, trackio = (sys.modules.get(name) for name in ("wandb", "comet_ml", "trackio"))
+    experiment = comet.get_running_experiment() if comet is not None else None
+    space = trackio.context_vars.current_space_id.get() if trackio is not None else None
+    addresses = {
+        "Weights & Biases": getattr(getattr(wandb, "run", None), "url", None),
+        "Trackio": f"https://huggingface.co/spaces/{space}" if space else None,
+        "Comet": getattr(experiment, "url", None),
+    }
+    return {name: address for name, address in addresses.items() if address}
 
 
-def _reference(reference: ReferenceIdentity) -> str:
-    about = _REFERENCES.get(reference.kind)
-    lead = "The policy was trained against this reference" + (f": {about}." if about else ".")
-    return f"{lead}\n\n{_table({**reference.describe(), 'digest': reference.digest})}"
+def _text(value: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(value.split()))
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | `{value}` |" for name, value in values.items())
-    return f"| | |\n| --- | --- |\n{rows}"
+def _code(value: Any) -> str:
+    """A value as code, in a table too."""
+    text = " ".join(str(getattr(value, "value", value)).split()).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
-def _papers(facts: CardFacts) -> list[str]:
-    papers = [DPO_PAPER, *(paper for loss in facts.losses.values() for paper in _papers_of(loss))]
-    papers.append(_REFERENCE_PAPERS.get(facts.reference.kind, DPO_PAPER))
+def _hub_link(name: str, kind: str) -> str:
+    return f"[{_text(name)}](https://huggingface.co/{kind}{quote(name)})"
+
+
+def _cells(values: Mapping[str, Any]) -> dict[str, str]:
+    return {_text(name): _code(value) for name, value in values.items() if value != ""}
+
+
+def _papers(kind: str, losses: Mapping[str, Callable[..., Any]]) -> list[str]:
+    papers = [DPO_PAPER, *(paper for loss in losses.values() for paper in _papers_of(loss))]
+    papers.append(_REFERENCE_PAPERS.get(kind, DPO_PAPER))
     return list(dict.fromkeys(papers))
 
 

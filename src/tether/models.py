@@ -5,10 +5,12 @@ Knows transformers and PEFT; knows no files, no data and no training.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -19,24 +21,30 @@ from transformers import (
 from tether.distributed import whole_shape
 from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.scoring import rotary_limit, uneven_forwards
+from tether.scoring.packing import reads_rows
+from tether.scoring.projection import base_model_of
+from tether.scoring.router import has_router
 from tether.scoring.score import can_pack, can_pack_images
+
+logger = logging.getLogger(__name__)
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
 
 
-def check_padding_free(model: nn.Module, *, with_images: bool = False) -> None:
-    """Refuses a model whose rows have to be padded.
+def check_padding_free(model: nn.Module, new_adapter: PeftConfig | None = None, *, with_images: bool = False) -> None:
+    """Refuses a model whose rows have to be padded, as it is or with the adapter that it will get.
 
     Raises:
         ConfigurationError: If packed rows do not give the model's own numbers, or are not proven to with images.
     """
-    if not (can_pack_images(model) if with_images else can_pack(model)):
+    packs = can_pack_images(model) if with_images else can_pack(model)
+    if not packs or (new_adapter is not None and reads_rows(new_adapter)):
         raise ConfigurationError(
             asked=f"`padding_free=True` with a {type(model).__name__}{' and images' * with_images}.",
             why="Without padding, its images are not proven to give the log-probs of each sequence alone."
             if with_images
-            else "Without padding, its attention gives other log-probs than for each sequence alone.",
+            else "Without padding, it gives other log-probs than for each sequence alone.",
             instead="Set `padding_free=False`: it is then trained on padded rows.",
         )
 
@@ -77,23 +85,37 @@ def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | N
     return False
 
 
-def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None) -> float:
-    """Weight of the model's own load-balancing loss: as asked, else as its config says; 0 where it has no experts.
+def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None, *, reentrant: bool) -> float:
+    """Weight of the load-balancing loss: as asked, else as the model's config says; 0 where it has no experts.
+
+    Args:
+        model: The policy.
+        asked: `router_aux_loss_coef`.
+        reentrant: Whether layers will be checkpointed reentrantly.
 
     Raises:
-        ConfigurationError: If one is asked for and the model has no router.
+        ConfigurationError: If one is asked for and the model has no router, or if the loss would have no gradient.
     """
-    config: Any = model.config.get_text_config()
-    has_router = hasattr(config, "output_router_logits")
-    if asked and not has_router:
+    base, config = base_model_of(model), model.config.get_text_config()
+    routes = has_router(base)
+    own = getattr(config, "router_aux_loss_coef", 0.0) if routes else 0.0
+    coefficient = float(own if asked is None else asked)
+    if coefficient and not routes:
         raise ConfigurationError(
-            asked=f"`router_aux_loss_coef={asked!r}` with a {type(model).__name__}.",
-            why="It is not a mixture of experts that returns its router's logits: there is no loss to weigh.",
+            asked=f"Cannot use `router_aux_loss_coef={asked!r}` with this {type(base).__name__}: it is not a mixture "
+            "of experts that returns its router's logits, so there is no loss to weigh.",
+            why="Of some families with experts there are dense models too, which have no router.",
             instead="Leave `router_aux_loss_coef` out, or write 0.",
         )
-    if not has_router:
-        return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) if asked is None else asked)
+    if coefficient and reentrant:
+        raise ConfigurationError(
+            asked="Cannot use `use_reentrant=True` in the options of gradient checkpointing with a router's loss, here "
+            f"weighed by {coefficient:g}: the loss would have no gradient.",
+            why="Layers then run without a gradient at first, and the router's logits are taken from that forward.",
+            instead='Write `gradient_checkpointing_kwargs={"use_reentrant": False}`, the default, or '
+            "`router_aux_loss_coef=0`.",
+        )
+    return coefficient
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
@@ -175,8 +197,73 @@ def lora_config(
     )
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Refuses a policy of which nothing would train."""
+def checkpoints_activations(model: nn.Module, asked: bool | None) -> bool | None:
+    """`gradient_checkpointing` for a policy: as asked, or False for adapters that a second forward of a layer loses."""
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    why = next(filter(None, map(_lost_by_replay, configs)), None)
+    if not asked or why is None:
+        return asked
+    logger.warning("`gradient_checkpointing` is switched off: %s.", why)
+    return False
+
+
+def _lost_by_replay(config: PeftConfig) -> str | None:
+    """Why a layer can't be run again in the backward; None if it can."""
+    if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+        return "this adapter's prompt is in the layers' cache, which they go without when activations are recomputed"
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        return "PEFT allows an activated LoRA one forward for each backward, and evaluation makes others"
+    return None
+
+
+def check_optimizer(model: nn.Module, optimizer: Any, *, new_adapter: bool) -> None:
+    """Refuses an optimizer that would move nothing of the policy, and says so if it moves a part.
+
+    Args:
+        model: The policy.
+        optimizer: The user's own; None for the trainer's.
+        new_adapter: The policy will get a fresh adapter, which no optimizer can know yet.
+
+    Raises:
+        ConfigurationError: If the optimizer holds no weight that trains.
+    """
+    if not hasattr(optimizer, "param_groups"):  # none, or a stand-in for one that DeepSpeed makes
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [] if new_adapter else [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    num_held = len(held.intersection(trained))
+    if not num_held:
+        raise ConfigurationError(
+            asked="Cannot train with the optimizer in `optimizers`: it holds none of the weights that train, so the "
+            "policy would stay as it is.",
+            why="It was made of a fresh adapter's base, which is frozen."
+            if new_adapter
+            else "Its parameters are those of another model, or frozen ones of this model.",
+            instead="Put the adapter on first (`model = get_peft_model(model, peft_config)`), leave `peft_config` out, "
+            "and make the optimizer of that model's parameters; or let the trainer make it, "
+            "`optimizer_cls_and_kwargs=(torch.optim.AdamW, {...})`."
+            if new_adapter
+            else "Make it of the parameters of the model that you pass as `model`; or let the trainer make it, "
+            "`optimizer_cls_and_kwargs=(torch.optim.AdamW, {...})`.",
+        )
+    if num_held < len(trained):
+        logger.warning(
+            "The optimizer in `optimizers` holds %d of the %d tensors that train; the others stay as they are.",
+            num_held,
+            len(trained),
+        )
+
+
+def check_trainable(model: nn.Module, *, keeps_masters: bool = False) -> None:
+    """Refuses a policy of which nothing would train, or not as it should.
+
+    Args:
+        model: The policy, with its adapter.
+        keeps_masters: The optimizer keeps float32 copies of the weights and scales the loss itself (DeepSpeed).
+
+    Raises:
+        ConfigurationError: If nothing trains, if an adapter is merged, or if weights train in float16.
+    """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             asked="The model has no parameter that trains: `requires_grad` is False for all.",
@@ -184,6 +271,28 @@ def check_trainable(model: nn.Module) -> None:
             "and loads an adapter frozen unless `is_trainable=True`.",
             instead="Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an "
             "adapter.",
+        )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise ConfigurationError(
+            asked="Cannot train an adapter that is merged into its base: its tensors would get no gradient.",
+            why="After `merge_adapter()` a layer computes with the merged weights alone.",
+            instead="Call `model.unmerge_adapter()` before; or, to start a new adapter on top, "
+            "`model = model.merge_and_unload()` and pass `peft_config`.",
+        )
+    if not keeps_masters:
+        _check_not_float16(model)
+
+
+def _check_not_float16(model: nn.Module) -> None:
+    halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if halves:
+        raise ConfigurationError(
+            asked="Cannot train weights in `float16`: most steps are too small for it, and gradients overflow.",
+            why=f"Among them is `{halves[0]}`, and the model would soon be ruined. `fp16=True` does not help, because "
+            "it scales the gradients of weights in `float32` only.",
+            instead='Load the model in float32, `model_init_kwargs={"dtype": "float32"}` or `model.float()`, and write '
+            "`bf16=True` or `fp16=True` for products in 16 bits; or train in `bfloat16`. An adapter in float32 on a "
+            "base in float16 is fine.",
         )
 
 

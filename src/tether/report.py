@@ -18,10 +18,19 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from tether.errors import MissingPackageError
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise MissingPackageError(
+        asked="Cannot draw a report: matplotlib, which draws its curves, is not installed.",
+        why="Only reports and `tether demo` draw, so a plain install leaves matplotlib out.",
+        instead="`pip install matplotlib`; or, in a clone of Tether, `pip install '.[demo]'`.",
+    ) from error
 
 LogHistory = Sequence[Mapping[str, Any]]
 """What `trainer.state.log_history` holds: dicts with `step` and metrics."""

@@ -24,12 +24,13 @@ from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, even_loader
 from tether.callbacks import BEMACallback
-from tether.checkpoint_weights import load_renamed_weights
+from tether.checkpoint_weights import load_weights, save_adapters
 from tether.checkpoints import (
-    dtypes_kept,
+    load_companions,
     load_reference,
     load_reward_shift,
     load_start,
+    refuse_best_alone,
     save_reference,
     save_reward_shift,
     save_start,
@@ -48,21 +49,24 @@ from tether.data import (
     batch_of,
     num_pairs_tensor,
 )
-from tether.distributed import cast_as_training_will, check_alike, sharding_of, together
+from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather, WithTokenIds, padded_logits
-from tether.loading import default_output_dir, hub_name, load, tokenizer_of, use_pad_token
+from tether.evaluation import PairGather, WithTokenIds, check_best_metric, full_evaluation, padded_logits, running_in
+from tether.finite import LossWatch, check_weights
+from tether.loading import default_output_dir, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
 from tether.metrics import MetricSums, pair_metrics
-from tether.model_card import CardFacts, write_model_card
+from tether.model_card import write_model_card
 from tether.models import (
     add_adapter,
     broadcasts_buffers,
     check_embeds,
     check_even_forwards,
+    check_optimizer,
     check_padding_free,
     check_trainable,
     check_vocabulary,
+    checkpoints_activations,
     disable_dropout,
     keep_differentiable,
     router_coefficient,
@@ -80,6 +84,7 @@ from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
 from tether.rows import has_image_column
 from tether.sampling import EvenBatches
+from tether.saving import keep_savable, try_saving
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.tokenizing import largest_id
@@ -137,6 +142,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     Raises:
         ConfigurationError: For options that contradict each other or the model.
         DataError: For a row that is not a preference pair.
+        NotFiniteError: From `train` and `save_model`, when the loss or the weights have become NaN or infinite.
 
     Example:
         >>> trainer = DPOTrainer(model, args=DPOConfig(output_dir="out"), train_dataset=pairs,
@@ -184,14 +190,17 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         for loaded in filter(None, (policy, ref_model)):
             keep_differentiable(loaded)
+            keep_savable(loaded)
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
         use_pad_token(self._tokenizer, args.pad_token)
         if args.padding_free:
-            check_padding_free(policy)
+            check_padding_free(policy, peft_config)
         if ref_model is not None:
             check_vocabulary(ref_model, self._tokenizer)
         self._objective = objective_of(args, loss)
-        self._router_coefficient = router_coefficient(policy, args.router_aux_loss_coef)
+        self._router_coefficient = router_coefficient(
+            policy, args.router_aux_loss_coef, reentrant=args.checkpoints_reentrantly
+        )
         self._sets = SetReader(processing, args)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
@@ -207,16 +216,26 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
         )
         check_options(policy, ref_model, options, new_adapter=peft_config)
+        check_best_metric(
+            args,
+            eval_sets,
+            has_own=(compute_metrics is not None and not args.prediction_loss_only) or type(self) is not DPOTrainer,
+            has_router=self._router_coefficient != 0,
+        )
+        refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
         args.ddp_broadcast_buffers = broadcasts_buffers(
             policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
         )
+        check_optimizer(policy, optimizers[0], new_adapter=peft_config is not None)
         # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
-        check_trainable(policy)
+        check_trainable(policy, keeps_masters=args.deepspeed_plugin is not None)
+        args.activation_checkpointing = checkpoints_activations(policy, args.activation_checkpointing)
         if args.disable_dropout:
             disable_dropout(policy)
         self._activations = activations_of(policy, offloaded=args.activation_offloading)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._losses = LossWatch()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
         collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode, self._sets.image_rows)
@@ -226,21 +245,25 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             look_for_unused_parameters(args)
         # A batch is one object; it cannot be cut into slices.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-        super().__init__(
-            model=policy,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_set,
-            eval_dataset=eval_sets,
-            processing_class=processing,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        with full_evaluation(args) as self._evaluation_dtype:
+            super().__init__(
+                model=policy,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_set,
+                eval_dataset=eval_sets,
+                processing_class=processing,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
         if is_adapter_model(self.model) and args.activation_checkpointing:
             self.model.enable_input_require_grads()
+        with together():
+            if args.should_save:
+                try_saving(self._save, self.model, str(args.output_dir))
         self._make_reference(ref_model, options, leaders)
         self.model.add_model_tags(list(self._tag_names))
 
@@ -265,12 +288,13 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
                 check_even_forwards(sharded, self.args.max_length)
         cast_as_training_will(self.model, self.accelerator)
         with together():
-            self.reference = build_reference(self.model, ref_model, replace(options, shard=shard))
+            options = replace(options, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
+            self.reference = build_reference(self.model, ref_model, options)
         check_alike(self.reference.identity.digest, "reference")
         for leader in leaders:
             assert isinstance(self.reference, FollowingReference)
             leader.follow_with(self.reference)
-        self._watch = ReferenceWatch(self.reference, self.args.autocast_dtype)
+        self._watch = ReferenceWatch(self.reference, options.autocast_dtype)
         # A pass through the policy's own modules must wait until training has sharded them and put them in place.
         is_early = shard is not None or waits_for_device(self.model, self.args.device)
         self._prepares_late = is_early and self.reference.runs_in_policy
@@ -289,11 +313,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             store_path=Path(args.ref_store) if args.ref_store else None,
             sync=args.sync_ref_model,
             alpha=args.ref_model_mixup_alpha,
-            sync_rule=args.ref_model_sync_rule,
             sync_rank=args.ref_model_sync_rank,
             sync_steps=args.ref_model_sync_steps,
             dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
-            autocast_dtype=args.autocast_dtype,
             device=args.device,
             store_mode=args.ref_store_mode,
         )
@@ -333,6 +355,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             self._watch.set_start(self.accelerator.unwrap_model(self.model))
 
     def _begin_training(self, state: TrainerState) -> None:
+        keep_savable(self.model)  # by now it has the tokenizer's special tokens
         if self._prepares_late:
             self._prepares_late = False
             self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
@@ -388,6 +411,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         return loader
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """None, for the rows in their order: transformers would group those of evaluation by a column of tokens."""
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = batch_columns(with_images=self._sets.image_rows is not None)
@@ -404,7 +430,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._activations:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        self._losses.see(loss, self.state.global_step + 1)
+        return loss
 
     def compute_loss(
         self,
@@ -426,14 +454,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
         gap = self._watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
         self._train_sums.add_once(gap)
-        policy = score(
-            model,
-            batch,
-            statistics=True,
-            auxiliary_loss=self._router_coefficient != 0,
-            # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
-            layout="auto" if self.args.neftune_noise_alpha is None else "padded",
-        )
+        with self._precision():
+            policy = score(
+                model,
+                batch,
+                statistics=True,
+                auxiliary_loss=self._router_coefficient != 0,
+                # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
+                layout="auto" if self.args.neftune_noise_alpha is None else "padded",
+            )
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
         )
@@ -495,13 +524,20 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
                 return loss.detach(), None, None
-            return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
+            with self._precision():
+                return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Of the policy's forward alone: the reference answers as it does in training."""
+        return running_in(None if self.model.training else self._evaluation_dtype, self.args.device)
 
     # ---- reports -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The last entry, with the run's totals, has the figures of the steps that no other has reported.
-        means = self._train_sums.means(self._sum_over_processes) if logs.keys() & {"loss", "train_loss"} else {}
+        means = {}
+        if logs.keys() & {"loss", "train_loss"}:  # the second in the last entry: every process makes both
+            self._losses.check()
+            means = self._train_sums.means(self._sum_over_processes)
         if means:
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
@@ -516,8 +552,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
                 instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
                 "reference's answers.",
             )
+        self._losses = LossWatch()
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self._check_weights()
+            return output
         finally:
             restore_attention(self.accelerator.unwrap_model(self.model))
 
@@ -531,7 +570,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     ) -> EvalLoopOutput:
         self._eval_sums = MetricSums()
         self.gather_function = PairGather(self.gather_function)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with full_evaluation(self.args) as self._evaluation_dtype:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         means = self._eval_sums.means(self._sum_over_processes)
         if not self.loss_is_scaled_for_ga:
             means.pop("loss", None)  # what was put in the place of `compute_loss` says it
@@ -589,22 +631,27 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             dataset_name: The data's name on the hub.
             tags: Further tags.
         """
-        if not self.is_world_process_zero():
-            return
-        facts = CardFacts.of_run(
-            self.args,
-            self.reference.identity,
-            self._objective.functions,
-            base_model=hub_name(self.model),
-            own_tags=self._tag_names,
-            model_name=model_name,
-            dataset_name=dataset_name,
-            tags=tags,
-        )
-        write_model_card(facts, Path(str(self.args.output_dir)))
+        if self.is_world_process_zero():
+            write_model_card(self, Path(str(self.args.output_dir)), model_name, dataset_name, tags)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy with its tokenizer and its card; weights that are NaN or infinite are refused."""
+        self._check_weights()
+        super().save_model(output_dir, _internal_call)
+        # A checkpoint; DeepSpeed's own files of one have every tensor under its name.
+        if _internal_call and output_dir is not None and not self.is_deepspeed_enabled:
+            save_adapters(self.accelerator.unwrap_model(self.model), Path(output_dir), writes=self.args.should_save)
+        if _internal_call or output_dir in (None, self.args.output_dir):  # all checkpoints share one card
+            self.create_model_card()
+        elif self.is_world_process_zero():
+            write_model_card(self, Path(output_dir))
+
+    def _check_weights(self) -> None:
+        check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
+        self._losses.check()
+        self._check_weights()  # before anything is written
         super()._save_checkpoint(model, trial)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -618,16 +665,15 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             save_start(Path(output_dir), self._watch.start)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
-            return
-        with dtypes_kept(self.model):
+        if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
-            return
-        with dtypes_kept(self.model):
+        checkpoint = Path(str(self.state.best_model_checkpoint))
+        self.accelerator.wait_for_everyone()  # one process may still be writing it
+        if self.is_deepspeed_enabled or not load_weights(self.accelerator.unwrap_model(self.model), checkpoint):
             super()._load_best_model()
+        load_companions(checkpoint, self.reference, self._objective.reward_shift)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -17,11 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+TruncationMode = Literal["keep_start", "keep_end"]
+"""Which end of a sequence stays when it is longer than `max_length`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,8 +35,9 @@ def refuse_unread(args: DPOConfig, *, streams: bool) -> None:
     """
     for found in (*_without_what_reads_them(args), *_without_even_batches(args, streams=streams)):
         if found.applies:
+            value = getattr(args, found.option)
             raise ConfigurationError(
-                asked=f"`{found.option}={getattr(args, found.option)!r}`.", why=found.why, instead=found.instead
+                asked=f"`{found.option}={getattr(value, 'value', value)!r}`.", why=found.why, instead=found.instead
             )
 
 
@@ -68,6 +69,12 @@ def _without_what_reads_them(args: DPOConfig) -> list[_Unread]:
             "It smooths the targets of a cross-entropy over tokens, which no loss of pairs is.",
             "Write `label_smoothing=...`, the probability that a preference label is flipped, or leave it out.",
             bool(args.label_smoothing_factor),
+        ),
+        _Unread(
+            "save_strategy",
+            "A checkpoint is written when an evaluation is better than those before, and nothing is evaluated.",
+            "Set `eval_strategy` too, or `save_strategy='steps'`.",
+            args.save_strategy == "best" and args.eval_strategy == "no",
         ),
     ]
 

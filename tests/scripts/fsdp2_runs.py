@@ -23,12 +23,14 @@ from torch.distributed.fsdp import fully_shard
 from launch import leave
 from observe import same_bits
 from runs import as_dataset
+from tether.checkpoint_weights import load_weights, save_adapters
 from tether.checkpoints import load_reference, save_reference
 from tether.data import PairCollator, batch_of, tokenize_pairs
 from tether.distributed import forget_gathered, has_shards, whole
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
 from tether.reference import Reference, ReferenceOptions, build_reference
+from tether.reference.adapter import adapter_tensors
 from tether.scoring import score
 from tether.types import PairBatch, PairScores
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
@@ -53,8 +55,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "precomputed": {"precompute": True},
     "synchronized": {"sync": True, "alpha": 0.5, "sync_steps": 2},
-    "hard": {"sync": True, "sync_rule": "hard", "sync_steps": 2},
-    "bema": {"sync": True, "sync_rule": "bema", "sync_steps": 2},
+    "hard": {"sync": True, "alpha": 1.0, "sync_steps": 2},
     "followed": {"sync": True, "alpha": 0.5, "sync_steps": 2},
 }
 
@@ -167,6 +168,20 @@ class Loop:
         load_reference(checkpoint, again)
         return torch.equal(again.log_probs(batch).values, before)
 
+    def adapters_survive(self) -> bool | None:
+        """Whether adapters sharded anew have, after loading, every bit of these; None for a full model."""
+        checkpoint = self.folder / "checkpoint"
+        if not isinstance(self.policy, PeftModel):
+            return None
+        save_adapters(self.policy, checkpoint, writes=dist.get_rank() == 0)
+        dist.barrier()
+        again = model_of(self.case)
+        if self.sharded != "no":
+            shard(again, self.case)
+        loads = load_weights(again, checkpoint)
+        own, other = ({name: whole(p) for name, p in adapter_tensors(m).items()} for m in (self.policy, again))
+        return loads and same_bits(own, other)
+
     def exports_itself(self) -> bool | None:
         """Whether the exported reference has its tensors, bit for bit; None where it has no model."""
         module = self.reference.module
@@ -211,6 +226,7 @@ def compared(folder: Path, case: str) -> dict[str, Any]:
             "reference_is_sharded": None if module is None else has_shards(module),
             "survives_checkpoint": loop.survives_checkpoint(),
             "exports_itself": loop.exports_itself(),
+            "adapters_survive": loop.adapters_survive(),
         }
     return seen
 

@@ -85,7 +85,28 @@ def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
     }
     results["metrics"] = trainer_of("metrics", compute_metrics=sums_of).evaluate()
     results["resumed"] = resumes(lambda: trainer_of("resumed", **SYNC, save_strategy="steps", save_steps=3), folder)
+    results["best"] = best(
+        trainer_of(
+            "best",
+            **LORA | SYNC,
+            **{
+                f"{what}_{by}": value
+                for what in ("save", "eval")
+                for by, value in (("strategy", "steps"), ("steps", 3))
+            },
+            load_best_model_at_end=True,
+            metric_for_best_model="num_tokens",
+            greater_is_better=False,
+        )
+    )
     return results
+
+
+def best(trainer: DPOTrainer) -> list[float]:
+    """The figure of the best checkpoint, which is the first, that of the last, and what is loaded at the end."""
+    trainer.train()
+    figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [*figures, trainer.evaluate()["eval_loss"]]
 
 
 def rows_of(name: str, folder: Path) -> Any:

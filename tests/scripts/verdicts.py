@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from launch import leave
 from runs import make_trainer
-from tether import DPOTrainer
+from tether import DPOTrainer, LossOptions, PairScores
 from tether.errors import TetherError
+from tether.losses import LOSSES
 from tiny import tiny_model
 
 RANK = int(os.environ["RANK"])
@@ -74,6 +75,32 @@ def nan_weights(folder: Path) -> None:
     trainer_of(folder, model=model)
 
 
+def nan_loss(folder: Path) -> None:
+    """At the last step: process 0 sees its own loss alone, which is finite."""
+    calls = iter(range(1, 9))
+
+    def loss(scores: PairScores, options: LossOptions) -> Tensor:
+        losses = LOSSES["sigmoid"](scores, options)
+        return losses * torch.nan if next(calls) == 2 and RANK == 1 else losses
+
+    try:
+        trainer_of(folder, loss=loss, max_steps=2, logging_steps=2, save_strategy="steps", save_steps=1).train()
+    finally:
+        assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def nan_weights_late(folder: Path) -> None:
+    """Every process holds them, whose own loss was finite."""
+    calls = iter(range(1, 9))
+
+    def loss(scores: PairScores, options: LossOptions) -> Tensor:
+        losses = LOSSES["sigmoid"](scores, options)
+        ruinous = next(calls) == 2 and RANK == 1
+        return losses + torch.sqrt(scores.policy_chosen - scores.policy_chosen) if ruinous else losses
+
+    trainer_of(folder, loss=loss, max_steps=2, logging_steps=2).train()
+
+
 def resume(folder: Path) -> None:
     """As where each machine has a disk of its own, and that of process 1 holds another run's checkpoint."""
     trainer_of(folder, save_strategy="steps", save_steps=1, max_steps=1).train()
@@ -98,6 +125,8 @@ FAULTS: dict[str, Callable[[Path], None]] = {
     "drift": drift,
     "other_weights": other_weights,
     "nan_weights": nan_weights,
+    "nan_loss": nan_loss,
+    "nan_weights_late": nan_weights_late,
     "resume": resume,
     "missing_row": missing_row,
 }

@@ -51,12 +51,11 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "synchronized": SYNC,
     "synchronized-named": SYNC | {"named": True},
     "synchronized-implicit": SYNC | lora(),
-    "hard": SYNC | {"ref_model_mixup_alpha": 0.6, "ref_model_sync_rule": "hard"},
-    "bema": SYNC | {"ref_model_mixup_alpha": 0.6, "ref_model_sync_rule": "bema"},
+    "hard": SYNC | {"ref_model_mixup_alpha": 1.0},
 }
 
 
-def deepspeed_config(stage: int, persistent: bool) -> dict[str, Any]:
+def deepspeed_config(stage: int, persistent: bool, autocast: bool) -> dict[str, Any]:
     """`persistent`: small parameters stay whole on every process between passes, as they do by default."""
     zero: dict[str, Any] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     if not persistent:
@@ -66,6 +65,7 @@ def deepspeed_config(stage: int, persistent: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "bf16": {"enabled": "auto"},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
 
 
@@ -77,7 +77,7 @@ def trainer_of(folder: Path, case: str, **more: Any) -> DPOTrainer:
     options["activation_checkpointing"] = "checkpointed" in flags
     options["bf16"] = "bf16" in flags
     if NUM_PROCESSES > 1:
-        options["deepspeed"] = deepspeed_config(int(stage), "persistent" in flags)
+        options["deepspeed"] = deepspeed_config(int(stage), "persistent" in flags, "autocast" in flags)
     # From a folder the model is loaded by the trainer, when transformers already knows that it will be partitioned.
     # An instance made while an earlier run's config is still alive would be partitioned too.
     if loaded == "whole":
@@ -163,6 +163,16 @@ def resumes(folder: Path, case: str) -> bool:
     return same_bits(*weights) and torch.equal(*answers)
 
 
+def best(folder: Path, case: str) -> list[float]:
+    """The figure of the best checkpoint, which is the first, that of the last, and what is loaded at the end."""
+    options = {"metric_for_best_model": "num_tokens", "greater_is_better": False, "load_best_model_at_end": True}
+    times = {f"{what}_{by}": value for what in ("save", "eval") for by, value in (("strategy", "steps"), ("steps", 2))}
+    trainer = trainer_of(folder, case, **options, **times)
+    trainer.train()
+    figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [*figures, trainer.evaluate()["eval_loss"]]
+
+
 def whole_bits(model: nn.Module) -> dict[str, Tensor]:
     forget_gathered(model)
     return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
@@ -187,5 +197,5 @@ if __name__ == "__main__":
     for number, name in enumerate(sys.argv[2:]):
         run, _, checked = name.partition(":")
         place = target / f"run-{number}"
-        seen[name] = {"": observed, "resume": resumes, "refuse": refusal}[checked](place, run)
+        seen[name] = {"": observed, "resume": resumes, "best": best, "refuse": refusal}[checked](place, run)
     leave(target, seen)

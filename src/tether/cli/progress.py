@@ -80,5 +80,13 @@ class ProgressLines(TrainerCallback):
 def _figures(logs: Mapping[str, float], prefix: str) -> str:
     return (
         f"loss {logs[f'{prefix}loss']:.4f}  margin {logs.get(f'{prefix}rewards/margins', 0.0):+.4f}  "
-        f"accuracy {logs.get(f'{prefix}rewards/accuracies', 0.0):.3f}"
+        f"accuracy {accuracy_of(logs, prefix, '.3f')}"
     )
+
+
+def accuracy_of(logs: Mapping[str, float], prefix: str, digits: str) -> str:
+    """The accuracy as it is shown: `-` where every pair is tied, so that none is ordered right or wrong."""
+    num_pairs = logs.get(f"{prefix}pairs/total")
+    if num_pairs is not None and num_pairs == logs.get(f"{prefix}pairs/tied"):
+        return "-"
+    return format(logs.get(f"{prefix}rewards/accuracies", 0.0), digits)

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from tether.cli.progress import accuracy_of
 from tether.cli.recipe import Recipe
 from tether.reference import StoredReference
 from tether.trainer import DPOTrainer
 
-_FIGURES = ("loss", "rewards/margins", "rewards/accuracies")
+_ACCURACY = "rewards/accuracies"
+_FIGURES = ("loss", "rewards/margins", _ACCURACY)
 
 
 def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
@@ -86,7 +88,12 @@ def describe_store(trainer: DPOTrainer) -> list[str]:
 
 
 def _row(entry: Mapping[str, Any], prefix: str) -> str:
-    return "".join(f"{entry[prefix + name]:>20.4f}" if prefix + name in entry else " " * 20 for name in _FIGURES)
+    def shown(name: str) -> str:
+        if prefix + name not in entry:
+            return ""
+        return accuracy_of(entry, prefix, ".4f") if name == _ACCURACY else f"{entry[prefix + name]:.4f}"
+
+    return "".join(f"{shown(name):>20}" for name in _FIGURES)
 
 
 def _num_rows(dataset: Any) -> str:

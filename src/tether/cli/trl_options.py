@@ -58,6 +58,8 @@ FORMER: Mapping[str, str] = {
     "generate_during_eval": "nothing: evaluation scores the held-out pairs",
     "label_pad_token_id": "nothing: rows have no padding",
     "padding_value": "nothing: rows have no padding",
+    "ref_model_sync_rule": "`ref_model_mixup_alpha: 1` for hard, or in Python BEMACallback(update_ref_model=True) for "
+    "bema; soft is what a sync does",
     "use_logits_to_keep": "nothing: only the logits of responses are made, and never all at once",
 }
 

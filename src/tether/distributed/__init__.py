@@ -4,7 +4,14 @@
 second model as the policy is sharded. Everything is also right in one process and for whole tensors.
 """
 
-from tether.distributed.models import Sharding, cast_as_training_will, copy_of_sharded, sharding_of, twin_of_fsdp
+from tether.distributed.models import (
+    Sharding,
+    autocast_dtype,
+    cast_as_training_will,
+    copy_of_sharded,
+    sharding_of,
+    twin_of_fsdp,
+)
 from tether.distributed.processes import (
     any_process,
     check_alike,
@@ -33,6 +40,7 @@ from tether.distributed.shards import (
 __all__ = [
     "Sharding",
     "any_process",
+    "autocast_dtype",
     "cast_as_training_will",
     "check_alike",
     "copy_of_sharded",

@@ -66,6 +66,21 @@ def cast_as_training_will(model: nn.Module, accelerator: Any) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
+def autocast_dtype(accelerator: Any) -> torch.dtype | None:
+    """Dtype of the autocast that the policy's forward will run under, as the accelerator does it; None for none.
+
+    Options say less: `accelerate launch --mixed_precision` sets it too, and DeepSpeed's engine switches off any
+    autocast but its own.
+    """
+    kind = accelerator.device.type
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.deepspeed_config.get("torch_autocast", {}).get("enabled") is True:
+        named: torch.dtype | None = deepspeed().runtime.config.get_torch_autocast_dtype(plugin.deepspeed_config)
+        return named or torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False), accelerator.autocast():
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _deepspeed_dtype(accelerator: Any) -> torch.dtype | None:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     config = {} if plugin is None else plugin.deepspeed_config

@@ -11,13 +11,15 @@ margin, less the row's own `margin` m where it has one.
 from tether.losses.checks import check_loss_options
 from tether.losses.divergence import DIVERGENCES
 from tether.losses.objective import Objective
-from tether.losses.options import LossOptions, PreferenceLoss
-from tether.losses.table import LOSSES, Loss
+from tether.losses.options import DivergenceName, LossOptions, PreferenceLoss
+from tether.losses.table import LOSSES, Loss, LossName
 
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
+    "DivergenceName",
     "Loss",
+    "LossName",
     "LossOptions",
     "Objective",
     "PreferenceLoss",

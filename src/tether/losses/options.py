@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tether.types import PairScores
+
+DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+"""The names in `DIVERGENCES`."""
+
+if TYPE_CHECKING:
+    _Divergence = DivergenceName
+else:
+    _Divergence = str  # `check_loss_options` refuses another name, and says what to write
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class LossOptions:
 
     beta: float = 0.1
     label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
+    f_divergence_type: _Divergence = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
     ld_alpha: float | None = None

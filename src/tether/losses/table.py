@@ -6,6 +6,7 @@ A loss explains itself in its docstring; here is only what the options must know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -41,6 +42,12 @@ class Loss:
 
 
 _SUMS = frozenset({"ld_alpha"})
+
+LossName = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+"""The names in `LOSSES`."""
 
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss(pairwise.sigmoid, _SMOOTHED),

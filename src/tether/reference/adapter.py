@@ -35,6 +35,11 @@ def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
     return isinstance(model, PeftModel)
 
 
+def saves_adapter_alone(model: nn.Module) -> bool:
+    """Whether `save_pretrained` writes adapters and not the model: one wrapped by PEFT, or with `model.add_adapter`."""
+    return is_adapter_model(model) or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 class AdapterReference(MovableReference):
     """The implicit reference: the policy without what training adds to it.
 
@@ -81,9 +86,7 @@ class AdapterReference(MovableReference):
         tensors = base_tensors(self._policy.get_base_model())
         if not self._starts_at_zero:
             # Not only what trains: a frozen projection, or a second adapter, shapes the answers as well.
-            of_base = {id(tensor) for tensor in tensors.values()}
-            state = self._policy.state_dict(keep_vars=True)
-            tensors |= {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
+            tensors |= beside_base(self._policy, tensors)
         return tensors
 
     def changed_tensors(self) -> list[str]:
@@ -257,6 +260,27 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
             name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
         tensors[name] = tensor
     return tensors
+
+
+def beside_base(model: nn.Module, base: Tensors) -> dict[str, Tensor]:
+    """What a model's state has besides the given tensors of its base."""
+    of_base = {id(tensor) for tensor in base.values()}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that an adapter adds to its base or trains in it, by its name in the model, and each once.
+
+    Frozen ones too: a projection that was drawn at random belongs to the factors that train.
+    """
+    forget_gathered(model)
+    base = model.get_base_model() if is_adapter_model(model) else model
+    live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}  # quantized layers make further entries
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    added = beside_base(model, base_tensors(base) | trained)
+    once = {id(tensor): name for name, tensor in added.items() if id(tensor) in live}
+    return trained | {name: added[name] for name in once.values()}
 
 
 def _changes_nothing(module: nn.Module) -> bool:

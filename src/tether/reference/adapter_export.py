@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 
 from tether.errors import ReferenceModelError
 from tether.reference.adapter_parts import factors_of, lora_layers
@@ -49,11 +52,45 @@ def export_adapter(policy: PeftModel, folder: Path, *, merged: bool) -> None:
             instead="Save it with `merged=True`, as a model of its own.",
         )
     if merged:
-        whole: Any = copy.deepcopy(policy)
-        whole.merge_and_unload().save_pretrained(folder)
+        _merged(policy).save_pretrained(folder)
         return
     with _with_its_ranks(policy):
         policy.save_pretrained(str(folder), selected_adapters=policy.active_adapters)
+
+
+def _merged(policy: PeftModel) -> Any:
+    """A copy of the model with the adapters in its weights.
+
+    An adapter on one of two tied embeddings is one on that use of the weight alone: merged, they are two weights.
+    """
+    # With `ensure_weight_tying`, layers keep tensors of a graph, which cannot be copied and which nothing reads.
+    tied = [getattr(layer, "kwargs", {}).get("tied_adapter") or {} for layer in policy.modules()]
+    whole: Any = copy.deepcopy(policy, {id(tensor): None for tensors in tied for tensor in tensors.values()})
+    configs = [whole.config, whole.config.get_text_config()]
+    was_tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if was_tied:
+        _untie(whole)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        model = whole.merge_and_unload()
+    if was_tied:
+        first, last = model.get_input_embeddings(), model.get_output_embeddings()
+        still_tied = torch.equal(first.weight, last.weight)
+        if still_tied:
+            last.weight = first.weight
+        for config in configs:
+            config.tie_word_embeddings = still_tied
+    return model
+
+
+def _untie(model: nn.Module) -> None:
+    """Gives every module a parameter of its own in the place of one that it shares."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(id(parameter))
 
 
 def _changes_base(config: Any) -> bool:

@@ -22,12 +22,11 @@ from tether.reference.low_rank_parts import (
     MATRIX,
     DoraPart,
     Layout,
-    LowRankBemaPart,
     LowRankPart,
     convolution,
     experts,
 )
-from tether.reference.parts import Part, UpdateRule, dense_part
+from tether.reference.parts import DensePart, Part, UpdateRule
 
 # Types whose weights are linear in the tensors they train, so that the average of the tensors is the average of the
 # weights: proven one by one in tests/test_adapter_averaging.py.
@@ -41,7 +40,7 @@ _QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
 def check_can_follow(configs: Iterable[Any], rule: UpdateRule | None = None) -> None:
-    """Refuses adapters that have no average, and rules without a meaning for them.
+    """Refuses adapters that have no average, and ranks without a meaning for them.
 
     Args:
         configs: PEFT configurations, of adapters that exist or that will be made.
@@ -67,7 +66,7 @@ def check_can_follow(configs: Iterable[Any], rule: UpdateRule | None = None) -> 
                 "Its prefixes come out of a network, whose average is not the network of the average.",
             )
     if rule is not None and configs:
-        _check_rule(rule, [config for config in configs if _kind(config) == "LORA"])
+        _check_rank(rule, [config for config in configs if _kind(config) == "LORA"])
 
 
 def _kind(config: Any) -> str:
@@ -106,7 +105,7 @@ def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
     whole modules, token rows, prompts, and types linear in what they train) tensor by tensor.
 
     Raises:
-        ConfigurationError: If an adapter has no average, or the rule no meaning for it; names it.
+        ConfigurationError: If an adapter has no average, or the rank no meaning for it; names it.
     """
     check_can_follow((policy.peft_config[name] for name in policy.active_adapters), rule)
     names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
@@ -114,27 +113,12 @@ def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
         part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)
     ]
     _check_in_use(rule, bool(low_rank))
-    if rule.name == "factors":
-        low_rank = []
     claimed = {name for part in low_rank for name in part.names}
-    return [*low_rank, *(dense_part(name, rule) for name in names.values() if name not in claimed)]
+    return [*low_rank, *(DensePart(name, rule.alpha) for name in names.values() if name not in claimed)]
 
 
-def _check_rule(rule: UpdateRule, configs: Sequence[Any]) -> None:
-    """Refuses rules without a meaning for what the LoRA configurations make."""
-    if rule.name == "factors" and any(config.use_dora for config in configs):
-        _refuse(
-            "`ref_model_sync_rule='factors'` and DoRA",
-            "A magnitude averaged apart from the direction it scales is no average of anything.",
-            "`ref_model_sync_rule='soft'`, which is exact.",
-        )
-    if rule.name == "bema" and any(config.use_dora for config in configs):
-        _refuse(
-            "`ref_model_sync_rule='bema'` and DoRA",
-            "Its correction is a difference of weights, and such a sum of DoRA weights need not be one: a row's scale "
-            "may vanish.",
-            "`ref_model_sync_rule='soft'`, or `use_dora=False`.",
-        )
+def _check_rank(rule: UpdateRule, configs: Sequence[Any]) -> None:
+    """Refuses a rank that no averaged update would have."""
     _check_in_use(rule, bool(configs))
     rank = max([0, *(r for config in configs for r in (config.r, *config.rank_pattern.values()))])
     if rule.max_rank is not None and rule.max_rank < rank:
@@ -146,13 +130,7 @@ def _check_rule(rule: UpdateRule, configs: Sequence[Any]) -> None:
 
 
 def _check_in_use(rule: UpdateRule, has_low_rank: bool) -> None:
-    if rule.name == "factors" and not has_low_rank:
-        _refuse(
-            "`ref_model_sync_rule='factors'`",
-            "It averages the factors of LoRA, and this adapter has none that train in pairs.",
-            "`ref_model_sync_rule='soft'`.",
-        )
-    if rule.max_rank is not None and (rule.name == "factors" or rule.copies or not has_low_rank):
+    if rule.max_rank is not None and (rule.alpha == 1 or not has_low_rank):
         _refuse(
             f"`ref_model_sync_rank={rule.max_rank}`",
             "Nothing here is averaged at a rank of its own: it is for LoRA and DoRA, averaged as weights with alpha "
@@ -187,14 +165,12 @@ def _parts(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: 
     rank = int(layer.r[adapter])
     options: dict[str, Any] = {
         "scaling": float(layer.scaling[adapter]),
-        "alpha": rule.weight,
+        "alpha": rule.alpha,
         "max_rank": rule.max_rank or 2 * rank,
     }
     if is_dora:
         return [_dora_part(path, layer, adapter, names, options)]
     layout = _layout(path, layer, a)
-    if rule.name == "bema":
-        return [LowRankBemaPart(names[id(b)], names[id(a)], options["scaling"], options["max_rank"], layout)]
     bias = getattr(layer.lora_B[adapter], "bias", None) if adapter in layer.lora_B else None
     bias_name = None if bias is None else names.get(id(bias))
     return [LowRankPart(names[id(b)], names[id(a)], layout=layout, bias=bias_name, **options)]

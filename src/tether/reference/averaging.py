@@ -75,15 +75,12 @@ class BemaSchedule(NamedTuple):
         return min(1.0, max(age**-self.ema_power, self.min_ema_weight)), age**-self.bias_power
 
 
-PAPERS_SCHEDULE = BemaSchedule()
-
-
 def bema(
     average: Float[Tensor, "*shape"],
     policy: Float[Tensor, "*shape"],
     initial: Float[Tensor, "*shape"],
     update: int,
-    schedule: BemaSchedule = PAPERS_SCHEDULE,
+    schedule: BemaSchedule,
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Bias-corrected exponential moving average.
 

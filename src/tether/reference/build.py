@@ -44,7 +44,6 @@ class ReferenceOptions:
         store_path: The store's file; None for the default place.
         sync: The reference follows the policy (TR-DPO).
         alpha: Weight of the policy in each sync.
-        sync_rule: How the reference follows (`parts.UpdateRule`).
         sync_rank: Largest rank of an averaged LoRA update; None for twice the policy's.
         sync_steps: Optimizer steps between syncs.
         dtype: Dtype of an explicit reference's weights; None for the policy's.
@@ -66,7 +65,6 @@ class ReferenceOptions:
     store_path: Path | None = None
     sync: bool = False
     alpha: float = 0.6
-    sync_rule: str = "soft"
     sync_rank: int | None = None
     sync_steps: int = 512
     dtype: torch.dtype | None = None
@@ -110,7 +108,7 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     match source, options:
         case _, ReferenceOptions(precompute=True):
             return _stored(source, options)
-        case FrozenReference(), ReferenceOptions(follows=True):
+        case _, ReferenceOptions(follows=True):
             return FollowingReference(source)
         case _, ReferenceOptions(sync=True):
             return MovingReference(
@@ -118,7 +116,6 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
                 lambda: policy,
                 alpha=options.alpha,
                 every=options.sync_steps,
-                rule=options.sync_rule,
                 max_rank=options.sync_rank,
             )
         case _:
@@ -158,7 +155,7 @@ def _source(
             shard=shard,
         )
     if is_adapter_model(policy):
-        return AdapterReference(policy, autocast_dtype=autocast_dtype, moves=options.sync)
+        return AdapterReference(policy, autocast_dtype=autocast_dtype, moves=options.sync or options.follows)
     elsewhere = device if shard is None and waits_for_device(policy, device) else None
     can_run = shard is None and elsewhere is None and not has_shards(policy)
     if options.releases_source and dtype is None and can_run:
@@ -238,7 +235,7 @@ def check_options(
             instead="Leave `ref_dtype` out.",
         )
     if options.follows:
-        _check_can_follow(options, has_adapter)
+        _check_can_follow(options, has_adapter and ref_model is not None)
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
             asked="`ref_dtype` with a PEFT model and no `ref_model`.",
@@ -260,7 +257,7 @@ def check_sync_without_precompute(sync: bool, precompute: bool) -> None:
 def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions, new_adapter: Any) -> None:
     adapters = [policy.peft_config[name] for name in policy.active_adapters] if is_adapter_model(policy) else []
     adapters += [] if new_adapter is None else [new_adapter]
-    check_can_follow(adapters, UpdateRule(options.sync_rule, options.alpha, options.sync_rank))
+    check_can_follow(adapters, UpdateRule(options.alpha, options.sync_rank))
     if adapters and ref_model is not None:
         raise ConfigurationError(
             asked="`sync_ref_model=True` with a PEFT model and a `ref_model`.",
@@ -269,16 +266,9 @@ def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: Referen
         )
     if adapters:
         refuse_sharded_average(None if options.shard is not None else policy)
-    if options.sync_rule == "bema" and ref_model is not None:
-        raise ConfigurationError(
-            asked="`ref_model_sync_rule='bema'` with a `ref_model`.",
-            why="BEMA is an average of the policy's own path from its start: nothing of `ref_model` would be left "
-            "after the first sync.",
-            instead="Leave `ref_model` out, or write `ref_model_sync_rule='soft'`.",
-        )
 
 
-def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
+def _check_can_follow(options: ReferenceOptions, crosses_models: bool) -> None:
     reasons = {
         "`reference_free=True`": (options.free, "Without a reference there is nothing to set."),
         "rows that bring `ref_chosen_logps`": (
@@ -288,13 +278,15 @@ def _check_can_follow(options: ReferenceOptions, has_adapter: bool) -> None:
         "ZeRO-3 or FSDP2": (options.shard is not None, "Each process holds a part of the weights, not their average."),
         "`precompute_ref_log_probs=True`": (options.precompute, "Log-probs computed before training would be stale."),
         "`sync_ref_model=True`": (options.sync, "Both would set the reference's weights, each by its own rule."),
-        "a PEFT model": (has_adapter, "The reference is the policy's own base: setting it would change the policy."),
+        "a PEFT model and a `ref_model`": (
+            crosses_models,
+            "An adapter's average lives on the policy's own base; `ref_model` has no such tensors.",
+        ),
     }
     for other, (given, why) in reasons.items():
         if given:
             raise ConfigurationError(
                 asked=f"`BEMACallback(update_ref_model=True)` together with {other}.",
                 why=why,
-                instead="Set `update_ref_model=False` (the average is still saved), or train the full model with a "
-                "reference of its own.",
+                instead=f"Leave {other} out, or set `update_ref_model=False`: the average is still saved.",
             )

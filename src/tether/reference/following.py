@@ -11,24 +11,24 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tether.errors import ReferenceModelError, ResumeError
-from tether.reference.frozen import FrozenReference
 from tether.reference.identity import ReferenceIdentity
+from tether.reference.parts import MovableReference
 from tether.reference.wrapping import WrappingReference
 
 _TENSORS = "following_reference.safetensors"
 
 
-class FollowingReference(WrappingReference[FrozenReference]):
+class FollowingReference(WrappingReference[MovableReference]):
     """`pi_ref` is what `take` was last given; before that, the source as it was.
 
     Args:
         source: A reference that owns a copy of every weight that will be set.
     """
 
-    def __init__(self, source: FrozenReference) -> None:
+    def __init__(self, source: MovableReference) -> None:
         super().__init__(source)
         self._taken: set[str] = set()
 
@@ -48,7 +48,7 @@ class FollowingReference(WrappingReference[FrozenReference]):
         Raises:
             ReferenceModelError: If the reference has no such parameter.
         """
-        own = self._parameters()
+        own = self._source.tensors()
         for name, weight in weights.items():
             if name not in own or own[name].shape != weight.shape:
                 raise ReferenceModelError(
@@ -56,13 +56,13 @@ class FollowingReference(WrappingReference[FrozenReference]):
                     why="It has no parameter of that name and shape, so it is of another architecture than the policy.",
                     instead="Pass a `ref_model` of the policy's architecture and size, or leave `ref_model` out.",
                 )
-            own[name].data.copy_(weight)
+            self._source.write(name, weight.to(own[name].dtype))
         self._taken |= weights.keys()
 
     def save(self, folder: Path | None) -> None:
         if folder is None:  # never sharded, so there is nothing to take part in
             return
-        own = self._parameters()
+        own = self._source.tensors()
         taken = {name: own[name].detach().cpu().contiguous() for name in sorted(self._taken)}
         save_file(taken, folder / _TENSORS)
 
@@ -74,8 +74,3 @@ class FollowingReference(WrappingReference[FrozenReference]):
                 instead="Resume from a checkpoint of a run with `BEMACallback(update_ref_model=True)`, or start anew.",
             )
         self.take(load_file(folder / _TENSORS))
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        assert self._source.module is not None
-        # A parameter under two names (tied embeddings) comes once.
-        return dict(self._source.module.named_parameters())

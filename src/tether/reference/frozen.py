@@ -37,7 +37,7 @@ from tether.reference.identity import (
     model_tensors,
     num_bytes,
 )
-from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule, dense_part
+from tether.reference.parts import DensePart, MovableReference, Part, Tensors, UpdateRule
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -257,12 +257,6 @@ class FrozenReference(MovableReference):
         """Every parameter that the policy trains, and every buffer, each on its own."""
         assert self._module is not None, "released"
         _check_same_parameters(policy, self._module)
-        if rule.name == "factors":
-            raise ConfigurationError(
-                asked="`ref_model_sync_rule='factors'` for a full model.",
-                why="It averages the factors of LoRA, and this policy trains its weights themselves.",
-                instead="`ref_model_sync_rule='soft'`, or train with `peft_config=LoraConfig(...)`.",
-            )
         if rule.max_rank is not None:
             raise ConfigurationError(
                 asked=f"`ref_model_sync_rank={rule.max_rank}` for a full model.",
@@ -271,7 +265,7 @@ class FrozenReference(MovableReference):
             )
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
-        return [dense_part(name, rule) for name in (*trained, *buffers)]
+        return [DensePart(name, rule.alpha) for name in (*trained, *buffers)]
 
     def _bring_back(self) -> nn.Module:
         """The weights again, from where they came, proven by their digest."""

@@ -32,10 +32,6 @@ class GivenReference(Reference):
         return self._identity
 
     @property
-    def num_passes(self) -> int:
-        return 0
-
-    @property
     def knows_tokens(self) -> bool:
         return False
 

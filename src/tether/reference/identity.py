@@ -38,7 +38,7 @@ class ReferenceIdentity:
     """What tells one reference from another.
 
     Attributes:
-        kind: `frozen`, `adapter`, `moving` or `uniform`; for people, not part of `digest`.
+        kind: How the reference is had, in a word (`frozen`, `adapter`, ...); for people, not part of `digest`.
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
@@ -54,6 +54,18 @@ class ReferenceIdentity:
     base: str = field(default="", compare=False)
     config: str = field(default="", compare=False)
     adapter: str = field(default="", compare=False)
+
+    @classmethod
+    def named(cls, name: str) -> ReferenceIdentity:
+        """Of a reference without weights to digest (a server, an ensemble): by its name alone.
+
+        Whoever changes what answers under that name must change the name.
+
+        Example:
+            >>> ReferenceIdentity.named("reward-team/dpo-v3").kind
+            'named'
+        """
+        return cls(kind="named", weights=f"named:{name}", compute_dtype="float32", scoring_version=0)
 
     @property
     def digest(self) -> str:

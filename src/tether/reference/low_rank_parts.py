@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from tether.reference.averaging import (
-    PAPERS_SCHEDULE,
     LowRank,
-    add_low_rank,
     average_dora,
     average_low_rank,
     low_rank_norm,
@@ -83,10 +81,10 @@ class LowRankPart(Part):
     def names(self) -> tuple[str, ...]:
         return (self.b, self.a) if self.bias is None else (self.b, self.a, self.bias)
 
-    def start(self, policy: Tensors, reference: Tensors) -> dict[str, Tensor]:
+    def start(self, reference: Tensors) -> dict[str, Tensor]:
         return {} if self.alpha in (0, 1) else _started(self.a, self.names, reference)
 
-    def move(self, policy: Tensors, reference: Tensors, state: Tensors, num_syncs: int) -> Move:
+    def move(self, policy: Tensors, reference: Tensors, state: Tensors) -> Move:
         if self.alpha in (0, 1):
             return _copied(self.names, policy if self.alpha else reference)
         old, new = _masters(self.names, reference, state), policy
@@ -101,50 +99,6 @@ class LowRankPart(Part):
 
     def _factors(self, side: Tensors) -> LowRank:
         return self.layout.read(_wide(side[self.b]), _wide(side[self.a]))
-
-
-@dataclass(frozen=True)
-class LowRankBemaPart(Part):
-    """A LoRA update that becomes the bias-corrected average of itself, as the matrix it is.
-
-    The plain average is kept at up to `max_rank`; the correction `a_t (B_pi A_pi - B_0 A_0)` is stacked on it, so
-    that the reference has up to `max_rank` and twice the policy's rank. `truncation` is as in `LowRankPart`.
-
-    Attributes:
-        b, a: Names of the factors.
-        scaling: `s`, the same for policy and reference.
-        max_rank: Largest rank of the plain average.
-        layout: How the layer keeps its factors.
-    """
-
-    b: str
-    a: str
-    scaling: float
-    max_rank: int
-    layout: Layout = MATRIX
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.b, self.a)
-
-    def start(self, policy: Tensors, reference: Tensors) -> dict[str, Tensor]:
-        kept = {f"{kind}.{n}": _wide(policy[n]).clone() for kind in ("average", "initial") for n in self.names}
-        return kept | {f"truncation.{self.a}": torch.zeros(2, dtype=torch.float64)}
-
-    def move(self, policy: Tensors, reference: Tensors, state: Tensors, num_syncs: int) -> Move:
-        step, correction = PAPERS_SCHEDULE.weights(num_syncs)
-        new = self.layout.read(_wide(policy[self.b]), _wide(policy[self.a]))
-        average, initial = (
-            self.layout.read(state[f"{kind}.{self.b}"], state[f"{kind}.{self.a}"]) for kind in ("average", "initial")
-        )
-        moved, error = add_low_rank([(1 - step, average), (step, new)], self.max_rank)
-        whole = moved.A.shape[-2] + 2 * new.A.shape[-2]
-        corrected, _ = add_low_rank([(1.0, moved), (correction, new), (-correction, initial)], whole)
-        size = abs(self.scaling)
-        kept = dict(zip((f"average.{self.b}", f"average.{self.a}"), self.layout.write(moved), strict=True))
-        kept |= _truncation(self.a, state, step, size * error, size * low_rank_norm(corrected))
-        tensors = dict(zip(self.names, self.layout.write(corrected), strict=True))
-        return Move({name: tensor.to(reference[name].dtype) for name, tensor in tensors.items()}, kept)
 
 
 @dataclass(frozen=True)
@@ -171,10 +125,10 @@ class DoraPart(Part):
     def names(self) -> tuple[str, ...]:
         return (self.b, self.a, self.magnitude)
 
-    def start(self, policy: Tensors, reference: Tensors) -> dict[str, Tensor]:
+    def start(self, reference: Tensors) -> dict[str, Tensor]:
         return {} if self.alpha in (0, 1) else _started(self.a, self.names, reference)
 
-    def move(self, policy: Tensors, reference: Tensors, state: Tensors, num_syncs: int) -> Move:
+    def move(self, policy: Tensors, reference: Tensors, state: Tensors) -> Move:
         if self.alpha in (0, 1):
             return _copied(self.names, policy if self.alpha else reference)
         old, new = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tether.distributed import forget_gathered
 from tether.errors import ResumeError
+from tether.finite import check_weights
 from tether.reference.identity import ReferenceIdentity, num_bytes
 from tether.reference.low_rank_parts import truncation_error
 from tether.reference.parts import MovableReference, Tensors, UpdateRule
@@ -35,15 +36,13 @@ class MovingReference(WrappingReference[MovableReference]):
     Args:
         source: A reference that owns a copy of every weight the policy trains.
         policy: Gives the unwrapped policy when a sync is due.
-        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update. Of no meaning for other rules than
-            `soft` and `factors`.
+        alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
         every: Optimizer steps between syncs.
-        rule: `soft`, `hard`, `bema` or `factors`; see `parts.UpdateRule`.
         max_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
 
     Raises:
         ReferenceModelError: If the source's tensors do not match the policy's, by name and shape.
-        ConfigurationError: If the rule has no meaning for what the policy trains; names it.
+        ConfigurationError: If what the policy trains has no average, or the rank no meaning for it; names it.
     """
 
     def __init__(
@@ -53,17 +52,16 @@ class MovingReference(WrappingReference[MovableReference]):
         *,
         alpha: float = 0.6,
         every: int,
-        rule: str = "soft",
         max_rank: int | None = None,
     ) -> None:
         super().__init__(source)
         self._policy = policy
-        self._rule, self._every = UpdateRule(rule, alpha, max_rank), every
+        self._rule, self._every = UpdateRule(alpha, max_rank), every
         self._parts = source.parts(policy(), self._rule)
         self._state: dict[str, Tensor] = {}
-        before, own = _tensors_of(policy()), source.tensors()
+        own = source.tensors()
         for part in self._parts:
-            self._state |= part.start(self._cut(part.names, before), own)
+            self._state |= part.start(own)
         self._num_syncs = 0
 
     @property
@@ -92,11 +90,12 @@ class MovingReference(WrappingReference[MovableReference]):
     def advance(self, step: int) -> bool:
         if step % self._every:
             return False
+        check_weights(self._policy(), "let the reference follow the policy", step)
         policy = _tensors_of(self._policy())
         own = self._source.tensors()
         with torch.no_grad():
             for part in self._parts:  # one at a time, so that no second set of weights is ever alive
-                moved = part.move(self._cut(part.names, policy), own, self._state, self._num_syncs)
+                moved = part.move(self._cut(part.names, policy), own, self._state)
                 self._state |= moved.state
                 for name, tensor in moved.tensors.items():
                     self._source.write(name, tensor)
@@ -133,8 +132,8 @@ class MovingReference(WrappingReference[MovableReference]):
             raise ResumeError(
                 asked=f"Resuming with the sync schedule {self._schedule()}.",
                 why=f"The checkpoint {folder.parent} was made with another one: {saved}.",
-                instead="Use the checkpoint's `ref_model_sync_rule`, `ref_model_mixup_alpha`, `ref_model_sync_rank` "
-                "and `ref_model_sync_steps`, or start a new run.",
+                instead="Use the checkpoint's `ref_model_mixup_alpha`, `ref_model_sync_rank` and "
+                "`ref_model_sync_steps`, or start a new run.",
             )
         tensors = load_file(folder / _TENSORS)
         with torch.no_grad():
@@ -147,8 +146,7 @@ class MovingReference(WrappingReference[MovableReference]):
         self._num_syncs = int(saved["num_syncs"])
 
     def _schedule(self) -> dict[str, Any]:
-        rule = asdict(self._rule)
-        return {"rule": rule["name"], "alpha": rule["alpha"], "rank": rule["max_rank"], "every": self._every}
+        return {"alpha": self._rule.alpha, "rank": self._rule.max_rank, "every": self._every}
 
     def release(self) -> None:
         """Nothing: a moving reference is needed to the end."""

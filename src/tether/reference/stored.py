@@ -268,9 +268,5 @@ class _Nobody(Reference):
     def identity(self) -> ReferenceIdentity:
         return self._identity
 
-    @property
-    def num_passes(self) -> int:
-        return 0
-
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         raise AssertionError("`StoredReference` looks whether there is a source before it asks one")

@@ -29,10 +29,6 @@ class UniformReference(Reference):
     def identity(self) -> ReferenceIdentity:
         return ReferenceIdentity("uniform", "none", "float32", 0)
 
-    @property
-    def num_passes(self) -> int:
-        return 0
-
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         zeros = torch.zeros(sum(batch.response_lengths), device=batch.device)
         return ResponseLogProbs(zeros, offsets_of(batch.response_lengths, batch.device))

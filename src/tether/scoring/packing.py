@@ -46,8 +46,8 @@ _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def known_to_pack(model: nn.Module, base: nn.Module) -> bool | None:
     """Whether a model is scored packed; None while an unknown family has not been compared yet."""
-    if _learns_prompt(model):
-        return False  # virtual tokens would stand in front of the first prompt only
+    if _adapter_reads_rows(model):
+        return False
     if base in _packs:
         return _packs[base]
     if _is_proven(base):
@@ -58,7 +58,7 @@ def known_to_pack(model: nn.Module, base: nn.Module) -> bool | None:
 def packs_images(model: nn.Module, base: nn.Module) -> bool:
     """Whether prompts with images are scored packed: each prompt and its images once."""
     config: Any = base.config
-    if config.model_type not in PROVEN_WITH_IMAGES or _learns_prompt(model):
+    if config.model_type not in PROVEN_WITH_IMAGES or _adapter_reads_rows(model):
         return False
     return _is_made_of(base, config.get_text_config(), (config, config.vision_config))
 
@@ -107,8 +107,18 @@ def layouts_agree(packed: torch.Tensor, padded: torch.Tensor, other_context: tor
     return bool(torch.isfinite(packed).all() and gap <= share * effect)
 
 
-def _learns_prompt(model: nn.Module) -> bool:
-    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+def reads_rows(adapter: Any) -> bool:
+    """Whether an adapter, by its configuration, acts once in each row, which has to be one sequence then.
+
+    Virtual tokens would stand in front of the first prompt only; an activated LoRA looks for one invocation.
+    """
+    return bool(
+        getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None) is not None
+    )
+
+
+def _adapter_reads_rows(model: nn.Module) -> bool:
+    return any(map(reads_rows, getattr(model, "peft_config", {}).values()))
 
 
 def _is_proven(base: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.packing import known_to_pack, layouts_agree, packs_images, probe_batch, remember
 from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
 from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
+from tether.scoring.router import router_loss
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, join_log_probs, offsets_of
 
 # Part of every reference's identity: raised when a change here alters the numbers beyond rounding.
@@ -48,7 +49,8 @@ def score(
             are left as they are: dropout is active if the caller left it in training mode.
         batch: The pairs. Moved to the model's device if it is elsewhere.
         statistics: Also return entropy, mean logit and top-1 hits of each token.
-        auxiliary_loss: Also return the model's router loss, for mixtures of experts.
+        auxiliary_loss: Also return the load-balancing loss of a mixture of experts (`router.load_balancing_loss`), its
+            model's own where that has one.
         layout: `packed` (one row, each prompt once) and `padded` (one row per response) give the same numbers;
             `auto` packs where the model's family is proven, or proves it first, and packs
             prompts with images only where that is proven.
@@ -66,7 +68,8 @@ def score(
         reset_rotary(model)
         if batch.num_responses > 1 and max(batch.fed_lengths()) > limit:
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
-    check_even_images(base_model_of(model), batch)
+    base = base_model_of(model)
+    check_even_images(base, batch)
     packed = layout == "packed" or (layout == "auto" and _packs(model, batch, auxiliary_loss))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
     if hasattr(model, "_orig_mod"):
@@ -76,7 +79,7 @@ def score(
         values=answer.values,
         offsets=offsets_of(batch.response_lengths, batch.device),
         statistics=answer.statistics,
-        auxiliary_loss=answer.outputs.aux_loss if auxiliary_loss else None,
+        auxiliary_loss=router_loss(base, answer.outputs, rows.inputs["attention_mask"]) if auxiliary_loss else None,
     )
 
 

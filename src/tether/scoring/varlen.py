@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import varlen
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tether.scoring.groups import Group, groups_of
@@ -89,6 +88,8 @@ def varlen_attention(
         scale: Factor on the scores.
         window: Each query sees at most this many positions, its own included.
     """
+    from torch.nn.attention import varlen  # not in every torch that the rest of this package runs on
+
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen.varlen_attn(
         rows.contiguous(),

@@ -1,0 +1,78 @@
+"""Is what trains still made of finite numbers? The loss of every step, and weights before they are kept.
+
+Knows tensors and processes; knows no trainer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tether.distributed import forget_gathered, has_shards, local_part, reduced, union
+from tether.errors import NotFiniteError
+
+_INSTEAD = (
+    "Lower `learning_rate`, add `warmup_steps`, keep `max_grad_norm` above 0, or take out a row that overflows. A "
+    "checkpoint from before that step holds finite weights: the run can be resumed from there."
+)
+
+
+class LossWatch:
+    """The first optimizer step whose loss is NaN or infinite. It stays on the device, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._first_broken: Tensor | None = None
+
+    def see(self, loss: Tensor, step: int) -> None:
+        """Looks at the loss of a micro-batch of a step."""
+        broken = torch.where(torch.isfinite(loss.detach()), torch.inf, float(step))
+        before = self._first_broken
+        self._first_broken = broken if before is None else torch.minimum(before, broken)
+
+    def check(self) -> None:
+        """Reads it, and forgets it. Collective; every process comes to the same verdict.
+
+        Raises:
+            NotFiniteError: If the loss of a step was NaN or infinite on any process; names the first one.
+        """
+        seen, self._first_broken = self._first_broken, None
+        if seen is None:
+            return
+        first = -float(reduced(-seen, "max"))
+        if first < float("inf"):
+            raise NotFiniteError(
+                asked=f"Cannot go on training: the loss of step {first:.0f} is NaN or infinite.",
+                why="Its gradient makes the weights NaN, and nothing brings them back. The usual causes are a learning "
+                "rate that is too high, and numbers that overflow in the policy or in the reference.",
+                instead=_INSTEAD,
+            )
+
+
+def check_weights(model: nn.Module, purpose: str, step: int) -> None:
+    """Refuses to use trained weights that are NaN or infinite. Collective where they are sharded, and only there.
+
+    Args:
+        model: The policy.
+        purpose: What they are wanted for, for the message: "keep the policy".
+        step: How many optimizer steps it has been trained for.
+
+    Raises:
+        NotFiniteError: Names the first such weight.
+    """
+    forget_gathered(model)  # FSDP2 has other objects under these names while it holds them whole
+    parts = {name: local_part(p) for name, p in model.named_parameters() if p.requires_grad}
+    broken = [name for name, part in parts.items() if not _is_finite(part)]
+    if has_shards(model):
+        broken = union(broken)
+    if broken:
+        others = f" and {len(broken) - 1} others" if len(broken) > 1 else ""
+        raise NotFiniteError(
+            asked=f"Cannot {purpose}: after step {step} its weight `{broken[0]}`{others} is NaN or infinite.",
+            why="Training broke it, in this step or shortly before. Such weights are never written.",
+            instead=_INSTEAD,
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The largest absolute value needs no second tensor of this size, and NaN is the largest there is.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(tensor, torch.inf)))

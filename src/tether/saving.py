@@ -1,0 +1,60 @@
+"""What a save needs besides weights, tried before the first step: a run must not end without a file.
+
+Knows transformers' models and where they are written; knows no reference and no options.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from tether.distributed import has_shards
+from tether.errors import ConfigurationError
+from tether.reference.adapter import saves_adapter_alone
+
+
+def keep_savable(model: Any) -> None:
+    """Lets a model's generation config be saved as it is.
+
+    Published ones often have a temperature and no `do_sample`. transformers (5.23) saves such a file back while nobody
+    has changed it, and raises `ValueError` once training has given it the tokenizer's padding token. What it says of
+    generation is the author's: it is neither completed nor thrown away, and counts as unchanged.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        config._original_object_hash = hash(config)
+
+
+def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: str) -> None:
+    """Saves a run's model once, in a folder that is then removed: without its weights, if it is not an adapter.
+
+    Args:
+        save: Saves to a folder: the state dict that is given, or the model's own if that is None.
+        model: The policy.
+        output_dir: Where the run will write.
+
+    Raises:
+        ConfigurationError: With what the library said, which otherwise would come with the first checkpoint.
+    """
+    is_adapter, is_whole = saves_adapter_alone(model), not has_shards(model)
+    if is_adapter and not is_whole:
+        return  # its tensors are gathered by what shards them, in training
+    try:
+        if not is_adapter and is_whole:
+            remove_tied_weights_from_state_dict(dict(model.state_dict()), model)  # type: ignore[arg-type]
+        with TemporaryDirectory(prefix="tried-", dir=output_dir) as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come with each save
+            save(folder, None if is_adapter else {})
+    except Exception as error:  # whatever it is, it would end the run at its first checkpoint
+        said = " ".join(str(error).split())
+        raise ConfigurationError(
+            asked=f"Cannot save this model, its tokenizer and the options to `output_dir={output_dir!r}`: "
+            f"{type(error).__name__}: {said}",
+            why="The run would train, and end with that error in the place of its first checkpoint.",
+            instead="Change what it names, or write to another `output_dir`.",
+        ) from error
