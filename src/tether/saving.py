@@ -6,12 +6,14 @@ Knows transformers' models and where they are written; knows no reference and no
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging as transformers_logging
 
 from tether.distributed import has_shards
 from tether.errors import ConfigurationError
@@ -47,8 +49,7 @@ def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: s
     try:
         if not is_adapter and is_whole:
             remove_tied_weights_from_state_dict(dict(model.state_dict()), model)  # type: ignore[arg-type]
-        with TemporaryDirectory(prefix="tried-", dir=output_dir) as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come with each save
+        with TemporaryDirectory(prefix="tried-", dir=output_dir) as folder, _in_silence():
             save(folder, None if is_adapter else {})
     except Exception as error:  # whatever it is, it would end the run at its first checkpoint
         said = " ".join(str(error).split())
@@ -58,3 +59,17 @@ def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: s
             why="The run would train, and end with that error in the place of its first checkpoint.",
             instead="Change what it names, or write to another `output_dir`.",
         ) from error
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without the warnings and the bar that come with each save; whether bars are shown is the user's own again."""
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
