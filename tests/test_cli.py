@@ -418,6 +418,28 @@ def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -
     assert load_pairs(str(path), "train_data").to_list() == rows
 
 
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_a_file_may_have_text_in_some_rows_and_messages_in_others(form: str, tmp_path: Path) -> None:
+    """Rows without a prompt come first, and texts that are JSON by themselves stay texts."""
+    rows = [
+        {"chosen": "The ship left.", "rejected": "The ship sank."},
+        {"prompt": "2 + 2 =", "chosen": "4", "rejected": '"four"'},
+        *tiny_pairs(2, conversational=True),
+    ]
+    path = tmp_path / f"pairs.{form}"
+    path.write_text(json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows)))
+    found = load_pairs(str(path), "train_data").to_list()
+    assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
+    with pytest.raises(DataError, match="messages in others can only be read from a whole"):
+        load_pairs(str(path), "train_data", streaming=True)
+
+
+def test_rows_without_a_prompt_are_held_out_by_their_text() -> None:
+    rows = [{"prompt": None, "chosen": f"{number}", "rejected": "no"} for number in range(40)]
+    kept, held = hold_out(datasets.Dataset.from_list([*rows, *tiny_pairs(4)]), 0.25, seed=0)
+    assert len(held) == 11 and len(kept) == 33
+
+
 def test_held_out_pairs_share_no_prompt_with_the_others_and_do_not_depend_on_their_order() -> None:
     rows = tiny_pairs(40)
     kept, held = hold_out(datasets.Dataset.from_list(rows), 0.25, seed=0)

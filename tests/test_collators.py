@@ -62,6 +62,13 @@ def test_what_the_padded_collator_cannot_do_is_refused_at_once(options: Row) -> 
         DataCollatorForPreference(0, **options)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sum_that_only_some_rows_of_a_batch_bring_is_refused(order: int) -> None:
+    rows = [*drawn_rows(1), *drawn_rows(1, ref_chosen_logps=-1.5, ref_rejected_logps=-2.5)][::order]
+    with pytest.raises(DataError, match=r"Row \d of a batch has `ref_chosen_logps=None`"):
+        DataCollatorForPreference(3)(rows)
+
+
 def fed(batch: PairBatch) -> list[tuple[list[int], list[int]]]:
     """Prompt and response of each chosen, then of each rejected sequence."""
     prompts = [part.tolist() for part in batch.prompt_ids.split(list(batch.prompt_lengths))]

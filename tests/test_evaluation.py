@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PromptTuningConfig
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 
 from observe import LargestTensor
 from runs import as_dataset, make_trainer, trained
+from tether.errors import ConfigurationError
 from tether.evaluation import PairGather
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -90,6 +91,9 @@ def test_evaluation_builds_no_logits_unless_it_is_asked_for_them(tmp_path: Path)
     assert sizes[False] < sizes[True] / 10
 
 
+EVERY_STEP = {"strategy": "steps", "steps": 1}
+
+
 def test_metrics_are_logged_and_choose_the_best_checkpoint(tmp_path: Path) -> None:
     keeping = Keeping()
     trainer = trained(
@@ -108,6 +112,22 @@ def test_metrics_are_logged_and_choose_the_best_checkpoint(tmp_path: Path) -> No
     assert [entry["eval_calls"] for entry in trainer.state.log_history if "eval_calls" in entry] == [1, 2, 3]
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert all("eval_rewards/margins" in entry for entry in trainer.state.log_history if "eval_calls" in entry)
+
+
+class Figure(TrainerCallback):
+    """A figure of a user's own, put to those of every evaluation."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_mine"] = -float(state.global_step)
+
+
+def test_a_callbacks_own_figure_may_choose_the_best_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {f"{what}_{by}": value for what in ("save", "eval") for by, value in EVERY_STEP.items()}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "mine", "max_steps": 2}
+    with pytest.raises(ConfigurationError, match="metric_for_best_model"):
+        make_trainer(tmp_path, eval_dataset=as_dataset(tiny_pairs(4, seed=1)), **options)
+    trainer = trained(tmp_path, eval_dataset=as_dataset(tiny_pairs(4, seed=1)), callbacks=[Figure()], **options)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and trainer.state.best_metric == -1
 
 
 def test_logits_can_be_reduced_before_they_are_kept(tmp_path: Path) -> None:
@@ -168,17 +188,29 @@ def test_rows_are_padded_with_the_tokenizers_pad_token(tmp_path: Path) -> None:
         assert set(row[length:].tolist()) <= {pad}
 
 
-def test_gathering_cuts_by_pairs_what_comes_in_two_halves() -> None:
-    """Two processes with 2 pairs each, of which the last is a filler: 3 pairs are left."""
-    sides = torch.tensor([[1.0, 2.0, -1.0, -2.0], [3.0, 9.0, -3.0, -9.0]])  # of each process: chosen, rejected
+def test_a_run_that_groups_its_rows_by_length_evaluates_all_of_them(tmp_path: Path) -> None:
+    keeping, metrics, _ = evaluated(tmp_path, 4, train_sampling_strategy="group_by_length")
+    assert len(keeping.given[0].label_ids) == 14 and metrics["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
 
-    def gather(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim == 1:  # the loss, once for each pair
-            return tensor.repeat(2)[:3]
-        other = torch.stack([sides[1, :2], sides[1, 2:]], 1)
-        return torch.cat([tensor, other])[:3]
 
-    rows = PairGather(PairGather(gather))
-    rows.begin_batch(2)
-    assert rows(torch.zeros(2)).shape == (3,)
-    assert rows(sides[0]).tolist() == [1, 2, 3, -1, -2, -3]
+class TwoProcesses:
+    """Stands for accelerate in process 0 of 2; the other one's batch has a pair less."""
+
+    def __init__(self, others: dict[int, torch.Tensor]) -> None:
+        self._others = others  # by the number of dimensions
+
+    def pad_across_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor  # its own is the longer one
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, self._others[tensor.ndim].to(tensor.dtype)])
+
+
+@pytest.mark.parametrize(("others_count", "found"), [(1, [1, 2, 3, -1, -2, -3]), (0, [1, 2, -1, -2])])
+def test_gathering_leaves_out_what_does_not_count(others_count: int, found: list[float]) -> None:
+    """Two processes with 2 pairs and with 1, which may be there to fill up only; its second place is padding."""
+    others = {1: torch.tensor([others_count, 0]), 2: torch.tensor([[3.0, -3.0], [0.0, 0.0]])}
+    gathered = PairGather(TwoProcesses(others))
+    gathered.begin_batch(torch.ones(2))
+    assert gathered(torch.tensor([0.5, 0.5, 0.5])).shape == (len(found) // 2,)  # the loss, once for each pair
+    assert gathered(torch.tensor([1.0, 2.0, -1.0, -2.0])).tolist() == found

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
-from tether.data import tokenize_pairs
+from tether.data import as_dataset, tokenize_pairs
 from tether.errors import DataError
 from tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
 from trl_oracle import trl_tokens
@@ -307,3 +307,51 @@ def test_a_row_that_the_template_cannot_render_is_named(name: str) -> None:
 def test_tools_that_are_no_json_are_named() -> None:
     with pytest.raises(DataError, match=r"Row 0 of the train set has `tools` that cannot be read as JSON"):
         tokens_of([{**FORMATS["tools as JSON"][0], "tools": "weather"}], tokenizer_of())
+
+
+# ------------------------------------------------------------------------------------------- lists of any rows
+
+PLAIN = {"prompt": "The answer is", "chosen": "4", "rejected": '"no"'}  # both are JSON by themselves
+WHOLE = {"chosen": "The ship left.", "rejected": "The ship sank."}
+TALK = {"prompt": ASK, "chosen": [said("Yes.")], "rejected": [said("No.")]}
+TOOLS = TALK | {"tools": json.dumps([WEATHER])}
+LISTED = TALK | {"tools": [CLOCK], "chat_template_kwargs": {"shout": True}}
+NAMED = TALK | {"chat_template_kwargs": {"shout": "very"}}
+IDS = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("first", range(7))
+def test_a_row_of_a_list_is_read_alike_wherever_it_stands(first: int, num_proc: int | None) -> None:
+    """And as it is read alone: the columns of the first row, text or messages, decide nothing for the others."""
+    rows = [PLAIN, WHOLE, TALK, TOOLS, LISTED, NAMED, IDS]
+    rows = rows[first:] + rows[:first]
+    tokenizer = tokenizer_of()
+    alone = [tokens_of(as_dataset([row]), tokenizer)[0] for row in rows]
+    dataset = as_dataset(rows)
+    assert tokens_of(dataset, tokenizer, num_proc=num_proc) == alone
+    kept = tokenize_pairs(dataset, tokenizer, max_length=None)
+    for row, found in zip(rows, kept, strict=True):
+        assert {name: value for name, value in found.items() if name in ("prompt", "chosen", "rejected")} == {
+            name: row.get(name) for name in ("prompt", "chosen", "rejected")
+        }
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_number_that_some_rows_of_a_list_bring_is_not_passed_over(order: int) -> None:
+    rows = [PLAIN, PLAIN | {"margin": 0.5}][::order]
+    with pytest.raises(DataError, match=r"Row \d of the train set has `margin=None`"):
+        tokenize_pairs(as_dataset(rows), tokenizer_of(), max_length=None)
+
+
+@pytest.mark.parametrize("name", ["margin", "ref_chosen_logps", "ref_rejected_logps"])
+def test_a_number_that_a_later_row_of_a_stream_brings_is_not_passed_over(name: str) -> None:
+    rows = [PLAIN, PLAIN, PLAIN | {name: 0.5}]
+    stream = tokenize_pairs(IterableDataset.from_generator(lambda: iter(rows)), tokenizer_of(), max_length=None)
+    with pytest.raises(DataError, match=f"Row 2 of the train set has a `{name}`"):
+        list(stream)
+
+
+def test_values_that_cannot_stand_in_one_column_are_refused_by_its_name() -> None:
+    with pytest.raises(DataError, match="`source`"):
+        as_dataset([PLAIN | {"source": "a"}, PLAIN | {"source": object()}])

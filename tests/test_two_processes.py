@@ -23,6 +23,12 @@ KINDS = (
     "synchronized, implicit",
     "accumulated",
     "streamed",
+    "ragged",
+    "ragged, accumulated",
+    "ragged, reward shift",
+    "ragged, streamed",
+    "ragged, streamed, accumulated",
+    "streamed in shards",
 )
 PAIRS_PER_STEP = 4
 
@@ -76,7 +82,7 @@ def test_two_processes_have_the_losses_and_metrics_of_one_with_twice_the_batch(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_evaluate_each_pair_once(kind: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    """7 pairs in batches of 2 on 2 processes: none counts twice because the batches had to be evened."""
+    """7 pairs in batches of 2 on 2 processes: none counts twice because batches had to be evened, in streams too."""
     for name, value in one[kind]["evaluation"].items():
         if any(word in name for word in ("runtime", "per_second", "preparation")):
             continue
@@ -108,7 +114,7 @@ def _distinct_responses() -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_processes_resume_bit_for_bit(process: int, two: list[dict[str, Any]]) -> None:
-    assert two[process]["resumed"] is True
+    assert two[process]["resumed"] == [True, True, True]
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -117,8 +123,9 @@ def test_two_processes_load_the_best_adapter_with_its_reference(process: int, tw
     assert loaded == pytest.approx(first, abs=1e-6) and abs(first - last) > 1e-4
 
 
-def test_compute_metrics_gets_every_row_of_two_processes_once(one: Any, two: Any) -> None:
-    assert one["metrics"]["eval_rows"] == 14
+@pytest.mark.parametrize("kind", ["metrics", "metrics, streamed"])
+def test_compute_metrics_gets_every_row_of_two_processes_once(kind: str, one: Any, two: Any) -> None:
+    assert one[kind]["eval_rows"] == 14
     for seen in two:
         for name in ("eval_rows", "eval_ids", "eval_logits"):
-            assert seen["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5), name
+            assert seen[kind][name] == pytest.approx(one[kind][name], rel=1e-5), name

@@ -21,7 +21,7 @@ from observe import bits, same_bits
 from runs import curve, differences, make_trainer, shared_names, steps, stream, trained
 from tether import DataCollatorForVisionPreference
 from tether.columns import with_reference_columns
-from tether.data import PairCollator, batch_of
+from tether.data import PairCollator, as_dataset, batch_of
 from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
 from tether.scoring import score
@@ -501,6 +501,12 @@ def test_keeping_the_end_is_refused(tmp_path: Path) -> None:
         vision_trainer(tmp_path, truncation_mode="keep_end", max_length=64)
 
 
+def test_keeping_the_end_of_a_row_that_is_cut_is_refused_where_a_stream_names_no_columns(tmp_path: Path) -> None:
+    trainer = vision_trainer(tmp_path, stream(tiny_image_pairs(4)), truncation_mode="keep_end", max_length=12)
+    with pytest.raises(DataError, match="would cut the start of its prompt"):
+        trainer.train()
+
+
 def test_padding_free_is_refused_where_images_are_padded(tmp_path: Path) -> None:
     vision_trainer(tmp_path / "packed", padding_free=True)
     with pytest.raises(ConfigurationError, match="padding_free=True` with a Gemma3ForConditionalGeneration and images"):
@@ -570,3 +576,19 @@ def test_a_dataset_of_images_is_not_written_again(tmp_path: Path) -> None:
     assert ours.address == theirs.address
     assert isinstance(trainer.train_dataset[0]["images"][0], Image.Image)
     assert tiny_tokenizer().eos_token_id in trainer.train_dataset[0]["chosen_ids"]
+
+
+def test_images_of_later_rows_of_a_list_are_seen_as_those_of_the_first(tmp_path: Path) -> None:
+    rows = tiny_image_pairs(4)
+    plain = {name: value for name, value in rows[0].items() if name not in ("image", "images")}
+    trainers = [
+        vision_trainer(tmp_path / str(number), as_dataset(order))
+        for number, order in enumerate(([plain, *rows[1:]], [*rows[1:], plain]))
+    ]
+    first, last = ([trainer.train_dataset[i]["prompt_ids"] for i in range(4)] for trainer in trainers)
+    assert first == [last[3], *last[:3]]
+    assert [reads_images(trainers[0], index) for index in range(4)] == [False, True, True, True]
+
+
+def reads_images(trainer: Any, index: int) -> bool:
+    return bool(batch_of(trainer.data_collator([trainer.train_dataset[index]])).images)

@@ -5,7 +5,6 @@ Knows loaders, samplers and accelerate's way with them; knows no model and no re
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
@@ -15,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from tether.config import DPOConfig
-from tether.data import TOKEN_COLUMNS, batch_columns, batch_of
+from tether.data import TOKEN_COLUMNS, batch_columns, batch_of, truncation_of
+from tether.rounds import FilledOrder, FilledStream, MarkedRows
 from tether.rows import has_image_column
 from tether.sampling import EvenBatches
+from tether.truncation import Truncation
 from tether.types import PairBatch
 
 _Numbers: TypeAlias = npt.NDArray[np.int64]
@@ -49,7 +50,7 @@ class RowsToScore:
 
     def __init__(self, dataset: Dataset, collator: Collator, args: DPOConfig) -> None:
         self._dataset, self._collator = token_columns(dataset), collator
-        lengths, groups = _lengths_and_prompts(self._dataset, args.max_length)
+        lengths, groups = pair_lengths(self._dataset, truncation_of(collator)), _prompts(self._dataset)
         order = _longest_first(lengths, groups)
         self._order = _share_of(order, lengths, groups, args.process_index, args.world_size)
         self.num_rows = len(self._order)
@@ -63,16 +64,15 @@ class RowsToScore:
             yield replace(batch, rows=tuple(rows))
 
 
-def _lengths_and_prompts(dataset: Any, max_length: int | None) -> tuple[_Numbers, _Numbers]:
-    """Tokens of each row as it is laid out, and a number for each that rows of one prompt share; in bounded memory."""
+def _prompts(dataset: Any) -> _Numbers:
+    """A number for each row, which rows of one prompt share; in bounded memory."""
     prompts: list[int] = []
     for table in _token_tables(dataset):
         lengths = pc.list_value_length(table[TOKEN_COLUMNS[0]]).to_numpy().astype(np.int64)
         ids = pc.list_flatten(table[TOKEN_COLUMNS[0]]).to_numpy()
         for part in np.split(ids, np.cumsum(lengths)[:-1]):
             prompts.append(int.from_bytes(blake2b(part.tobytes(), digest_size=8).digest()))
-    groups = np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)[1]
-    return pair_lengths(dataset, max_length), groups
+    return np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)[1]
 
 
 def _longest_first(lengths: _Numbers, groups: _Numbers) -> _Numbers:
@@ -108,12 +108,37 @@ def _tokens_at_once(longest: int, args: DPOConfig) -> int:
     return max(trained, min(4 * trained, _ENOUGH_TOKENS))
 
 
+def counted_loader(
+    make: Callable[[Any], DataLoader[Any]], dataset: Any, batch_size: int, accelerator: Accelerator, *, drop_last: bool
+) -> DataLoader[Any]:
+    """A loader as `make` makes it of a set, whose rows are marked where several processes get one again.
+
+    accelerate fills the last round of batches up with the first rows, and nobody could tell them from the others.
+
+    Args:
+        make: Makes a loader that accelerate has prepared.
+        dataset: A set, or a stream.
+        batch_size: Rows of a batch.
+        accelerator: Deals the rows to the processes.
+        drop_last: Whether a set's last round is dropped instead.
+    """
+    if accelerator.num_processes == 1:
+        return make(dataset)
+    size = batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
+    if isinstance(dataset, IterableDataset):
+        return make(FilledStream(dataset, size))
+    loader: Any = make(MarkedRows(dataset))
+    if not drop_last:
+        loader.set_sampler(FilledOrder(loader.batch_sampler.batch_sampler.sampler, size))
+    return loader  # type: ignore[no-any-return]
+
+
 def even_loader(
     dataset: Dataset, collator: Collator, max_pairs: int, args: DPOConfig, accelerator: Accelerator
 ) -> tuple[DataLoader[Any], EvenBatches]:
     """The training batches of `EvenBatches`, dealt to the processes, and the sampler to tell the epoch to."""
     sampler = EvenBatches(
-        pair_lengths(dataset, args.max_length).tolist(),
+        pair_lengths(dataset, truncation_of(collator)).tolist(),
         max_pairs=max_pairs,
         max_tokens=args.max_tokens_per_micro_batch,
         num_processes=args.world_size,
@@ -136,16 +161,20 @@ def even_loader(
         accelerator.even_batches = evened
 
 
-def pair_lengths(dataset: Dataset, max_length: int | None) -> _Numbers:
-    """Tokens of each pair as it is laid out: its prompt once, and both responses as far as `max_length` lets them."""
-    limit = max_length or sys.maxsize
+def pair_lengths(dataset: Dataset, truncation: Truncation | None) -> _Numbers:
+    """Tokens of each pair as it is laid out.
+
+    Args:
+        dataset: A tokenized set.
+        truncation: Where its rows are cut. None if nobody knows: both sequences count whole, which no cut exceeds.
+    """
     lengths: list[_Numbers] = []
     for table in _token_tables(dataset):
         prompt, chosen, rejected = (
             pc.list_value_length(table[column]).to_numpy().astype(np.int64) for column in TOKEN_COLUMNS
         )
-        room = np.maximum(limit - prompt, 1)
-        lengths.append(prompt + np.minimum(chosen, room) + np.minimum(rejected, room))
+        whole = 2 * prompt + chosen + rejected
+        lengths.append(whole if truncation is None else truncation.num_tokens(prompt, chosen, rejected))
     return np.concatenate(lengths)
 
 

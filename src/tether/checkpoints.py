@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,53 @@ _FOLDER, _IDENTITY, _PROGRESS, _SHIFT = "reference", "identity.json", "progress.
 _START = "start.json"
 
 
-def save_reference(checkpoint: Path, reference: Reference, num_tokens: float, *, writes: bool = True) -> None:
-    """Writes the reference's identity and state (`checkpoint/reference/`), and the tokens trained on.
+@dataclass
+class StreamPlace:
+    """How far a run is in its stream; transformers takes all passes over a stream for one.
+
+    Attributes:
+        num_passes: Passes that are over.
+        num_steps: Optimizer steps of the pass that is under way.
+    """
+
+    num_passes: int = 0
+    num_steps: int = 0
+
+    def take_step(self, *, ends_pass: bool) -> None:
+        """Counts an optimizer step."""
+        self.num_passes += ends_pass
+        self.num_steps = 0 if ends_pass else self.num_steps + 1
+
+
+def load_place(checkpoint: Path) -> StreamPlace:
+    """Where the run of a checkpoint was in its stream.
+
+    Raises:
+        ResumeError: If the checkpoint does not say.
+    """
+    path = checkpoint / _PROGRESS
+    if not path.is_file():  # nor does it have a reference, which is refused where that is loaded
+        return StreamPlace()
+    saved = json.loads(path.read_text()).get("stream")
+    if saved is None:
+        raise ResumeError(
+            asked=f"Cannot resume from {checkpoint} with a stream: it does not say how far its run had read one.",
+            why="How many passes were over, and how many steps of the next were taken, decides which rows come now.",
+            instead="Resume with the set that its run was trained on, or start a new run.",
+        )
+    return StreamPlace(**saved)
+
+
+def save_reference(
+    checkpoint: Path,
+    reference: Reference,
+    num_tokens: float,
+    *,
+    place: StreamPlace | None = None,
+    writes: bool = True,
+) -> None:
+    """Writes the reference's identity and state (`checkpoint/reference/`), the tokens trained on, and the place in a
+    stream.
 
     Every process calls it, because a sharded state is gathered; the one with `writes` writes.
     """
@@ -37,7 +83,8 @@ def save_reference(checkpoint: Path, reference: Reference, num_tokens: float, *,
     folder = checkpoint / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _IDENTITY).write_text(json.dumps(reference.identity.describe(), indent=2))
-    (checkpoint / _PROGRESS).write_text(json.dumps({"num_tokens": num_tokens}))
+    progress = {"num_tokens": num_tokens} | ({} if place is None else {"stream": asdict(place)})
+    (checkpoint / _PROGRESS).write_text(json.dumps(progress))
     reference.save(folder)
 
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.data.data_collator import DataCollatorMixin
 
-from tether.data import PairCollator, check_room, margins_of
+from tether.data import PairCollator, check_room, inputs_of, margins_of, uncounted
 from tether.errors import ConfigurationError, DataError
 from tether.image_rows import ImageRows
+from tether.rounds import own_rows
+from tether.rows import check_reference_sum
 from tether.scoring.images import image_inputs
 from tether.store import content_key
+from tether.truncation import Truncation
 from tether.types import PairBatch, Response, TruncationMode
 
 _PADDED = ("input_ids", "attention_mask", "completion_mask")
@@ -80,23 +83,32 @@ class DataCollatorForPreference(DataCollatorMixin):
         sequences = [
             (list(row["prompt_ids"]), list(row[side])) for side in ("chosen_ids", "rejected_ids") for row in examples
         ]
+        masks = [([0] * len(prompt), [1] * len(response)) for prompt, response in sequences]
         batch = {
-            "input_ids": self._padded([prompt + response for prompt, response in sequences], self.pad_token_id),
-            "attention_mask": self._padded([[1] * len(prompt + response) for prompt, response in sequences], 0),
-            "completion_mask": self._padded(
-                [[0] * len(prompt) + [1] * len(response) for prompt, response in sequences], 0
-            ),
+            "input_ids": self._padded(sequences, self.pad_token_id),
+            "attention_mask": self._padded([([1] * len(prompt), response) for prompt, response in masks], 0),
+            "completion_mask": self._padded(masks, 0),
         }
-        given = [name for name in _REFERENCE if name in examples[0]]
-        return batch | {name: torch.tensor([row[name] for row in examples]) for name in given}
+        return batch | {name: torch.tensor(sums) for name, sums in _reference_sums(examples).items()}
 
-    def _padded(self, rows: list[list[int]], filling: int) -> Tensor:
-        limit = self.max_length
-        if limit is not None:
-            rows = [row[:limit] if self.truncation_mode == "keep_start" else row[-limit:] for row in rows]
+    def _padded(self, sequences: list[tuple[list[int], list[int]]], filling: int) -> Tensor:
+        """Prompts with their responses, cut and padded."""
+        rows, truncation = [], Truncation(self.max_length, self.truncation_mode)
+        for prompt, response in sequences:
+            start, _, stop = truncation.span(len(prompt), len(response))
+            rows.append((prompt + response)[start:stop])
         width, unit = max(map(len, rows)), self.pad_to_multiple_of or 1
         width += -width % unit
         return torch.tensor([row + [filling] * (width - len(row)) for row in rows])
+
+
+def _reference_sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The columns of sums that rows bring: all of the rows, or none."""
+    brought = [name for name in _REFERENCE if any(row.get(name) is not None for row in rows)]
+    for name in brought:
+        for number, row in enumerate(rows):
+            check_reference_sum(row.get(name), name, f"Row {number} of a batch")
+    return {name: [row[name] for row in rows] for name in brought}
 
 
 @dataclass
@@ -146,7 +158,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
         names = [f"Row {number} of a batch" for number in range(len(examples))]
         rows = [{**row, **reader.tokens(row, name)._asdict()} for row, name in zip(examples, names, strict=True)]
         for row, name in zip(rows, names, strict=True):
-            check_room(row["prompt_ids"], self.max_length, name)
+            check_room(row["prompt_ids"], Truncation(self.max_length), name)
         batch: dict[str, Tensor] = self._padding(rows)
         shown = [reader.shown(row, name) for row, name in zip(rows, names, strict=True)] * 2
         return batch | image_inputs(shown, batch["input_ids"].shape[1])
@@ -157,7 +169,7 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 def pair_collator(
     given: Any, max_length: int | None, truncation_mode: TruncationMode, image_rows: ImageRows | None = None
-) -> Collator:
+) -> PairCollator | PairsOfPadded:
     """What the trainer makes its batches with: its own collator, or the user's.
 
     Args:
@@ -175,7 +187,7 @@ def pair_collator(
     if isinstance(given, PairCollator):
         return given
     if type(given) is DataCollatorForPreference:  # the same pairs, and no detour through padding
-        return PairCollator(given.max_length, given.truncation_mode)
+        return PairCollator(given.max_length, given.truncation_mode, image_rows)
     if type(given) is DataCollatorForVisionPreference:
         return PairCollator(given.max_length, image_rows=ImageRows(given.processor))
     if callable(given):
@@ -207,9 +219,10 @@ class PairsOfPadded:
     collator: Callable[[list[Any]], Mapping[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        padded = self.collator(list(rows))
+        rows, counts = own_rows(rows)
+        padded = self.collator(rows)
         if isinstance(padded, Mapping) and isinstance(padded.get("batch"), PairBatch):
-            return dict(padded)
+            return dict(padded) if counts else uncounted(padded)
         # Sums that the rows do not bring would be those of a reference that nobody asks.
         optional = _REFERENCE if all(name in row for row in rows for name in _REFERENCE) else ()
         _check_layout(padded, len(rows), optional)
@@ -221,8 +234,7 @@ class PairsOfPadded:
             for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
         ]
         pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
-        batch = PairBatch.of_pairs(pairs, margins_of(rows))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
+        return inputs_of(pairs, margins_of(rows), counts=counts)
 
 
 def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None:

@@ -5,16 +5,21 @@ Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+import pyarrow as pa
 import torch
 from datasets import (
     Dataset,
+    Features,
     IterableDataset,
+    Json,
     are_progress_bars_disabled,
+    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
 )
@@ -23,12 +28,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ArgumentTypeError, DataError
 from tether.image_rows import PROMPT_COLUMNS, ImageRows
+from tether.rounds import REPEATED, own_rows
 from tether.rows import MARGIN_COLUMN as MARGIN_COLUMN
 from tether.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from tether.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.rows import RowReader, TextRows, check_margin
 from tether.store import content_key
 from tether.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
+from tether.truncation import Truncation
 from tether.types import PairBatch, PromptImages, Response, TruncationMode
 
 PairDataset: TypeAlias = Dataset | IterableDataset
@@ -36,15 +43,16 @@ Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
 
 def as_dataset(rows: Rows | None) -> PairDataset:
-    """The rows as a dataset; a list of dicts becomes one.
+    """The rows as a dataset; a list of dicts becomes one, with every column that some row has.
 
     Raises:
         ArgumentTypeError: If they are nothing of the kind.
+        DataError: If a column holds what no set can hold together.
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
-        return Dataset.from_list(rows)
+        return _dataset_of(rows)
     given = type(rows).__name__
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
@@ -53,6 +61,32 @@ def as_dataset(rows: Rows | None) -> PairDataset:
         why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
+
+
+def _dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """A list of rows; `Dataset.from_list` would read the columns of its first row alone."""
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    try:
+        return Dataset.from_dict(columns)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of a column with text in one row and messages in another
+        return concatenate_datasets([_column(name, values) for name, values in columns.items()], axis=1)
+
+
+def _column(name: str, values: list[Any]) -> Dataset:
+    """A set of one column, as JSON where Arrow has no type for all its values."""
+    try:
+        return Dataset.from_dict({name: values})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as mixed:
+        try:
+            # Encoded here: `datasets` would take a text such as `4` for JSON already, and give a number back.
+            texts = [None if value is None else json.dumps(value) for value in values]
+        except TypeError:
+            raise DataError(
+                asked=f"The column `{name}` holds values of kinds that cannot stand in one column.",
+                why=f"{' '.join(str(mixed).split()).rstrip('.')}.",
+                instead="Give it values of one kind in all rows.",
+            ) from None
+        return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
 
 
 def _how_to_make_one(rows: Any) -> str:
@@ -91,9 +125,8 @@ def tokenize_pairs(
         DataError: For a row that is not a pair (names it, and counts the others), or when no row remains. Rows of a
             stream are looked at when they are read.
     """
-    limit = max_length if truncation_mode == "keep_start" else None
     reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
-    plan = TokenizingPlan(reader, name, limit, drops=bad_rows == "drop")
+    plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
     if isinstance(dataset, Dataset):
         return tokenize_set(dataset, plan, num_proc)
     return tokenize_stream(dataset, plan)
@@ -132,9 +165,8 @@ class PairCollator:
     image_rows: ImageRows | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs = [self._pair(row) for row in rows]
-        batch = PairBatch.of_pairs(pairs, margins_of(rows))
-        return {"pairs": torch.ones(len(rows), dtype=torch.int64), "batch": batch}
+        own, counts = own_rows(rows)
+        return inputs_of([self._pair(row) for row in own], margins_of(own), counts=counts)
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Response, Response]:
         images = self.image_rows.shown(row) if self.image_rows is not None else None
@@ -146,45 +178,72 @@ class PairCollator:
         )
         return chosen, rejected
 
+    @property
+    def truncation(self) -> Truncation:
+        """Where it cuts a row."""
+        return Truncation(self.max_length, self.truncation_mode)
+
     def _response(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: PromptImages | None
     ) -> Response:
-        fed = self._fed(prompt_ids, response_ids)
+        check_room(prompt_ids, self.truncation, "A row of a batch")
+        start, begin, stop = self.truncation.span(len(prompt_ids), len(response_ids))
+        if images and start:
+            raise cut_images("A row of a batch", self.truncation)
+        sequence = (*prompt_ids, *response_ids)
+        fed = sequence[start:begin], sequence[begin:stop]
         named = fed if self.truncation_mode == "keep_end" else (prompt_ids, response_ids)
         inputs = {"images": images.digest} if images else None
         return Response(*fed, content_key(*named, inputs=inputs), images=images)
 
-    def _fed(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Prompt and response within `max_length`."""
-        limit = self.max_length
-        if limit is None or len(prompt_ids) + len(response_ids) <= limit:
-            return tuple(prompt_ids), tuple(response_ids)
-        if self.truncation_mode == "keep_start":
-            check_room(prompt_ids, limit, "A row of a batch")
-            return tuple(prompt_ids), tuple(response_ids[: limit - len(prompt_ids)])
-        # Keep the end: a response that fills the row gives up its first token as the context of its second.
-        sequence = [*prompt_ids, *response_ids][-limit:]
-        start = max(1, limit - len(response_ids))
-        return tuple(sequence[:start]), tuple(sequence[start:])
+
+def inputs_of(
+    pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None, *, counts: bool
+) -> dict[str, Any]:
+    """What a collator returns for these pairs: their batch, and a tensor with a 1 for each that counts."""
+    batch = replace(PairBatch.of_pairs(pairs, margins), counts=counts)
+    return {"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch}
 
 
-def check_room(prompt_ids: Sequence[int], max_length: int | None, where: str) -> None:
+def uncounted(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as pairs that do not count."""
+    batch = replace(batch_of(inputs), counts=False)
+    return {**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch}
+
+
+def truncation_of(collator: Any) -> Truncation | None:
+    """Where a collator cuts a row; None for one of another making, of which nobody can tell."""
+    found = getattr(collator, "truncation", None)
+    return found if isinstance(found, Truncation) else None
+
+
+def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) -> None:
     """Refuses a row whose prompt leaves no room for a response.
 
     Raises:
         DataError: Names it.
     """
-    if max_length is not None and len(prompt_ids) >= max_length:
+    if not truncation.leaves_room(len(prompt_ids)):
         raise DataError(
-            asked=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={max_length}`.",
+            asked=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={truncation.max_length}`.",
             why="No token of its response would be scored.",
             instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
         )
 
 
+def cut_images(where: str, truncation: Truncation) -> DataError:
+    """What is wrong with cutting the start of a row with images."""
+    return DataError(
+        asked=f"{where} has images and more than `max_length={truncation.max_length}` tokens, and "
+        "`truncation_mode='keep_end'` would cut the start of its prompt.",
+        why="With it the places of its images would go.",
+        instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
+    )
+
+
 def batch_columns(*, with_images: bool) -> list[str]:
     """The columns that a batch may need of a tokenized set."""
-    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, *(PROMPT_COLUMNS if with_images else ())]
+    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *(PROMPT_COLUMNS if with_images else ())]
 
 
 def _as_python(value: Any) -> Any:
@@ -213,7 +272,7 @@ def batch_of(inputs: Mapping[str, Any]) -> PairBatch:
 
 
 def num_pairs_tensor(inputs: Mapping[str, Any]) -> Tensor:
-    """Number of pairs in what the collator returned, as a tensor."""
+    """Number of pairs that count in what the collator returned, as a tensor."""
     pairs = inputs["pairs"]
     assert isinstance(pairs, Tensor)
     return pairs.sum()

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tether.config import DPOConfig
-from tether.data import batch_of
+from tether.data import batch_of, truncation_of
 from tether.errors import ConfigurationError
 from tether.metrics import EVALUATED
 from tether.scoring.layout import padded_rows
+from tether.truncation import Truncation
 from tether.types import PairBatch
 
 # What evaluation gives besides the figures of pairs.
@@ -32,7 +35,7 @@ def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_rou
     Args:
         args: The run's options.
         eval_sets: What is evaluated: nothing, a set, or several by name.
-        has_own: Whether further figures may come, from `compute_metrics` or a subclass.
+        has_own: Whether further figures may come, from `compute_metrics`, a subclass or a callback.
         has_router: Whether the load-balancing loss of a mixture of experts is one.
 
     Raises:
@@ -53,6 +56,12 @@ def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_rou
         else "There is no such figure of pairs, and no `compute_metrics` that would make it.",
         instead=f"Write `eval_` and one of: {', '.join(name + figure for name in sets for figure in EVALUATED)}.",
     )
+
+
+def adds_figures(callback: Any) -> bool:
+    """Whether a callback may add figures of its own to those of an evaluation; transformers' add none."""
+    own: Any = callback if isinstance(callback, type) else type(callback)
+    return own.on_evaluate is not TrainerCallback.on_evaluate and not own.__module__.startswith("transformers.")
 
 
 @contextmanager
@@ -108,43 +117,50 @@ class WithTokenIds:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     pad_token_id: int
 
+    @property
+    def truncation(self) -> Truncation | None:
+        return truncation_of(self.collator)
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = self.collator(rows)
         return inputs | {"input_ids": padded_ids(batch_of(inputs), self.pad_token_id)}
 
 
 class PairGather:
-    """Gathers, over the processes, what evaluation made of a batch of `n` pairs in `2n` rows.
+    """Gathers, over the processes, what evaluation made of a batch of `n` pairs in `2n` rows, less what does not count.
 
-    accelerate fills the last batches up with earlier rows and cuts what it gathers to the pairs that are left: rows
-    must be counted by pairs then, or the rejected halves would be cut off.
+    transformers gathers rows, and accelerate cuts them to as many as the set has. Here each pair knows whether it
+    counts, its two rows stay together, and processes may have different numbers of pairs.
 
     Args:
-        gather: accelerate's own, which cuts.
+        accelerator: What gathers.
     """
 
-    def __init__(self, gather: Callable[[Any], Any]) -> None:
-        self._gather = gather.plain if isinstance(gather, PairGather) else gather
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._counts = torch.ones(0, dtype=torch.bool)
         self._num_pairs = 0
         self._loss_is_next = False
 
-    @property
-    def plain(self) -> Callable[[Any], Any]:
-        return self._gather
-
-    def begin_batch(self, num_pairs: int) -> None:
-        """Tells the pairs of the batch that comes next; the loop then gathers its loss, which has no rows."""
-        self._num_pairs, self._loss_is_next = num_pairs, True
+    def begin_batch(self, pairs: Tensor) -> None:
+        """Tells the pairs of the batch that comes next, a 1 for each that counts; the loop then gathers its loss."""
+        self._num_pairs, self._loss_is_next = len(pairs), True
+        self._counts = self._gathered(pairs) > 0
 
     def __call__(self, data: Any) -> Any:
-        if self._loss_is_next:
+        if self._loss_is_next:  # one number, repeated for a whole batch
             self._loss_is_next = False
-            return self._gather(data)
+            return self._gathered(data[:1].expand(self._num_pairs))[self._counts]
         return recursively_apply(self._gather_rows, data)
 
     def _gather_rows(self, tensor: Tensor) -> Any:
         half = self._num_pairs
         if tensor.ndim == 0 or tensor.shape[0] != 2 * half:
-            return self._gather(tensor)
-        pairs = self._gather(torch.stack([tensor[:half], tensor[half:]], 1))
+            return self._accelerator.gather(tensor)
+        pairs = self._gathered(torch.stack([tensor[:half], tensor[half:]], 1))[self._counts]
         return torch.cat([pairs[:, 0], pairs[:, 1]])
+
+    def _gathered(self, pairs: Tensor) -> Tensor:
+        """One entry for each pair, of all processes; filled up with zeros to the longest."""
+        gathered: Tensor = self._accelerator.gather(self._accelerator.pad_across_processes(pairs))
+        return gathered

@@ -68,7 +68,7 @@ class TextRows:
         Raises:
             ConfigurationError: For a row with images.
         """
-        if has_image_column(row):
+        if any(row.get(column) is not None for column in IMAGE_COLUMNS):
             raise ConfigurationError(
                 asked=f"{where} has images, and the `processing_class` is a {type(self.tokenizer).__name__}.",
                 why="Only the processor of a vision-language model makes something of them; the model would not see "

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from tether.collators import pair_collator
 from tether.config import DPOConfig
-from tether.data import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs
+from tether.data import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
 from tether.errors import ConfigurationError
 from tether.image_rows import ImageRows
 from tether.loading import tokenizer_of
 from tether.rows import RowReader, TextRows, has_image_column
+from tether.truncation import Truncation
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
 EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
@@ -29,28 +31,36 @@ class SetReader:
         processing_class: A tokenizer, or the processor of a vision-language model; with a chat template if rows are
             conversational.
         args: The run's options.
+        data_collator: What the trainer was given to make batches with, if anything.
 
     Attributes:
+        collator: What makes its batches.
+        truncation: Where rows are cut, as far as it is known: a collator of another making is taken to follow the
+            options.
         image_rows: What reads the rows' images; None where only a tokenizer is at hand.
     """
 
-    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig) -> None:
+    def __init__(
+        self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig, data_collator: Any = None
+    ) -> None:
         self._args = args
         self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
         self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
+        self.collator = pair_collator(data_collator, args.max_length, args.truncation_mode, self.image_rows)
+        self.truncation = truncation_of(self.collator) or Truncation(args.max_length, args.truncation_mode)
 
     def read(self, rows: Rows | None, name: str) -> PairDataset:
         """One set, tokenized, without the rows that cannot be used; `name` is for messages."""
         dataset, args = as_dataset(rows), self._args
-        if self.image_rows and args.truncation_mode == "keep_end" and has_image_column(dataset.column_names or ()):
-            _refuse_keep_end(name, args)
+        if self.image_rows and self.truncation.mode == "keep_end" and has_image_column(dataset.column_names or ()):
+            _refuse_keep_end(name, self.truncation)
         quiet = args.disable_tqdm or not sys.stderr.isatty()
         with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
             return tokenize_pairs(
                 dataset,
                 self._reader,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
+                max_length=self.truncation.max_length,
+                truncation_mode=self.truncation.mode,
                 num_proc=args.dataset_num_proc,
                 name=name,
                 bad_rows=args.bad_rows,
@@ -65,11 +75,11 @@ class SetReader:
         return self.read(sets, "eval")
 
 
-def _refuse_keep_end(name: str, args: DPOConfig) -> None:
-    if args.max_length is not None:
+def _refuse_keep_end(name: str, truncation: Truncation) -> None:
+    if truncation.max_length is not None:
         raise ConfigurationError(
-            asked=f"`truncation_mode='keep_end'` with `max_length={args.max_length}` for the {name} set, which has "
-            "images.",
+            asked=f"`truncation_mode='keep_end'` with `max_length={truncation.max_length}` for the {name} set, which "
+            "has images.",
             why="The start of a prompt would be cut, and with it the places of its images.",
             instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
         )

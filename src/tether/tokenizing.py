@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from tether.errors import DataError
-from tether.rows import REFERENCE_COLUMNS, TOKEN_COLUMNS, RowReader, check_reference_sum, has_image_column
+from tether.rows import MARGIN_COLUMN, REFERENCE_COLUMNS, TOKEN_COLUMNS, RowReader, check_margin, check_reference_sum
+from tether.truncation import Truncation
 
 logger = logging.getLogger("tether.data")
 
@@ -35,13 +36,13 @@ class TokenizingPlan:
     Attributes:
         reader: What tokenizes a row.
         name: The set's name, for messages.
-        limit: Tokens at which a prompt alone leaves no room for a response; None where that cannot be.
+        truncation: Where its rows will be cut; a prompt that leaves no room for a response is left out.
         drops: Whether rows that are no pairs are left out; else they are refused.
     """
 
     reader: RowReader
     name: str
-    limit: int | None
+    truncation: Truncation
     drops: bool
 
     def name_of(self, index: int) -> str:
@@ -49,7 +50,7 @@ class TokenizingPlan:
 
     @property
     def full_prompt(self) -> str:
-        return f"has a prompt that alone fills `max_length={self.limit}`"
+        return f"has a prompt that alone fills `max_length={self.truncation.max_length}`"
 
 
 # ---- sets in memory ----------------------------------------------------------------------------------------------
@@ -71,9 +72,8 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
     reasons: dict[str, list[int]] = defaultdict(list)
     for index, error in problems.items():
         reasons[_reason(error, index, plan)].append(index)
-    if plan.limit is not None:
-        full = np.flatnonzero(_prompt_lengths(dataset) >= plan.limit).tolist()
-        reasons[plan.full_prompt] += full
+    lengths = _prompt_lengths(dataset)
+    reasons[plan.full_prompt] += np.flatnonzero((lengths > 0) & ~plan.truncation.leaves_room(lengths)).tolist()
     dropped = {index for indices in reasons.values() for index in indices}
     if len(dropped) == len(dataset):
         raise _no_rows(plan, _listed(reasons))
@@ -88,22 +88,19 @@ def _with_findings(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None)
     """The set with its token ids and what was found in each row."""
     ids = List(Value("int64"))  # said, or a set whose first rows have no ids could not hold the ids of others
     types = dict.fromkeys(TOKEN_COLUMNS, ids) | dict.fromkeys((_PROBLEM, _LOST), Value("string"))
-    shows = has_image_column(dataset.column_names)
     found: Dataset = dataset.map(
         _tokenize_or_explain,
         with_indices=True,
         fn_kwargs={"reader": plan.reader, "name": plan.name},
-        features=Features(types if shows else {**dataset.features, **types}),
-        remove_columns=dataset.column_names if shows else None,
+        features=Features(types),
+        remove_columns=dataset.column_names,
         num_proc=num_proc,
         desc=f"Tokenizing {plan.name} set",
     )
-    # Images are not written again: the new columns are put beside the set.
-    return concatenate_datasets([dataset.remove_columns(_known(dataset, types)), found], axis=1) if shows else found
-
-
-def _known(dataset: Dataset, types: Mapping[str, Any]) -> list[str]:
-    return [column for column in dataset.column_names if column in types]
+    # The new columns are put beside the others, which are not written again: images are large, and what `datasets`
+    # reads of a column of JSON it does not always write as it was.
+    others = dataset.remove_columns([column for column in dataset.column_names if column in types])
+    return concatenate_datasets([others, found], axis=1) if others.column_names else found
 
 
 def _tokenize_or_explain(row: Mapping[str, Any], index: int, reader: RowReader, name: str) -> dict[str, Any]:
@@ -184,7 +181,8 @@ def _tables(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[Any]:
 def tokenize_stream(dataset: IterableDataset, plan: TokenizingPlan) -> IterableDataset:
     """The stream with the token ids of each row, less what cannot be used; nothing is read yet."""
     log = _StreamLog(plan)
-    tokenized = dataset.map(_tokenize_next, with_indices=True, fn_kwargs={"plan": plan, "log": log})
+    known = {"plan": plan, "log": log, "brought": _brought(dataset)}
+    tokenized = dataset.map(_tokenize_next, with_indices=True, fn_kwargs=known)
     return tokenized.filter(_is_usable, with_indices=True, fn_kwargs={"plan": plan, "log": log})
 
 
@@ -212,10 +210,20 @@ class _StreamLog:
         self.has_lost = True
 
 
-def _tokenize_next(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog) -> dict[str, Any]:
+def _brought(dataset: IterableDataset) -> frozenset[str]:
+    """The numbers that a stream's rows bring: those of its columns or, where it names none, of its first row."""
+    names = dataset.column_names
+    if names is None:
+        names = [name for name, value in next(iter(dataset), {}).items() if value is not None]
+    return frozenset(names) & {MARGIN_COLUMN, *REFERENCE_COLUMNS}
+
+
+def _tokenize_next(
+    row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog, brought: frozenset[str]
+) -> dict[str, Any]:
     try:
         tokens = plan.reader.tokens(row, plan.name_of(index))
-        _check_reference_sums(row, plan.name_of(index))
+        _check_numbers(row, plan.name_of(index), brought)
     except DataError as error:
         if not plan.drops:
             raise
@@ -226,17 +234,26 @@ def _tokenize_next(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log
     return {column: getattr(tokens, column) for column in TOKEN_COLUMNS}
 
 
-def _check_reference_sums(row: Mapping[str, Any], where: str) -> None:
+def _check_numbers(row: Mapping[str, Any], where: str, brought: frozenset[str]) -> None:
     """The columns of a set in memory are looked at as a whole (`tether.columns`); of a stream, row by row."""
-    if any(column in row for column in REFERENCE_COLUMNS):
+    if MARGIN_COLUMN in brought:
+        check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, where)
+    if not brought.isdisjoint(REFERENCE_COLUMNS):
         for column in REFERENCE_COLUMNS:
             check_reference_sum(row.get(column), column, where)
+    for column in (MARGIN_COLUMN, *REFERENCE_COLUMNS):
+        if column not in brought and row.get(column) is not None:
+            raise DataError(
+                asked=f"{where} has a `{column}`, and the first row of its set has none.",
+                why="What the rows of a stream bring is told from the first, before the others are read.",
+                instead="Give the column to every row of the stream, or to none.",
+            )
 
 
 def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog) -> bool:
     if not row["prompt_ids"]:
         return False
-    if plan.limit is not None and len(row["prompt_ids"]) >= plan.limit:
+    if not plan.truncation.leaves_room(len(row["prompt_ids"])):
         log.drop(index, plan.full_prompt)
         return False
     return True
@@ -294,7 +311,7 @@ def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: Token
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:
     return DataError(
         asked=f"The {plan.name} set has no row to use" + (f"; all were dropped:{listed}." if listed else "."),
-        why=f"Where the prompt alone fills `max_length={plan.limit}`, no response token would be scored."
+        why=f"No response token would be scored of a row that {plan.full_prompt}."
         if plan.full_prompt in listed
         else "No row is a pair."
         if listed

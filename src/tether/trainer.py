@@ -5,7 +5,7 @@ Orchestrates; decides nothing about references (`reference.build` does), losses 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +22,13 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, Predictio
 
 from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
-from tether.batches import RowsToScore, even_loader
+from tether.batches import RowsToScore, counted_loader, even_loader
 from tether.callbacks import BEMACallback
 from tether.checkpoint_weights import load_weights, save_adapters
 from tether.checkpoints import (
+    StreamPlace,
     load_companions,
+    load_place,
     load_reference,
     load_reward_shift,
     load_start,
@@ -37,7 +39,7 @@ from tether.checkpoints import (
     warn_of_no_sync,
     warn_of_weights_alone,
 )
-from tether.collators import Collator, pair_collator
+from tether.collators import Collator
 from tether.columns import find_given
 from tether.config import DPOConfig, how_to_fill, look_for_unused_parameters, objective_of, refuse_data_parallel
 from tether.data import (
@@ -48,10 +50,19 @@ from tether.data import (
     batch_columns,
     batch_of,
     num_pairs_tensor,
+    uncounted,
 )
 from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather, WithTokenIds, check_best_metric, full_evaluation, padded_logits, running_in
+from tether.evaluation import (
+    PairGather,
+    WithTokenIds,
+    adds_figures,
+    check_best_metric,
+    full_evaluation,
+    padded_logits,
+    running_in,
+)
 from tether.finite import LossWatch, check_weights
 from tether.loading import default_output_dir, load, tokenizer_of, use_pad_token
 from tether.losses import PreferenceLoss
@@ -89,7 +100,6 @@ from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.tokenizing import largest_id
 from tether.training_callback import FollowTraining
-from tether.types import PairBatch
 from tether.unread import refuse_unread
 
 if TYPE_CHECKING:
@@ -201,7 +211,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._router_coefficient = router_coefficient(
             policy, args.router_aux_loss_coef, reentrant=args.checkpoints_reentrantly
         )
-        self._sets = SetReader(processing, args)
+        self._sets = SetReader(processing, args, data_collator)
         train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
         sets = named_sets(train_set, eval_sets)
         self._check_sets(sets, policy, args)
@@ -219,12 +229,14 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         check_best_metric(
             args,
             eval_sets,
-            has_own=(compute_metrics is not None and not args.prediction_loss_only) or type(self) is not DPOTrainer,
+            has_own=(compute_metrics is not None and not args.prediction_loss_only)
+            or type(self) is not DPOTrainer
+            or any(map(adds_figures, callbacks or ())),
             has_router=self._router_coefficient != 0,
         )
         refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
         args.ddp_broadcast_buffers = broadcasts_buffers(
-            policy, args.max_length, args.ddp_broadcast_buffers, args.world_size
+            policy, self._sets.truncation.max_length, args.ddp_broadcast_buffers, args.world_size
         )
         check_optimizer(policy, optimizers[0], new_adapter=peft_config is not None)
         # From here on the caller's model changes; what can be refused has been.
@@ -238,7 +250,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._losses = LossWatch()
         self._num_train_tokens = 0
         self._even_batches: EvenBatches | None = None
-        collator: Any = pair_collator(data_collator, args.max_length, args.truncation_mode, self._sets.image_rows)
+        self._place: StreamPlace | None = None
+        collator: Any = self._sets.collator
         if compute_metrics is not None and "inputs" in args.include_for_metrics:
             collator = WithTokenIds(collator, self._pad_token_id)
         if self._sets.image_rows is not None:
@@ -285,7 +298,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         shard = sharding_of(self.accelerator)
         if shard is not None:
             for sharded in filter(None, (self.model, ref_model)):
-                check_even_forwards(sharded, self.args.max_length)
+                check_even_forwards(sharded, self._sets.truncation.max_length)
         cast_as_training_will(self.model, self.accelerator)
         with together():
             options = replace(options, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
@@ -411,8 +424,55 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         return loader
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> None:
-        """None, for the rows in their order: transformers would group those of evaluation by a column of tokens."""
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader[Any]:
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        make = super()._get_dataloader
+        # Evaluation takes rows as they come; transformers would group them by `input_ids`, which they do not have.
+        order = (lambda _: sampler_fn(dataset)) if is_training and sampler_fn else None
+        return counted_loader(
+            lambda rows: make(rows, description, batch_size, order, is_training, dataloader_key),
+            dataset,
+            batch_size,
+            self.accelerator,
+            drop_last=bool(self.args.dataloader_drop_last),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step, and the number of their pairs.
+
+        A pass over a stream may end before there are as many as were asked for. transformers would then add their
+        gradient to that of the next step: batches that do not count let it take a step of what there is.
+        """
+        batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        missing = num_batches - len(batches)
+        if batches and self._place is not None:
+            self._place.take_step(ends_pass=missing > 0 or self.accelerator.gradient_state.end_of_dataloader)
+            batches += [uncounted(batches[-1])] * missing
+        return batches, num_pairs
+
+    def _init_training_state(
+        self, max_steps: int, num_steps: int, num_epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Epochs that are over, and batches of the next one that are."""
+        epochs, batches = super()._init_training_state(max_steps, num_steps, num_epochs, checkpoint, trial)
+        if isinstance(self.train_dataset, IterableDataset):
+            self._place = StreamPlace() if checkpoint is None else load_place(Path(checkpoint))
+            if self.args.ignore_data_skip:
+                self._place.num_steps = 0
+            epochs, batches = self._place.num_passes, self._place.num_steps * self.args.gradient_accumulation_steps
+        # A run that has taken all its steps has none left, in whatever epoch it ended.
+        return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -468,32 +528,20 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         )
         if policy.auxiliary_loss is not None:
             losses = losses + self._router_coefficient * policy.auxiliary_loss
-        metrics = pair_metrics(batch, scores, losses, self.args.beta, policy)
-        sums.add(metrics, self._num_counted_pairs(batch), self.state.global_step)
+        sums.add(
+            pair_metrics(batch, scores, losses, self.args.beta, policy), batch.num_counted_pairs, self.state.global_step
+        )
         if self.model.training:
             self._num_train_tokens += batch.num_sequence_tokens()
         if num_items_in_batch is None:
-            loss = losses.mean()
+            loss = losses.mean() * batch.counts
         else:  # gradients are averaged over processes, and this is a sum over this process's pairs
-            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+            loss = losses.sum() * (self.accelerator.num_processes * batch.counts) / num_items_in_batch
         if not return_outputs:
             return loss
         with torch.no_grad():
             logits, _ = padded_logits(model, batch, self._pad_token_id)
         return loss, CausalLMOutput(logits=logits)
-
-    def _num_counted_pairs(self, batch: PairBatch) -> int:
-        """Pairs of a batch that figures are made of: in evaluation, not those that come twice.
-
-        accelerate fills the last batches up with earlier rows, so that every process has as many; `remainder` says
-        how many rows of the last round, process by process, are its own.
-        """
-        state = self.accelerator.gradient_state
-        remainder: int = state.remainder
-        if self.model.training or not state.end_of_dataloader or remainder <= 0:
-            return batch.num_pairs
-        of_processes_before: int = self.args.process_index * batch.num_pairs
-        return min(max(remainder - of_processes_before, 0), batch.num_pairs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""
@@ -519,7 +567,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         inputs = self._prepare_inputs(inputs)
         batch = batch_of(inputs)
         if isinstance(self.gather_function, PairGather):
-            self.gather_function.begin_batch(batch.num_pairs)
+            self.gather_function.begin_batch(inputs["pairs"])
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
@@ -569,7 +617,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._eval_sums = MetricSums()
-        self.gather_function = PairGather(self.gather_function)
+        self.gather_function = PairGather(self.accelerator)
         with full_evaluation(self.args) as self._evaluation_dtype:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -659,7 +707,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         num_tokens = self._sum_tokens()  # every process takes part
-        save_reference(Path(output_dir), self.reference, num_tokens, writes=self.args.should_save)
+        save_reference(Path(output_dir), self.reference, num_tokens, place=self._place, writes=self.args.should_save)
         if self.args.should_save:
             save_reward_shift(Path(output_dir), self._objective.reward_shift)
             save_start(Path(output_dir), self._watch.start)

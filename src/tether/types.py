@@ -96,6 +96,8 @@ class PairBatch:
         margins: By how much each pair's chosen response is better, in units of reward; None where the rows have no
             `margin`.
         images: What each prompt shows (groups entries, None for a prompt without images); empty where none does.
+        counts: Whether its pairs count: in the loss, and in what is reported. False for pairs that come again only
+            so that every process has as many batches.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -110,10 +112,16 @@ class PairBatch:
     reference_sums: tuple[float | None, ...] = ()
     margins: Float[Tensor, " pairs"] | None = None
     images: tuple[PromptImages | None, ...] = ()
+    counts: bool = True
 
     @property
     def num_pairs(self) -> int:
         return len(self.chosen)
+
+    @property
+    def num_counted_pairs(self) -> int:
+        """Pairs that count: all, or none."""
+        return self.num_pairs if self.counts else 0
 
     @property
     def num_groups(self) -> int:
@@ -128,9 +136,10 @@ class PairBatch:
         return self.response_ids.device
 
     def num_sequence_tokens(self) -> int:
-        """Tokens of the padded layout without its padding: each pair counts its prompt twice."""
-        lengths = [self.prompt_lengths[g] + n for g, n in zip(self.response_group, self.response_lengths, strict=True)]
-        return sum(lengths[c] + lengths[r] for c, r in zip(self.chosen, self.rejected, strict=True))
+        """Tokens of the padded layout without its padding, of pairs that count: each has its prompt twice."""
+        lengths = self.fed_lengths()
+        pairs = list(zip(self.chosen, self.rejected, strict=True))[: self.num_counted_pairs]
+        return sum(lengths[c] + lengths[r] for c, r in pairs)
 
     def fed_lengths(self) -> tuple[int, ...]:
         """Tokens of prompt and response together, for each response."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_from_disk
+from datasets import IterableDataset, load_from_disk
 from peft import LoraConfig
 from transformers import EvalPrediction
 
@@ -24,8 +24,20 @@ from runs import as_dataset, make_trainer, steps, stream
 from tether import DPOTrainer, StoredReference
 from tiny import tiny_pairs
 
+
+def shards(rows: list[dict[str, Any]], first: int) -> IterableDataset:
+    """A stream of two shards of different length."""
+
+    def read(parts: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            yield from part
+
+    return IterableDataset.from_generator(read, gen_kwargs={"parts": [rows[:first], rows[first:]]})
+
+
 LORA: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "learning_rate": 1e-2}
 SYNC: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+EVAL_ROWS = tiny_pairs(7, seed=1)  # they do not divide by anything
 KINDS: dict[str, dict[str, Any]] = {
     "explicit": {},
     "implicit": LORA,
@@ -35,6 +47,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2, "loss_type": "ipo"},
     "reward shift": {"gradient_accumulation_steps": 2, "loss_type": "bco_pair", "beta": 0.5},
     "streamed": {"rows": stream(tiny_pairs(16)), "precompute_ref_log_probs": True},
+    # The last round of a pass has one row: a process has part of its batch, or nothing.
+    "ragged": {"rows": tiny_pairs(5)},
+    "ragged, accumulated": {"rows": tiny_pairs(7), "gradient_accumulation_steps": 2, "loss_type": "ipo"},
+    "ragged, reward shift": {"rows": tiny_pairs(5), "loss_type": "bco_pair", "beta": 0.5},
+    "ragged, streamed": {"rows": stream(tiny_pairs(5)), "eval_dataset": stream(EVAL_ROWS)},
+    "ragged, streamed, accumulated": {"rows": stream(tiny_pairs(7)), "gradient_accumulation_steps": 2},
+    "streamed in shards": {"rows": shards(tiny_pairs(9), 6)},
 }
 # Ways to the same store, each into one of its own; the kinds above share a store.
 STORED: dict[str, dict[str, Any]] = {
@@ -43,7 +62,7 @@ STORED: dict[str, dict[str, Any]] = {
     "stream": {},
     "lazy": {"ref_store_mode": "lazy"},
 }
-NUM_ROWS, NUM_EVAL_ROWS = 16, 7  # the evaluation set does not divide by anything
+NUM_ROWS = 16
 
 
 def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
@@ -55,7 +74,7 @@ def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
         accumulated = options.get("gradient_accumulation_steps", 1)
         options = {
             "rows": tiny_pairs(NUM_ROWS),
-            "eval_dataset": as_dataset(tiny_pairs(NUM_EVAL_ROWS, seed=1)),
+            "eval_dataset": as_dataset(EVAL_ROWS),
             "per_device_train_batch_size": pairs_per_step // num_processes // accumulated,
             "per_device_eval_batch_size": 2,
             "max_steps": 6,
@@ -83,8 +102,13 @@ def run(folder: Path, pairs_per_step: int) -> dict[str, Any]:
         )
         for name, options in STORED.items()
     }
-    results["metrics"] = trainer_of("metrics", compute_metrics=sums_of).evaluate()
-    results["resumed"] = resumes(lambda: trainer_of("resumed", **SYNC, save_strategy="steps", save_steps=3), folder)
+    for name, rows in (("metrics", as_dataset(EVAL_ROWS)), ("metrics, streamed", stream(EVAL_ROWS))):
+        results[name] = trainer_of(name, compute_metrics=sums_of, eval_dataset=rows).evaluate()
+    saved = SYNC | {"save_strategy": "steps", "save_steps": 3}
+    results["resumed"] = [
+        resumes(lambda number=number, rows=rows: trainer_of(f"resumed-{number}", rows=rows, **saved), folder)
+        for number, rows in enumerate((tiny_pairs(NUM_ROWS), tiny_pairs(5), stream(tiny_pairs(5))))
+    ]
     results["best"] = best(
         trainer_of(
             "best",

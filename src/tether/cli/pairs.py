@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Json, load_dataset
 from datasets.exceptions import DatasetsError
 
-from tether.data import PairDataset
+from tether.data import PairDataset, as_dataset
 from tether.errors import DataError
 
 # What `datasets` calls the format of a file, and how it is told of it.
@@ -77,7 +77,27 @@ def load_pairs(
             why=f"It cannot be read: {_root_cause(error)}",
             instead=_what_to_name(name, split, error),
         ) from error
+    if any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", "chosen", "rejected")):
+        is_whole = is_file(name) and Path(name).suffix not in _COMPRESSED and source["split"] == "train"
+        return _read_mixed(name, option, is_whole=is_whole and not streaming)
     return rows
+
+
+def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
+    """The rows of a file that has text in some and messages in others.
+
+    `datasets` takes a text of such a column that is JSON by itself (`4`, or one in quotation marks) for what it spells.
+    """
+    if not is_whole:
+        raise DataError(
+            asked=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
+            "whole .json or .jsonl file.",
+            why="Compressed, streamed, in a folder or on the hub, a text such as `4` would come back as a number.",
+            instead="Write the rows to such a file, or text and messages to a set of their own each.",
+        )
+    text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+    is_list = text.lstrip().startswith("[")
+    return as_dataset(json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()])
 
 
 def _what_to_name(name: str, split: str | None, error: Exception) -> str:
@@ -113,8 +133,9 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
         DataError: If nothing would be left to train on.
     """
     groups: dict[bytes, list[int]] = {}
-    column = "prompt" if "prompt" in pairs.column_names else "chosen"
-    for index, text in enumerate(pairs[column] if column in pairs.column_names else range(len(pairs))):
+    texts = [pairs[column] for column in ("prompt", "chosen") if column in pairs.column_names]
+    for index, named in enumerate(zip(*texts, range(len(pairs)), strict=True)):
+        text = next(text for text in named if text is not None)  # a row without a prompt begins with it
         groups.setdefault(_draw(text, seed), []).append(index)
     held_out: list[int] = []
     for draw in sorted(groups):

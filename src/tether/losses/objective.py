@@ -76,7 +76,7 @@ class Objective:
         options = self._options()
         scores = pair_scores(batch, policy, reference, options.ld_alpha)
         if self.reward_shift is not None:
-            shift = self.reward_shift.update(scores, options.beta, reduce) if training else None
+            shift = self.reward_shift.update(scores, options.beta, reduce, counts=batch.counts) if training else None
             scores = replace(
                 scores, reward_shift=self.reward_shift.mean(scores.policy_chosen) if shift is None else shift
             )

@@ -84,7 +84,12 @@ class RewardShift:
         self._totals: Tensor | None = None  # sum and count, in double precision, over all processes
 
     def update(
-        self, scores: PairScores, beta: float, reduce: Callable[[Tensor], Tensor] = lambda totals: totals
+        self,
+        scores: PairScores,
+        beta: float,
+        reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+        *,
+        counts: bool = True,
     ) -> Float[Tensor, ""]:
         """Adds a micro-batch and returns the mean so far, that micro-batch included.
 
@@ -92,9 +97,10 @@ class RewardShift:
             scores: Its pairs.
             beta: Turns log-ratios into rewards.
             reduce: Sums a tensor over the processes.
+            counts: Whether this process's pairs count.
         """
         rewards = beta * torch.cat([scores.chosen_logratios, scores.rejected_logratios]).detach().double()
-        totals = reduce(torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]))
+        totals = reduce(torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]) * counts)
         self._totals = totals if self._totals is None else self._totals.to(totals) + totals
         return self.mean(scores.policy_chosen)
 
