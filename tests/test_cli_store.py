@@ -171,7 +171,7 @@ def test_prune_removes_what_it_is_told_to(tether: Run, filled: tuple[str, str]) 
 
 
 REFUSALS: dict[str, tuple[list[str], str]] = {
-    "no such verb": (["inof"], "Did you mean `tether store info`?"),
+    "no such verb": (["inof"], "Did you mean 'info'?"),
     "no store": (["info", "--store", "nowhere.sqlite"], "tether precompute"),
     "an unknown option": (["merge", "a.sqlite", "--into", "b"], "--help"),
     "prune of everything": (["prune", "--store", "STORE"], "name an `identity`"),

@@ -193,10 +193,12 @@ def test_router_loss_that_would_have_no_gradient_is_refused(tmp_path: Path) -> N
 
 def test_router_loss_of_steps_after_the_last_log_is_in_the_last_entry(tmp_path: Path) -> None:
     """As in TRL, whose tests look for it there."""
-    each = curve(trained(tmp_path / "each", tiny_model("mixtral")), "aux_loss")
+    every_step = trained(tmp_path / "each", tiny_model("mixtral"))
     last = trained(tmp_path / "last", tiny_model("mixtral"), logging_steps=10).state.log_history[-1]
-    assert last["aux_loss"] == pytest.approx(sum(each) / 3, rel=1e-6)
+    assert last["aux_loss"] == pytest.approx(sum(curve(every_step, "aux_loss")) / 3, rel=1e-6)
+    assert last["num_tokens"] == curve(every_step, "num_tokens")[-1]
     assert "train_loss" in last and "loss" not in last
+    assert "aux_loss" not in every_step.state.log_history[-1]
 
 
 # ------------------------------------------------------------------------------------------------- reference-free

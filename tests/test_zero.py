@@ -46,7 +46,6 @@ BF16 = (  # of DeepSpeed's own config
     "continued/2/whole/bf16",
     "synchronized-implicit/2/whole/bf16",
     "explicit/2/whole/autocast",  # of DeepSpeed's engine, which no option of the trainer's says
-    "implicit/3/born/autocast",
 )
 CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
 RESUMED = (

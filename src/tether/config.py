@@ -29,9 +29,9 @@ from tether.config_checks import (
 )
 from tether.errors import ConfigurationError
 from tether.losses import DIVERGENCES, LOSSES, DivergenceName, LossName, LossOptions, Objective, PreferenceLoss
+from tether.option_types import check_types
 from tether.parallelism import check_parallelism
 from tether.types import TruncationMode
-from tether.unread import check_kinds
 
 if TYPE_CHECKING:  # what may be written, for editors; HfArgumentParser reads a list of plain words only
     LossType = LossName | Sequence[LossName]
@@ -181,8 +181,7 @@ class DPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        inherited = TrainingArguments.__dataclass_fields__  # those are transformers' to check
-        check_kinds(self, {name: kind for name, kind in DPOConfig.__annotations__.items() if name not in inherited})
+        check_types(self, DPOConfig, TrainingArguments)  # whose options are transformers' to check
         check_config(self)
         self._check_padding()
         if self.bf16 is None:

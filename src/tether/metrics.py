@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tether.types import PairBatch, PairScores, ResponseLogProbs
 
-# A metric of a micro-batch: what to add up for each pair, and what to divide the total by; 0 for a count.
+# A metric of a micro-batch: what to add up for each pair, and what to divide the total by; NaN for a count.
 PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
 
 # In nats; on average, two float32 scorings by the same weights differ by less (docs/numerics.md).
@@ -58,7 +58,7 @@ def pair_metrics(
     metrics = {name: (value.float(), one) for name, value in per_pair.items()}
     rounding = _TIED_PER_TOKEN * beta * (scores.chosen_lengths + scores.rejected_lengths)
     tied = per_pair["rewards/margins"].abs() <= rounding
-    metrics |= {"pairs/total": (one, 0 * one), "pairs/tied": (tied.float(), 0 * one)}
+    metrics |= {"pairs/total": (one, torch.nan * one), "pairs/tied": (tied.float(), torch.nan * one)}
     if policy.auxiliary_loss is not None:
         metrics["aux_loss"] = (policy.auxiliary_loss.detach().float() * one, one)
     return metrics | _token_metrics(batch, scores, policy)
@@ -115,7 +115,9 @@ class MetricSums:
             return once
         names = sorted(steps[0])
         by_step = reduce(torch.stack([torch.stack([step[name] for name in names]) for step in steps])).cpu()
-        return once | {
-            name: (total / weight)[weight > 0].mean().item() if weight.any() else total.sum().item()
-            for name, (total, weight) in zip(names, by_step.permute(1, 2, 0), strict=True)
-        }
+        for name, (total, weight) in zip(names, by_step.permute(1, 2, 0), strict=True):
+            if weight.isnan().any():
+                once[name] = total.sum().item()
+            elif weight.any():
+                once[name] = (total / weight)[weight > 0].mean().item()
+        return once

@@ -73,11 +73,8 @@ from tether.models import (
     broadcasts_buffers,
     check_embeds,
     check_even_forwards,
-    check_optimizer,
     check_padding_free,
-    check_trainable,
     check_vocabulary,
-    checkpoints_activations,
     disable_dropout,
     keep_differentiable,
     router_coefficient,
@@ -99,6 +96,7 @@ from tether.saving import keep_savable, try_saving
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.tokenizing import largest_id
+from tether.trainable import check_optimizer, check_trainable, checkpoints_activations
 from tether.training_callback import FollowTraining
 from tether.unread import refuse_unread
 
@@ -539,7 +537,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             loss = losses.sum() * (self.accelerator.num_processes * batch.counts) / num_items_in_batch
         if not return_outputs:
             return loss
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             logits, _ = padded_logits(model, batch, self._pad_token_id)
         return loss, CausalLMOutput(logits=logits)
 

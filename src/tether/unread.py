@@ -6,10 +6,9 @@ Knows options and whether the training rows are streamed; what single values may
 from __future__ import annotations
 
 from dataclasses import fields
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tether.errors import ArgumentTypeError, ConfigurationError
+from tether.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig
@@ -101,37 +100,3 @@ def _without_even_batches(args: DPOConfig, *, streams: bool) -> list[_Unread]:
             bool(args.dataloader_drop_last) and (budget or groups),
         ),
     ]
-
-
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "float": (Real, "a number"),
-    "int": (Integral, "a whole number"),
-    "bool": (bool, "True or False"),
-    "list[float]": ((list, tuple), "a list of numbers"),
-}
-_YAML = " YAML reads `1e-6` as text; in it, write `1.0e-6`."
-
-
-def check_kinds(options: Any, annotations: dict[str, str]) -> None:
-    """Refuses values of another kind than an option's, such as text where a number belongs.
-
-    Args:
-        options: Has the values as attributes.
-        annotations: Option -> its type as text, such as `float | None`.
-
-    Raises:
-        ArgumentTypeError: Names the option.
-    """
-    for name, annotation in annotations.items():
-        value = getattr(options, name)
-        kind = annotation.removesuffix(" | None")
-        if kind not in _KINDS or (value is None and kind != annotation):
-            continue
-        wanted, words = _KINDS[kind]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            is_yaml = kind == "float" and isinstance(value, str) and "e" in value
-            raise ArgumentTypeError(
-                asked=f"`{name}={value!r}`.",
-                why=f"It is a {type(value).__name__}, and the option is {words}.",
-                instead=f"Write {words}" + (", or None." if kind != annotation else ".") + (_YAML if is_yaml else ""),
-            )

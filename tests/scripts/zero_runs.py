@@ -55,7 +55,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-def deepspeed_config(stage: int, persistent: bool, autocast: bool) -> dict[str, Any]:
+def deepspeed_config(stage: int, persistent: bool, autocast: bool = False) -> dict[str, Any]:
     """`persistent`: small parameters stay whole on every process between passes, as they do by default."""
     zero: dict[str, Any] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     if not persistent:

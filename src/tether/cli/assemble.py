@@ -89,8 +89,8 @@ def _adapter(script: ScriptOptions, rank: int) -> Any:
 def load_sets(recipe: Recipe) -> tuple[PairDataset, PairDataset | None]:
     """The pairs to train on, and those held out, if any."""
     script = recipe.script
-    if recipe.parts:
-        pairs = load_mixture(recipe.parts, script.dataset_streaming)
+    if script.datasets:
+        pairs = load_mixture(script.datasets, script.dataset_streaming)
     else:
         pairs = _load_split(script, script.dataset_train_split)
     if script.eval_fraction is not None:
@@ -141,15 +141,16 @@ def _check_evaluation(recipe: Recipe) -> None:
     has_eval = any(source is not None for source in held_out)
     if str(given.get("eval_strategy", "no")) != "no" and not has_eval:
         raise ConfigurationError(
-            asked=f"`eval_strategy={given['eval_strategy']}` without held-out pairs.",
-            why="There is nothing to evaluate on.",
+            asked=f"Cannot use `eval_strategy={given['eval_strategy']}` without held-out pairs: there is nothing to "
+            "evaluate on.",
+            why="`eval_data`, `eval_fraction` and `dataset_test_split` name held-out pairs.",
             instead="Add `eval_fraction: 0.1`, or `eval_data` with a file.",
         )
     for name, does in (("do_train", True), ("do_eval", has_eval), ("do_predict", False)):
         if given.get(name, does) != does:
             raise ConfigurationError(
-                asked=f"`{name}={given[name]}`.",
-                why="The verb says what is done: `train` trains, and evaluates when there are held-out pairs.",
+                asked=f"Cannot use `{name}={given[name]}`: the verb says what is done.",
+                why="`train` trains, and evaluates when there are held-out pairs.",
                 instead=f"Take `{name}` out"
                 + ("; name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
             )
@@ -185,13 +186,13 @@ def _not_loadable(option: str, name: str, what: str, error: Exception) -> Config
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
     if path.exists():
-        why = f"This folder holds no {what} that transformers can load: {_first_sentence(error)}"
+        fault, why = f"the folder holds no {what} that transformers can load", _first_sentence(error)
     elif looks_local:
-        why = f"There is no such folder; paths start at the current folder, {Path.cwd()}."
+        fault, why = "there is no such folder", f"Paths start at the current folder, {Path.cwd()}."
     else:
-        why = f"It is no folder here ({Path.cwd()}), and not to be had from the hub: {_first_sentence(error)}"
+        fault, why = f"it is no folder in {Path.cwd()}, and cannot be loaded from the hub", _first_sentence(error)
     instead = f"Name a folder written by `save_pretrained` that holds a {what}, or a name on the hub."
-    return ConfigurationError(asked=f"`{option}: {name}`.", why=why, instead=instead)
+    return ConfigurationError(asked=f"Cannot use `{option}: {name}`: {fault}.", why=why, instead=instead)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -5,15 +5,16 @@ Knows options only; `DPOConfig` checks its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from itertools import combinations
 from typing import Any
 
+from tether.cli.mistakes import Mistake
 from tether.cli.options import ScriptOptions
-from tether.errors import ConfigurationError
 
 # The adapter that TRL makes where a recipe says no more than `use_peft: true`.
-_TRL_LORA = {"lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05}
+_TRL_LORA: Mapping[str, Any] = {"lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05}
 _LORA_DETAILS = (
     "lora_alpha",
     "lora_dropout",
@@ -24,149 +25,151 @@ _LORA_DETAILS = (
     "use_dora",
 )
 _OF_TRAIN_DATA = ("dataset_config", "dataset_train_split", "dataset_test_split")
+_OF_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+_DEFAULTS = {entry.name: entry.default for entry in fields(ScriptOptions)}
+_KEEP_ONE = "Keep one of the two."
 
 
-def check_script(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> ScriptOptions:
+def completed(script: ScriptOptions, given: Mapping[str, Any]) -> ScriptOptions:
     """The options with what follows from others filled in.
 
-    Args:
-        script: The options that are not `DPOConfig`'s.
-        given: Every option that was given.
-        prog: The command, for messages.
-
-    Raises:
-        ConfigurationError: If one is missing, or two contradict each other.
+    TRL calls the parts of a mixture `train` and `test`, so that its recipes may name these splits. An adapter is
+    written as TRL's recipes do (`use_peft`) or as ours (`lora_r`).
     """
-    script = _without_splits_of_a_mixture(script)
-    _check_sources(script, prog)
-    _check_held_out(script)
-    _check_streaming(script, given, prog)
-    if script.model_revision is not None and script.ref_model is not None:
-        _refuse(
-            "`model_revision` together with `ref_model`",
-            "The revision is one of the policy's repository, and would be looked for in the reference's too",
-            "Download one of the two, and name its folder",
+    if script.datasets is not None:
+        train, test = script.dataset_train_split, script.dataset_test_split
+        script = replace(
+            script,
+            dataset_train_split=None if train == "train" else train,
+            dataset_test_split=None if test == "test" and script.eval_fraction is not None else test,
         )
-    script = _with_adapter(script, given)
-    checkpoint = given.get("resume_from_checkpoint")
-    if checkpoint is not None and script.resume is not None:
-        _refuse("`resume` together with `resume_from_checkpoint`", "They are the same option", "Keep `resume`")
-    resume = script.resume or checkpoint
-    return replace(script, resume=None if resume is None or resume.lower() == "false" else resume)
+    if script.use_peft:
+        filled = {name: value for name, value in _TRL_LORA.items() if getattr(script, name) is None}
+        if given.get("disable_dropout", True):  # it would be set to 0 with all other dropout
+            filled.pop("lora_dropout", None)
+        script = replace(script, **filled)
+    resume: Any = script.resume or given.get("resume_from_checkpoint")
+    return replace(script, resume="true" if resume is True else resume or None)
 
 
-def _without_splits_of_a_mixture(script: ScriptOptions) -> ScriptOptions:
-    """TRL calls the parts of a mixture `train` and `test`, so that its recipes may name these splits."""
-    if script.datasets is None:
-        return script
-    train, test = script.dataset_train_split, script.dataset_test_split
-    return replace(
-        script,
-        dataset_train_split=None if train == "train" else train,
-        dataset_test_split=None if test == "test" and script.eval_fraction is not None else test,
-    )
+def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> Iterator[Mistake]:
+    """What is missing, and what does not go together.
+
+    Args:
+        script: The options that are not `DPOConfig`'s, completed.
+        given: Every option that was given.
+        prog: The command.
+    """
+    yield from _in_sources(script, prog)
+    yield from _in_held_out(script)
+    yield from _in_parts(script)
+    if script.dataset_streaming:
+        yield from _in_stream(script, given, prog)
+    yield from _in_adapter(script, given)
+    yield from _in_quantization(script)
+    if script.model_revision is not None and script.ref_model is not None:
+        why = "the revision is one of the policy's repository, and would be looked for in the reference's too"
+        yield _together("model_revision", "ref_model", why, "Download one of the two, and name its folder.")
+    if given.get("resume") is not None and given.get("resume_from_checkpoint") is not None:
+        yield _together("resume", "resume_from_checkpoint", "they are the same option", "Keep `resume`.")
+    if script.dry_run and not prog.endswith(" train"):
+        yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Take it out.")
 
 
-def _check_sources(script: ScriptOptions, prog: str) -> None:
+def _together(one: str, other: str, why: str, instead: str = _KEEP_ONE) -> Mistake:
+    return Mistake(f"`{one}` together with `{other}`", why, instead)
+
+
+def _in_sources(script: ScriptOptions, prog: str) -> Iterator[Mistake]:
     """A model, and one source of pairs."""
-    data = script.train_data or script.datasets
-    for name, value, example in (
-        ("model", script.model, "Qwen/Qwen2.5-0.5B-Instruct"),
-        ("train_data", data, "pairs.jsonl"),
+    for name, value, needs, example in (
+        ("model", script.model, "a model to start from", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("train_data", script.train_data or script.datasets, "pairs to learn from", "pairs.jsonl"),
     ):
         if not value:
-            _refuse(
-                f"`{prog}` without `{name}`",
-                "A run needs a model to start from and pairs to learn from",
-                f"Write `{name}: {example}` in the recipe, or `--{name} {example}`",
-            )
+            written = f"Write `{name}: {example}` in the recipe, or `--{name} {example}`."
+            yield Mistake(f"`{prog}` without `{name}`", f"a run needs {needs}", written)
     if script.datasets is None:
         return
     if script.train_data is not None:
-        _refuse("`train_data` together with `datasets`", "Both say what to train on", "Keep one of the two")
+        yield _together("train_data", "datasets", "both say what to train on")
     for name in _OF_TRAIN_DATA:
         if getattr(script, name) is not None:
-            _refuse(
-                f"`{name}` together with `datasets`",
-                "It says more of `train_data`, and a mixture's parts say it each for itself",
-                "Write `name` and `split` in the parts; hold pairs out with `eval_fraction`, or name `eval_data`",
-            )
+            why = "it says more of `train_data`, and the parts of a mixture say it each for itself"
+            instead = "Write `name` and `split` in the parts; hold pairs out with `eval_fraction` or `eval_data`."
+            yield _together(name, "datasets", why, instead)
 
 
-def _check_held_out(script: ScriptOptions) -> None:
+def _in_held_out(script: ScriptOptions) -> Iterator[Mistake]:
     named = [name for name in ("eval_data", "eval_fraction", "dataset_test_split") if getattr(script, name) is not None]
-    if len(named) > 1:
-        _refuse(f"`{named[0]}` together with `{named[1]}`", "Both say which pairs are held out", "Keep one of the two")
+    for one, other in combinations(named, 2):
+        yield _together(one, other, "both say which pairs are held out")
     if script.eval_fraction is not None and not 0 < script.eval_fraction < 1:
-        _refuse(
-            f"`eval_fraction={script.eval_fraction}`",
-            "It is the share of the pairs to hold out, and some must be left to train on",
-            "A value between 0 and 1, such as 0.1",
-        )
+        why = "it is the share of the pairs to hold out, and some must be left to train on"
+        yield Mistake(f"`eval_fraction={script.eval_fraction}`", why, "Write a value between 0 and 1, such as 0.1.")
 
 
-def _check_streaming(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> None:
-    if not script.dataset_streaming:
+def _in_parts(script: ScriptOptions) -> Iterator[Mistake]:
+    parts = script.datasets or ()
+    shares = [part.fraction for part in parts if part.fraction is not None]
+    if not shares:
         return
+    if len(shares) < len(parts) or min(shares) < 0 or not sum(shares) > 0:
+        listed = ", ".join(str(part.fraction) for part in parts)
+        why = "a fraction is a part's share beside the others', so each has one, at least 0"
+        yield Mistake(f"`datasets` with the fractions {listed}", why, "Give every part a fraction, or none.")
+    if script.dataset_streaming:
+        why = "a share of a stream is not known before its end"
+        instead = "Leave the fractions out, or set `dataset_streaming: false`."
+        yield Mistake("`fraction` of a part of `datasets` together with `dataset_streaming`", why, instead)
+
+
+def _in_stream(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> Iterator[Mistake]:
     if script.eval_fraction is not None:
-        _refuse(
-            "`eval_fraction` together with `dataset_streaming`",
-            "The share of a stream is not known before its end",
-            "Name the held-out pairs with `eval_data` or `dataset_test_split`",
+        instead = "Name the held-out pairs with `eval_data` or `dataset_test_split`."
+        yield _together(
+            "eval_fraction", "dataset_streaming", "the share of a stream is not known before its end", instead
         )
     if prog.endswith(" precompute"):
-        _refuse(
+        yield Mistake(
             "`tether precompute` with `dataset_streaming`",
-            "A stream's rows are scored when training comes to them; nothing is read before",
-            "`dataset_streaming: false` here, or leave the scoring to `tether train`",
+            "a stream's rows are scored when training comes to them; nothing is read before",
+            "Write `dataset_streaming: false` here, or leave the scoring to `tether train`.",
         )
     if not (given.get("max_steps") or 0) > 0:
-        _refuse(
-            "`dataset_streaming` without `max_steps`",
-            "Nobody knows where a stream ends, and the learning rate follows a schedule",
-            "Add `max_steps: 1000`, or as many as there shall be",
+        why = "the end of a stream is not known before, and the learning rate follows a schedule"
+        yield Mistake(
+            "`dataset_streaming` without `max_steps`", why, "Add `max_steps: 1000`, or however many you want."
         )
 
 
-def _with_adapter(script: ScriptOptions, given: Mapping[str, Any]) -> ScriptOptions:
-    """LoRA as TRL's recipes write it (`use_peft`) or as ours (`lora_r`)."""
+def _in_adapter(script: ScriptOptions, given: Mapping[str, Any]) -> Iterator[Mistake]:
     details = [name for name in ("lora_r", *_LORA_DETAILS) if given.get(name) not in (None, False)]
-    if script.use_peft is False and details:
-        _refuse(
-            f"`use_peft: false` together with `{details[0]}`",
-            "Without an adapter there is nothing for it to shape",
-            "Keep one of the two",
-        )
-    drops = not given.get("disable_dropout", True)
-    if script.use_peft:
-        filled: dict[str, Any] = {name: value for name, value in _TRL_LORA.items() if getattr(script, name) is None}
-        if not drops:  # it would be set to 0 with all other dropout
-            filled.pop("lora_dropout", None)
-        script = replace(script, **filled)
-    _check_lora(script, details, drops)
-    return script
+    if script.use_peft is False:
+        for name in details:
+            yield Mistake(
+                f"`use_peft: false` together with `{name}`", "it shapes an adapter, and none is made", _KEEP_ONE
+            )
+        return
+    if script.lora_r is None:
+        for name in details:
+            instead = "Add `lora_r: 16` or `use_peft: true`, or take it out."
+            yield Mistake(
+                f"`{name}` without `lora_r`", "it shapes an adapter, and without a rank none is made", instead
+            )
+    elif script.lora_r < 1:
+        instead = "Write 1 or more; leave it out to train the model's own weights."
+        yield Mistake(f"`lora_r={script.lora_r}`", "it is the rank of the adapter's matrices", instead)
+    if script.lora_dropout and given.get("disable_dropout", True):
+        subject = f"`lora_dropout={script.lora_dropout}` while `disable_dropout` is on (its default)"
+        instead = "Set `disable_dropout: false`, or take `lora_dropout` out."
+        yield Mistake(subject, "all dropout is set to 0, the adapter's too", instead)
 
 
-def _check_lora(script: ScriptOptions, details: list[str], drops: bool) -> None:
-    if details and script.lora_r is None:
-        _refuse(
-            f"`{details[0]}` without `lora_r`",
-            "Without a rank no adapter is made, so there is nothing for it to shape",
-            "Add `lora_r: 16` or `use_peft: true`, or take it out",
-        )
-    if script.lora_r is not None and script.lora_r < 1:
-        _refuse(
-            f"`lora_r={script.lora_r}`",
-            "It is the rank of the adapter's matrices",
-            "1 or more; leave it out to train the model's own weights",
-        )
-    if script.lora_dropout and not drops:
-        _refuse(
-            f"`lora_dropout={script.lora_dropout}` while `disable_dropout` is on (its default)",
-            "All dropout is set to 0, the adapter's too",
-            "Set `disable_dropout: false`, or take `lora_dropout` out",
-        )
-
-
-def _refuse(asked: str, why: str, instead: str) -> None:
-    raise ConfigurationError(asked=f"{asked}.", why=f"{why}.", instead=f"{instead}.")
+def _in_quantization(script: ScriptOptions) -> Iterator[Mistake]:
+    if script.load_in_4bit and script.load_in_8bit:
+        yield _together("load_in_4bit", "load_in_8bit", "a weight is held in one of the two")
+    for name in _OF_4BIT:
+        if getattr(script, name) != _DEFAULTS[name] and not script.load_in_4bit:
+            why = "it says how weights are held in 4 bits, and none are"
+            yield Mistake(f"`{name}` without `load_in_4bit`", why, "Add `load_in_4bit: true`, or take it out.")

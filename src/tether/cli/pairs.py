@@ -73,7 +73,8 @@ def load_pairs(
         rows: PairDataset = load_dataset(**source | further, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            asked=f"`{option}: {name}`" + (f", split `{split}`." if split else "."),
+            asked=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: "
+            f"{textwrap.shorten(_root_cause(error), 100).rstrip('.')}.",
             why=f"It cannot be read: {_root_cause(error)}",
             instead=_what_to_name(name, split, error),
         ) from error
@@ -145,8 +146,8 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     kept = sorted(set(range(len(pairs))) - set(held_out))
     if not kept:
         raise DataError(
-            asked=f"`eval_fraction={fraction}` of {len(pairs)} pairs.",
-            why="Pairs of one prompt are held out together, and none would be left to train on.",
+            asked=f"Cannot hold out `eval_fraction={fraction}` of {len(pairs)} pairs: none would be left to train on.",
+            why="Pairs of one prompt are held out together.",
             instead="Use more pairs, or name others with `eval_data`.",
         )
     return pairs.select(kept), pairs.select(sorted(held_out))
@@ -167,15 +168,15 @@ def _file_source(path: Path, option: str) -> dict[str, Any]:
     """What `load_dataset` is given for a file."""
     if not path.is_file():
         raise DataError(
-            asked=f"`{option}: {path}`.",
-            why=f"There is no such file; paths start at the current folder, {Path.cwd()}.",
+            asked=f"Cannot read `{option}: {path}`: there is no such file.",
+            why=f"Paths start at the current folder, {Path.cwd()}.",
             instead=f"Name a file: {', '.join(_FORMATS)}.",
         )
     known = _format_of(path)
     if known is None:
         raise DataError(
-            asked=f"`{option}: {path}`.",
-            why=f"What is in a `{path.suffix}` file is not known.",
+            asked=f"Cannot read `{option}: {path}`: what is in a `{path.suffix}` file is not known.",
+            why="The end of a file's name says how it is read.",
             instead=f"Name a file that ends in {', '.join(_FORMATS)}, or one of these with {', '.join(_COMPRESSED)}.",
         )
     return {**known, "data_files": str(path)}
@@ -188,8 +189,8 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
     repository, _, named = name.partition(":")
     if named and split:
         raise DataError(
-            asked=f"`{option}: {name}` together with the split `{split}`.",
-            why="Both say which rows of the dataset are meant.",
+            asked=f"Cannot use `{option}: {name}` together with the split `{split}`: both name a split.",
+            why="A run reads one split of a dataset.",
             instead=f"Write `{option}: {repository}`.",
         )
     return {"path": repository} | ({"split": named} if named else {})

@@ -5,38 +5,13 @@ Knows options only; loads nothing.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 from transformers import BitsAndBytesConfig
 
 from tether.cli.options import ScriptOptions
-from tether.errors import ConfigurationError, MissingPackageError
-
-_OF_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-_DEFAULTS = {entry.name: entry.default for entry in fields(ScriptOptions)}
-
-
-def check_quantization(script: ScriptOptions) -> None:
-    """Refuses options that contradict each other, or that would shape nothing.
-
-    Raises:
-        ConfigurationError: Names the option.
-    """
-    if script.load_in_4bit and script.load_in_8bit:
-        raise ConfigurationError(
-            asked="`load_in_4bit` together with `load_in_8bit`.",
-            why="A weight is held in one of the two.",
-            instead="Keep one.",
-        )
-    shaped = [name for name in _OF_4BIT if getattr(script, name) != _DEFAULTS[name]]
-    if shaped and not script.load_in_4bit:
-        raise ConfigurationError(
-            asked=f"`{shaped[0]}` without `load_in_4bit`.",
-            why="It says how weights are held in 4 bits, and none are.",
-            instead="Add `load_in_4bit: true`, or take it out.",
-        )
+from tether.errors import MissingPackageError
 
 
 def quantization_of(script: ScriptOptions) -> BitsAndBytesConfig | None:
@@ -51,8 +26,8 @@ def quantization_of(script: ScriptOptions) -> BitsAndBytesConfig | None:
         return None
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(
-            asked=f"`load_in_{4 if script.load_in_4bit else 8}bit`.",
-            why="Weights in 4 or 8 bits are the work of bitsandbytes, which is not installed.",
+            asked=f"Cannot use `load_in_{4 if script.load_in_4bit else 8}bit`: bitsandbytes is not installed.",
+            why="It holds weights in 4 or 8 bits.",
             instead="`pip install bitsandbytes`; or take it out: `use_peft: true` with `dtype: bfloat16` also saves "
             "memory.",
         )

@@ -1,6 +1,6 @@
 """From words and a YAML file to checked options: a recipe.
 
-Knows how options are written; does not know what they do.
+Knows how options are put together; does not know what they do. Until `make_recipe`, no torch is loaded.
 """
 
 from __future__ import annotations
@@ -8,18 +8,43 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tether.cli.checks import check_script
-from tether.cli.launch import Launcher
-from tether.cli.mixture import Part, check_streaming, read_parts
-from tether.cli.options import RecipeParser, ScriptOptions, option_names
-from tether.cli.quantization import check_quantization
-from tether.cli.recipe_file import read_recipe_file
-from tether.config import DPOConfig
+from tether.cli.checks import completed, contradictions
+from tether.cli.mistakes import Mistake, refuse, unknown_option
+from tether.cli.options import ALIASES, LAUNCHER, OPTIONS, SCRIPT_NAMES, ScriptOptions, read_values
+from tether.cli.trl_options import FORMER, REFUSED, former_or_refused
+from tether.cli.words import RECIPE_FIRST, Written, read_lines, read_words
 from tether.errors import ConfigurationError, TetherError
+from tether.option_types import nearest_to
+
+if TYPE_CHECKING:
+    from tether.config import DPOConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run as it was written, read and free of contradictions; `DPOConfig` has not seen it yet.
+
+    Attributes:
+        verb: The command's verb.
+        script: Model, data, adapter.
+        given: The options that the recipe or a flag named, as they were read; all others have their defaults.
+        launch: Options of the launcher, as text.
+        words: The words after the verb that are not the launcher's.
+        typed: All words after the verb.
+        forced: Options that the verb decides.
+    """
+
+    verb: str
+    script: ScriptOptions
+    given: Mapping[str, Any]
+    launch: Mapping[str, Any]
+    words: Sequence[str]
+    typed: Sequence[str]
+    forced: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,87 +55,154 @@ class Recipe:
         script: Model, data, adapter.
         config: The trainer's options.
         given: The options that the recipe or a flag named, as they were read; all others have their defaults.
-        parts: The sets of a mixture; empty where `train_data` is the one source.
     """
 
     script: ScriptOptions
     config: DPOConfig
     given: Mapping[str, Any]
-    parts: tuple[Part, ...] = ()
 
 
-def read_recipe(verb: str, about: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads the recipe that `argv` names, and the flags, which win.
+def read_recipe(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Recipe:
+    """Reads a recipe and the flags, which win; see `read_request` and `make_recipe`."""
+    return make_recipe(read_request(verb, argv, beside=beside, **forced))
 
-    Where they have options of `accelerate launch`, this process becomes the launcher.
+
+def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Request:
+    """Reads the recipe that the words name, and the flags, which win; sets the variables of the recipe's `env`.
 
     Args:
         verb: The command's verb, for its messages.
-        about: What the verb does, for its --help.
         argv: The words after the verb.
         beside: Words that only the verb reads, which the processes of a launcher need too.
         forced: Options that the verb decides.
 
     Raises:
-        ConfigurationError: For an option that does not exist (names the nearest), or a value that cannot be.
+        ConfigurationError: Names every option that does not exist (with the nearest), has a value that cannot be
+            read, or contradicts another.
     """
-    parser = RecipeParser(verb, about)
-    launcher = Launcher(parser.options, parser.prog)
-    of_launcher, words = launcher.split(argv)
-    flags = parser.parse_given(words)
-    path = _recipe_path(parser, flags.pop("recipe", None), flags.pop("config", None))
-    in_file, launched_by_file = read_recipe_file(parser, launcher, path) if path is not None else ({}, {})
-    given = in_file | flags
-    script_values = {name: value for name, value in given.items() if name in option_names(ScriptOptions)}
-    config_values = {name: value for name, value in given.items() if name not in script_values}
-    script = check_script(ScriptOptions(**script_values), given, parser.prog)
-    check_quantization(script)
-    parts = tuple(read_parts(script.datasets or (), parser.prog))
-    if script.dataset_streaming:
-        check_streaming(parts)
-    launch = launched_by_file | of_launcher
-    launcher.check(launch)
+    prog = f"tether {verb}"
+    recipe, flags, mistakes = read_words(argv)
+    named = [*([recipe] if recipe is not None else []), *(str(flag.value) for flag in flags if flag.key == "config")]
+    path = Path(named[0]).expanduser() if named else None
+    not_there = _not_one_recipe(path, named)
+    lines, twice = read_lines(path) if path is not None and not not_there else ([], [])
+    reading = _Reading([*not_there, *twice, *mistakes])
+    for written in (lines, [flag for flag in flags if flag.key != "config"]):
+        reading.read(written)
+    refuse(reading.mistakes, prog, path)
+    given = reading.given
+    script = completed(ScriptOptions(**{name: given[name] for name in given if name in SCRIPT_NAMES}), given)
+    refuse(list(contradictions(script, given, prog)), prog, path)
+    os.environ.update(reading.environment)
+    own = [word for flag in flags if flag.key not in LAUNCHER for word in flag.words]
+    words = own if recipe is None else [recipe, *own]
+    return Request(verb, script, given, reading.launch, [*words, *beside], [*argv, *beside], forced)
+
+
+@dataclass
+class _Reading:
+    """What was read so far, and what is wrong with it."""
+
+    mistakes: list[Mistake]
+    given: dict[str, Any] = field(default_factory=dict)
+    launch: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def read(self, written: Sequence[Written]) -> None:
+        """Reads the options of one source; those of a later one win."""
+        options: dict[str, Written] = {}
+        for one in written:
+            name = ALIASES.get(one.key, one.key)
+            if name in OPTIONS:
+                if one.line and name in options:
+                    self._refuse(one, f"`{options[name].key}` is the same option", "Keep one of the two.")
+                options[name] = one
+            else:
+                self._read_other(one)
+        values, wrong = read_values({name: one.value for name, one in options.items()})
+        self.given |= values
+        for name, why in wrong.items():
+            choices = OPTIONS[name].get("enum") or OPTIONS[name].get("items", {}).get("enum") or ()
+            nearest = nearest_to(str(options[name].value), [choice for choice in choices if choice])
+            took_recipe = not options[name].line and "boolean" in OPTIONS[name]["type"]
+            instead = f"Did you mean `{nearest}`?" if nearest else RECIPE_FIRST if took_recipe else ""
+            self._refuse(options[name], why, instead, about=name)
+
+    def _read_other(self, one: Written) -> None:
+        if one.key == "env" and one.line:
+            self._read_environment(one)
+        elif one.key in FORMER or one.key in REFUSED:
+            if found := former_or_refused(one.key, one.value):
+                self._refuse(one, *found)
+        elif one.key in LAUNCHER:
+            self.launch[one.key] = one.value
+        else:
+            known = [*OPTIONS, *ALIASES, *LAUNCHER]
+            self.mistakes.append(unknown_option(one.subject, one.key, known, one.line, "" if one.line else "--"))
+
+    def _read_environment(self, one: Written) -> None:
+        variables = {} if one.value is None else one.value
+        if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+            instead = "Write `env:`, and below it one indented `NAME: value` on each line."
+            self._refuse(one, "it holds environment variables, each with one value", instead)
+        else:
+            self.environment |= variables
+
+    def _refuse(self, one: Written, why: str, instead: str, about: str = "") -> None:
+        self.mistakes.append(Mistake(one.subject, why, instead, one.line, about))
+
+
+def make_recipe(request: Request) -> Recipe:
+    """The recipe, with the trainer's options as they are.
+
+    Where it has options of `accelerate launch`, this process becomes the launcher.
+
+    Raises:
+        ConfigurationError: For options of `DPOConfig` that cannot be, or contradict each other.
+    """
+    from tether.config import DPOConfig  # not before: it loads torch
+
     environment = dict(os.environ)  # before transformers writes its own into it
+    prog, script = f"tether {request.verb}", request.script
+    if request.launch:
+        from tether.cli.launch import check_is_alone
+
+        check_is_alone(request.launch, prog)
+    values = {name: value for name, value in request.given.items() if name not in SCRIPT_NAMES}
     if not sys.stderr.isatty():
-        config_values.setdefault("disable_tqdm", True)  # bars are for terminals
-    if config_values.get("report_to", "none") is None:
-        config_values["report_to"] = "none"  # what an empty value says; transformers knows the word only
-    if config_values.get("output_dir") is None:
-        config_values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
-    config = _make_config(config_values | forced, parser.prog)
-    # Only now, so that a mistake is told once, and not by every process.
-    launcher.start(launch, verb, [*words, *beside], [*argv, *beside], environment)
-    _add_model_options(config, script)
-    return Recipe(script, config, given, parts)
-
-
-def _recipe_path(parser: RecipeParser, positional: str | None, flag: str | None) -> Path | None:
-    if positional is not None and flag is not None:
-        parser.error(f"two recipes are named, {positional} and {flag}")
-    name = positional or flag
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ConfigurationError(
-            asked=f"The recipe {name}.",
-            why=f"There is no such file; paths start at the current folder, {Path.cwd()}.",
-            instead="Name a YAML file (examples/real_pairs/recipe.yaml is one), or give every option as a flag.",
-        )
-    return path
-
-
-def _make_config(values: Mapping[str, Any], prog: str) -> DPOConfig:
+        values.setdefault("disable_tqdm", True)  # bars are for terminals
+    if values.get("report_to", "none") is None:
+        values["report_to"] = "none"  # what an empty value says; transformers knows the word only
+    if values.get("output_dir") is None:
+        values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
     try:
-        return DPOConfig(**values)
+        config = DPOConfig(**{**values, **request.forced})
     except TetherError:
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise ConfigurationError(
-            asked="These options of transformers.TrainingArguments, together.",
-            why=" ".join(str(error).split()),
-            instead=f"Change the option it names; `{prog} --help` lists every one.",
+            asked=f"Cannot use these options of transformers.TrainingArguments: {' '.join(str(error).split())}",
+            why="They are refused as they are, or together.",
+            instead=f"Change the option it names; `{prog} --help` explains every one.",
         ) from error
+    if request.launch:
+        from tether.cli.launch import launch
+
+        # Only now, so that a mistake is told once, and not by every process.
+        launch(request.launch, prog, request.words, request.typed, environment)
+    _add_model_options(config, script)
+    return Recipe(script, config, request.given)
+
+
+def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
+    """A recipe that is not there, or more than one."""
+    if len(names) > 1:
+        return [Mistake(f"two recipes, {' and '.join(names)}", "a run has one", "Name one of them.")]
+    if path is None or path.is_file():
+        return []
+    instead = "Name a YAML file (examples/real_pairs/recipe.yaml is one), or give every option as a flag."
+    detail = f"Paths start at the current folder, {Path.cwd()}."
+    return [Mistake(f"the recipe {names[0]}", "there is no such file", instead, detail=detail)]
 
 
 def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:
@@ -125,8 +217,9 @@ def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:
     for name in given:
         if name in known:
             raise ConfigurationError(
-                asked=f"`{name}` in `model_init_kwargs`, and as an option of the recipe.",
-                why="They are the same argument of `from_pretrained`.",
+                asked=f"Cannot use `{name}` in `model_init_kwargs` and as an option of the recipe: "
+                "they are the same argument of `from_pretrained`.",
+                why=f"The recipe says {given[name]!r}, and `model_init_kwargs` {known[name]!r}.",
                 instead="Keep one of the two.",
             )
     if given:

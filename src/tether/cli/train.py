@@ -10,40 +10,33 @@ from pathlib import Path
 
 from tether.cli import EXIT_DONE, EXIT_INTERRUPTED
 from tether.cli.assemble import build_trainer
+from tether.cli.dry_run import describe_dry_run
 from tether.cli.interrupt import StopOnInterrupt
 from tether.cli.launch import typed_words
 from tether.cli.library_errors import library_errors_told
 from tether.cli.pairs import is_file
 from tether.cli.progress import ProgressLines
-from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.recipe import Recipe, Request, make_recipe
 from tether.cli.resume import find_checkpoint, last_checkpoint, newest_checkpoint
 from tether.cli.summary import describe_end, describe_start
 from tether.errors import MissingLogProbsError
 from tether.trainer import DPOTrainer
 
-_ABOUT = """\
-Trains a policy on preference pairs: rows of prompt, chosen, rejected, as text or as lists of messages.
-Every option below is a key of the recipe and a flag; the flag wins.
 
-  tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
-  tether train recipe.yaml --resume                    go on from the last checkpoint
-  tether train recipe.yaml --num_processes 2           or any option of `accelerate launch`
-
-Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model and its tokenizer are
-written to output_dir.
-"""
-
-
-def run(argv: Sequence[str]) -> int:
-    recipe = read_recipe("train", _ABOUT, argv)
+def run(request: Request) -> int:
+    recipe = make_recipe(request)
     checkpoint = find_checkpoint(recipe)
+    if recipe.script.dry_run:
+        with library_errors_told("tether train"):
+            print(describe_dry_run(recipe), flush=True)
+        return EXIT_DONE
     stop, progress = StopOnInterrupt(), ProgressLines()
     try:
         with library_errors_told("tether train"):
             trainer = build_trainer(recipe, [progress, stop])
     except MissingLogProbsError as error:  # `ref_store_mode: require`
         raise MissingLogProbsError(
-            error.asked, error.why, f"Score what is missing: `tether precompute {shlex.join(argv)}`."
+            error.asked, error.why, f"Score what is missing: `tether precompute {shlex.join(request.words)}`."
         ) from error
     _say(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
     started = time.perf_counter()
@@ -53,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         stop.stopped = True
     if stop.stopped:
-        _say(trainer, _how_to_go_on(trainer, argv))
+        _say(trainer, _how_to_go_on(trainer, request.words))
         return EXIT_INTERRUPTED
     seconds = time.perf_counter() - started
     trainer.save_model()
@@ -92,13 +85,13 @@ def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def _how_to_go_on(trainer: DPOTrainer, argv: Sequence[str]) -> str:
+def _how_to_go_on(trainer: DPOTrainer, given: Sequence[str]) -> str:
     where = f"\ntether: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}."
     folder = str(trainer.args.output_dir)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None or trainer.args.save_only_model:
         return f"{where} There is no checkpoint to go on from."
-    words = typed_words(argv)
+    words = typed_words(given)
     if checkpoint != last_checkpoint(folder):  # an earlier run left later steps
         words += ["--resume", str(checkpoint)]
     elif not any(word.startswith("--resume") for word in words):

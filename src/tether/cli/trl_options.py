@@ -5,12 +5,9 @@ All others it takes under TRL's names; `REFUSED` is the whole list of exceptions
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from tether.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,14 @@ class RefusedOption:
 REFUSED: Mapping[str, RefusedOption] = {
     "ignore_bias_buffers": RefusedOption(
         False,
-        "It keeps boolean buffers of some models from being sent to the other processes.",
+        "it keeps boolean buffers of some models from being sent to the other processes.",
         "Write `ddp_broadcast_buffers: false`, which keeps all from being sent.",
     ),
     "lora_task_type": RefusedOption(
-        "CAUSAL_LM", "Responses are scored by a causal language model, whatever its adapter.", "Take it out."
+        "CAUSAL_LM", "responses are scored by a causal language model, whatever its adapter.", "Take it out."
     ),
     "mixed_precision": RefusedOption(
-        None, "It is an option of the launcher's, and the trainer's own would win.", "Write `bf16: true`."
+        None, "it is an option of the launcher's, and the trainer's own would win.", "Write `bf16: true`."
     ),
 }
 
@@ -61,54 +58,21 @@ FORMER: Mapping[str, str] = {
     "generate_during_eval": "nothing: evaluation scores the held-out pairs",
     "label_pad_token_id": "nothing: rows have no padding",
     "padding_value": "nothing: rows have no padding",
-    "ref_model_sync_rule": "`ref_model_mixup_alpha: 1` for `hard`, `BEMACallback(update_ref_model=True)` in Python for "
-    "`bema`; `soft` is what a sync does",
+    "ref_model_sync_rule": "`ref_model_mixup_alpha: 1` for hard, or in Python BEMACallback(update_ref_model=True) for "
+    "bema; soft is what a sync does",
     "use_logits_to_keep": "nothing: only the logits of responses are made, and never all at once",
 }
 
 
-def refuse_trl_option(name: str, value: Any, written: str) -> None:
-    """Refuses an option of `REFUSED`, unless it has TRL's default.
+def former_or_refused(key: str, value: Any) -> tuple[str, str] | None:
+    """Why an option of TRL's cannot be, and what to write instead; None if it can, or says what is done anyway.
 
     Args:
-        name: The option.
-        value: What it was given, by a recipe or as a word; None for a flag without a value.
-        written: How it was written, and where.
-
-    Raises:
-        ConfigurationError: With what to write instead.
+        key: The option.
+        value: What it was given: text, or None.
     """
-    option = REFUSED[name]
-    is_default = value == option.default and type(value) is type(option.default)
-    if not is_default and not (isinstance(value, str) and value.lower() == str(option.default).lower()):
-        raise ConfigurationError(asked=f"{written}.", why=option.why, instead=option.instead)
-
-
-def refuse_former_option(name: str, written: str) -> None:
-    """Refuses an option of `FORMER`.
-
-    Raises:
-        ConfigurationError: With what to write instead.
-    """
-    if name in FORMER:
-        raise ConfigurationError(
-            asked=f"{written}.",
-            why="TRL 1.16 and transformers 5 have no such option any more.",
-            instead=f"Write {FORMER[name]}.",
-        )
-
-
-def take_refused_flags(argv: Sequence[str], prog: str) -> list[str]:
-    """The words without the flags of `REFUSED` that say what is done anyway.
-
-    Raises:
-        ConfigurationError: For one that says something else.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, option in REFUSED.items():
-        dashed = f"--{name.replace('_', '-')}"
-        parser.add_argument(f"--{name}", dashed, nargs="?", const=True if option.default is False else "")
-    found, others = parser.parse_known_args(argv)
-    for name, value in vars(found).items():
-        refuse_trl_option(name, value, f"`--{name}{'' if value in (True, '') else f' {value}'}` after `{prog}`")
-    return others
+    if key in FORMER:
+        return "TRL 1.16 and transformers 5 have no such option any more", f"Write {FORMER[key]}."
+    option = REFUSED[key]
+    is_default = str(value).lower() == str(option.default).lower()
+    return None if is_default else (option.why.rstrip("."), option.instead)

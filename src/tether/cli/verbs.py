@@ -1,45 +1,200 @@
-"""From a verb to the module that does it: the same for `tether` and for `tether store`.
+"""The verbs of `tether`: what each takes, and says of itself; what it does, another module does.
 
-Must stay instant: a verb's module is imported when it is asked for, and no other.
+Must stay instant: torch is loaded by a verb when it runs.
 """
 
 from __future__ import annotations
 
-import difflib
-import sys
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+import os
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
+import typer
+
+from tether.cli import EXIT_DONE, store
+from tether.cli.help import HELP_NAMES, WORDS, RecipeCommand, ToldGroup
+from tether.cli.options import SCHEMA_TEXT
+from tether.cli.recipe import read_request
 from tether.errors import ConfigurationError
 
+HELP = """\
+tether: train a language model on preference pairs (DPO and its family), with the reference
+model as a thing you can hold, name, store, verify and swap.
 
-def run_verb(command: str, help_text: str, verbs: Mapping[str, str], words: Sequence[str]) -> int:
-    """Runs the verb that the words begin with, on the words behind it.
+  tether demo                        the whole line on a tiny task: trains a model, prefers, compares all
+                                     four references, writes a report; offline, minutes on a CPU
+  tether train RECIPE.yaml           train a policy on pairs; --dry_run stops before the first step
+  tether precompute RECIPE.yaml      score the pairs under the reference once and keep the answers on
+                                     disk: `train` then needs no reference model
+  tether store VERB                  what is kept: info, verify, export, import, merge, prune
+  tether schema                      the JSON schema of a recipe, for an editor that completes and checks it
+  tether env                         versions, devices and the store, for a bug report
 
-    Args:
-        command: What stands before the verb, for messages: `tether`, say.
-        help_text: Printed for `--help`, and where there is no verb.
-        verbs: The module of each verb, with `run(argv) -> int`.
-        words: What stands behind the command.
+A recipe is a YAML file of options; any of them is also a flag, and the flag wins:
 
-    Returns:
-        The verb's exit code.
+  tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
+  tether train --model Qwen/Qwen2.5-0.5B-Instruct --train_data pairs.jsonl --eval_fraction 0.1 --lora_r 16
+
+`tether VERB --help` explains every option, and `train` which reference to choose. `tether --version`.
+`tether --install-completion` completes verbs and options in your shell.
+An error says what cannot be and why, and what to write instead; --traceback (or TETHER_TRACEBACK=1)
+also shows where it was raised. Exit code 0: done, 2: refused, 130: interrupted.
+
+To read more: README.md, docs/recipes.md, examples/. In Python: from tether import DPOConfig, DPOTrainer
+"""
+
+
+app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
+app.add_typer(store.app, name="store")
+
+
+def run_verb(words: Sequence[str]) -> int:
+    """Runs the verb that the words begin with; its exit code.
 
     Raises:
-        SystemExit: After `--help`, as argparse does.
-        ConfigurationError: If there is no such verb; names the nearest.
+        ConfigurationError: If there is no such verb or option; names the nearest.
     """
-    verb, *rest = words or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        print(help_text, end="")
-        sys.exit()
-    if verb not in verbs:
-        nearest = difflib.get_close_matches(verb, verbs, n=1)
+    command: Any = typer.main.get_command(app)
+    if "_TETHER_COMPLETE" in os.environ:  # set by the script that a shell has installed
+        command.main(prog_name="tether")
+    alone = not words or (words[-1] in ("store", "help") and len(words) == 1)
+    words = [*(word for word in words if word != "help"), "--help"] if alone else [*words]
+    try:
+        with command.make_context("tether", words) as context:
+            return int(command.invoke(context) or EXIT_DONE)
+    except typer.Exit as done:  # after --help
+        return done.exit_code
+    except typer.TyperException as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: Any) -> ConfigurationError:
+    """What typer refuses, as the command tells it."""
+    path, usage = error.ctx.command_path, error.ctx.command.get_usage(error.ctx)
+    message, *meant = re.split(
+        r" (?:\(Possible options: |Did you mean )", error.format_message().replace("Value error, ", "")
+    )
+    nearest = "".join(f"Did you mean {names.strip('?)')}? " for names in meant)
+    return ConfigurationError(
+        asked=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",
+        why=f"It is written `{usage.removeprefix('Usage: ')}`.",
+        instead=f"{nearest}`{path} --help` explains what it takes.",
+    )
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        try:
+            print(f"tether {version('tether')}")
+        except PackageNotFoundError:  # run from its source
+            print("tether (not installed)")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def tether(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None: ...
+
+
+@app.command(context_settings=HELP_NAMES)
+def demo(
+    output_dir: Annotated[
+        str, typer.Option("--output_dir", "--output-dir", metavar="FOLDER", help="Folder to write.")
+    ] = "tether-demo",
+    seed: Annotated[int, typer.Option(metavar="INT", help="Of everything random.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: shows that it runs, not how well.")] = False,
+) -> int:
+    """The whole line on a task whose answers a rule can check, offline and on a CPU.
+
+    Trains a tiny tokenizer and language model from nothing, samples answers, labels right against wrong, and runs
+    DPO on these pairs with each of the four references (explicit, implicit, precomputed, synchronized). Prints one
+    table and writes report.html with the curves.
+    """
+    from tether.cli.quiet import quiet_deepspeed  # not before: both load torch
+
+    quiet_deepspeed()
+    from tether.demo.run import run_demo
+
+    run_demo(output_dir, seed=seed, quick=quick)
+    return EXIT_DONE
+
+
+@app.command(cls=RecipeCommand, context_settings=WORDS)
+def train(ctx: typer.Context) -> int:
+    """Trains a policy on preference pairs: rows of prompt, chosen, rejected, as text or as lists of messages.
+    Every option below is a key of the recipe and a flag; the flag wins.
+
+      tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
+      tether train recipe.yaml --dry_run                   everything up to the first step
+      tether train recipe.yaml --resume                    go on from the last checkpoint
+      tether train recipe.yaml --num_processes 2           or any option of `accelerate launch`
+
+    Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model and its tokenizer are
+    written to output_dir.
+    """
+    request = read_request("train", ctx.args)
+    from tether.cli.train import run  # not before: a mistake is told without torch
+
+    return run(request)
+
+
+@app.command(cls=RecipeCommand, context_settings=WORDS)
+def precompute(
+    ctx: typer.Context,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Score part I (from 1) of N of the rows.")] = None,
+) -> int:
+    """Scores every response of the recipe's pairs, held-out ones too, under the reference, and keeps the
+    per-token log-probs in the store. Takes the recipe of `tether train`; what is already there is not
+    scored again, so it may be stopped and started, and run again after new rows came.
+
+      tether precompute recipe.yaml
+      tether train recipe.yaml --precompute_ref_log_probs      makes no reference pass
+
+    Processes of one machine share the rows (--num_processes). For many machines, part i of n on each, and join:
+
+      tether precompute recipe.yaml --shard 1/4 --ref_store part-1.sqlite
+      tether store merge part-1.sqlite part-2.sqlite part-3.sqlite part-4.sqlite
+    """
+    part = None if shard is None else _shard(shard)
+    beside = () if shard is None else ("--shard", shard)
+    forced = {"precompute_ref_log_probs": True, "ref_store_mode": "fill"}
+    request = read_request("precompute", ctx.args, beside=beside, **forced)
+    from tether.cli.precompute import run
+
+    return run(request, part)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise ConfigurationError(
-            asked=f"`{command} {verb}`.",
-            why="There is no such verb.",
-            instead=f"{f'Did you mean `{command} {nearest[0]}`? ' if nearest else ''}The verbs are "
-            f"{', '.join(verbs)}; `{command} --help` says what each does.",
+            asked=f"Cannot use `--shard {text}`: it is no part of a whole.",
+            why="It says which part of how many this is.",
+            instead="Write `--shard 1/4` on the first of four machines, `--shard 4/4` on the last.",
         )
-    code: int = import_module(verbs[verb]).run(rest)
-    return code
+    return int(number), int(total)
+
+
+@app.command(context_settings=HELP_NAMES)
+def schema() -> None:
+    """Prints the JSON schema of a recipe.
+
+    With `tether schema > recipe.schema.json` and the line `# yaml-language-server: $schema=recipe.schema.json` at the
+    top of a recipe, an editor completes and checks it.
+    """
+    print(SCHEMA_TEXT, end="")
+
+
+@app.command(context_settings=HELP_NAMES)
+def env() -> None:
+    """Prints versions, devices and the store, which a bug report needs."""
+    from tether.cli.environment import describe_environment
+
+    print(describe_environment())
+
+
+VERBS = tuple(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+VERBS += ("store",)

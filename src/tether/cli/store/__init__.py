@@ -1,10 +1,18 @@
-"""`tether store ...`: what is in a store of reference log-probs, and what to do with it. One file for each verb."""
+"""`tether store ...`: what is in a store of reference log-probs, and what to do with it.
+
+What each verb takes and says of itself; `records` does what needs no model, `rows` what needs a recipe's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from tether.cli.verbs import run_verb
+import typer
+
+from tether.cli.help import HELP_NAMES, WORDS, ToldGroup
+from tether.cli.mistakes import refuse, unknown_option
+from tether.cli.recipe import Request, read_request
+from tether.errors import ConfigurationError
 
 HELP = """\
 tether store: the log-probs of references, kept on disk so that each response is scored once.
@@ -16,23 +24,139 @@ tether store: the log-probs of references, kept on disk so that each response is
                                            ref_rejected_logps, as TRL reads them
   tether store import FILE.parquet         the records of such a file, into the store
   tether store merge OTHER.sqlite ...      what other stores hold and this one lacks
-  tether store prune                       removes a reference, or those that nobody used for long
+  tether store prune                       removes a reference, or those that no run has used for long
 
 The store is the one that all your runs share, or the one that `--store FILE` names
 (for verify and export --rows: the recipe's `ref_store`). `tether store VERB --help` says more.
 docs/store.md explains what is kept, when it is used again, and how to share it.
 """
 
-# Each verb's module beside this file, with `run(argv) -> int`.
-VERBS = {
-    "info": "tether.cli.store.info",
-    "verify": "tether.cli.store.verify",
-    "export": "tether.cli.store.export_records",
-    "import": "tether.cli.store.import_records",
-    "merge": "tether.cli.store.merge",
-    "prune": "tether.cli.store.prune",
-}
+Store = Annotated[str | None, typer.Option(metavar="FILE", help="The store. Default: the one that all runs share.")]
+Digest = Annotated[
+    str | None, typer.Option(metavar="DIGEST", help="The reference, by the first letters of its digest.")
+]
+File = Annotated[str, typer.Argument(metavar="FILE.parquet", help="The file.")]
+
+app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
 
 
-def run(argv: Sequence[str]) -> int:
-    return run_verb("tether store", HELP, VERBS, argv)
+@app.command(context_settings=HELP_NAMES)
+def info(store: Store = None) -> int:
+    """Says where the store is, how large it is, and of each reference what it is, how many responses were scored, and
+    when they were last used. Changes nothing.
+    """
+    from tether.cli.store import records
+
+    return records.info(store)
+
+
+@app.command(context_settings=WORDS)
+def verify(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The run whose rows and reference are meant.")],
+    store: Store = None,
+    sample: Annotated[int, typer.Option(metavar="ROWS", help="How many rows.")] = 64,
+    sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", metavar="INT", help="Which.")] = 0,
+) -> int:
+    """Draws rows of a recipe's training set, has its reference score them again, and reports the largest difference
+    to what is stored, in nats. Before that every record of the reference is read and its checksum proven. Options of
+    `tether train` may follow the recipe. Exit code 2 if the difference is more than rounding.
+
+    tether store verify recipe.yaml --sample 200
+    """
+    request = _request("verify", [recipe, *ctx.args], store)
+    from tether.cli.store import rows
+
+    return rows.verify(request, sample, sample_seed)
+
+
+@app.command(context_settings=WORDS)
+def export(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE.parquet", help="The file to write; replaced if it is there.")],
+    store: Store = None,
+    identity: Digest = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="RECIPE.yaml", help="Write this recipe's pairs with their sums.")
+    ] = None,
+    set: Annotated[Literal["train", "eval"], typer.Option(help="Which of its sets.")] = "train",
+) -> int:
+    """Writes the records of one reference to a Parquet file: `key` and `log_probs`, which `tether store import` reads.
+
+    With --rows, writes the pairs of a recipe instead, tokenized, with what its reference says of each response:
+    `ref_chosen_logps` and `ref_rejected_logps`, the sums that TRL reads. What the store lacks is scored. Options of
+    `tether train` may follow the recipe.
+
+    tether store export scores.parquet --identity 1a2b
+
+    tether store export rows.parquet --rows recipe.yaml --max_length 512
+    """
+    if rows is None:
+        known = ["identity", "rows", "set", "store"]
+        unknown = [unknown_option(f"`{word}`", word.lstrip("-"), known, dashes="--") for word in ctx.args]
+        refuse(unknown, ctx.command_path)
+        from tether.cli.store import records
+
+        return records.export(store, file, identity)
+    if identity is not None:
+        raise ConfigurationError(
+            asked="Cannot use `--identity` together with `--rows`: the recipe says which reference scores its rows.",
+            why="`--identity` chooses among the references whose records a store holds.",
+            instead="Leave `--identity` out.",
+        )
+    request = _request("export", [rows, *ctx.args], store)
+    from tether.cli.store import rows as of_recipe
+
+    return of_recipe.export(request, file, set)
+
+
+@app.command("import", context_settings=HELP_NAMES)
+def import_file(file: File, store: Store = None, identity: Digest = None) -> int:
+    """Puts the records of a Parquet file (columns `key` and `log_probs`, as `tether store export` writes them) into
+    the store; of two for a response the longer stays. The store is made if it is not there.
+
+    Rows with `ref_chosen_logps` and `ref_rejected_logps` need no import: name their file as `train_data`.
+    """
+    from tether.cli.store import records
+
+    return records.import_file(store, file, identity)
+
+
+@app.command(context_settings=HELP_NAMES)
+def merge(
+    others: Annotated[list[str], typer.Argument(metavar="OTHER.sqlite...", help="The stores to take from.")],
+    store: Store = None,
+) -> int:
+    """Puts every record of other stores into this one, those of several machines for instance (`tether precompute
+    --shard i/n`). The others are not changed, and may be in use.
+
+    tether store merge machine-1.sqlite machine-2.sqlite --store all.sqlite
+    """
+    from tether.cli.store import records
+
+    return records.merge_into(store, others)
+
+
+@app.command(context_settings=HELP_NAMES)
+def prune(
+    store: Store = None,
+    identity: Digest = None,
+    older_than: Annotated[
+        float | None, typer.Option("--older_than", "--older-than", metavar="DAYS", help="Not used for this many days.")
+    ] = None,
+) -> int:
+    """Removes the records of one reference (--identity), of those that no run has used for some days (--older_than),
+    or of one if it was not used for so long (both). What is removed is scored again when a run needs it.
+    """
+    from tether.cli.store import records
+
+    return records.prune_store(store, identity, older_than)
+
+
+def _request(verb: str, words: list[str], store: str | None) -> Request:
+    """A recipe over the store that `--store` names, of which nothing is trained."""
+    named = {} if store is None else {"ref_store": store}
+    return read_request(f"store {verb}", words, precompute_ref_log_probs=True, ref_store_mode="lazy", **named)
+
+
+VERBS = ("info", "verify", "export", "import", "merge", "prune")

@@ -1,0 +1,113 @@
+"""The verbs of `tether store` that read and write records: which store, which of its references. Needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from tether.cli import EXIT_DONE
+from tether.errors import StoreError
+from tether.store import (
+    LogProbStore,
+    StoredIdentity,
+    default_store_path,
+    export_parquet,
+    import_parquet,
+    merge,
+    prune,
+)
+
+
+def info(name: str | None) -> int:
+    with open_store(name, read_only=True) as store:
+        identities = store.identities()
+        print(f"store      {store.path} ({size_of(store.path) / 1e6:,.1f} MB)")
+        for identity in identities:
+            print(_describe(identity))
+        if not identities:
+            print("           It is empty.")
+    return EXIT_DONE
+
+
+def export(name: str | None, file: str, start: str | None) -> int:
+    with open_store(name) as store:
+        identity = choose_identity(store, start)
+        print(f"{export_parquet(store, file, identity):,} responses of {identity} are in {file}.")
+    return EXIT_DONE
+
+
+def import_file(name: str | None, file: str, identity: str | None) -> int:
+    with open_store(name, must_exist=False) as store:
+        added = import_parquet(store, file, identity)
+        print(f"{added:,} responses were new; {store.path} now has {store.count():,}.")
+    return EXIT_DONE
+
+
+def merge_into(name: str | None, others: Sequence[str]) -> int:
+    with open_store(name, must_exist=False) as store:
+        for other in others:
+            print(f"{merge(store, other):,} responses were new in {other}")
+        print(f"{store.path} now has {store.count():,}.")
+    return EXIT_DONE
+
+
+def prune_store(name: str | None, start: str | None, older_than: float | None) -> int:
+    age = None if older_than is None else timedelta(days=older_than)
+    with open_store(name) as store:
+        identity = None if start is None else choose_identity(store, start)
+        removed = prune(store, identity=identity, older_than=age)
+        print(f"{removed:,} responses were removed; {store.path} now has {store.count():,}.")
+    return EXIT_DONE
+
+
+def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = True) -> LogProbStore:
+    """The store that `--store` names, or the shared one.
+
+    Raises:
+        StoreError: If it is not there, unless it may be made.
+    """
+    path = Path(name).expanduser() if name else default_store_path()
+    if must_exist and not path.is_file():
+        raise StoreError(
+            asked=f"Cannot open the store {path.absolute()}: there is no such file.",
+            why="Nothing was scored into it yet.",
+            instead="Name another with `--store FILE`, or fill this one: `tether precompute RECIPE.yaml`.",
+        )
+    return LogProbStore(path, read_only=read_only)
+
+
+def choose_identity(store: LogProbStore, start: str | None) -> str:
+    """The digest of a reference from its first letters, or the only one that a store holds.
+
+    Raises:
+        StoreError: If there is none, or more than one; lists them.
+    """
+    known = list(store.digests())
+    found = [digest for digest in known if digest.startswith(start or "")]
+    if len(found) == 1:
+        return found[0]
+    which = f"a reference whose digest starts with {start!r}" if start else "its only reference"
+    raise StoreError(
+        asked=f"Cannot choose {which} in {store.path}: {len(found) or 'none'} of its references fit.",
+        why=f"It holds {', '.join(known) or 'none'}.",
+        instead="Name one with `--identity` and its first letters; `tether store info` says what each is.",
+    )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a store with its write-ahead log."""
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*") if part.is_file())
+
+
+def _describe(identity: StoredIdentity) -> str:
+    about = identity.description or {}
+    what = ", ".join(
+        f"{name.replace('_', ' ')} {about[name]}" for name in ("compute_dtype", "scoring_version") if name in about
+    )
+    return (
+        f"reference  {about.get('kind', '(not described)')} {identity.digest}{f': {what}' if what else ''}\n"
+        f"           {identity.num_records:,} responses, {identity.num_tokens:,} tokens, "
+        f"{identity.size_bytes / 1e6:,.1f} MB; since {identity.created:%Y-%m-%d}, "
+        f"last used {identity.last_used:%Y-%m-%d}"
+    )

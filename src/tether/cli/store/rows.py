@@ -1,0 +1,84 @@
+"""The verbs of `tether store` that score a recipe's rows: nothing is trained, or written beside the store."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tether.batches import token_columns
+from tether.cli import EXIT_DONE
+from tether.cli.assemble import build_trainer
+from tether.cli.recipe import Request, make_recipe
+from tether.columns import with_reference_columns
+from tether.data import batch_of
+from tether.errors import ConfigurationError, StoreError
+from tether.reference import StoredReference
+from tether.reference.verifying import check
+from tether.reference.verifying import verify as verify_sample
+from tether.trainer import DPOTrainer
+
+_ROWS_AT_ONCE = 8
+
+
+def verify(request: Request, num_rows: int, seed: int) -> int:
+    """Scores a sample of rows again and compares with what is stored."""
+    with _trainer_of(request) as trainer:
+        reference = trainer.reference
+        assert isinstance(reference, StoredReference)
+        identity, store = reference.identity.digest, reference.store
+        num_intact = sum(len(batch) for batch in store.batches(identity))
+        found = verify_sample(reference, _sample(trainer, num_rows, seed))
+    if not found.num_responses:
+        raise StoreError(
+            asked=f"Cannot verify {store.path} for the reference {identity}: None of the {found.num_missing} responses "
+            "drawn is in it.",
+            why="It was filled with other rows, another template or tokenizer, or by another reference.",
+            instead="Name the store with `--store`, or fill it: `tether precompute` with the same recipe.",
+        )
+    print(
+        f"store      {store.path}\n"
+        f"reference  {reference.identity.kind} {identity}\n"
+        f"records    {num_intact:,}, every checksum right\n"
+        f"sample     {found.num_responses:,} responses, {found.num_tokens:,} tokens scored again; "
+        f"{found.num_missing:,} drawn ones not stored\n"
+        f"difference {found.largest:.3g} nats at most ({found.where}), {found.mean:.3g} per token on average"
+    )
+    check(found, reference)
+    return EXIT_DONE
+
+
+def export(request: Request, file: str, set_name: str) -> int:
+    """Writes a recipe's pairs with the sums of its reference."""
+    with _trainer_of(request) as trainer:
+        rows: Any = trainer.train_dataset if set_name == "train" else trainer.eval_dataset
+        if rows is None:
+            raise ConfigurationError(
+                asked="Cannot use `--set eval` of a recipe without held-out pairs: there are none to write.",
+                why="The recipe names none.",
+                instead="Name them with `eval_data` or `eval_fraction`, or leave `--set` out.",
+            )
+        collator: Any = trainer.data_collator
+        rows = with_reference_columns(rows, trainer.reference, collator)
+        if trainer.is_world_process_zero():
+            rows.to_parquet(Path(file).expanduser())
+            print(f"{len(rows):,} pairs with ref_chosen_logps and ref_rejected_logps are in {file}.")
+    return EXIT_DONE
+
+
+@contextmanager
+def _trainer_of(request: Request) -> Iterator[DPOTrainer]:
+    with tempfile.TemporaryDirectory() as nowhere:
+        yield build_trainer(make_recipe(replace(request, forced={**request.forced, "output_dir": nowhere})))
+
+
+def _sample(trainer: Any, num_rows: int, seed: int) -> Iterator[Any]:
+    rows = token_columns(trainer.train_dataset)
+    drawn = sorted(random.Random(seed).sample(range(len(rows)), min(num_rows, len(rows))))
+    for start in range(0, len(drawn), _ROWS_AT_ONCE):
+        some = drawn[start : start + _ROWS_AT_ONCE]
+        yield replace(batch_of(trainer.data_collator(rows.__getitems__(some))), rows=tuple(some))

@@ -1,0 +1,80 @@
+"""What kind of value an option takes, by pydantic: what is wrong with those that are of another, in words.
+
+Knows types; which options there are, others know. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import textwrap
+import typing
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from tether.errors import ArgumentTypeError
+
+
+def nearest_to(name: str, known: Iterable[str]) -> str:
+    """The name that was probably meant: one that begins so, or looks alike; empty if there is none."""
+    names = list(known)
+    begins = [other for other in names if other.startswith(name)]
+    return next(iter(begins or difflib.get_close_matches(name, names, n=1)), "")
+
+
+def faults(error: ValidationError) -> dict[str, str]:
+    """What is wrong with each option, as the second half of a sentence."""
+    found: dict[str, list[str]] = {}
+    for one in error.errors():
+        name, *inside = one["loc"]
+        text = one["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        is_entry = bool(inside) and isinstance(inside[0], int)
+        if is_entry and len(inside) == 1 and text.startswith("it should"):
+            text = f"{text}, not {one['input']!r}"
+        elif is_entry:  # one with options of its own
+            where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside)
+            text = f"`{name}{where}`: {text}"
+        text = textwrap.shorten(text[0].lower() + text[1:], 240, placeholder=" and others")
+        found.setdefault(str(name), []).append(text)
+    return {name: ", or ".join(dict.fromkeys(texts)) for name, texts in found.items()}
+
+
+def check_types(options: Any, declared: type, base: type) -> None:
+    """Refuses values of another kind than an option's, such as text where a number belongs; all of them at once.
+
+    Args:
+        options: Has the values as attributes. Numbers of numpy are numbers, tuples lists, and paths text.
+        declared: The dataclass that declares the options.
+        base: The one it extends, whose options are not looked at.
+
+    Raises:
+        ArgumentTypeError: Names the options.
+    """
+    texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(declared)}
+    model = _model_of(declared, base)
+    try:
+        model.model_validate({name: _plain(getattr(options, name)) for name in model.model_fields})
+    except ValidationError as error:
+        wrong = {f"{name}={getattr(options, name)!r}": (name, why) for name, why in faults(error).items()}
+        raise ArgumentTypeError(
+            asked="Cannot use " + "; ".join(f"`{written}`: {why}" for written, (_, why) in wrong.items()) + ".",
+            why=" ".join(f"`{name}`: {texts[name]}" for name, _ in wrong.values()),
+            instead="Write a value of that kind. YAML 1.1 reads `1e-6` as text: in a file of that, write `1.0e-6`.",
+        ) from None
+
+
+@cache
+def _model_of(declared: type, base: type) -> type[BaseModel]:
+    names = {entry.name for entry in dataclasses.fields(declared)} - {entry.name for entry in dataclasses.fields(base)}
+    own: dict[str, Any] = {name: (hint, ...) for name, hint in typing.get_type_hints(declared).items() if name in names}
+    return create_model(declared.__name__, __config__=ConfigDict(strict=True, protected_namespaces=()), **own)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return list(value) if isinstance(value, tuple) else value.item() if hasattr(value, "item") else value
