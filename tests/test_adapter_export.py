@@ -66,6 +66,7 @@ def log_probs(model: Any) -> torch.Tensor:
     return naive_log_probs(model.eval(), [5, 6, 7], [8, 5, 40, 6, 9]).detach()
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", OVER_TIED)
 def test_a_model_merged_over_tied_embeddings_is_the_reference(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -86,6 +87,7 @@ def test_a_model_merged_over_tied_embeddings_is_the_reference(
         assert {EMBED, HEAD} - set(file.keys()) == ({HEAD} if tied else set())
 
 
+@pytest.mark.numerics
 def test_tied_factors_are_merged_into_both_uses(tmp_path: Path) -> None:
     """PEFT keeps a tensor of a graph beside them, which cannot be copied. The two products may round differently."""
     policy = trained_over_tied(LoraConfig(**K, target_modules=["embed_tokens"], ensure_weight_tying=True))

@@ -138,6 +138,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", POLICIES)
 def test_the_best_and_the_resumed_policy_have_every_bit(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -175,6 +176,7 @@ def figures_of(entry: dict[str, float]) -> dict[str, float]:
     return {n: v for n, v in entry.items() if n.startswith("eval_") and not any(word in n for word in left_out)}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("kind", MEASURED)
 def test_the_best_checkpoint_brings_what_it_was_measured_against(kind: str, tmp_path: Path) -> None:
     options = RUN | {"eval_dataset": as_dataset(EVAL), "load_best_model_at_end": True} | MEASURED[kind]()

@@ -140,6 +140,7 @@ EVALUATES: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_ste
 EVAL = tiny_pairs(7, seed=1)
 
 
+@pytest.mark.numerics
 def test_grouping_by_length_is_for_training_and_evaluation_goes_on(tmp_path: Path) -> None:
     options = EVALUATES | {"eval_dataset": as_dataset(EVAL), "per_device_eval_batch_size": 3}
     grouped = trained(tmp_path / "1", train_sampling_strategy="group_by_length", **options)

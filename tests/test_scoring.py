@@ -25,8 +25,8 @@ from tiny import FAMILIES, naive_log_probs, tiny_model
 pytestmark = pytest.mark.numerics
 
 LAYOUTS = ("auto", "padded")
-# Rounding in fp32, in nats: 8e-6 by the kernels of other processors, 4e-5 under `OtherRounding(3)`.
-CLOSE = {"atol": 5e-5, "rtol": 1e-6}
+# Rounding in fp32, in nats: 8e-6 by the kernels of other processors, 7e-5 under `OtherRounding(3)`.
+CLOSE = {"atol": 1e-4, "rtol": 1e-6}
 
 
 def draw(seed: int, count: int) -> tuple[int, ...]:

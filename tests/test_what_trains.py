@@ -32,6 +32,7 @@ def sgd(parameters: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------ optimizers
 
 
+@pytest.mark.numerics
 def test_an_optimizer_of_the_policy_trains_it(tmp_path: Path) -> None:
     """One step of SGD by hand: the gradient of the same loss, from plain forwards."""
     model, by_hand = tiny_model(), tiny_model()
@@ -42,7 +43,7 @@ def test_an_optimizer_of_the_policy_trains_it(tmp_path: Path) -> None:
     trainer.train()
     _dpo_loss(by_hand, tiny_model(), rows, beta=0.1).backward()
     for own, expected in zip(trainer.model.parameters(), by_hand.parameters(), strict=True):
-        assert torch.allclose(own, expected - 0.1 * expected.grad, atol=1e-6)
+        assert torch.allclose(own, expected - 0.1 * expected.grad, atol=1e-5)  # 6e-6 under `OtherRounding(10)`
 
 
 def _dpo_loss(policy: Any, reference: Any, rows: list[dict[str, Any]], beta: float) -> Tensor:
@@ -75,6 +76,7 @@ def test_an_optimizer_of_a_part_trains_that_part_and_says_so(tmp_path: Path, cap
 # ---------------------------------------------------------------------------------------------------------- dtypes
 
 
+@pytest.mark.numerics
 def test_an_adapter_in_float32_trains_on_a_base_in_float16_as_on_the_same_base_in_float32(tmp_path: Path) -> None:
     options: dict[str, Any] = {"peft_config": peft.LoraConfig(**LORA), "learning_rate": 1e-2, "max_steps": 10}
     half = trained(tmp_path / "16", tiny_model(dtype=torch.float16), **options)
@@ -102,6 +104,7 @@ LOST_BY_REPLAY: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 @pytest.mark.parametrize("name", [*ADAPTERS, *LOST_BY_REPLAY])
 def test_checkpointing_changes_no_number_of_any_adapter(
@@ -144,6 +147,7 @@ def test_checkpointing_that_was_not_asked_for_stays_off_without_a_word(caplog: p
     assert caplog.text == ""
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_activated_lora_gives_the_numbers_of_each_row_alone(batch_size: int, tmp_path: Path) -> None:
     """PEFT looks for one invocation in each row, so that a packed row would switch it on for the last prompt only."""

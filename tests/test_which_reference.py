@@ -316,6 +316,11 @@ def _prepared(case: Case) -> tuple[nn.Module, peft.PeftConfig | None]:
     return adapted, None
 
 
+# Mamba multiplies transposed activations. Torch makes one product of such a batch or many, depending on whether the
+# weight records a gradient, and MKL may round these differently: by 3e-6 with MKL_CBWR=COMPATIBLE.
+_GAP = {"state space (padded layout)": 1e-5}
+
+
 @pytest.mark.parametrize("name", _cases())
 def test_reference_is_the_policy_at_step_0_and_stays(name: str, tmp_path: Path) -> None:
     model, adapter = _prepared(_cases()[name])
@@ -323,7 +328,7 @@ def test_reference_is_the_policy_at_step_0_and_stays(name: str, tmp_path: Path) 
     measured = measure(model, adapter, tmp_path)
     if not dropout:  # with dropout in the policy its first loss is not log 2; the gap below is without
         assert abs(measured.first_loss - 0.693147) < 1e-5
-    assert measured.initial_gap == 0
+    assert measured.initial_gap <= _GAP.get(name, 0)
     assert measured.drift == 0
     _record(name, measured)
 
@@ -359,7 +364,7 @@ def test_evaluate_before_train_gives_rewards_of_zero(dtype: str, kind: str, tmp_
             bf16=dtype == "autocast",
             sync_ref_model=kind == "synchronized",
             precompute_ref_log_probs=kind == "precomputed",
-            # As in the evaluation: other batches round otherwise.
+            # As in the evaluation, but for its order: the longest come first.
             precompute_ref_batch_size=8 if kind == "precomputed" else None,
         ),
         train_dataset=rows,
@@ -369,7 +374,10 @@ def test_evaluate_before_train_gives_rewards_of_zero(dtype: str, kind: str, tmp_
         ref_model=tiny_model("llama", dtype=torch.float16) if (dtype, kind) == ("float16", "explicit") else None,
     )
     metrics = trainer.evaluate()
-    assert metrics["eval_rewards/margins"] == metrics["eval_rewards/chosen"] == metrics["eval_rewards/rejected"] == 0
+    # A row that stood elsewhere in its batch may be rounded otherwise, by 3e-6 under `OtherRounding(3)` in fp32.
+    rounding = (1e-5 if dtype == "float32" else 0.02) if kind == "precomputed" else 0
+    for name in ("margins", "chosen", "rejected"):
+        assert abs(metrics[f"eval_rewards/{name}"]) <= rounding
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

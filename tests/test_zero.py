@@ -112,7 +112,7 @@ def test_the_first_loss_is_log_two_and_rewards_are_zero(case: str, two: list[dic
     if kind_of(case) in MEANT_TO_DIFFER:
         assert first["reference/initial_gap"] > 0.1
         return
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # 3e-6 if precomputed under `OtherRounding(10)`
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert first[name] == pytest.approx(0, abs=1e-5), name
     assert first["reference/initial_gap"] < 1e-6
