@@ -8,8 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tether.cli import main
-from tether.cli.launch import Launcher
+from tether.cli import launch, main
 from tether.cli.recipe import read_recipe
 from tiny import tiny_model, tiny_tokenizer
 
@@ -27,15 +26,15 @@ def from_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []  # a launcher would take this process's place
-    monkeypatch.setattr(Launcher, "start", lambda self, given, *_: started.append(dict(given)))
-    recipe = read_recipe("train", "", [str(path.relative_to(ROOT))])
+    monkeypatch.setattr(launch, "launch", lambda given, *_: started.append(dict(given)))
+    recipe = read_recipe("train", [str(path.relative_to(ROOT))])
     script, config = recipe.script, recipe.config
     assert recipe.given["output_dir"] == f"out/{path.stem.replace('_', '-')}"
     assert script.train_data == "examples/pairs.jsonl" or path.stem == "vision"
     said = {
         "lora": script.lora_r == 16,
         "qlora": script.load_in_4bit and script.lora_r == 16,
-        "full_zero3": started == [{"num_processes": 8, "accelerate_config": "zero3"}] and script.lora_r is None,
+        "full_zero3": started == [{"num_processes": "8", "accelerate_config": "zero3"}] and script.lora_r is None,
         "tr_dpo": config.sync_ref_model,
         "vision": config.precompute_ref_log_probs and config.max_length is None,
     }

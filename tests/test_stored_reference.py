@@ -155,7 +155,7 @@ def test_a_mode_without_a_store_is_refused(mode: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="`lazy`"):
+    with pytest.raises(ConfigurationError, match="'lazy'"):
         DPOConfig(str(tmp_path), ref_store_mode="eager", precompute_ref_log_probs=True)
 
 
