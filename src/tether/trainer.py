@@ -733,7 +733,4 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
                     callback.resume_from(Path(checkpoint))
 
 
-_SENTINEL_PAIRS = 2
-
-
 _COMPUTE_LOSS = DPOTrainer.compute_loss
