@@ -5,7 +5,7 @@ python examples/synchronized.py
 
 from toy import toy_model, toy_pairs, toy_tokenizer
 
-from tether import DPOConfig, DPOTrainer, MovingReference
+from tether import DPOConfig, DPOTrainer, SynchronizedReference
 
 
 def main(max_steps: int = 40, output_dir: str = "out/synchronized") -> None:
@@ -22,8 +22,8 @@ def main(max_steps: int = 40, output_dir: str = "out/synchronized") -> None:
     trainer = DPOTrainer(toy_model(), args=args, train_dataset=toy_pairs(64), processing_class=toy_tokenizer())
     trainer.train()
     trainer.save_model()
-    assert isinstance(trainer.reference, MovingReference)
-    trainer.save_reference(f"{output_dir}/reference")  # as it is now: a model to load like any other
+    assert isinstance(trainer.reference, SynchronizedReference)
+    trainer.export_reference(f"{output_dir}/reference")  # as it is now: a model to load like any other
     print(f"the reference moved {trainer.reference.num_syncs} times")
 
 

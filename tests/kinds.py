@@ -14,15 +14,15 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from tether.reference import (
-    AdapterReference,
-    FollowingReference,
-    FrozenReference,
-    MovingReference,
+    BemaReference,
+    ExplicitReference,
+    ImplicitReference,
+    PrecomputedReference,
     Reference,
-    StoredReference,
+    SynchronizedReference,
 )
+from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
-from tether.reference.uniform import UniformReference
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response
 from tiny import tiny_model
@@ -119,24 +119,26 @@ class Kind:
 
 
 def explicit(policy: Any, folder: Path | None = None) -> Reference:
-    return FrozenReference.of_policy(policy)
+    return ExplicitReference.of_policy(policy)
 
 
 def implicit(policy: Any, folder: Path | None = None) -> Reference:
-    return AdapterReference(policy)
+    return ImplicitReference(policy)
 
 
-def moving(alpha: float = 0.5, **options: Any) -> Callable[[Any, Path], Reference]:
+def synchronized(alpha: float = 0.5, **options: Any) -> Callable[[Any, Path], Reference]:
     def build(policy: Any, folder: Path) -> Reference:
-        return MovingReference(FrozenReference.of_policy(policy, **options), lambda: policy, alpha=alpha, every=2)
+        return SynchronizedReference(
+            ExplicitReference.of_policy(policy, **options), lambda: policy, alpha=alpha, every=2
+        )
 
     return build
 
 
-def moving_adapter(alpha: float = 0.5, **options: Any) -> Callable[[Any, Path], Reference]:
+def synchronized_adapter(alpha: float = 0.5, **options: Any) -> Callable[[Any, Path], Reference]:
     def build(policy: Any, folder: Path) -> Reference:
-        source = AdapterReference(policy, moves=True)
-        return MovingReference(source, lambda: policy, alpha=alpha, every=2, **options)
+        source = ImplicitReference(policy, moves=True)
+        return SynchronizedReference(source, lambda: policy, alpha=alpha, every=2, **options)
 
     return build
 
@@ -146,12 +148,12 @@ def other_model() -> Any:
 
 
 def followed(policy: Any, folder: Path) -> Reference:
-    return FollowingReference(FrozenReference.of_policy(policy))
+    return BemaReference(ExplicitReference.of_policy(policy))
 
 
 def after_taking(policy: Any, folder: Path) -> Reference:
     """One that was given the weights of another model, as an average would be."""
-    reference = FollowingReference(FrozenReference.of_policy(policy))
+    reference = BemaReference(ExplicitReference.of_policy(policy))
     reference.take(dict(other_model().named_parameters()))
     return reference
 
@@ -199,17 +201,17 @@ SOURCES: dict[str, Kind] = {
     ),
     "explicit, in `ref_dtype` bfloat16": Kind(
         dropping_gpt2,
-        lambda policy, folder: FrozenReference.of_policy(policy, dtype=torch.bfloat16),
+        lambda policy, folder: ExplicitReference.of_policy(policy, dtype=torch.bfloat16),
         tolerance=(0.05, 0.5),
     ),
     "explicit, under autocast": Kind(
         dropping_gpt2,
-        lambda policy, folder: FrozenReference.of_policy(policy, autocast_dtype=torch.bfloat16),
+        lambda policy, folder: ExplicitReference.of_policy(policy, autocast_dtype=torch.bfloat16),
         tolerance=(0.05, 0.5),
     ),
     "explicit, other model": Kind(
         dropping_gpt2,
-        lambda policy, folder: FrozenReference.of_other_model(other_model(), policy),
+        lambda policy, folder: ExplicitReference.of_other_model(other_model(), policy),
         meant=lambda policy: other_model(),
     ),
     "implicit, fresh LoRA": Kind(lora, implicit),
@@ -222,19 +224,21 @@ SOURCES: dict[str, Kind] = {
     "implicit, PiSSA": Kind(lambda: llama_lora(init_lora_weights="pissa"), implicit),
     "implicit, IA3": Kind(ia3, implicit),
     "implicit, prompt tuning": Kind(prompt_tuning, implicit),
-    "moving": Kind(dropping_gpt2, moving()),
-    "moving, hard": Kind(dropping_gpt2, moving(alpha=1.0)),
-    "moving, LoRA": Kind(lora, moving_adapter()),
-    "moving, LoRA truncated": Kind(lora, moving_adapter(max_rank=5)),
-    "moving, LoRA hard": Kind(lora, moving_adapter(alpha=1.0)),
-    "moving, LoRA continued": Kind(lambda: lora(init_lora_weights=False), moving_adapter()),
-    "moving, LoRA with a trained head": Kind(lambda: llama_lora(modules_to_save=["lm_head"]), moving_adapter()),
-    "moving, DoRA": Kind(lambda: llama_lora(use_dora=True), moving_adapter()),
-    "moving, IA3": Kind(ia3, moving_adapter()),
-    "moving, in bfloat16": Kind(dropping_gpt2, moving(dtype=torch.bfloat16), tolerance=(0.05, 0.5)),
-    "following": Kind(dropping_gpt2, followed),
-    "following, after taking weights": Kind(dropping_gpt2, after_taking, meant=lambda policy: other_model()),
-    "none": Kind(dropping_gpt2, lambda policy, folder: UniformReference(), meant=lambda policy: Certain()),
+    "synchronized": Kind(dropping_gpt2, synchronized()),
+    "synchronized, hard": Kind(dropping_gpt2, synchronized(alpha=1.0)),
+    "synchronized, LoRA": Kind(lora, synchronized_adapter()),
+    "synchronized, LoRA truncated": Kind(lora, synchronized_adapter(max_rank=5)),
+    "synchronized, LoRA hard": Kind(lora, synchronized_adapter(alpha=1.0)),
+    "synchronized, LoRA continued": Kind(lambda: lora(init_lora_weights=False), synchronized_adapter()),
+    "synchronized, LoRA with a trained head": Kind(
+        lambda: llama_lora(modules_to_save=["lm_head"]), synchronized_adapter()
+    ),
+    "synchronized, DoRA": Kind(lambda: llama_lora(use_dora=True), synchronized_adapter()),
+    "synchronized, IA3": Kind(ia3, synchronized_adapter()),
+    "synchronized, in bfloat16": Kind(dropping_gpt2, synchronized(dtype=torch.bfloat16), tolerance=(0.05, 0.5)),
+    "bema": Kind(dropping_gpt2, followed),
+    "bema, after taking weights": Kind(dropping_gpt2, after_taking, meant=lambda policy: other_model()),
+    "none": Kind(dropping_gpt2, lambda policy, folder: FreeReference(), meant=lambda policy: Certain()),
     "given by the rows": Kind(
         dropping_gpt2,
         lambda policy, folder: GivenReference("digest of the rows"),
@@ -242,14 +246,14 @@ SOURCES: dict[str, Kind] = {
         batch=BATCH_WITH_SUMS,
     ),
 }
-_NOT_STORED = ("moving", "following", "none", "given")
+_NOT_STORED = ("synchronized", "bema", "none", "given")
 
 
 def precomputed(kind: Kind) -> Kind:
     """The same reference with its answers on disk, its weights given up once they are there."""
 
     def build(policy: Any, folder: Path) -> Reference:
-        return StoredReference(LogProbStore(folder / "store.sqlite"), kind.reference(policy, folder))
+        return PrecomputedReference(LogProbStore(folder / "store.sqlite"), kind.reference(policy, folder))
 
     return Kind(kind.policy, build, kind.meant, kind.tolerance)
 
@@ -262,7 +266,7 @@ KINDS: dict[str, Kind] = {
         if not name.startswith(_NOT_STORED)
     },
     "precomputed over the policy itself": precomputed(
-        Kind(dropping_gpt2, lambda policy, folder: FrozenReference.before_training(policy))
+        Kind(dropping_gpt2, lambda policy, folder: ExplicitReference.before_training(policy))
     ),
 }
 

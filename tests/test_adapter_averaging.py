@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from observe import bits, same_bits, traces
 from tether.errors import ConfigurationError, ReferenceModelError
-from tether.reference import AdapterReference, MovingReference
+from tether.reference import ImplicitReference, SynchronizedReference
 from tether.reference.adapter_parts import LINEAR_TYPES, adapter_parts, check_can_follow
 from tether.reference.averaging import LowRank
 from tether.reference.low_rank_parts import LowRankPart, convolution, experts
@@ -59,9 +59,9 @@ def train(policy: nn.Module, seed: int, size: float = 0.05) -> None:
                 parameter.add_((size * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
 
 
-def following(policy: Any, *, alpha: float = 0.6, every: int = 1, **options: Any) -> MovingReference:
-    source = AdapterReference(policy, moves=True)
-    return MovingReference(source, lambda: policy, alpha=alpha, every=every, **options)
+def synchronized(policy: Any, *, alpha: float = 0.6, every: int = 1, **options: Any) -> SynchronizedReference:
+    source = ImplicitReference(policy, moves=True)
+    return SynchronizedReference(source, lambda: policy, alpha=alpha, every=every, **options)
 
 
 def effective(policy: Any) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def effective(policy: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in merged.state_dict().items() if tensor.is_floating_point()}
 
 
-def seen(policy: Any, reference: MovingReference) -> dict[str, Tensor]:
+def seen(policy: Any, reference: SynchronizedReference) -> dict[str, Tensor]:
     """The same of the reference."""
     with reference.in_policy():
         return effective(policy)
@@ -160,7 +160,7 @@ def test_every_type_that_follows_tensor_by_tensor_is_proven_here() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_average_is_that_of_the_dense_weights_while_the_stack_fits(name: str, continued: bool) -> None:
     policy = CASES[name](continued=continued)
-    reference = following(policy, alpha=0.3)
+    reference = synchronized(policy, alpha=0.3)
     exact = start = effective(policy)
     # A fresh LoRA takes two syncs at twice the rank, a continued one takes one: it has a rank to begin with.
     for step in range(1, 2 if continued or name in ("PiSSA", "OLoRA", "LoRA, random start") else 3):
@@ -176,7 +176,7 @@ def test_the_average_is_that_of_the_dense_weights_while_the_stack_fits(name: str
 @pytest.mark.parametrize("name", ["LoRA", "LoRA, patterns", "LoRA, experts", "LoRA on embeddings and head", "DoRA"])
 def test_the_average_stays_within_the_logged_truncation(name: str) -> None:
     policy = CASES[name]()
-    reference = following(policy, alpha=0.2)
+    reference = synchronized(policy, alpha=0.2)
     base = {name: torch.zeros_like(tensor) for name, tensor in effective(policy).items()}
     exact, largest = effective(policy), 0.0
     start = exact
@@ -196,7 +196,7 @@ def test_the_average_stays_within_the_logged_truncation(name: str) -> None:
 
 def test_a_larger_rank_makes_the_average_exact() -> None:
     policy = CASES["LoRA"]()
-    reference = following(policy, alpha=0.2, max_rank=20)
+    reference = synchronized(policy, alpha=0.2, max_rank=20)
     exact = effective(policy)
     for step in range(1, 6):
         train(policy, step, size=0.1)
@@ -209,7 +209,7 @@ def test_a_larger_rank_makes_the_average_exact() -> None:
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_are_averaged_as_they_are(name: str) -> None:
     policy = PROMPTS[name]()
-    reference = following(policy, alpha=0.3)
+    reference = synchronized(policy, alpha=0.3)
     exact = {n: p.detach().double() for n, p in policy.named_parameters() if p.requires_grad}
     for step in (1, 2):
         train(policy, step)
@@ -266,7 +266,7 @@ def test_a_fixed_gap_closes_in_any_precision(alpha: float, dtype: torch.dtype) -
 @pytest.mark.parametrize("name", ["LoRA", "LoRA, experts", "LoRA on embeddings and head", "PiSSA", "DoRA"])
 def test_syncing_equal_weights_changes_them_by_a_millionth_at_most(name: str) -> None:
     policy = CASES[name](continued=True)
-    reference = following(policy, alpha=0.05)
+    reference = synchronized(policy, alpha=0.05)
     before = effective(policy)
     for step in range(1, 201 if name == "LoRA" else 21):
         reference.advance(step)
@@ -287,7 +287,7 @@ def product(tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", [*CASES, *PROMPTS])
 def test_a_hard_sync_copies_the_adapter_bit_for_bit_and_the_pass_leaves_no_trace(name: str) -> None:
     policy = (CASES | PROMPTS)[name](continued=True).train()
-    reference = following(policy, alpha=1.0)
+    reference = synchronized(policy, alpha=1.0)
     train(policy, 1)
     before, numbers = traces(policy), bits(policy)
     reference.advance(1)
@@ -313,7 +313,7 @@ def test_a_reference_of_larger_rank_leaves_gradients_and_their_hooks_alone() -> 
                 node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
                 node.register_hook(lambda *_: counted.append(1))
                 keep.append(node)
-        reference = following(policy, alpha=0.5)
+        reference = synchronized(policy, alpha=0.5)
         for step in (1, 2):
             train(policy, step)
             reference.advance(step)
@@ -335,7 +335,7 @@ def test_the_reference_is_the_model_that_its_weights_make() -> None:
     """Its logits, at a larger rank than the policy's, against the merged average in a plain model."""
     for name in ("LoRA", "LoRA, experts", "LoRA on embeddings and head", "DoRA", "rsLoRA", "LoRA, bias of its own"):
         policy = CASES[name]()
-        reference = following(policy, alpha=0.4)
+        reference = synchronized(policy, alpha=0.4)
         for step in (1, 2):
             train(policy, step)
             reference.advance(step)
@@ -455,7 +455,7 @@ def test_an_adapter_without_an_average_is_refused_by_name(name: str) -> None:
     found, make = REFUSED[name]
     with pytest.raises(ConfigurationError, match=found) as caught:
         check_can_follow([make()])
-    assert "sync_ref_model" in caught.value.asked and caught.value.why and caught.value.instead
+    assert "sync_ref_model" in caught.value.problem and caught.value.instead
 
 
 RULES_REFUSED: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
@@ -471,8 +471,8 @@ RULES_REFUSED: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
 def test_a_rule_without_a_meaning_is_refused(name: str) -> None:
     found, make, options = RULES_REFUSED[name]
     with pytest.raises(ConfigurationError, match=found) as caught:
-        following(make(), **options)
-    assert caught.value.why and caught.value.instead
+        synchronized(make(), **options)
+    assert caught.value.instead
 
 
 def test_layers_that_no_average_is_known_for_are_refused_by_name() -> None:
@@ -484,13 +484,13 @@ def test_layers_that_no_average_is_known_for_are_refused_by_name() -> None:
     half = CASES["DoRA"]()
     next(p for n, p in half.named_parameters() if "lora_magnitude" in n).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="DoRA"):
-        following(half)
+        synchronized(half)
 
 
 def test_a_source_whose_adapter_is_off_cannot_move() -> None:
     policy = CASES["LoRA"]()
     with pytest.raises(ConfigurationError, match="moves=True"):
-        MovingReference(AdapterReference(policy), lambda: policy, every=1)
+        SynchronizedReference(ImplicitReference(policy), lambda: policy, every=1)
 
 
 # ---------------------------------------------------------------------------------------------------- the checkpoint
@@ -499,7 +499,7 @@ def test_a_source_whose_adapter_is_off_cannot_move() -> None:
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoRA, experts", "LoRA, patterns", "IA3", "prompt tuning"])
 def test_it_goes_on_from_its_saved_state_bit_for_bit(name: str, alpha: float, tmp_path: Path) -> None:
-    def run(policy: Any, reference: MovingReference, steps: range) -> dict[str, Tensor]:
+    def run(policy: Any, reference: SynchronizedReference, steps: range) -> dict[str, Tensor]:
         for step in steps:
             train(policy, step)
             reference.advance(step)
@@ -508,14 +508,14 @@ def test_it_goes_on_from_its_saved_state_bit_for_bit(name: str, alpha: float, tm
 
     make = (CASES | PROMPTS)[name]
     policy = make()
-    whole = following(policy, alpha=alpha, every=2)
+    whole = synchronized(policy, alpha=alpha, every=2)
     run(policy, whole, range(1, 8))
     whole.save(tmp_path)  # between two syncs, and after the rank has grown
     then = bits(policy)
     expected = run(policy, whole, range(8, 13))
 
     again = make()
-    resumed = following(again, alpha=alpha, every=2)
+    resumed = synchronized(again, alpha=alpha, every=2)
     assert resumed.identity == whole.identity
     again.load_state_dict(then, strict=False)
     resumed.load(tmp_path)
@@ -529,7 +529,7 @@ def test_it_goes_on_from_its_saved_state_bit_for_bit(name: str, alpha: float, tm
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("PiSSA", "OLoRA")] + list(PROMPTS))
 def test_an_exported_adapter_is_the_reference(name: str, tmp_path: Path) -> None:
     policy = (CASES | PROMPTS)[name]()
-    reference = following(policy, alpha=0.4)
+    reference = synchronized(policy, alpha=0.4)
     for step in (1, 2, 3):
         train(policy, step)
         reference.advance(step)
@@ -553,7 +553,7 @@ def test_an_exported_model_is_the_reference(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     policy = CASES[name]()
-    reference = following(policy, alpha=0.4)
+    reference = synchronized(policy, alpha=0.4)
     for step in (1, 2):
         train(policy, step)
         reference.advance(step)
@@ -568,11 +568,11 @@ def test_an_exported_model_is_the_reference(name: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReferenceModelError, match="merged=True"):
-        following(CASES["PiSSA"]()).export(tmp_path)
+        synchronized(CASES["PiSSA"]()).export(tmp_path)
     with pytest.raises(ReferenceModelError, match="not part of a model"):
-        following(PROMPTS["prompt tuning"]()).export(tmp_path, merged=True)
+        synchronized(PROMPTS["prompt tuning"]()).export(tmp_path, merged=True)
     with pytest.raises(ReferenceModelError, match="adapter off"):
-        AdapterReference(CASES["LoRA"]()).export(tmp_path)
+        ImplicitReference(CASES["LoRA"]()).export(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -580,7 +580,7 @@ def test_low_rank_is_what_the_layers_hold() -> None:
     """The factors found are the layer's own, so that what is averaged is what computes."""
     policy = CASES["LoRA, experts"](continued=True)
     num = 0
-    for part in AdapterReference(policy, moves=True).parts(policy, UpdateRule()):
+    for part in ImplicitReference(policy, moves=True).parts(policy, UpdateRule()):
         if isinstance(part, LowRankPart):
             pair: LowRank = part.layout.read(policy.get_parameter(part.b), policy.get_parameter(part.a))
             assert pair.A.shape[-2] == pair.B.shape[-1] == 4

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from observe import bits, same_bits, traces
-from tether.reference import AdapterReference
+from tether.reference import ImplicitReference
 from tiny import naive_log_probs, tiny_model
 
 K: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4}
@@ -74,7 +74,7 @@ def test_a_model_merged_over_tied_embeddings_is_the_reference(
     make, tied = OVER_TIED[kind]
     policy = trained_over_tied(make())
     expected, before, numbers = log_probs(policy), traces(policy), bits(policy)
-    AdapterReference(policy).export(tmp_path, merged=True)
+    ImplicitReference(policy).export(tmp_path, merged=True)
     assert traces(policy) == before and same_bits(bits(policy), numbers)
     assert policy.config.tie_word_embeddings is True
     with caplog.at_level(logging.WARNING):
@@ -92,5 +92,5 @@ def test_tied_factors_are_merged_into_both_uses(tmp_path: Path) -> None:
     """PEFT keeps a tensor of a graph beside them, which cannot be copied. The two products may round differently."""
     policy = trained_over_tied(LoraConfig(**K, target_modules=["embed_tokens"], ensure_weight_tying=True))
     expected = log_probs(policy)
-    AdapterReference(policy).export(tmp_path, merged=True)
+    ImplicitReference(policy).export(tmp_path, merged=True)
     torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, rtol=0, atol=5e-5)

@@ -25,9 +25,10 @@ from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 
-def assert_in_three_parts(error: TetherError, *names: str) -> None:
-    """What was asked, why it cannot be, what to write instead: each a sentence, and the culprit named."""
-    for part in (error.asked, error.why, error.instead):
+def assert_told(error: TetherError, *names: str) -> None:
+    """What cannot be and why, in one line; what to write instead; and the culprit named."""
+    assert "\n" not in error.problem and re.match(r"(Cannot |Row |Process |The )", error.problem), error.problem
+    for part in (error.problem, error.instead):
         assert part.endswith(".") and not part[0].islower(), part
     for name in names:
         assert name in str(error)
@@ -95,7 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_an_option_out_of_range_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         DPOConfig(str(tmp_path / "out"), **DEFAULTS | OPTIONS[name])
-    assert_in_three_parts(caught.value, next(iter(OPTIONS[name])))
+    assert_told(caught.value, next(iter(OPTIONS[name])))
     assert isinstance(caught.value, ValueError) and not (tmp_path / "out").exists()
 
 
@@ -118,7 +119,7 @@ def test_a_value_of_another_kind_is_refused_by_name(name: str, tmp_path: Path) -
     option = name.partition(" ")[0]
     with pytest.raises(ArgumentTypeError) as caught:
         DPOConfig(str(tmp_path / "out"), **DEFAULTS | {option: KINDS[name]})
-    assert_in_three_parts(caught.value, f"`{option}={KINDS[name]!r}`")
+    assert_told(caught.value, f"`{option}={KINDS[name]!r}`")
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, TypeError)
 
 
@@ -156,7 +157,7 @@ def test_a_bad_row_is_refused_at_construction_by_set_and_index(name: str, where:
         options["eval_dataset"] = bad if where == "eval" else {"held_out": bad}
     with pytest.raises(DataError) as caught:
         refused(tmp_path, **options)
-    assert_in_three_parts(caught.value, f"Row 6 of the {where} set", found)
+    assert_told(caught.value, f"Row 6 of the {where} set", found)
 
 
 def test_a_bad_row_of_a_stream_is_refused_before_the_step_that_would_use_it(tmp_path: Path) -> None:
@@ -165,21 +166,21 @@ def test_a_bad_row_of_a_stream_is_refused_before_the_step_that_would_use_it(tmp_
     before = bits(model)
     with pytest.raises(DataError) as caught:
         trainer.train()
-    assert_in_three_parts(caught.value, "Row 0 of the train set", "`chosen`")
+    assert_told(caught.value, "Row 0 of the train set", "`chosen`")
     assert trainer.state.global_step == 0 and same_bits(bits(model), before)
 
 
 def test_a_set_without_usable_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         refused(tmp_path, max_length=2)
-    assert_in_three_parts(caught.value, "train set", "max_length=2")
+    assert_told(caught.value, "train set", "max_length=2")
 
 
 @pytest.mark.parametrize("rows", [42, "pairs.jsonl", ("a", "b")])
 def test_a_set_that_is_no_set_is_refused(rows: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, rows=rows)
-    assert_in_three_parts(caught.value, "datasets.Dataset", type(rows).__name__)
+    assert_told(caught.value, "datasets.Dataset", type(rows).__name__)
 
 
 COLUMNS = {name: [" text"] for name in ("prompt", "chosen", "rejected")}
@@ -202,14 +203,14 @@ def test_a_set_of_another_form_is_refused_with_how_to_make_one(which: str, form:
     with pytest.raises(ArgumentTypeError) as caught:
         given_as = {"train_dataset": PAIRS, "eval_dataset": None, which: given}
         DPOTrainer(tiny_model(), args=args_of(), processing_class=tiny_tokenizer(), **given_as)
-    assert_in_three_parts(caught.value, found)
+    assert_told(caught.value, found)
 
 
 @pytest.mark.parametrize("rows", [None, {"some": PAIRS}], ids=["None", "several sets"])
 def test_predict_takes_one_set(rows: Any, tmp_path: Path) -> None:
     with pytest.raises(ArgumentTypeError) as caught:
         make_trainer(tmp_path).predict(rows)
-    assert_in_three_parts(caught.value, type(rows).__name__)
+    assert_told(caught.value, type(rows).__name__)
 
 
 ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
@@ -242,7 +243,7 @@ def test_an_argument_of_another_kind_is_refused_by_name(name: str) -> None:
     given = {"model": tiny_model(), "args": args_of(), "processing_class": tiny_tokenizer(), "train_dataset": PAIRS}
     with pytest.raises(ConfigurationError) as caught:
         DPOTrainer(**given | make_options())
-    assert_in_three_parts(caught.value, found)
+    assert_told(caught.value, found)
 
 
 # -------------------------------------------------------------------------------------------- model, reference
@@ -288,7 +289,7 @@ def test_the_policy_as_its_own_reference_model_is_refused(tmp_path: Path) -> Non
     for options in ({}, {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}):
         with pytest.raises(ConfigurationError) as caught:
             refused(tmp_path, model, ref_model=model, **options)
-        assert_in_three_parts(caught.value, "`ref_model` is the same object as `model`")
+        assert_told(caught.value, "`ref_model` is the same object as `model`")
 
 
 def test_the_base_of_the_adapter_as_reference_model_is_refused(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_a_token_that_the_model_does_not_embed_is_refused_with_its_row(tmp_path:
     rows = [PAIRS[0], PAIRS[1] | {"chosen": " <new> tokens"}, PAIRS[2] | {"rejected": " <new> too"}]
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, rows=rows, processing_class=tokenizer)
-    assert_in_three_parts(caught.value, "Row 1 of the train set", "256 tokens")
+    assert_told(caught.value, "Row 1 of the train set", "256 tokens")
     with pytest.raises(ConfigurationError, match="Row 1 of the eval set"):
         trainer.evaluate(rows)
     model = tiny_model()
@@ -316,7 +317,7 @@ def test_a_token_that_the_model_does_not_embed_is_refused_with_its_row(tmp_path:
 def test_a_reference_whose_embedding_has_no_room_for_the_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, ref_model=tiny_model(vocab_size=200))
-    assert_in_three_parts(caught.value, "255", "200 tokens")
+    assert_told(caught.value, "255", "200 tokens")
 
 
 @pytest.mark.parametrize("as_path", [True, False])
@@ -325,7 +326,7 @@ def test_a_reference_whose_tokenizer_gives_other_ids_is_refused(as_path: bool, t
     other: Any = folder if as_path else type(tiny_model()).from_pretrained(folder)
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path / "out", ref_model=other)
-    assert_in_three_parts(caught.value, "another vocabulary", "2 ids")
+    assert_told(caught.value, "another vocabulary", "2 ids")
 
 
 def test_a_reference_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(where: str, value: floa
     }[where]
     with pytest.raises(ReferenceModelError) as caught:
         make_trainer(tmp_path, **options)
-    assert_in_three_parts(caught.value, "layers.0.mlp.up_proj", "NaN or infinite")
+    assert_told(caught.value, "layers.0.mlp.up_proj", "NaN or infinite")
     assert not default_store_path().exists()
 
 
@@ -363,7 +364,7 @@ def test_several_gpus_without_a_launcher_are_refused_with_the_command_to_use(
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path)
-    assert_in_three_parts(caught.value, "4 GPUs", "torchrun --nproc_per_node 4")
+    assert_told(caught.value, "4 GPUs", "torchrun --nproc_per_node 4")
 
 
 LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
@@ -414,7 +415,7 @@ def test_a_copy_that_an_adapter_trains_in_float16_is_refused(tmp_path: Path) -> 
     whole_head = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ConfigurationError, match="float16") as caught:
         make_trainer(tmp_path, tiny_model(dtype=torch.float16), peft_config=whole_head)
-    assert_in_three_parts(caught.value, "lm_head.modules_to_save")
+    assert_told(caught.value, "lm_head.modules_to_save")
 
 
 def test_float16_of_a_model_given_by_name_is_refused(tmp_path: Path) -> None:
@@ -446,7 +447,7 @@ def test_an_impossible_combination_is_refused_before_any_step(name: str, tmp_pat
     found, make_options = COMBINATIONS[name]
     with pytest.raises((ConfigurationError, ReferenceModelError)) as caught:
         refused(tmp_path, **make_options())
-    assert_in_three_parts(caught.value, found)
+    assert_told(caught.value, found)
 
 
 def test_a_file_that_is_no_store_is_refused_before_any_step(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one(
 
 def test_a_reference_that_follows_the_average_is_saved_as_a_model(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", callbacks=[BEMACallback(**RULE, **FOLLOWS)], max_steps=6, learning_rate=1e-2)
-    trainer.save_reference(tmp_path / "saved")
+    trainer.export_reference(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert trainer.ref_model is not None
@@ -133,7 +133,7 @@ def test_a_reference_that_follows_the_average_is_saved_as_a_model(tmp_path: Path
 def test_an_adapters_reference_that_follows_the_average_is_saved_as_an_adapter(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 6, "learning_rate": 1e-2, **KINDS["LoRA"]}
     trainer = trained(tmp_path / "run", callbacks=[BEMACallback(**RULE, **FOLLOWS)], **options)
-    trainer.save_reference(tmp_path / "saved")
+    trainer.export_reference(tmp_path / "saved")
     loaded = dict(PeftModel.from_pretrained(tiny_model(), str(tmp_path / "saved")).named_parameters())
     for name, weight in reference_weights(trainer).items():
         assert torch.equal(loaded[name].double(), weight)

@@ -164,7 +164,7 @@ MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
     "synchronized, given": lambda: SYNC | {"ref_model": tiny_model(seed=1)},
     "synchronized, LoRA": lambda: SYNC | {"model": adapted(LoraConfig(**LORA), "dpo")},
     "synchronized, prompts": lambda: SYNC | {"model": adapted(PROMPTS["prompt tuning"]())},
-    "following": lambda: {
+    "bema": lambda: {
         "callbacks": [BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=1)],
     },
     "running mean of rewards": lambda: {"loss_type": ["bco_pair"], "beta": 0.5},
@@ -186,7 +186,7 @@ def test_the_best_checkpoint_brings_what_it_was_measured_against(kind: str, tmp_
     assert figures_of(trainer.evaluate()) == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["synchronized", "following", "running mean of rewards"])
+@pytest.mark.parametrize("kind", ["synchronized", "bema", "running mean of rewards"])
 def test_a_best_checkpoint_of_weights_alone_is_refused_where_more_belongs_to_it(kind: str, tmp_path: Path) -> None:
     options = RUN | {"eval_dataset": as_dataset(EVAL), "load_best_model_at_end": True} | MEASURED[kind]()
     with pytest.raises(ConfigurationError, match="save_only_model"):

@@ -19,7 +19,13 @@ from transformers import TrainerCallback
 from kinds import BATCH, dropping_gpt2, lora, partly_frozen
 from runs import as_dataset, curve, make_trainer, steps, trained
 from tether.errors import DriftError, InitialGapError
-from tether.reference import AdapterReference, FrozenReference, MovingReference, Reference, StoredReference
+from tether.reference import (
+    ExplicitReference,
+    ImplicitReference,
+    PrecomputedReference,
+    Reference,
+    SynchronizedReference,
+)
 from tether.reference.checks import ALIKE, Gap, ReferenceWatch, check_initial_gap, initial_gap, tolerance
 from tether.store import LogProbStore
 from tiny import tiny_model, tiny_pairs
@@ -52,18 +58,18 @@ def test_a_policy_changed_between_building_and_training_is_refused_with_the_gap_
         trainer.train()
     assert trainer.state.global_step == 0
     said = caught.value
-    assert "nats per token in the mean" in said.asked and "frozen reference" in said.asked
+    assert "nats per token in the mean" in said.problem and "explicit reference" in said.problem
     for cause in ("changed between", "initial delta", "dropout", "embeddings", "dtype", "stored"):
-        assert cause in said.why, cause
+        assert cause in said.details, cause
     assert "`ref_model`" in said.instead
 
 
 @pytest.mark.numerics
 def test_the_size_that_the_error_names_is_the_gap() -> None:
     policy = tiny_model()
-    reference = FrozenReference(disturb(copy.deepcopy(policy)), means_policy=True)
+    reference = ExplicitReference(disturb(copy.deepcopy(policy)), means_policy=True)
     gap = gap_of(policy, reference)
-    ours, theirs = FrozenReference(policy).log_probs(BATCH).values, reference.log_probs(BATCH).values
+    ours, theirs = ExplicitReference(policy).log_probs(BATCH).values, reference.log_probs(BATCH).values
     assert gap.mean == pytest.approx(float((ours - theirs).abs().mean()), rel=1e-6)
     assert gap.largest == pytest.approx(float((ours - theirs).abs().max()), rel=1e-6)
     with pytest.raises(InitialGapError, match=f"{gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most"):
@@ -134,17 +140,17 @@ def with_layer_of(policy: Any, other: Any) -> Any:
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_reference_that_differs_by_one_of_the_likely_causes_is_refused(cause: str) -> None:
     policy = tiny_model()
-    reference = FrozenReference(CAUSES[cause](policy), means_policy=True)
+    reference = ExplicitReference(CAUSES[cause](policy), means_policy=True)
     with pytest.raises(InitialGapError):
         check_initial_gap(gap_of(policy, reference), reference, "float32")
 
 
 def test_log_probs_that_were_stored_for_other_weights_are_refused(tmp_path: Path) -> None:
     policy, store = tiny_model(), LogProbStore(tmp_path / "store.sqlite")
-    source = FrozenReference.before_training(policy)
-    wrong = FrozenReference(tiny_model(seed=1)).log_probs(BATCH).split()
+    source = ExplicitReference.before_training(policy)
+    wrong = ExplicitReference(tiny_model(seed=1)).log_probs(BATCH).split()
     store.put(source.identity.digest, BATCH.keys, [np.asarray(values) for values in wrong], description={})
-    reference = StoredReference(store, source)
+    reference = PrecomputedReference(store, source)
     reference.prepare({"train": lambda: [BATCH]})
     assert reference.num_computed == 0 and reference.means_policy
     with pytest.raises(InitialGapError, match="stored for other weights"):
@@ -153,11 +159,11 @@ def test_log_probs_that_were_stored_for_other_weights_are_refused(tmp_path: Path
 
 def test_another_dtype_is_tolerated_where_it_is_the_reference_s_own() -> None:
     policy = tiny_model()
-    reference = FrozenReference.of_policy(policy, dtype=torch.bfloat16)
+    reference = ExplicitReference.of_policy(policy, dtype=torch.bfloat16)
     gap = gap_of(policy, reference)
     assert gap.mean > ALIKE["float32"][0]
     check_initial_gap(gap, reference, "float32")  # bfloat16 explains it
-    exact = FrozenReference.of_policy(policy)
+    exact = ExplicitReference.of_policy(policy)
     with pytest.raises(InitialGapError):
         check_initial_gap(gap, exact, "float32")
 
@@ -165,7 +171,7 @@ def test_another_dtype_is_tolerated_where_it_is_the_reference_s_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_off_by_less_than_a_hundredth_are_seen_in_every_dtype(dtype: torch.dtype) -> None:
     policy = tiny_model(dtype=dtype)
-    reference = FrozenReference.of_policy(policy)
+    reference = ExplicitReference.of_policy(policy)
     name = str(dtype).removeprefix("torch.")
     check_initial_gap(gap_of(policy, reference), reference, name)
     with torch.no_grad():
@@ -247,7 +253,7 @@ def test_a_frozen_weight_that_was_reached_stops_the_run_and_is_named(when: str, 
     with pytest.raises(DriftError, match=r"transformer\.h\.0\.mlp\.c_fc\.bias") as caught:
         trainer.train()
     assert trainer.state.global_step == 1
-    assert "nats per token" in caught.value.asked and "`modules_to_save`" in caught.value.instead
+    assert "nats per token" in caught.value.problem and "`modules_to_save`" in caught.value.instead
 
 
 def test_the_base_under_an_adapter_that_was_reached_stops_the_run_and_is_named(tmp_path: Path) -> None:
@@ -270,7 +276,7 @@ def test_a_buffer_that_was_reached_stops_the_run(tmp_path: Path) -> None:
         trainer.train()
 
 
-class Answers(FrozenReference):
+class Answers(ExplicitReference):
     """Answers that are off by as much as one says."""
 
     off = 0.0
@@ -297,9 +303,9 @@ def test_drift_that_rounding_explains_is_no_drift() -> None:
         watched(float("nan")).check_drift()
 
 
-def test_a_moving_reference_may_move() -> None:
+def test_a_synchronized_reference_may_move() -> None:
     policy = dropping_gpt2()
-    reference = MovingReference(FrozenReference.of_policy(policy), lambda: policy, alpha=1.0, every=1)
+    reference = SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, alpha=1.0, every=1)
     watch = ReferenceWatch(reference, None, alone)
     watch.set_sentinel(BATCH)
     disturb(policy, 0.3)
@@ -310,7 +316,9 @@ def test_a_moving_reference_may_move() -> None:
 def test_distances_ask_no_other_process_what_it_knows_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """That was settled when the pairs were set: a log has no verdict to wait for."""
     policy = tiny_model()
-    watch = ReferenceWatch(MovingReference(FrozenReference.of_policy(policy), lambda: policy, every=1), None, alone)
+    watch = ReferenceWatch(
+        SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=1), None, alone
+    )
     watch.set_sentinel(BATCH)
     watch.set_start(policy)
     monkeypatch.setattr("tether.reference.checks.any_process", lambda flag: pytest.fail("a collective call"))
@@ -321,7 +329,7 @@ def test_distances_ask_no_other_process_what_it_knows_of_the_start(monkeypatch: 
 
 def test_an_adapter_that_trains_is_no_drift() -> None:
     policy = lora(bias="all")
-    watch = ReferenceWatch(AdapterReference(policy), None, alone)
+    watch = ReferenceWatch(ImplicitReference(policy), None, alone)
     watch.set_sentinel(BATCH)
     with torch.no_grad():
         for parameter in policy.parameters():

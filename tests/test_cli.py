@@ -321,7 +321,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("text", "why", "instead"), REFUSALS)
-def test_a_bad_recipe_is_refused_in_three_parts(
+def test_a_bad_recipe_is_refused_with_what_to_write(
     tether: Run, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str, instead: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -329,8 +329,8 @@ def test_a_bad_recipe_is_refused_in_three_parts(
     path.write_text(f"model: {start / 'model'}\ntrain_data: {start / 'pairs.jsonl'}\n{text}\n")
     code, out, err = tether("train", str(path))
     assert (code, out) == (2, "")
-    assert why in err.split("Instead:")[0], err
-    assert instead in err.split("Instead:")[1], err
+    *said, last = err.rstrip().splitlines()
+    assert why in "\n".join(said) and instead in last, err
     assert "Traceback" not in err
 
 
@@ -351,10 +351,10 @@ def test_a_bad_recipe_is_refused_in_three_parts(
         (["demo", "--sede", "1"], "Did you mean --seed?"),
     ],
 )
-def test_bad_words_are_refused_in_three_parts(tether: Run, words: list[str], said: str) -> None:
+def test_bad_words_are_refused_with_what_to_write(tether: Run, words: list[str], said: str) -> None:
     code, out, err = tether(*words)
     assert (code, out) == (2, "")
-    assert said in err and "Why not:" in err and "Instead:" in err
+    assert said in err and len(err.rstrip().splitlines()) > 1
 
 
 def test_traceback_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,11 +365,11 @@ def test_traceback_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPat
         main(["trian"])
 
 
-def test_what_a_library_refuses_when_training_is_set_up_is_told_in_three_parts(
+def test_what_a_library_refuses_when_training_is_set_up_is_told_with_its_words(
     tether: Run, recipe: Callable[..., str]
 ) -> None:
     code, _, err = tether("train", recipe(lr_scheduler_type="cosine_with_min_lr"))
-    assert code == 2 and "Why not: It refuses: One of min_lr or min_lr_rate should be set" in err
+    assert code == 2 and "It refuses: One of min_lr or min_lr_rate should be set" in err
     with pytest.raises(ConfigurationError, match="min_lr") as caught:
         main(["train", recipe(lr_scheduler_type="cosine_with_min_lr"), "--traceback"])
     assert isinstance(caught.value.__cause__, ValueError)
@@ -402,7 +402,7 @@ def test_bad_data_are_refused_by_name(
         (tmp_path / name).write_text(text)
     code, _, err = tether("train", recipe(train_data=str(tmp_path / name), eval_fraction=None))
     assert code == 2
-    assert said in err and "Instead:" in err
+    assert said in err and len(err.rstrip().splitlines()) > 1
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -609,7 +609,7 @@ def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
     path = recipe(learning_rate=1e30, save_steps=1, logging_steps=2, eval_fraction=None)
     code, out, err = tether("train", path)
     assert code == 2
-    assert err.startswith("tether: Cannot go on training: the loss of step 2 is NaN or infinite.\n  Why not: ")
+    assert err.startswith("tether: Cannot go on training: the loss of step 2 is NaN or infinite.\n  ")
     assert "Traceback" not in err and "step    2/4" not in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "README.md") == ["checkpoint-1"]
     weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")

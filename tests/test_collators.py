@@ -131,7 +131,7 @@ def test_another_layout_is_refused(name: str) -> None:
     collator = PairsOfPadded(lambda rows: change(DataCollatorForPreference(0)(rows)))
     with pytest.raises(ConfigurationError) as caught:
         collator(drawn_rows())
-    assert found in caught.value.asked and "completion_mask" in caught.value.instead
+    assert found in caught.value.problem and "completion_mask" in caught.value.instead
 
 
 def test_a_response_with_a_hole_is_refused() -> None:

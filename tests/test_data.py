@@ -208,7 +208,7 @@ def test_all_bad_rows_are_listed_in_one_error() -> None:
     rows = [pair(), pair(rejected=""), pair("W"), pair(chosen=""), pair(rejected="")]
     with pytest.raises(DataError) as caught:
         tokens_of(rows, tiny_tokenizer())
-    assert caught.value.asked.splitlines() == [
+    assert caught.value.problem.splitlines() == [
         "Row 1 of the train set has an empty `rejected` response. In all, 3 of 5 rows cannot be used:",
         "  2: has an empty `rejected` response (rows 1, 4)",
         "  1: has an empty `chosen` response (row 3).",
@@ -285,8 +285,8 @@ def test_a_bad_row_is_named_by_set_and_index_with_cause_and_remedy(row: str) -> 
     bad, found = BAD_ROWS[row]
     with pytest.raises(DataError) as caught:
         tokens_of([bad], tiny_tokenizer(), name="eval")
-    assert caught.value.asked.startswith("Row 0 of the eval set ") and found in caught.value.asked
-    assert caught.value.why and caught.value.instead
+    assert caught.value.problem.startswith("Row 0 of the eval set ") and found in caught.value.problem
+    assert caught.value.instead
 
 
 def test_a_bad_row_of_a_dataset_has_its_own_index() -> None:
@@ -317,6 +317,6 @@ def test_an_empty_prompt_is_fine_with_a_bos_token() -> None:
 
 
 def test_a_data_error_survives_the_way_from_a_worker_process() -> None:
-    error = DataError("asked", "why", "instead")
+    error = DataError("problem", instead="instead", details="details")
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) and isinstance(again, ValueError) and again.instead == "instead"

@@ -55,7 +55,7 @@ def test_one_process_speaks_for_itself() -> None:
 
 
 def test_a_failure_in_a_joint_block_is_raised_as_it_is() -> None:
-    error = DataError(asked="a", why="b", instead="c")
+    error = DataError(problem="a", details="b", instead="c")
     with pytest.raises(DataError) as caught, together():
         raise error
     assert caught.value is error

@@ -116,12 +116,12 @@ def test_a_finite_policy_is_saved_however_large_its_loss(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "LoRA"])
-def test_a_moving_reference_takes_no_ruined_weights(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_synchronized_reference_takes_no_ruined_weights(options: dict[str, Any], tmp_path: Path) -> None:
     sync = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
     trainer = make_trainer(tmp_path, loss=ruinous_at(2), max_steps=4, logging_steps=4, **sync | options)
     with pytest.raises(NotFiniteError, match="let the reference follow the policy: after step 2"):
         trainer.train()
-    trainer.save_reference(tmp_path / "reference")
+    trainer.export_reference(tmp_path / "reference")
     saved = load_file(next((tmp_path / "reference").glob("*.safetensors")))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
 

@@ -283,7 +283,7 @@ def test_a_bad_tokenized_row_is_named(name: str, streamed: bool) -> None:
     dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else Dataset.from_list(rows)
     with pytest.raises(DataError) as caught:
         list(tokenize_pairs(dataset, tiny_tokenizer(), max_length=None))
-    assert caught.value.asked.startswith("Row 1 of the train set has") and found in caught.value.asked
+    assert caught.value.problem.startswith("Row 1 of the train set has") and found in caught.value.problem
 
 
 # ------------------------------------------------------------------------------------------------ bad messages
@@ -301,7 +301,7 @@ def test_a_row_that_the_template_cannot_render_is_named(name: str) -> None:
     row = {"prompt": ASK, "chosen": [said("No.")], "rejected": [said("Yes.")], "chat_template_kwargs": arguments}
     with pytest.raises(DataError) as caught:
         tokens_of([row], tokenizer_of())
-    assert caught.value.asked.startswith("Row 0 of the train set ") and found in str(caught.value)
+    assert caught.value.problem.startswith("Row 0 of the train set ") and found in str(caught.value)
 
 
 def test_tools_that_are_no_json_are_named() -> None:

@@ -74,7 +74,7 @@ def test_a_sharded_reference_has_the_identity_of_the_whole_one(
 
 @both_orders
 @pytest.mark.parametrize("case", CASES)
-def test_training_changes_no_tensor_of_a_frozen_reference(case: str, built: str, two: list[dict[str, Any]]) -> None:
+def test_training_changes_no_tensor_of_a_explicit_reference(case: str, built: str, two: list[dict[str, Any]]) -> None:
     assert [process[case][built]["changed"] for process in two] == [[], []]
 
 

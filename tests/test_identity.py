@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tether.errors import ReferenceModelError
-from tether.reference import AdapterReference, FrozenReference, ReferenceIdentity
+from tether.reference import ExplicitReference, ImplicitReference, ReferenceIdentity
 from tiny import tiny_model
 
 TESTS = Path(__file__).parent
@@ -22,7 +22,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def digest_of(model: Any, **options: Any) -> str:
-    return FrozenReference(model, **options).identity.digest
+    return ExplicitReference(model, **options).identity.digest
 
 
 def adapter_digest(seed: int = 0, **options: Any) -> str:
@@ -30,7 +30,7 @@ def adapter_digest(seed: int = 0, **options: Any) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": LAYERS} | options))
-    return AdapterReference(model).identity.digest
+    return ImplicitReference(model).identity.digest
 
 
 def changed(change: Callable[[Any], None]) -> Any:
@@ -115,7 +115,7 @@ def test_identity_of_a_trained_adapter_knows_a_frozen_one_beside_it() -> None:
         model.base_model.set_adapter(active, inference_mode=True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".default." in name)
-        return AdapterReference(model).identity.digest
+        return ImplicitReference(model).identity.digest
 
     both = ["default", "style"]
     assert digest(0.1, both) == digest(0.1, both)
@@ -135,7 +135,7 @@ def test_identity_is_the_same_in_every_process() -> None:
 def test_identity_refuses_weights_that_are_not_finite_and_names_them(value: float) -> None:
     model = changed(lambda m: m.model.layers[1].mlp.up_proj.weight[0, 0].fill_(value))
     with pytest.raises(ReferenceModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        FrozenReference(model)
+        ExplicitReference(model)
 
 
 def test_a_reference_without_weights_is_told_from_others_by_its_name() -> None:

@@ -17,7 +17,7 @@ from runs import as_dataset, curve, differences, make_trainer, shared_names, ste
 from tether import DataCollatorForPreference, DPOConfig, LossOptions, PairScores
 from tether.errors import ConfigurationError, DataError, ResumeError
 from tether.losses import LOSSES
-from tether.reference import AdapterReference, FrozenReference, Reference, StoredReference, UniformReference
+from tether.reference import ExplicitReference, FreeReference, ImplicitReference, PrecomputedReference, Reference
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from trl_oracle import trl_curve
 
@@ -74,9 +74,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REFERENCES: dict[str, tuple[type[Reference], dict[str, Any]]] = {
-    "explicit": (FrozenReference, {}),
-    "implicit": (AdapterReference, {"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])}),
-    "precomputed": (StoredReference, {"precompute_ref_log_probs": True}),
+    "explicit": (ExplicitReference, {}),
+    "implicit": (
+        ImplicitReference,
+        {"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])},
+    ),
+    "precomputed": (PrecomputedReference, {"precompute_ref_log_probs": True}),
 }
 # Where something is subtle, TRL's run is compared by default; for the plain functions above, with the slow tests.
 QUICK = ("bco_pair", "aot", "sft", "discopop", "MPO", "forward_kl", "LD-DPO", "WPO", "router, coefficient",
@@ -207,7 +210,7 @@ def test_router_loss_of_steps_after_the_last_log_is_in_the_last_entry(tmp_path: 
 def test_reference_free_rewards_are_the_policys_own_log_probs(tmp_path: Path) -> None:
     rows = tiny_pairs(4)
     trainer = make_trainer(tmp_path, rows=rows, reference_free=True, beta=0.3, max_steps=1, eval_dataset=rows)
-    assert isinstance(trainer.reference, UniformReference) and trainer.ref_model is None
+    assert isinstance(trainer.reference, FreeReference) and trainer.ref_model is None
     assert trainer.reference.extra_bytes == trainer.reference.num_passes == 0
     found = trainer.evaluate()
     model = tiny_model()

@@ -20,10 +20,10 @@ from tether import BEMACallback, LossOptions, PairScores
 from tiny import tiny_model, tiny_tokenizer
 
 REFERENCES: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
-    "frozen": (lambda: {}, "weights that stand still", "2305.18290"),
+    "explicit": (lambda: {}, "weights that stand still", "2305.18290"),
     "adapter": (lambda: {"peft_config": LoraConfig(target_modules=["q_proj"])}, "own base", "2305.18290"),
-    "moving": (lambda: {"sync_ref_model": True}, "TR-DPO", "2404.09656"),
-    "following": (lambda: {"callbacks": [BEMACallback(update_ref_model=True)]}, "BEMA", "2508.00180"),
+    "synchronized": (lambda: {"sync_ref_model": True}, "TR-DPO", "2404.09656"),
+    "bema": (lambda: {"callbacks": [BEMACallback(update_ref_model=True)]}, "BEMA", "2508.00180"),
 }
 
 

@@ -21,22 +21,22 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tether.checkpoints
-import tether.reference.adapter
 import tether.reference.base
 import tether.reference.build
 import tether.reference.checks
-import tether.reference.frozen
+import tether.reference.explicit
+import tether.reference.implicit
 from kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from observe import bits, same_bits
 from runs import as_dataset, curve, make_trainer, trained
 from tether.errors import ConfigurationError, DriftError, InitialGapError, MissingLogProbsError, ResumeError
 from tether.reference import (
-    AdapterReference,
-    FrozenReference,
-    MovingReference,
+    ExplicitReference,
+    ImplicitReference,
+    PrecomputedReference,
     Reference,
     ReferenceIdentity,
-    StoredReference,
+    SynchronizedReference,
 )
 from tether.scoring import score
 from tether.store import LogProbStore
@@ -137,7 +137,7 @@ def shares_with_the_policy(folder: Path) -> float:
     """A `ref_model` around the policy's own parameters."""
     policy = tiny_model()
     other = copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
-    return moves_with_training(lambda policy: FrozenReference.of_other_model(other, policy), policy)
+    return moves_with_training(lambda policy: ExplicitReference.of_other_model(other, policy), policy)
 
 
 def is_the_policy(folder: Path) -> float:
@@ -159,7 +159,7 @@ def buffers_move(folder: Path) -> float:
     """A training forward that writes to a buffer (here: rotary frequencies)."""
     policy = tiny_model()
     meant = naive_log_probs_of(policy, BATCH)
-    reference = FrozenReference.of_policy(policy)
+    reference = ExplicitReference.of_policy(policy)
     policy.model.rotary_emb.inv_freq.mul_(3)
     return differs(reference.log_probs(BATCH).values, meant)
 
@@ -167,14 +167,14 @@ def buffers_move(folder: Path) -> float:
 def drops_out(folder: Path) -> float:
     """A pass of the reference while the policy is in training mode."""
     policy = lora().train()
-    return differs(AdapterReference(policy).log_probs(BATCH).values, naive_log_probs_of(policy, BATCH))
+    return differs(ImplicitReference(policy).log_probs(BATCH).values, naive_log_probs_of(policy, BATCH))
 
 
 def trains_a_frozen_factor(folder: Path) -> float:
     """PEFT makes every tensor of an adapter trainable when it is switched on again."""
     policy = half_frozen_lora()
     before = {name: flag.requires_grad for name, flag in policy.named_parameters()}
-    AdapterReference(policy).log_probs(BATCH)
+    ImplicitReference(policy).log_probs(BATCH)
     return float(before != {name: flag.requires_grad for name, flag in policy.named_parameters()})
 
 
@@ -185,7 +185,7 @@ def leaves_hooks(folder: Path) -> float:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
         return sum(len(getattr(module, kind)) for module in policy.modules() for kind in kinds)
 
-    before, reference = hooks(), FrozenReference.before_training(policy)
+    before, reference = hooks(), ExplicitReference.before_training(policy)
     for _ in range(3):
         score(policy, BATCH)
         reference.log_probs(BATCH)
@@ -207,8 +207,8 @@ def reads_another_models_store(folder: Path) -> float:
     """Two models, one store."""
     answers = []
     for seed in (0, 1):
-        source = FrozenReference.before_training(tiny_model(seed=seed))
-        reference = StoredReference(LogProbStore(folder / "store.sqlite"), source)
+        source = ExplicitReference.before_training(tiny_model(seed=seed))
+        reference = PrecomputedReference(LogProbStore(folder / "store.sqlite"), source)
         reference.prepare({"train": lambda: [BATCH]})
         answers.append(reference.log_probs(BATCH).values)
     return differs(answers[1], naive_log_probs_of(tiny_model(seed=1), BATCH))
@@ -217,7 +217,7 @@ def reads_another_models_store(folder: Path) -> float:
 def rounds_rotary_frequencies(folder: Path) -> float:
     """`ref_dtype` casts weights; frequencies stay in fp32."""
     policy = tiny_model()
-    module: Any = FrozenReference.of_policy(policy, dtype=torch.bfloat16).module
+    module: Any = ExplicitReference.of_policy(policy, dtype=torch.bfloat16).module
     return float((module.model.rotary_emb.inv_freq - policy.model.rotary_emb.inv_freq).abs().max())
 
 
@@ -248,22 +248,22 @@ def no_gap_check(patch: pytest.MonkeyPatch) -> None:
 def reload_by_name(patch: pytest.MonkeyPatch) -> None:
     """As a leading trainer does."""
 
-    def of_policy(policy: Any, **options: Any) -> FrozenReference:
+    def of_policy(policy: Any, **options: Any) -> ExplicitReference:
         model: Any = AutoModelForCausalLM.from_pretrained(policy.config._name_or_path)
-        return FrozenReference(model, means_policy=True)
+        return ExplicitReference(model, means_policy=True)
 
-    patch.setattr(FrozenReference, "of_policy", of_policy)
+    patch.setattr(ExplicitReference, "of_policy", of_policy)
 
 
 def copy_nothing(patch: pytest.MonkeyPatch) -> None:
-    twin = tether.reference.frozen.frozen_twin
+    twin = tether.reference.explicit.frozen_twin
     patch.setattr(
-        tether.reference.frozen, "frozen_twin", lambda model, owns, *rest: twin(model, lambda p: False, *rest)
+        tether.reference.explicit, "frozen_twin", lambda model, owns, *rest: twin(model, lambda p: False, *rest)
     )
 
 
 def share_buffers(patch: pytest.MonkeyPatch) -> None:
-    twin = tether.reference.frozen.frozen_twin
+    twin = tether.reference.explicit.frozen_twin
 
     def shared(model: Any, *rest: Any) -> Any:
         made = twin(model, *rest)
@@ -272,22 +272,22 @@ def share_buffers(patch: pytest.MonkeyPatch) -> None:
                 setattr(own, name, buffer)
         return made
 
-    patch.setattr(tether.reference.frozen, "frozen_twin", shared)
+    patch.setattr(tether.reference.explicit, "frozen_twin", shared)
 
 
 def cast_everything(patch: pytest.MonkeyPatch) -> None:
-    twin = tether.reference.frozen.frozen_twin
+    twin = tether.reference.explicit.frozen_twin
     patch.setattr(
-        tether.reference.frozen, "frozen_twin", lambda model, owns, dtype=None, *rest: twin(model, owns).to(dtype)
+        tether.reference.explicit, "frozen_twin", lambda model, owns, dtype=None, *rest: twin(model, owns).to(dtype)
     )
 
 
 def exchange_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdapterReference, "_exchanged", lambda self: nullcontext())
+    patch.setattr(ImplicitReference, "_exchanged", lambda self: nullcontext())
 
 
 def always_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.adapter, "has_zero_delta", lambda policy: True)
+    patch.setattr(tether.reference.implicit, "has_zero_delta", lambda policy: True)
 
 
 def plain_disable(patch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def plain_disable(patch: pytest.MonkeyPatch) -> None:
         with policy.disable_adapter():
             yield
 
-    patch.setattr(tether.reference.adapter, "adapter_off", off)
+    patch.setattr(tether.reference.implicit, "adapter_off", off)
 
 
 def no_evaluation_mode(patch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,9 @@ def keep_hooks(patch: pytest.MonkeyPatch) -> None:
 
 def no_autocast(patch: pytest.MonkeyPatch) -> None:
     plain = tether.reference.base.score_without_gradient
-    patch.setattr(tether.reference.frozen, "score_without_gradient", lambda model, batch, _: plain(model, batch, None))
+    patch.setattr(
+        tether.reference.explicit, "score_without_gradient", lambda model, batch, _: plain(model, batch, None)
+    )
     no_gap_check(patch)
 
 
@@ -318,18 +320,18 @@ def one_identity(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_release(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FrozenReference, "release", lambda self: None)
+    patch.setattr(ExplicitReference, "release", lambda self: None)
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(MovingReference, "save", lambda self, folder: None)
-    patch.setattr(MovingReference, "load", lambda self, folder: None)
+    patch.setattr(SynchronizedReference, "save", lambda self, folder: None)
+    patch.setattr(SynchronizedReference, "load", lambda self, folder: None)
 
 
 def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
-    build = FrozenReference.of_other_model.__func__  # type: ignore[attr-defined]
+    build = ExplicitReference.of_other_model.__func__  # type: ignore[attr-defined]
     patch.setattr(
-        FrozenReference,
+        ExplicitReference,
         "of_other_model",
         classmethod(lambda cls, *args, moves=False, **options: build(cls, *args, **options)),
     )
@@ -360,7 +362,7 @@ def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.Mo
 
 
 def frozen(policy: Any) -> Reference:
-    return FrozenReference.of_policy(policy)
+    return ExplicitReference.of_policy(policy)
 
 
 def prompts() -> Any:
@@ -377,19 +379,19 @@ PROTECTIONS: dict[str, Protection] = {
     "buffers are copied": Protection(buffers_move, share_buffers),
     "buffers keep their dtype": Protection(rounds_rotary_frequencies, cast_everything, silent=1e-5),
     "trained biases are exchanged": Protection(
-        lambda _: moves_with_training(AdapterReference, lora(bias="all")), exchange_nothing
+        lambda _: moves_with_training(ImplicitReference, lora(bias="all")), exchange_nothing
     ),
     "a continued adapter is kept": Protection(
-        lambda _: moves_with_training(AdapterReference, lora(init_lora_weights=False)), exchange_nothing
+        lambda _: moves_with_training(ImplicitReference, lora(init_lora_weights=False)), exchange_nothing
     ),
     "an adapter is off only if it changes nothing: continued": Protection(
-        lambda _: is_not_the_policy(AdapterReference, lora(init_lora_weights=False)), always_off
+        lambda _: is_not_the_policy(ImplicitReference, lora(init_lora_weights=False)), always_off
     ),
     "an adapter is off only if it changes nothing: PiSSA": Protection(
-        lambda _: is_not_the_policy(AdapterReference, llama_lora(init_lora_weights="pissa")), always_off
+        lambda _: is_not_the_policy(ImplicitReference, llama_lora(init_lora_weights="pissa")), always_off
     ),
     "an adapter is off only if it changes nothing: prompts": Protection(
-        lambda _: is_not_the_policy(AdapterReference, prompts()), always_off
+        lambda _: is_not_the_policy(ImplicitReference, prompts()), always_off
     ),
     # no trace
     "the pass is in evaluation mode": Protection(drops_out, no_evaluation_mode),
@@ -411,7 +413,7 @@ PROTECTIONS: dict[str, Protection] = {
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
     "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),
-    "a moving reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),
+    "a synchronized reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),
 }
 
 

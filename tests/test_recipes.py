@@ -90,7 +90,7 @@ def test_a_refused_option_may_say_what_is_done_anyway(name: str) -> None:
     for other in (True, "other") if default is not True else (False,):
         with pytest.raises(ConfigurationError) as caught:
             read("train_data: d.jsonl\n" + yaml.safe_dump({name: other}))
-        assert name in caught.value.asked and caught.value.why and caught.value.instead
+        assert name in caught.value.problem and caught.value.instead
     with pytest.raises(ConfigurationError, match=name):
         read("train_data: d.jsonl\n", f"--{name}")
 
@@ -421,7 +421,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(text: str, said: str) -> No
     with pytest.raises(ConfigurationError) as caught:
         read(text)
     assert re.search(said, str(caught.value)), str(caught.value)
-    assert all(part.endswith((".", "?")) for part in (caught.value.asked, caught.value.why, caught.value.instead))
+    assert all(part.endswith((".", "?")) for part in (caught.value.problem, caught.value.instead))
 
 
 BAD_PARTS = [

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from kinds import KINDS, Kind, dropping_gpt2, lora, moving
+from kinds import KINDS, Kind, dropping_gpt2, lora, synchronized
 from tether.errors import MissingPackageError
-from tether.reference import AdapterReference, FrozenReference, Reference
+from tether.reference import ExplicitReference, ImplicitReference, Reference
 from tether.reference.base import BatchSource
 from tether.scoring import score
 from tether.testing import ReferenceContract
@@ -58,7 +58,7 @@ class TestDefaults(ReferenceContract):
         return lora()
 
     def make_reference(self, policy: Any, folder: Path) -> Reference:
-        return AdapterReference(policy)
+        return ImplicitReference(policy)
 
 
 # ---------------------------------------------------------------------------- it notices what is wrong
@@ -68,7 +68,7 @@ class Wrapper(Reference):
     """A reference as it should be, to be broken in one place."""
 
     def __init__(self, policy: Any) -> None:
-        self.policy, self.source = policy, FrozenReference.of_policy(policy)
+        self.policy, self.source = policy, ExplicitReference.of_policy(policy)
 
     identity = property(lambda self: self.source.identity)
     num_passes = property(lambda self: self.source.num_passes)
@@ -89,7 +89,7 @@ class IsThePolicy(Wrapper):
 
 class IsAnother(Wrapper):
     def __init__(self, policy: Any) -> None:
-        self.policy, self.source = policy, FrozenReference(dropping_gpt2(seed=1))
+        self.policy, self.source = policy, ExplicitReference(dropping_gpt2(seed=1))
 
 
 class DropsOut(Wrapper):
@@ -171,7 +171,7 @@ class ForgetsItsState(Wrapper):
     moves = property(lambda self: True)
 
     def __init__(self, policy: Any) -> None:
-        self.policy, self.source = policy, moving(1.0)(policy, Path())
+        self.policy, self.source = policy, synchronized(1.0)(policy, Path())
 
     def advance(self, step: int) -> bool:
         return self.source.advance(step)

@@ -30,7 +30,13 @@ from kinds import (
 )
 from observe import bits, same_bits, traces
 from tether.errors import MissingLogProbsError
-from tether.reference import AdapterReference, FrozenReference, MovingReference, Reference, StoredReference
+from tether.reference import (
+    ExplicitReference,
+    ImplicitReference,
+    PrecomputedReference,
+    Reference,
+    SynchronizedReference,
+)
 from tether.scoring import score
 from tether.store import LogProbStore
 from tether.testing import naive_log_probs_of
@@ -40,7 +46,7 @@ from tiny import tiny_model
 pytestmark = pytest.mark.numerics
 
 
-@pytest.mark.parametrize("name", ["explicit", "implicit, fresh LoRA", "moving"])
+@pytest.mark.parametrize("name", ["explicit", "implicit, fresh LoRA", "synchronized"])
 def test_reference_that_computes_counts_every_batch(name: str, tmp_path: Path) -> None:
     reference = SOURCES[name].reference(SOURCES[name].policy(), tmp_path)
     for _ in range(3):
@@ -55,9 +61,9 @@ def storages(model: nn.Module) -> set[int]:
     return {parameter.data_ptr() for parameter in model.parameters()}
 
 
-def test_frozen_reference_copies_what_trains_and_shares_what_does_not() -> None:
+def test_explicit_reference_copies_what_trains_and_shares_what_does_not() -> None:
     policy = partly_frozen()
-    reference = FrozenReference.of_policy(policy)
+    reference = ExplicitReference.of_policy(policy)
     module = reference.module
     assert module is not None and not any(parameter.requires_grad for parameter in module.parameters())
     for (name, own), (_, theirs) in zip(module.named_parameters(), policy.named_parameters(), strict=True):
@@ -66,8 +72,8 @@ def test_frozen_reference_copies_what_trains_and_shares_what_does_not() -> None:
     assert reference.extra_bytes == trainable
 
 
-def test_frozen_reference_before_training_holds_nothing_and_is_an_error_once_released() -> None:
-    reference = FrozenReference.before_training(dropping_gpt2().train())
+def test_explicit_reference_before_training_holds_nothing_and_is_an_error_once_released() -> None:
+    reference = ExplicitReference.before_training(dropping_gpt2().train())
     assert reference.extra_bytes == 0
     reference.log_probs(BATCH)
     reference.release()
@@ -77,50 +83,50 @@ def test_frozen_reference_before_training_holds_nothing_and_is_an_error_once_rel
 
 
 @pytest.mark.parametrize("options", [{}, {"moves": True}, {"dtype": torch.bfloat16}], ids=str)
-def test_frozen_reference_never_changes_the_model_it_was_given(options: dict[str, Any]) -> None:
+def test_explicit_reference_never_changes_the_model_it_was_given(options: dict[str, Any]) -> None:
     policy, other = dropping_gpt2().train(), dropping_gpt2(seed=1).train()
     before, numbers = traces(other), bits(other)
-    reference: Reference = FrozenReference.of_other_model(other, policy, **options)
+    reference: Reference = ExplicitReference.of_other_model(other, policy, **options)
     reference.log_probs(BATCH)
     if options.get("moves"):
-        assert isinstance(reference, FrozenReference)
-        reference = MovingReference(reference, lambda: policy, alpha=0.5, every=1)
+        assert isinstance(reference, ExplicitReference)
+        reference = SynchronizedReference(reference, lambda: policy, alpha=0.5, every=1)
         assert reference.advance(1)
     reference.release()
     assert traces(other) == before and same_bits(bits(other), numbers)
 
 
-def test_frozen_reference_shares_another_model_without_a_copy() -> None:
+def test_explicit_reference_shares_another_model_without_a_copy() -> None:
     policy, other = dropping_gpt2(), dropping_gpt2(seed=1)
-    module = FrozenReference.of_other_model(other, policy).module
+    module = ExplicitReference.of_other_model(other, policy).module
     assert module is not None and storages(module) == storages(other)
 
 
-def test_frozen_reference_of_the_base_under_a_trained_policy_keeps_its_own_copy() -> None:
+def test_explicit_reference_of_the_base_under_a_trained_policy_keeps_its_own_copy() -> None:
     """`ref_model` may share tensors with the policy: those that train are copied, so that it stands still."""
     policy = dropping_gpt2()
     other = copy.copy(policy)
-    reference = FrozenReference.of_other_model(other, policy)
+    reference = ExplicitReference.of_other_model(other, policy)
     before = reference.log_probs(BATCH).values
     train(policy)
     assert torch.equal(reference.log_probs(BATCH).values, before)
 
 
-def test_frozen_reference_in_another_dtype_scores_in_it_and_says_so() -> None:
+def test_explicit_reference_in_another_dtype_scores_in_it_and_says_so() -> None:
     policy = dropping_gpt2()
-    reference = FrozenReference.of_policy(policy, dtype=torch.bfloat16)
+    reference = ExplicitReference.of_policy(policy, dtype=torch.bfloat16)
     assert reference.module is not None
     assert {parameter.dtype for parameter in reference.module.parameters()} == {torch.bfloat16}
     expected = naive_log_probs_of(tiny_model("gpt2", dtype=torch.bfloat16), BATCH)
     assert reference.log_probs(BATCH).values.dtype == torch.float32
     torch.testing.assert_close(reference.log_probs(BATCH).values, expected, atol=0.05, rtol=0.05)
     assert reference.identity.compute_dtype == "bfloat16"
-    assert reference.identity.digest != FrozenReference.of_policy(policy).identity.digest
+    assert reference.identity.digest != ExplicitReference.of_policy(policy).identity.digest
 
 
-def test_frozen_reference_keeps_rotary_frequencies_in_fp32_when_its_weights_are_cast() -> None:
+def test_explicit_reference_keeps_rotary_frequencies_in_fp32_when_its_weights_are_cast() -> None:
     policy = tiny_model("llama")
-    module = FrozenReference.of_policy(policy, dtype=torch.bfloat16).module
+    module = ExplicitReference.of_policy(policy, dtype=torch.bfloat16).module
     assert module is not None
     frequencies = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     assert frequencies and all(torch.equal(buffer, policy.get_buffer(name)) for name, buffer in frequencies.items())
@@ -128,7 +134,7 @@ def test_frozen_reference_keeps_rotary_frequencies_in_fp32_when_its_weights_are_
 
 def test_reference_runs_under_the_autocast_of_the_policy() -> None:
     policy = dropping_gpt2()
-    reference = FrozenReference.of_policy(policy, autocast_dtype=torch.bfloat16)
+    reference = ExplicitReference.of_policy(policy, autocast_dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = score(policy.eval(), BATCH).values
     assert torch.equal(reference.log_probs(BATCH).values, expected)
@@ -138,10 +144,10 @@ def test_reference_runs_under_the_autocast_of_the_policy() -> None:
 # ------------------------------------------------------------------------------------ implicit: what it exchanges
 
 
-def test_adapter_reference_is_the_base_alone_for_a_fresh_adapter_and_holds_nothing() -> None:
+def test_implicit_reference_is_the_base_alone_for_a_fresh_adapter_and_holds_nothing() -> None:
     base = dropping_gpt2()
     expected = naive_log_probs_of(base, BATCH)
-    reference = AdapterReference(adapted(base, LoraConfig(**LORA)))
+    reference = ImplicitReference(adapted(base, LoraConfig(**LORA)))
     assert reference.adapter_is_off and reference.extra_bytes == 0
     torch.testing.assert_close(reference.log_probs(BATCH).values, expected, **CLOSE)
 
@@ -155,15 +161,15 @@ def test_adapter_reference_is_the_base_alone_for_a_fresh_adapter_and_holds_nothi
         ("implicit, prompt tuning", "prompt"),
     ],
 )
-def test_adapter_reference_holds_the_tensors_that_train_and_reach_it(name: str, held: str) -> None:
+def test_implicit_reference_holds_the_tensors_that_train_and_reach_it(name: str, held: str) -> None:
     policy = SOURCES[name].policy()
     bytes_held = sum(p.numel() * 4 for n, p in policy.named_parameters() if p.requires_grad and held in n)
-    assert AdapterReference(policy).extra_bytes == bytes_held > 0
+    assert ImplicitReference(policy).extra_bytes == bytes_held > 0
 
 
-def test_adapter_reference_of_a_trained_adapter_differs_from_its_base() -> None:
+def test_implicit_reference_of_a_trained_adapter_differs_from_its_base() -> None:
     policy = lora(init_lora_weights=False)
-    reference = AdapterReference(policy)
+    reference = ImplicitReference(policy)
     says = reference.log_probs(BATCH).values
     with policy.disable_adapter():
         assert (naive_log_probs_of(policy, BATCH) - says).abs().mean() > 0.05
@@ -173,10 +179,10 @@ def test_adapter_reference_of_a_trained_adapter_differs_from_its_base() -> None:
 # ------------------------------------------------------------------------------------------- precomputed: the store
 
 
-def test_stored_reference_computes_what_is_missing_once_and_no_more(tmp_path: Path) -> None:
+def test_precomputed_reference_computes_what_is_missing_once_and_no_more(tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "store.sqlite")
-    source = FrozenReference.of_policy(dropping_gpt2())
-    reference = StoredReference(store, source, release_when_filled=False)
+    source = ExplicitReference.of_policy(dropping_gpt2())
+    reference = PrecomputedReference(store, source, release_when_filled=False)
     first = reference.log_probs(BATCH).values
     assert reference.num_passes == 1
     assert torch.equal(reference.log_probs(BATCH).values, first) and reference.num_passes == 1
@@ -184,33 +190,33 @@ def test_stored_reference_computes_what_is_missing_once_and_no_more(tmp_path: Pa
     assert reference.num_passes == 1
 
 
-def test_stored_reference_is_reused_by_any_reference_that_would_say_the_same(tmp_path: Path) -> None:
+def test_precomputed_reference_is_reused_by_any_reference_that_would_say_the_same(tmp_path: Path) -> None:
     """Full fine-tuning fills the store; a fresh adapter on the same base finds everything there, and vice versa."""
-    StoredReference(LogProbStore(tmp_path / "s"), FrozenReference.before_training(dropping_gpt2())).prepare(
+    PrecomputedReference(LogProbStore(tmp_path / "s"), ExplicitReference.before_training(dropping_gpt2())).prepare(
         {"train": lambda: [BATCH]}
     )
-    other = StoredReference(
-        LogProbStore(tmp_path / "s"), AdapterReference(adapted(dropping_gpt2(), LoraConfig(**LORA)))
+    other = PrecomputedReference(
+        LogProbStore(tmp_path / "s"), ImplicitReference(adapted(dropping_gpt2(), LoraConfig(**LORA)))
     )
     other.prepare({"train": lambda: [BATCH]})
     assert other.num_passes == 0
 
 
-def test_stored_reference_is_not_reused_by_another_model_or_dtype(tmp_path: Path) -> None:
+def test_precomputed_reference_is_not_reused_by_another_model_or_dtype(tmp_path: Path) -> None:
     sources = [
-        FrozenReference.before_training(dropping_gpt2()),
-        FrozenReference.before_training(dropping_gpt2(seed=1)),
-        FrozenReference.of_policy(dropping_gpt2(), dtype=torch.bfloat16),
-        FrozenReference.before_training(dropping_gpt2(), autocast_dtype=torch.bfloat16),
+        ExplicitReference.before_training(dropping_gpt2()),
+        ExplicitReference.before_training(dropping_gpt2(seed=1)),
+        ExplicitReference.of_policy(dropping_gpt2(), dtype=torch.bfloat16),
+        ExplicitReference.before_training(dropping_gpt2(), autocast_dtype=torch.bfloat16),
     ]
     for source in sources:
-        reference = StoredReference(LogProbStore(tmp_path / "s"), source)
+        reference = PrecomputedReference(LogProbStore(tmp_path / "s"), source)
         reference.prepare({"train": lambda: [BATCH]})
         assert reference.num_passes == 1
 
 
-def test_stored_reference_serves_shorter_responses_of_the_same_key(tmp_path: Path) -> None:
-    reference = StoredReference(LogProbStore(tmp_path / "s"), FrozenReference.of_policy(dropping_gpt2()))
+def test_precomputed_reference_serves_shorter_responses_of_the_same_key(tmp_path: Path) -> None:
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), ExplicitReference.of_policy(dropping_gpt2()))
     reference.prepare({"train": lambda: [BATCH]})
     whole = response(FIRST, draw(2, 13))
     cut = whole._replace(token_ids=whole.token_ids[:4])
@@ -218,22 +224,22 @@ def test_stored_reference_serves_shorter_responses_of_the_same_key(tmp_path: Pat
     assert torch.equal(found.split()[0], reference.log_probs(BATCH).split()[0][:4]) and reference.num_passes == 1
 
 
-def test_stored_reference_without_source_reads_and_says_clearly_what_it_lacks(tmp_path: Path) -> None:
-    store, source = LogProbStore(tmp_path / "s"), FrozenReference.of_policy(dropping_gpt2())
-    StoredReference(store, source).prepare({"train": lambda: [BATCH]})
-    reader = StoredReference(store, identity=source.identity)
+def test_precomputed_reference_without_source_reads_and_says_clearly_what_it_lacks(tmp_path: Path) -> None:
+    store, source = LogProbStore(tmp_path / "s"), ExplicitReference.of_policy(dropping_gpt2())
+    PrecomputedReference(store, source).prepare({"train": lambda: [BATCH]})
+    reader = PrecomputedReference(store, identity=source.identity)
     assert reader.log_probs(BATCH).num_responses == BATCH.num_responses and reader.num_passes == 0
     unknown = PairBatch.of_pairs([(response((9,), (8,)), response((9,), (7,)))])
     with pytest.raises(MissingLogProbsError, match="does not hold"):
         reader.log_probs(unknown)
     with pytest.raises(ValueError, match="source or the identity"):
-        StoredReference(store)
+        PrecomputedReference(store)
 
 
-def test_stored_reference_over_an_adapter_goes_on_answering_new_rows_after_its_release(tmp_path: Path) -> None:
+def test_precomputed_reference_over_an_adapter_goes_on_answering_new_rows_after_its_release(tmp_path: Path) -> None:
     policy = lora()
     expected = naive_log_probs_of(policy, BATCH)
-    reference = StoredReference(LogProbStore(tmp_path / "s"), AdapterReference(policy))
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), ImplicitReference(policy))
     reference.prepare({})
     train(policy)
     torch.testing.assert_close(reference.log_probs(BATCH).values, expected, **CLOSE)

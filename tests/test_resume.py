@@ -208,7 +208,7 @@ MISTAKES: dict[str, Mistake] = {
         "The same in both: the base weights, the model's config.",
     ),
     "no longer following": Mistake(
-        lambda folder: SYNC, lambda folder: {}, "Its `kind` was moving and is frozen", "the base weights"
+        lambda folder: SYNC, lambda folder: {}, "Its `kind` was synchronized and is explicit", "the base weights"
     ),
 }
 
@@ -222,7 +222,7 @@ def test_a_resume_with_another_reference_says_what_differs_and_how_to_give_the_r
     other = make_trainer(tmp_path, **RUN, **mistake.resumed(tmp_path))
     with pytest.raises(ResumeError) as caught:
         other.train(resume_from_checkpoint=checkpoint_of(tmp_path))
-    assert mistake.differs in caught.value.why and mistake.alike in caught.value.why
+    assert mistake.differs in caught.value.details and mistake.alike in caught.value.details
     assert "Or start a new run" in caught.value.instead and len(caught.value.instead) > 60
     assert other.state.global_step == STOP, "no step was taken"
 

@@ -11,7 +11,7 @@ import torch
 from runs import curve, make_trainer, trained
 from tether.errors import ConfigurationError
 from tether.models import broadcasts_buffers
-from tether.reference import FrozenReference, StoredReference
+from tether.reference import ExplicitReference, PrecomputedReference
 from tether.scoring import rotary_limit, score
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response
@@ -100,14 +100,14 @@ def test_a_store_never_serves_a_row_at_another_length(rope: str, tmp_path: Path)
     lengths = (32, 28, 12, 20, 14, 32)  # tokens fed of one response of 32; the limit is 14 beyond the prompt
     passes = []
     for fed in lengths:
-        reference = StoredReference(store, FrozenReference(model_of(rope)), mode="lazy")
+        reference = PrecomputedReference(store, ExplicitReference(model_of(rope)), mode="lazy")
         one = response(FIRST, ids(3, 32), fed)
         found = reference.log_probs(PairBatch.of_pairs([(one, one)]))
         torch.testing.assert_close(found.values, alone(rope, one).detach(), atol=2e-5, rtol=1e-5)
         passes.append(reference.num_passes)
     # Within the limit the longest serves; beyond it only the same length does.
     assert passes == [1, 1, 1, 1, 1, 0]
-    again = StoredReference(store, FrozenReference(model_of(rope)), mode="require")
+    again = PrecomputedReference(store, ExplicitReference(model_of(rope)), mode="require")
     assert again.log_probs(PairBatch.of_pairs([(one, response(FIRST, ids(3, 32), 9))])).num_responses == 2
 
 

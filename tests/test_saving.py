@@ -39,10 +39,10 @@ def published(folder: Path) -> str:
 WRITTEN: dict[str, tuple[dict[str, Any], Callable[[DPOTrainer, Path], Any], str]] = {
     "a checkpoint": (CHECKPOINTS, lambda trainer, folder: None, "run/checkpoint-2"),
     "the model": ({}, lambda trainer, folder: trainer.save_model(), "run"),
-    "a reference that moved": (SYNC, lambda trainer, folder: trainer.save_reference(folder / "saved"), "saved"),
+    "a reference that moved": (SYNC, lambda trainer, folder: trainer.export_reference(folder / "saved"), "saved"),
     "a merged reference": (
         SYNC | {"peft_config": LoraConfig(**LORA)},
-        lambda trainer, folder: trainer.save_reference(folder / "saved", merged=True),
+        lambda trainer, folder: trainer.export_reference(folder / "saved", merged=True),
         "saved",
     ),
     "an average": ({"callbacks": [BEMACallback(update_freq=1)]}, lambda trainer, folder: None, "run/bema"),
@@ -107,7 +107,7 @@ UNSAVABLE: dict[str, Callable[[], dict[str, Any]]] = {
 def test_what_cannot_be_saved_is_refused_at_construction(said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         make_trainer(tmp_path, **UNSAVABLE[said]())
-    first = caught.value.asked
+    first = caught.value.problem
     assert first.startswith("Cannot save") and str(tmp_path) in first
     assert said.removeprefix("not ") in first
     assert list(tmp_path.iterdir()) == []

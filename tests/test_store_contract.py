@@ -126,11 +126,11 @@ def test_store_of_nothing_asked_answers_nothing(store: LogProbStore) -> None:
 def test_store_tells_what_it_holds(store: LogProbStore) -> None:
     before = datetime.now(UTC)
     fill(store, [0, 1], length=4)
-    store.put(ME, [key_of(2)], [log_probs_of(2, 3)], description={"kind": "frozen", "dtype": "bf16"})
+    store.put(ME, [key_of(2)], [log_probs_of(2, 3)], description={"kind": "explicit", "dtype": "bf16"})
     store.put(ME, [key_of(3)], [log_probs_of(3, 3)], description={"kind": "something else"})
     (held,) = store.identities()
     assert (held.digest, held.num_records, held.num_tokens) == (ME, 4, 14)
-    assert held.description == {"kind": "frozen", "dtype": "bf16"} == store.describe(ME)
+    assert held.description == {"kind": "explicit", "dtype": "bf16"} == store.describe(ME)
     assert held.size_bytes == 4 * (16 + 8) + 14 * 4
     assert before <= held.created <= held.last_used <= datetime.now(UTC)
     assert store.digests() == {ME: held.last_used}

@@ -19,7 +19,7 @@ from tether.store import LogProbStore, export_parquet, import_parquet, merge, pr
 def store(tmp_path: Path) -> LogProbStore:
     store = LogProbStore(tmp_path / "store.sqlite")
     fill(store, range(0, 1300), length=5)
-    store.put(ME, [key_of(9999)], [np.empty(0, np.float32)], description={"kind": "frozen"})
+    store.put(ME, [key_of(9999)], [np.empty(0, np.float32)], description={"kind": "explicit"})
     fill(store, range(10), identity=OTHER)
     return store
 
@@ -35,7 +35,7 @@ def test_store_comes_back_from_parquet_as_it_was(store: LogProbStore, other: Log
     assert import_parquet(other, file) == 1301
     assert found(other, range(1400), length=5) == set(range(1300))
     assert other.get(ME, [key_of(9999)], [0])[0] is not None
-    assert other.describe(ME) == {"kind": "frozen"}
+    assert other.describe(ME) == {"kind": "explicit"}
     assert other.count(OTHER) == 0
     assert import_parquet(other, file) == 0
     again = file.with_name("again.parquet")
@@ -95,7 +95,7 @@ def test_store_says_what_is_wrong_with_a_file(store: LogProbStore) -> None:
         import_parquet(store, file.with_name("absent.parquet"))
     with pytest.raises(StoreError, match="Parquet"):
         export_parquet(store, file.parent / "no folder" / "x.parquet", ME)
-    with pytest.raises(StoreError, match=rf"nobody(.|\n)*Instead: choose one of {ME}, {OTHER}"):
+    with pytest.raises(StoreError, match=rf"nobody(.|\n)*Choose one of {ME}, {OTHER}"):
         export_parquet(store, file, "nobody")
 
 

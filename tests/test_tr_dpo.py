@@ -150,7 +150,7 @@ def test_checkpoints_of_weights_alone_say_what_they_lose(tmp_path: Path, caplog:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "max_steps": 2}
     trained(tmp_path, **sync(), **options)
     (line,) = said(caplog)
-    assert "save_only_model" in line and "save_reference" in line
+    assert "save_only_model" in line and "export_reference" in line
     caplog.clear()
     with pytest.raises(ResumeError, match="save_only_model"):
         make_trainer(tmp_path, **sync(), **options | {"save_only_model": False}).train(
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_a_still_adapter_is_refused_for_a_moving_one(tmp_path: P
 
 def test_the_final_reference_of_a_full_model_is_a_model(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", learning_rate=1e-2, **sync(0.4, 2), max_steps=4)
-    trainer.save_reference(tmp_path / "saved")
+    trainer.export_reference(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert trainer.ref_model is not None
     assert torch.equal(loaded(IDS).logits, trainer.ref_model(IDS).logits)
@@ -193,7 +193,7 @@ def test_the_final_reference_of_a_full_model_is_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_final_reference_of_an_adapter_is_an_adapter_or_a_model(merged: bool, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", **lora(), **sync(0.4, 1), max_steps=4)
-    trainer.save_reference(tmp_path / "saved", merged=merged)
+    trainer.export_reference(tmp_path / "saved", merged=merged)
     loaded: Any
     if merged:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -209,7 +209,7 @@ def test_the_final_reference_of_an_adapter_is_an_adapter_or_a_model(merged: bool
 def test_a_reference_without_weights_of_its_own_is_not_exported(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", **lora())
     with pytest.raises(ReferenceModelError, match="adapter off"):
-        trainer.save_reference(tmp_path / "saved")
+        trainer.export_reference(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

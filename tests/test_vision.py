@@ -279,7 +279,7 @@ def test_rows_are_given_the_references_sums_and_train_by_them(tmp_path: Path) ->
 
 def test_a_saved_reference_comes_with_its_processor(tmp_path: Path) -> None:
     trainer = vision_trainer(tmp_path / "run")
-    trainer.save_reference(tmp_path / "reference")
+    trainer.export_reference(tmp_path / "reference")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "reference")
     assert type(AutoProcessor.from_pretrained(tmp_path / "reference")) is type(tiny_processor())
     assert same_bits(bits(loaded), bits(tiny_vision_model()))

@@ -146,7 +146,7 @@ def test_weights_are_partitioned_where_they_should_be(case: str, two: list[dict[
 
 
 @pytest.mark.parametrize("case", [case for case in QUICK if kind_of(case) in ("explicit", "named")])
-def test_training_does_not_move_a_frozen_reference(case: str, two: list[dict[str, Any]]) -> None:
+def test_training_does_not_move_a_explicit_reference(case: str, two: list[dict[str, Any]]) -> None:
     assert [process["drift"] for process in two] == [0, 0]
 
 
@@ -154,7 +154,7 @@ MOVING = [case for case in QUICK if kind_of(case).startswith("synchronized") or 
 
 
 @pytest.mark.parametrize("case", MOVING)
-def test_the_figures_of_a_moving_reference_are_those_of_one_process(
+def test_the_figures_of_a_synchronized_reference_are_those_of_one_process(
     case: str, one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     """The distance from the start too, of a policy that could not run before it was partitioned."""

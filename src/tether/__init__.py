@@ -11,12 +11,12 @@ if _typing.TYPE_CHECKING:
     from tether.collators import DataCollatorForVisionPreference as DataCollatorForVisionPreference
     from tether.config import DPOConfig as DPOConfig
     from tether.losses import LossOptions as LossOptions
-    from tether.reference import AdapterReference as AdapterReference
-    from tether.reference import FrozenReference as FrozenReference
-    from tether.reference import MovingReference as MovingReference
+    from tether.reference import ExplicitReference as ExplicitReference
+    from tether.reference import ImplicitReference as ImplicitReference
+    from tether.reference import PrecomputedReference as PrecomputedReference
     from tether.reference import Reference as Reference
     from tether.reference import ReferenceIdentity as ReferenceIdentity
-    from tether.reference import StoredReference as StoredReference
+    from tether.reference import SynchronizedReference as SynchronizedReference
     from tether.scoring import score as score
     from tether.store import LogProbStore as LogProbStore
     from tether.trainer import DPOTrainer as DPOTrainer
@@ -34,12 +34,12 @@ _HOMES = {
     "DPOConfig": "tether.config",
     "DPOTrainer": "tether.trainer",
     "LossOptions": "tether.losses",
-    "AdapterReference": "tether.reference",
-    "FrozenReference": "tether.reference",
-    "MovingReference": "tether.reference",
+    "ImplicitReference": "tether.reference",
+    "ExplicitReference": "tether.reference",
+    "SynchronizedReference": "tether.reference",
     "Reference": "tether.reference",
     "ReferenceIdentity": "tether.reference",
-    "StoredReference": "tether.reference",
+    "PrecomputedReference": "tether.reference",
     "score": "tether.scoring",
     "LogProbStore": "tether.store",
     "PairBatch": "tether.types",

@@ -25,8 +25,8 @@ def check_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any) -> No
     """
     if args is not None and not isinstance(args, DPOConfig):
         raise ArgumentTypeError(
-            asked=f"`args` is a `{type(args).__module__}.{type(args).__qualname__}`.",
-            why="The options of the reference and of the loss are missing in it, or mean something else.",
+            problem=f"`args` is a `{type(args).__module__}.{type(args).__qualname__}`.",
+            details="The options of the reference and of the loss are missing in it, or mean something else.",
             instead="Write `from tether import DPOConfig` and `DPOConfig(...)` with the same options.",
         )
     _check_model("model", model)
@@ -34,8 +34,8 @@ def check_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any) -> No
         _check_model("ref_model", ref_model)
     if callbacks is not None and not isinstance(callbacks, list):
         raise ArgumentTypeError(
-            asked=f"`callbacks` is a {type(callbacks).__name__}.",
-            why="Those of transformers are added to the list of them.",
+            problem=f"`callbacks` is a {type(callbacks).__name__}.",
+            details="Those of transformers are added to the list of them.",
             instead="Write a list: `callbacks=[...]`.",
         )
 
@@ -45,8 +45,8 @@ def _check_model(name: str, model: Any) -> None:
         return
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ArgumentTypeError(
-            asked=f"`{name}` is a {type(model).__name__}.",
-            why="It is scored as a language model of transformers is.",
+            problem=f"`{name}` is a {type(model).__name__}.",
+            details="It is scored as a language model of transformers is.",
             instead="Pass a path or name, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
         )
     wrapper: Any = model  # of PEFT
@@ -54,7 +54,7 @@ def _check_model(name: str, model: Any) -> None:
     check_not_cut(name, base)
     if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None and not base.can_generate():
         raise ConfigurationError(
-            asked=f"`{name}` is a {type(base).__name__}.",
-            why="It has no head that predicts tokens, so a response has no log-probability.",
+            problem=f"`{name}` is a {type(base).__name__}.",
+            details="It has no head that predicts tokens, so a response has no log-probability.",
             instead="Load it with `AutoModelForCausalLM.from_pretrained(...)`, or pass its path.",
         )

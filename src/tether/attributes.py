@@ -52,8 +52,8 @@ class OptionsAsAttributes:
         for name, instead in _NEVER_CALLED.items():
             if name in vars(cls):
                 raise ConfigurationError(
-                    asked=f"`{cls.__name__}.{name}` replaces a method of TRL's trainer.",
-                    why="This trainer has none of that name, so yours would never be called.",
+                    problem=f"`{cls.__name__}.{name}` replaces a method of TRL's trainer.",
+                    details="This trainer has none of that name, so yours would never be called.",
                     instead=instead,
                 )
 
@@ -62,7 +62,7 @@ class OptionsAsAttributes:
         def __getattr__(self, name: str) -> Any:
             if name in ELSEWHERE:
                 why, instead = ELSEWHERE[name]
-                raise NotHereError(asked=f"`trainer.{name}`, which TRL's trainer has.", why=why, instead=instead)
+                raise NotHereError(problem=f"`trainer.{name}`, which TRL's trainer has.", details=why, instead=instead)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property

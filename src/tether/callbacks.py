@@ -20,8 +20,8 @@ from tether.distributed import is_sharded
 from tether.errors import ConfigurationError, ResumeError
 from tether.finite import check_weights
 from tether.reference.averaging import BemaSchedule, bema
-from tether.reference.following import FollowingReference
-from tether.reference.frozen import frozen_twin
+from tether.reference.bema import BemaReference
+from tether.reference.explicit import frozen_twin
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ class BEMACallback(TrainerCallback):
         for name, every in (("update_freq", update_freq), ("ref_model_update_freq", ref_model_update_freq)):
             if every < 1:
                 raise ConfigurationError(
-                    asked=f"`BEMACallback({name}={every})`.",
-                    why="It counts optimizer steps between updates.",
+                    problem=f"`BEMACallback({name}={every})`.",
+                    details="It counts optimizer steps between updates.",
                     instead="Write a whole number of at least 1.",
                 )
         self.update_freq, self.update_after = update_freq, update_after
@@ -95,7 +95,7 @@ class BEMACallback(TrainerCallback):
         self._policy: nn.Module | None = None
         self._running_model: nn.Module | None = None
         self._resumed_from: Path | None = None
-        self._reference: FollowingReference | None = None
+        self._reference: BemaReference | None = None
 
     # ---- what others ask and tell --------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ class BEMACallback(TrainerCallback):
             self._write_running_model()
         return self._running_model
 
-    def follow_with(self, reference: FollowingReference) -> None:
+    def follow_with(self, reference: BemaReference) -> None:
         """Names the reference that takes the average's weights."""
         self._reference = reference
 
@@ -210,8 +210,8 @@ class BEMACallback(TrainerCallback):
         path = checkpoint / _STATE
         if not path.is_file():
             raise ResumeError(
-                asked=f"Resuming with `BEMACallback` from {checkpoint}.",
-                why="It does not hold the average that was reached there; one that starts now would be another.",
+                problem=f"Resuming with `BEMACallback` from {checkpoint}.",
+                details="It does not hold the average that was reached there; one that starts now would be another.",
                 instead="Resume from a checkpoint of a run with this callback, or leave the callback out.",
             )
         saved = load_file(path, device=self.device)
@@ -221,8 +221,8 @@ class BEMACallback(TrainerCallback):
     def _check_reference(self) -> None:
         if self.update_ref_model and self._reference is None:
             raise ConfigurationError(
-                asked="`BEMACallback(update_ref_model=True)`, and no reference to update.",
-                why="Only a `tether.DPOTrainer` that got the callback at construction has built one that can be set.",
+                problem="`BEMACallback(update_ref_model=True)`, and no reference to update.",
+                details="Only a `tether.DPOTrainer` that got the callback at construction has built one that can be set.",
                 instead="Pass it in `DPOTrainer(..., callbacks=[...])`, or set `update_ref_model=False`.",
             )
 
@@ -231,7 +231,7 @@ def _refuse_shards(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.numel() == 0 or is_sharded(parameter):
             raise ConfigurationError(
-                asked="`BEMACallback` with sharded weights.",
-                why=f"This process holds a part of `{name}` only, so it can neither average nor save it.",
+                problem="`BEMACallback` with sharded weights.",
+                details=f"This process holds a part of `{name}` only, so it can neither average nor save it.",
                 instead="Train without sharding (DDP), or average the saved checkpoints afterwards.",
             )

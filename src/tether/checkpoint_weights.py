@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tether.distributed import has_shards, local_part, part_like, together, whole, whole_shape
 from tether.errors import ResumeError
-from tether.reference.adapter import adapter_tensors, saves_adapter_alone
+from tether.reference.implicit import adapter_tensors, saves_adapter_alone
 
 _ADAPTERS = "adapter_tensors.safetensors"
 
@@ -88,8 +88,8 @@ def _read_adapters(own: Mapping[str, Tensor], model: nn.Module, checkpoint: Path
     if other or saved.keys() - own.keys():
         name = (other or sorted(saved.keys() - own.keys()))[0]
         raise ResumeError(
-            asked=f"Cannot load the adapters of {checkpoint}: they are not those of this model.",
-            why=f"Its `{name}` has the shape {tuple(saved[name].shape)}, and here "
+            problem=f"Cannot load the adapters of {checkpoint}: they are not those of this model.",
+            details=f"Its `{name}` has the shape {tuple(saved[name].shape)}, and here "
             + (f"{tuple(whole_shape(own[name]))}." if name in own else "there is no such tensor."),
             instead="Build the model with the adapters that the run began with: their names, types and ranks.",
         )
@@ -114,9 +114,9 @@ def _refuse_missing(names: Collection[str], model: nn.Module, checkpoint: Path) 
     if names:
         first = ", ".join(sorted(names)[:3]) + " and others" * (len(names) > 3)
         raise ResumeError(
-            asked=f"Cannot load the weights of {checkpoint}: it has no weights for {first} of the "
+            problem=f"Cannot load the weights of {checkpoint}: it has no weights for {first} of the "
             f"{type(model).__name__}.",
-            why="They would stay as they are, and the model would be one that never was.",
+            details="They would stay as they are, and the model would be one that never was.",
             instead="Take a checkpoint of the same model, written to its end by this version of Tether.",
         )
 

@@ -57,8 +57,8 @@ def load_place(checkpoint: Path) -> StreamPlace:
     saved = json.loads(path.read_text()).get("stream")
     if saved is None:
         raise ResumeError(
-            asked=f"Cannot resume from {checkpoint} with a stream: it does not say how far its run had read one.",
-            why="How many passes were over, and how many steps of the next were taken, decides which rows come now.",
+            problem=f"Cannot resume from {checkpoint} with a stream: it does not say how far its run had read one.",
+            details="How many passes were over, and how many steps of the next were taken, decides which rows come now.",
             instead="Resume with the set that its run was trained on, or start a new run.",
         )
     return StreamPlace(**saved)
@@ -130,9 +130,9 @@ def refuse_best_alone(args: DPOConfig, *, follows: bool, keeps_mean: bool) -> No
     }
     for name in (name for name, applies in found.items() if applies):
         raise ConfigurationError(
-            asked=f"Cannot use `load_best_model_at_end=True` and `save_only_model=True` with {name}: the best policy "
+            problem=f"Cannot use `load_best_model_at_end=True` and `save_only_model=True` with {name}: the best policy "
             "would be left with what the run's last step was measured against.",
-            why="A checkpoint of weights alone holds neither a reference that moves nor a running mean of rewards.",
+            details="A checkpoint of weights alone holds neither a reference that moves nor a running mean of rewards.",
             instead="Leave `save_only_model` out, or `load_best_model_at_end`.",
         )
 
@@ -141,9 +141,9 @@ def warn_of_weights_alone(args: DPOConfig) -> None:
     """Says what checkpoints of weights alone lose when the reference moves."""
     if args.save_only_model and args.save_strategy != "no":
         logger.warning(
-            "`save_only_model=True` with `sync_ref_model=True`: the checkpoints will not hold the moving reference, so "
-            "no run can be resumed from them, and the average reached there is lost. `trainer.save_reference(folder)` "
-            "keeps the last one."
+            "`save_only_model=True` with `sync_ref_model=True`: the checkpoints will not hold the reference, so no run can "
+            "be resumed from them, and the average reached there is lost. `trainer.export_reference(folder)` keeps the "
+            "last one."
         )
 
 
@@ -174,8 +174,8 @@ def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     path = checkpoint / _SHIFT
     if not path.is_file():
         raise ResumeError(
-            asked=f"Resuming from {checkpoint} with `bco_pair`.",
-            why="Its run kept no running mean of rewards, so the loss would start from another one.",
+            problem=f"Resuming from {checkpoint} with `bco_pair`.",
+            details="Its run kept no running mean of rewards, so the loss would start from another one.",
             instead="Set `bco_reward_shift=False`, take the losses of the checkpoint's run, or start a new run.",
         )
     shift.load(json.loads(path.read_text())["sum_and_count"])
@@ -197,23 +197,32 @@ def _check_same(folder: Path, reference: Reference) -> None:
     path = folder / _IDENTITY
     if not path.is_file():
         raise ResumeError(
-            asked=f"Resuming from {folder.parent}.",
-            why="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
+            problem=f"Resuming from {folder.parent}.",
+            details="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
             instead="Resume from a checkpoint written by Tether without `save_only_model=True`; or start a new run "
             f"with its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, against the model that its run "
             "began with.",
         )
     saved, own = json.loads(path.read_text()), reference.identity.describe()
+    if saved.get("kind") in _FORMER_KINDS:
+        raise ResumeError(
+            problem=f"Cannot resume from {folder.parent}: it was written by Tether 0.1.0, whose references had other names.",
+            details=f"It calls its reference {saved['kind']!r}.",
+            instead="Go on with Tether 0.1.0, or start a new run.",
+        )
     if all(saved.get(name) == own[name] for name in ("kind", "weights", "compute_dtype", "scoring_version")):
         return
     differing = [name for name in _REMEDIES if saved.get(name) != own[name]]
     raise ResumeError(
-        asked=f"Resuming from {folder.parent} with another reference.",
-        why=" ".join([*(_difference(name, saved, own) for name in differing), _what_is_alike(differing, own)]).strip(),
+        problem=f"Resuming from {folder.parent} with another reference.",
+        details=" ".join(
+            [*(_difference(name, saved, own) for name in differing), _what_is_alike(differing, own)]
+        ).strip(),
         instead=" ".join([*(_REMEDIES[name] for name in differing), "Or start a new run."]),
     )
 
 
+_FORMER_KINDS = ("frozen", "adapter", "moving", "following", "uniform")
 # In the order in which they are best mended: the parts of an identity, and how to give the right one.
 _REMEDIES = {
     "scoring_version": "Resume with the version of Tether that wrote the checkpoint.",

@@ -73,8 +73,8 @@ class DataCollatorForPreference(DataCollatorMixin):
         for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("return_tensors", ("pt",))):
             if getattr(self, name) not in known:
                 raise ConfigurationError(
-                    asked=f"`{name}={getattr(self, name)!r}` for DataCollatorForPreference.",
-                    why="There are two ends." if len(known) == 2 else "Batches are torch tensors.",
+                    problem=f"`{name}={getattr(self, name)!r}` for DataCollatorForPreference.",
+                    details="There are two ends." if len(known) == 2 else "Batches are torch tensors.",
                     instead=f"Write {' or '.join(map(repr, known))}.",
                 )
 
@@ -193,8 +193,8 @@ def pair_collator(
     if callable(given):
         return PairsOfPadded(given)
     raise ConfigurationError(
-        asked=f"`data_collator` is a {type(given).__name__}.",
-        why="A collator is called with a list of rows and returns one batch.",
+        problem=f"`data_collator` is a {type(given).__name__}.",
+        details="A collator is called with a list of rows and returns one batch.",
         instead="Leave `data_collator` out, or pass `DataCollatorForPreference(pad_token_id=...)` or a function that "
         "returns its keys.",
     )
@@ -246,8 +246,8 @@ def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None
         return
     found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or ", ".join(keys)
     raise ConfigurationError(
-        asked=f"`data_collator` returned {found} for {num_rows} rows.",
-        why="Whatever else it returned, the loss would not see.",
+        problem=f"`data_collator` returned {found} for {num_rows} rows.",
+        details="Whatever else it returned, the loss would not see.",
         instead=f"Return {', '.join(_PADDED)}, each of shape [2 * rows, length], chosen sequences first; or leave "
         "`data_collator` out.",
     )
@@ -261,8 +261,8 @@ def _response(number: int, ids: list[int], attended: list[int], scored: list[int
     start = max(1, marks.index(1)) if 1 in marks else len(marks)
     if start >= len(marks) or not all(marks[start:]):
         raise DataError(
-            asked=f"Sequence {number} of a batch from `data_collator` has the completion mask {marks}.",
-            why="A response is a run of tokens up to the end of its sequence, with a token before it.",
+            problem=f"Sequence {number} of a batch from `data_collator` has the completion mask {marks}.",
+            details="A response is a run of tokens up to the end of its sequence, with a token before it.",
             instead="Mark every token from the response's first to its last, and set the options' `max_length` to what "
             "the collator cuts at: rows without room for a response are then dropped.",
         )

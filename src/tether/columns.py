@@ -41,9 +41,9 @@ def find_given(sets: Mapping[str, PairDataset], args: DPOConfig, *, has_ref_mode
     for name, found in columns.items():
         if len(found) < len(REFERENCE_COLUMNS):
             raise DataError(
-                asked=f"The {name} set has {' and '.join(f'`{c}`' for c in found) or 'no reference columns'}, and "
+                problem=f"The {name} set has {' and '.join(f'`{c}`' for c in found) or 'no reference columns'}, and "
                 f"another set has {' and '.join(f'`{c}`' for c in next(filter(None, columns.values())))}.",
-                why="Rewards of sets are only comparable against one reference, and one column alone is half of it.",
+                details="Rewards of sets are only comparable against one reference, and one column alone is half of it.",
                 instead="Give every set both columns, or take them out everywhere (`dataset.remove_columns`).",
             )
     _refuse_two_references(args, has_ref_model)
@@ -98,8 +98,8 @@ def _refuse_two_references(args: DPOConfig, has_ref_model: bool) -> None:
     for option, is_set in others.items():
         if is_set:
             raise ConfigurationError(
-                asked=f"`{option}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
-                why="These are two answers to what the reference is: the option's, and the one that the rows give.",
+                problem=f"`{option}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
+                details="These are two answers to what the reference is: the option's, and the one that the rows give.",
                 instead="Leave the option out to use the columns, or take them out "
                 "(`dataset.remove_columns(['ref_chosen_logps', 'ref_rejected_logps'])`) to use the option.",
             )
@@ -108,8 +108,8 @@ def _refuse_two_references(args: DPOConfig, has_ref_model: bool) -> None:
     for option, needs_tokens in readers.items():
         if needs_tokens:
             raise ConfigurationError(
-                asked=f"`{option}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
-                why="It weighs single tokens, and the columns are sums over a response: what the reference says of "
+                problem=f"`{option}`, and rows that bring `ref_chosen_logps` and `ref_rejected_logps`.",
+                details="It weighs single tokens, and the columns are sums over a response: what the reference says of "
                 "each token is not known.",
                 instead=f"Leave `{option.split('=')[0]}` out, or take the columns out (`dataset.remove_columns`) and "
                 "set `precompute_ref_log_probs=True`: its store keeps every token.",

@@ -247,8 +247,8 @@ def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
     """
     if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
         raise ConfigurationError(
-            asked=f"`loss=...` together with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`.",
-            why="A loss of your own takes the place of the named ones.",
+            problem=f"`loss=...` together with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`.",
+            details="A loss of your own takes the place of the named ones.",
             instead="Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` "
             "and add what it gives.",
         )
@@ -265,8 +265,8 @@ def refuse_data_parallel(args: DPOConfig) -> None:
     """Refuses several GPUs in one process, as `Trainer` would use them."""
     if args.n_gpu > 1:
         raise ConfigurationError(
-            asked=f"{args.n_gpu} GPUs are visible to one process.",
-            why="Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates "
+            problem=f"{args.n_gpu} GPUs are visible to one process.",
+            details="Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates "
             "the reference at every step.",
             instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
             "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",

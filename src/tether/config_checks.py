@@ -75,8 +75,8 @@ def _check_reference_free(args: DPOConfig) -> None:
     for option, value in options.items():
         if value:
             raise ConfigurationError(
-                asked=f"`reference_free=True` together with `{option}={value!r}`.",
-                why="Without a reference there is nothing to compute, to keep or to move.",
+                problem=f"`reference_free=True` together with `{option}={value!r}`.",
+                details="Without a reference there is nothing to compute, to keep or to move.",
                 instead=f"Leave `{option}` out, or set `reference_free=False`.",
             )
 
@@ -153,9 +153,9 @@ def check_full_evaluation(args: DPOConfig) -> None:
     if fits:
         return
     raise ConfigurationError(
-        asked=f"Cannot evaluate in {asked} (`{asked}_full_eval=True`): "
+        problem=f"Cannot evaluate in {asked} (`{asked}_full_eval=True`): "
         + (f"mixed precision is {runs_in}." if plugin is None else f"DeepSpeed runs the policy in {runs_in}."),
-        why="The policy's own forward sets its precision, in evaluation too: the option would have no effect.",
+        details="The policy's own forward sets its precision, in evaluation too: the option would have no effect.",
         instead=f"Leave `{asked}_full_eval` out, or train in {asked} too.",
     )
 
@@ -165,18 +165,18 @@ def _check_precision(args: DPOConfig) -> None:
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
     if on_cpu and (args.fp16 or launched == "fp16"):
         raise ConfigurationError(
-            asked="Cannot train in fp16 ("
+            problem="Cannot train in fp16 ("
             + ("`fp16=True`" if args.fp16 else "`--mixed_precision fp16`")
             + ") on a CPU: "
             "accelerate has no fp16 autocast there, and the policy would run in fp32 without a word.",
-            why="Its mixed precision in fp16 is for accelerators.",
+            details="Its mixed precision in fp16 is for accelerators.",
             instead="Write `bf16=True`, or leave it out.",
         )
     if launched == "fp8":
         raise ConfigurationError(
-            asked="Cannot train in fp8 (`--mixed_precision fp8`): the policy's layers are replaced when training "
+            problem="Cannot train in fp8 (`--mixed_precision fp8`): the policy's layers are replaced when training "
             "starts, after its reference was made, and the two would compute differently.",
-            why="accelerate puts layers of another library into the policy.",
+            details="accelerate puts layers of another library into the policy.",
             instead="Write `bf16=True`, or `--mixed_precision bf16`.",
         )
 
@@ -184,14 +184,14 @@ def _check_precision(args: DPOConfig) -> None:
 def _check_device(args: DPOConfig) -> None:
     if args.activation_offloading and (args.use_cpu or not torch.accelerator.is_available()):
         raise ConfigurationError(
-            asked="`activation_offloading=True` without an accelerator.",
-            why="It moves activations from an accelerator's memory to the host's, and on a CPU they are there already.",
+            problem="`activation_offloading=True` without an accelerator.",
+            details="It moves activations from an accelerator's memory to the host's, and on a CPU they are there already.",
             instead="Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
         )
     if args.use_liger_kernel:
         raise ConfigurationError(
-            asked="`use_liger_kernel=True`.",
-            why="Full logits never exist here, so its fused head would save nothing; its other kernels are put "
+            problem="`use_liger_kernel=True`.",
+            details="Full logits never exist here, so its fused head would save nothing; its other kernels are put "
             "into the policy when training starts, after its reference was made: the two would compute "
             "differently.",
             instead='Leave it out. `model_init_kwargs={"use_kernels": True}` loads kernels with the model, for '
@@ -228,14 +228,14 @@ def _check_store(args: DPOConfig) -> None:
         )
     if args.ref_store_mode != "auto" and not args.precompute_ref_log_probs:
         raise ConfigurationError(
-            asked=f"`ref_store_mode={args.ref_store_mode!r}` without `precompute_ref_log_probs=True`.",
-            why="Without it no store of reference log-probs is used, so there is nothing to fill or to require.",
+            problem=f"`ref_store_mode={args.ref_store_mode!r}` without `precompute_ref_log_probs=True`.",
+            details="Without it no store of reference log-probs is used, so there is nothing to fill or to require.",
             instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store_mode` out.",
         )
     if args.ref_store is not None and not args.precompute_ref_log_probs:
         raise ConfigurationError(
-            asked=f"`ref_store={args.ref_store!r}` without `precompute_ref_log_probs=True`.",
-            why="Without it no store of reference log-probs is used: the file would be neither read nor written.",
+            problem=f"`ref_store={args.ref_store!r}` without `precompute_ref_log_probs=True`.",
+            details="Without it no store of reference log-probs is used: the file would be neither read nor written.",
             instead="Set `precompute_ref_log_probs=True` too, or leave `ref_store` out.",
         )
     if args.ref_store is not None and os.path.isdir(args.ref_store):
@@ -245,5 +245,5 @@ def _check_store(args: DPOConfig) -> None:
 def refuse(option: str, value: Any, why: str, instead: str) -> None:
     """Refuses the value of one option: why it cannot be, and what to write."""
     raise ConfigurationError(
-        asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
+        problem=f"`{option}={value!r}`.", details=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
     )

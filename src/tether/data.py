@@ -57,8 +57,8 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
     raise ArgumentTypeError(
-        asked=f"A set of pairs was given as {given}.",
-        why="Pairs are rows with `prompt`, `chosen` and `rejected`.",
+        problem=f"A set of pairs was given as {given}.",
+        details="Pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
 
@@ -82,8 +82,8 @@ def _column(name: str, values: list[Any]) -> Dataset:
             texts = [None if value is None else json.dumps(value) for value in values]
         except TypeError:
             raise DataError(
-                asked=f"The column `{name}` holds values of kinds that cannot stand in one column.",
-                why=f"{' '.join(str(mixed).split()).rstrip('.')}.",
+                problem=f"The column `{name}` holds values of kinds that cannot stand in one column.",
+                details=f"{' '.join(str(mixed).split()).rstrip('.')}.",
                 instead="Give it values of one kind in all rows.",
             ) from None
         return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
@@ -225,8 +225,8 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
     """
     if not truncation.leaves_room(len(prompt_ids)):
         raise DataError(
-            asked=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={truncation.max_length}`.",
-            why="No token of its response would be scored.",
+            problem=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={truncation.max_length}`.",
+            details="No token of its response would be scored.",
             instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
         )
 
@@ -234,9 +234,9 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
 def cut_images(where: str, truncation: Truncation) -> DataError:
     """What is wrong with cutting the start of a row with images."""
     return DataError(
-        asked=f"{where} has images and more than `max_length={truncation.max_length}` tokens, and "
+        problem=f"{where} has images and more than `max_length={truncation.max_length}` tokens, and "
         "`truncation_mode='keep_end'` would cut the start of its prompt.",
-        why="With it the places of its images would go.",
+        details="With it the places of its images would go.",
         instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
     )
 

@@ -1,28 +1,27 @@
 """The exceptions of Tether.
 
-Each carries three parts - what was asked, why it cannot be, what to write instead - and is also the builtin a
-caller would expect (`ValueError` for bad input, `RuntimeError` for a broken state).
-This module knows nothing else of the package.
+Each says in one sentence what cannot be and why, then what to write instead, and is also the builtin a caller would
+expect (`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
 """
 
 
 class TetherError(Exception):
-    """An error in three parts.
+    """An error that says what to do about it.
 
     Args:
-        asked: What the caller asked for, or what was found.
-        why: Why it cannot be.
+        problem: What cannot be and why, in one sentence that stands alone.
         instead: What to write or do instead.
+        details: What else helps to see why: figures, rows, what a library said.
     """
 
-    def __init__(self, asked: str, why: str, instead: str) -> None:
-        super().__init__(asked, why, instead)
-        self.asked = asked
-        self.why = why
+    def __init__(self, problem: str, instead: str, details: str = "") -> None:
+        super().__init__(problem, instead, details)
+        self.problem = problem
         self.instead = instead
+        self.details = details
 
     def __str__(self) -> str:
-        return f"{self.asked}\n  Why not: {self.why}\n  Instead: {self.instead}"
+        return "\n  ".join(filter(None, (self.problem, self.details, self.instead)))
 
 
 class ConfigurationError(TetherError, ValueError):
@@ -50,7 +49,7 @@ class ResumeError(TetherError, ValueError):
 
 
 class MissingLogProbsError(TetherError, LookupError):
-    """A stored reference was asked for a response it does not hold, and has no source to compute it."""
+    """A precomputed reference was asked for a response it does not hold, and has no source to compute it."""
 
 
 class StoreError(TetherError, RuntimeError):

@@ -50,8 +50,8 @@ def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_rou
     if any(asked in [name + figure for figure in figures] or (has_own and asked.startswith(name)) for name in sets):
         return
     raise ConfigurationError(
-        asked=f"Cannot use `metric_for_best_model={metric!r}`: evaluation gives no figure of that name.",
-        why="With several sets, a figure's name begins with that of its set."
+        problem=f"Cannot use `metric_for_best_model={metric!r}`: evaluation gives no figure of that name.",
+        details="With several sets, a figure's name begins with that of its set."
         if sets != [""]
         else "There is no such figure of pairs, and no `compute_metrics` that would make it.",
         instead=f"Write `eval_` and one of: {', '.join(name + figure for name in sets for figure in EVALUATED)}.",

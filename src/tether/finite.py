@@ -41,8 +41,8 @@ class LossWatch:
         first = -float(reduced(-seen, "max"))
         if first < float("inf"):
             raise NotFiniteError(
-                asked=f"Cannot go on training: the loss of step {first:.0f} is NaN or infinite.",
-                why="Its gradient makes the weights NaN, and nothing brings them back. The usual causes are a learning "
+                problem=f"Cannot go on training: the loss of step {first:.0f} is NaN or infinite.",
+                details="Its gradient makes the weights NaN, and nothing brings them back. The usual causes are a learning "
                 "rate that is too high, and numbers that overflow in the policy or in the reference.",
                 instead=_INSTEAD,
             )
@@ -67,8 +67,8 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
     if broken:
         others = f" and {len(broken) - 1} others" if len(broken) > 1 else ""
         raise NotFiniteError(
-            asked=f"Cannot {purpose}: after step {step} its weight `{broken[0]}`{others} is NaN or infinite.",
-            why="Training broke it, in this step or shortly before. Such weights are never written.",
+            problem=f"Cannot {purpose}: after step {step} its weight `{broken[0]}`{others} is NaN or infinite.",
+            details="Training broke it, in this step or shortly before. Such weights are never written.",
             instead=_INSTEAD,
         )
 

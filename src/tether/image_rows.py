@@ -94,16 +94,16 @@ class ImageRows:
             return None
         if row.get("chosen") is None:
             raise DataError(
-                asked=f"{where} has token ids and images, and no text.",
-                why="A processor reads images together with the text around them.",
+                problem=f"{where} has token ids and images, and no text.",
+                details="A processor reads images together with the text around them.",
                 instead="Keep the columns `prompt`, `chosen` and `rejected` that the ids were made from.",
             )
         fed = self._feed(self._text(row, len(images), where).prompt, images, where)
         ids, length = fed.pop("input_ids"), len(row["prompt_ids"])
         if ids[0, :length].tolist() != list(row["prompt_ids"]):
             raise DataError(
-                asked=f"{where} has images that do not belong to its `prompt_ids`.",
-                why=f"With them the prompt becomes {ids.shape[1]} other tokens, where the row has {length}.",
+                problem=f"{where} has images that do not belong to its `prompt_ids`.",
+                details=f"With them the prompt becomes {ids.shape[1]} other tokens, where the row has {length}.",
                 instead="Give the row as text and images, without token ids, to be tokenized again.",
             )
         fed.pop("attention_mask", None)
@@ -144,8 +144,8 @@ class ImageRows:
         unknown = sorted(name for name, value in fed.items() if not isinstance(value, Tensor))
         if unknown or "cross_attention_mask" in fed:
             raise ConfigurationError(
-                asked=f"Images for a {type(self._processor).__name__}.",
-                why=f"Its {', '.join(unknown) or 'cross_attention_mask'} says for each token of a text which images it "
+                problem=f"Images for a {type(self._processor).__name__}.",
+                details=f"Its {', '.join(unknown) or 'cross_attention_mask'} says for each token of a text which images it "
                 "sees, and is not made for a response.",
                 instead="Use a model that reads images as tokens of its prompt (LLaVA, Qwen-VL, Gemma 3, Idefics 3).",
             )
@@ -158,16 +158,16 @@ class ImageRows:
     def _check_shows_none(self, row: Mapping[str, Any], where: str) -> None:
         if self._image_token_ids & set(row["prompt_ids"]):
             raise DataError(
-                asked=f"{where} has tokens of images in its `prompt_ids`, and no `image` or `images`.",
-                why="The model would be told that there are images, and see none.",
+                problem=f"{where} has tokens of images in its `prompt_ids`, and no `image` or `images`.",
+                details="The model would be told that there are images, and see none.",
                 instead="Keep the column with the images, which the ids were made with.",
             )
 
     def _check_responses(self, tokens: RowTokens, where: str) -> None:
         if self._image_token_ids & {*tokens.chosen_ids, *tokens.rejected_ids}:
             raise DataError(
-                asked=f"{where} has an image in a response.",
-                why="A response is scored token by token, and a model predicts no image.",
+                problem=f"{where} has an image in a response.",
+                details="A response is scored token by token, and a model predicts no image.",
                 instead="Put the images into the prompt.",
             )
 
@@ -194,8 +194,8 @@ def _placed(messages: list[dict[str, Any]], num_images: int, where: str) -> list
     user = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if placed or user is None:
         raise DataError(
-            asked=f"{where} has {num_images} images, and places for {placed}.",
-            why="Each image stands where a message of the prompt says so.",
+            problem=f"{where} has {num_images} images, and places for {placed}.",
+            details="Each image stands where a message of the prompt says so.",
             instead='Write one block {"type": "image"} for each, '
             "or none: they then come before the first message "
             "of the user.",
@@ -211,8 +211,8 @@ def _without_end(prompt_ids: list[int], lost_ids: list[int], where: str) -> list
         return prompt_ids
     if prompt_ids[-len(lost_ids) :] != lost_ids:
         raise DataError(
-            asked=f"{where} has a prompt that ends with an image and is rendered differently before its response.",
-            why="It is not clear where its response begins.",
+            problem=f"{where} has a prompt that ends with an image and is rendered differently before its response.",
+            details="It is not clear where its response begins.",
             instead="End the prompt with text, or use a chat template that renders it alike.",
         )
     return prompt_ids[: -len(lost_ids)]
@@ -231,8 +231,8 @@ def _not_fed(where: str, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
     return DataError(
-        asked=f"{where} has images that cannot be used.",
-        why=f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}.",
+        problem=f"{where} has images that cannot be used.",
+        details=f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}.",
         instead="Give `image` (one) or `images` (a list) as PIL images, arrays or paths, as many as the prompt has "
         "places for.",
     )

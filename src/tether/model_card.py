@@ -23,20 +23,20 @@ from transformers import ProcessorMixin
 
 from tether.config import DPOConfig
 from tether.loading import hub_name
-from tether.reference.adapter import is_adapter_model
+from tether.reference.implicit import is_adapter_model
 
 if TYPE_CHECKING:
     from tether.trainer import DPOTrainer
 
 DPO_PAPER = "2305.18290"
-_REFERENCE_PAPERS = {"moving": "2404.09656", "following": "2508.00180"}
+_REFERENCE_PAPERS = {"synchronized": "2404.09656", "bema": "2508.00180"}
 _REFERENCES = {
-    "frozen": "weights that stand still",
-    "adapter": "the policy's own base, with its adapter off or as it started",
-    "moving": "weights that follow the policy (TR-DPO)",
-    "following": "weights that follow an average of the policy's (BEMA)",
+    "explicit": "weights that stand still",
+    "implicit": "the policy's own base, with its adapter off or as it started",
+    "synchronized": "weights that follow the policy (TR-DPO)",
+    "bema": "weights that follow an average of the policy's (BEMA)",
     "given": "log-probs that the rows brought along",
-    "uniform": "none, so that every response is as likely as any other",
+    "free": "none, so that every response is as likely as any other",
 }
 _TITLES = {
     DPO_PAPER: (

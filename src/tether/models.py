@@ -37,8 +37,8 @@ def check_padding_free(model: nn.Module, new_adapter: PeftConfig | None = None, 
     packs = can_pack_images(model) if with_images else can_pack(model)
     if not packs or (new_adapter is not None and reads_rows(new_adapter)):
         raise ConfigurationError(
-            asked=f"`padding_free=True` with a {type(model).__name__}{' and images' * with_images}.",
-            why="Without padding, its images are not proven to give the log-probs of each sequence alone."
+            problem=f"`padding_free=True` with a {type(model).__name__}{' and images' * with_images}.",
+            details="Without padding, its images are not proven to give the log-probs of each sequence alone."
             if with_images
             else "Without padding, it gives other log-probs than for each sequence alone.",
             instead="Set `padding_free=False`: it is then trained on padded rows.",
@@ -72,9 +72,9 @@ def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | N
         return asked
     if asked and num_processes > 1:
         raise ConfigurationError(
-            asked="`ddp_broadcast_buffers=True` for a model whose rotary embeddings depend on the length beyond "
+            problem="`ddp_broadcast_buffers=True` for a model whose rotary embeddings depend on the length beyond "
             f"{limit}, with rows of {'any number of' if max_length is None else f'up to {max_length}'} tokens.",
-            why="Buffers are sent at every forward, and a row above that has a forward of its own: the processes would "
+            details="Buffers are sent at every forward, and a row above that has a forward of its own: the processes would "
             "make different numbers of forwards, and wait for each other for ever.",
             instead=f"Leave `ddp_broadcast_buffers` out, or write `max_length={limit}` or less.",
         )
@@ -98,16 +98,16 @@ def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None, 
     coefficient = float(own if asked is None else asked)
     if coefficient and not routes:
         raise ConfigurationError(
-            asked=f"Cannot use `router_aux_loss_coef={asked!r}` with this {type(base).__name__}: it is not a mixture "
+            problem=f"Cannot use `router_aux_loss_coef={asked!r}` with this {type(base).__name__}: it is not a mixture "
             "of experts that returns its router's logits, so there is no loss to weigh.",
-            why="Of some families with experts there are dense models too, which have no router.",
+            details="Of some families with experts there are dense models too, which have no router.",
             instead="Leave `router_aux_loss_coef` out, or write 0.",
         )
     if coefficient and reentrant:
         raise ConfigurationError(
-            asked="Cannot use `use_reentrant=True` in the options of gradient checkpointing with a router's loss, here "
+            problem="Cannot use `use_reentrant=True` in the options of gradient checkpointing with a router's loss, here "
             f"weighed by {coefficient:g}: the loss would have no gradient.",
-            why="Layers then run without a gradient at first, and the router's logits are taken from that forward.",
+            details="Layers then run without a gradient at first, and the router's logits are taken from that forward.",
             instead='Write `gradient_checkpointing_kwargs={"use_reentrant": False}`, the default, or '
             "`router_aux_loss_coef=0`.",
         )
@@ -120,14 +120,14 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         return _in_bfloat16_if_quantized(model) if isinstance(model, PeftModel) else model
     if not isinstance(peft_config, PeftConfig):
         raise ArgumentTypeError(
-            asked=f"`peft_config` is a {type(peft_config).__name__}.",
-            why="It says which adapter to put on the model.",
+            problem=f"`peft_config` is a {type(peft_config).__name__}.",
+            details="It says which adapter to put on the model.",
             instead="Pass a PEFT config, such as `peft.LoraConfig(...)`.",
         )
     if isinstance(model, PeftModel):
         raise ConfigurationError(
-            asked="`peft_config` together with a model that already has an adapter.",
-            why="It is not clear whether the first adapter belongs to the reference.",
+            problem="`peft_config` together with a model that already has an adapter.",
+            details="It is not clear whether the first adapter belongs to the reference.",
             instead="Leave `peft_config` out to go on training the adapter, or merge it first "
             "(`model = model.merge_and_unload()`) to start a new one on top.",
         )
@@ -160,8 +160,8 @@ def keep_differentiable(model: nn.Module) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise ConfigurationError(
-                asked=f"A model in 4 bits on a CPU that has been evaluated there before (`{name}`).",
-                why="bitsandbytes then packs the weights for a product without a backward: nothing would train.",
+                problem=f"A model in 4 bits on a CPU that has been evaluated there before (`{name}`).",
+                details="bitsandbytes then packs the weights for a product without a backward: nothing would train.",
                 instead="Load the model anew and pass it as it is, or pass its path.",
             )
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -218,8 +218,8 @@ def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -
     rows = whole_shape(embeddings.weight)[0]
     if largest >= rows:
         raise ConfigurationError(
-            asked=f"{where} has the token id {largest}, and the model embeds {rows} tokens.",
-            why="The tokenizer has tokens that the model was not made for, such as those added to it later.",
+            problem=f"{where} has the token id {largest}, and the model embeds {rows} tokens.",
+            details="The tokenizer has tokens that the model was not made for, such as those added to it later.",
             instead="Call `model.resize_token_embeddings(len(tokenizer))` before, or use the model's own tokenizer.",
         )
 
@@ -266,7 +266,7 @@ def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | 
 
 def _refuse_vocabulary(why: str) -> None:
     raise ConfigurationError(
-        asked="The reference model has another vocabulary than the policy.",
-        why=f"{why}: both must read the same token ids.",
+        problem="The reference model has another vocabulary than the policy.",
+        details=f"{why}: both must read the same token ids.",
         instead="Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
     )

@@ -61,8 +61,8 @@ def check_types(options: Any, declared: type, base: type) -> None:
     except ValidationError as error:
         wrong = {f"{name}={getattr(options, name)!r}": (name, why) for name, why in faults(error).items()}
         raise ArgumentTypeError(
-            asked="Cannot use " + "; ".join(f"`{written}`: {why}" for written, (_, why) in wrong.items()) + ".",
-            why=" ".join(f"`{name}`: {texts[name]}" for name, _ in wrong.values()),
+            problem="Cannot use " + "; ".join(f"`{written}`: {why}" for written, (_, why) in wrong.items()) + ".",
+            details=" ".join(f"`{name}`: {texts[name]}" for name, _ in wrong.values()),
             instead="Write a value of that kind. YAML 1.1 reads `1e-6` as text: in a file of that, write `1.0e-6`.",
         ) from None
 

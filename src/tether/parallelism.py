@@ -95,7 +95,7 @@ def _value(config: Any, name: str) -> Any:
 def _refuse(asked: str, size: str) -> NoReturn:
     kind, why = _KINDS[size]
     raise ConfigurationError(
-        asked=f"Cannot train with {asked}: {kind} parallelism is not supported, because {why}.",
-        why="The scores of policy and reference would be wrong, or the processes wait for each other for ever.",
+        problem=f"Cannot train with {asked}: {kind} parallelism is not supported, because {why}.",
+        details="The scores of policy and reference would be wrong, or the processes wait for each other for ever.",
         instead="Leave it out. Data parallelism, FSDP2 and DeepSpeed ZeRO are covered (docs/distributed.md).",
     )

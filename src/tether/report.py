@@ -27,8 +27,8 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise MissingPackageError(
-        asked="Cannot draw a report: matplotlib, which draws its curves, is not installed.",
-        why="Only reports and `tether demo` draw, so a plain install leaves matplotlib out.",
+        problem="Cannot draw a report: matplotlib, which draws its curves, is not installed.",
+        details="Only reports and `tether demo` draw, so a plain install leaves matplotlib out.",
         instead="`pip install matplotlib`; or, in a clone of Tether, `pip install '.[demo]'`.",
     ) from error
 

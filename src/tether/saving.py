@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from tether.distributed import has_shards
 from tether.errors import ConfigurationError
-from tether.reference.adapter import saves_adapter_alone
+from tether.reference.implicit import saves_adapter_alone
 
 
 def keep_savable(model: Any) -> None:
@@ -54,9 +54,9 @@ def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: s
     except Exception as error:  # whatever it is, it would end the run at its first checkpoint
         said = " ".join(str(error).split())
         raise ConfigurationError(
-            asked=f"Cannot save this model, its tokenizer and the options to `output_dir={output_dir!r}`: "
+            problem=f"Cannot save this model, its tokenizer and the options to `output_dir={output_dir!r}`: "
             f"{type(error).__name__}: {said}",
-            why="The run would train, and end with that error in the place of its first checkpoint.",
+            details="The run would train, and end with that error in the place of its first checkpoint.",
             instead="Change what it names, or write to another `output_dir`.",
         ) from error
 

@@ -78,9 +78,9 @@ class SetReader:
 def _refuse_keep_end(name: str, truncation: Truncation) -> None:
     if truncation.max_length is not None:
         raise ConfigurationError(
-            asked=f"`truncation_mode='keep_end'` with `max_length={truncation.max_length}` for the {name} set, which "
+            problem=f"`truncation_mode='keep_end'` with `max_length={truncation.max_length}` for the {name} set, which "
             "has images.",
-            why="The start of a prompt would be cut, and with it the places of its images.",
+            details="The start of a prompt would be cut, and with it the places of its images.",
             instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
         )
 

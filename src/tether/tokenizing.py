@@ -244,8 +244,8 @@ def _check_numbers(row: Mapping[str, Any], where: str, brought: frozenset[str]) 
     for column in (MARGIN_COLUMN, *REFERENCE_COLUMNS):
         if column not in brought and row.get(column) is not None:
             raise DataError(
-                asked=f"{where} has a `{column}`, and the first row of its set has none.",
-                why="What the rows of a stream bring is told from the first, before the others are read.",
+                problem=f"{where} has a `{column}`, and the first row of its set has none.",
+                details="What the rows of a stream bring is told from the first, before the others are read.",
                 instead="Give the column to every row of the stream, or to none.",
             )
 
@@ -264,7 +264,7 @@ def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _S
 
 def _reason(error: DataError, index: int, plan: TokenizingPlan) -> str:
     """What is wrong with a row, in words that rows of the same fault share."""
-    return error.asked.removeprefix(plan.name_of(index)).strip().rstrip(".")
+    return error.problem.removeprefix(plan.name_of(index)).strip().rstrip(".")
 
 
 def _listed(reasons: Mapping[str, list[int]]) -> str:
@@ -285,8 +285,8 @@ def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingP
     for number, error in problems.items():
         reasons[_reason(error, number, plan)].append(number)
     return DataError(
-        asked=f"{first.asked} In all, {len(problems)} of {num_rows} rows cannot be used:{_listed(reasons)}.",
-        why=first.why,
+        problem=f"{first.problem} In all, {len(problems)} of {num_rows} rows cannot be used:{_listed(reasons)}.",
+        details=first.details,
         instead=f'{first.instead} `bad_rows="drop"` leaves such rows out.',
     )
 
@@ -310,8 +310,8 @@ def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: Token
 
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:
     return DataError(
-        asked=f"The {plan.name} set has no row to use" + (f"; all were dropped:{listed}." if listed else "."),
-        why=f"No response token would be scored of a row that {plan.full_prompt}."
+        problem=f"The {plan.name} set has no row to use" + (f"; all were dropped:{listed}." if listed else "."),
+        details=f"No response token would be scored of a row that {plan.full_prompt}."
         if plan.full_prompt in listed
         else "No row is a pair."
         if listed

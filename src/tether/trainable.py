@@ -55,9 +55,9 @@ def check_optimizer(model: nn.Module, optimizer: Any, *, new_adapter: bool) -> N
     num_held = len(held.intersection(trained))
     if not num_held:
         raise ConfigurationError(
-            asked="Cannot train with the optimizer in `optimizers`: it holds none of the weights that train, so the "
+            problem="Cannot train with the optimizer in `optimizers`: it holds none of the weights that train, so the "
             "policy would stay as it is.",
-            why="It was made of a fresh adapter's base, which is frozen."
+            details="It was made of a fresh adapter's base, which is frozen."
             if new_adapter
             else "Its parameters are those of another model, or frozen ones of this model.",
             instead="Put the adapter on first (`model = get_peft_model(model, peft_config)`), leave `peft_config` out, "
@@ -87,16 +87,16 @@ def check_trainable(model: nn.Module, *, keeps_masters: bool = False) -> None:
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
-            asked="The model has no parameter that trains: `requires_grad` is False for all.",
-            why="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()`, "
+            problem="The model has no parameter that trains: `requires_grad` is False for all.",
+            details="There would be nothing to optimize. PEFT, for one, leaves a base frozen after `merge_and_unload()`, "
             "and loads an adapter frozen unless `is_trainable=True`.",
             instead="Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an "
             "adapter.",
         )
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
         raise ConfigurationError(
-            asked="Cannot train an adapter that is merged into its base: its tensors would get no gradient.",
-            why="After `merge_adapter()` a layer computes with the merged weights alone.",
+            problem="Cannot train an adapter that is merged into its base: its tensors would get no gradient.",
+            details="After `merge_adapter()` a layer computes with the merged weights alone.",
             instead="Call `model.unmerge_adapter()` before; or, to start a new adapter on top, "
             "`model = model.merge_and_unload()` and pass `peft_config`.",
         )
@@ -108,8 +108,8 @@ def _check_not_float16(model: nn.Module) -> None:
     halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if halves:
         raise ConfigurationError(
-            asked="Cannot train weights in `float16`: most steps are too small for it, and gradients overflow.",
-            why=f"Among them is `{halves[0]}`, and the model would soon be ruined. `fp16=True` does not help, because "
+            problem="Cannot train weights in `float16`: most steps are too small for it, and gradients overflow.",
+            details=f"Among them is `{halves[0]}`, and the model would soon be ruined. `fp16=True` does not help, because "
             "it scales the gradients of weights in `float32` only.",
             instead='Load the model in float32, `model_init_kwargs={"dtype": "float32"}` or `model.float()`, and write '
             "`bf16=True` or `fp16=True` for products in 16 bits; or train in `bfloat16`. An adapter in float32 on a "

@@ -81,15 +81,15 @@ from tether.models import (
 )
 from tether.offloading import activations_of
 from tether.reference import (
-    FollowingReference,
+    BemaReference,
     Reference,
     ReferenceOptions,
     build_reference,
     check_options,
     waits_for_device,
 )
-from tether.reference.adapter import is_adapter_model
 from tether.reference.checks import ReferenceWatch
+from tether.reference.implicit import is_adapter_model
 from tether.rows import has_image_column
 from tether.sampling import EvenBatches
 from tether.saving import keep_savable, try_saving
@@ -303,7 +303,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             self.reference = build_reference(self.model, ref_model, options)
         check_alike(self.reference.identity.digest, "reference")
         for leader in leaders:
-            assert isinstance(self.reference, FollowingReference)
+            assert isinstance(self.reference, BemaReference)
             leader.follow_with(self.reference)
         self._watch = ReferenceWatch(self.reference, options.autocast_dtype)
         # A pass through the policy's own modules must wait until training has sharded them and put them in place.
@@ -331,7 +331,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             store_mode=args.ref_store_mode,
         )
 
-    def save_reference(self, folder: str | Path, *, merged: bool = False) -> None:
+    def export_reference(self, folder: str | Path, *, merged: bool = False) -> None:
         """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
 
         A full model loads with `AutoModelForCausalLM.from_pretrained(folder)`, an adapter with
@@ -504,7 +504,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         With `return_outputs`, also an output whose `logits` are those of the padded rows, chosen ones first, made by a
         second forward without gradient.
 
-        The reference is asked before the policy, whose graph must see the policy's tensors (see AdapterReference).
+        The reference is asked before the policy, whose graph must see the policy's tensors (see ImplicitReference).
         """
         batch = batch_of(inputs)
         sums = self._train_sums if self.model.training else self._eval_sums
@@ -593,8 +593,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:
             raise ConfigurationError(
-                asked="`trainer.model_init`, as for `hyperparameter_search`.",
-                why="It makes another policy for each run, and the reference was made of the first.",
+                problem="`trainer.model_init`, as for `hyperparameter_search`.",
+                details="It makes another policy for each run, and the reference was made of the first.",
                 instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
                 "reference's answers.",
             )

@@ -37,7 +37,9 @@ def refuse_unread(args: DPOConfig, *, streams: bool) -> None:
         if found.applies:
             value = getattr(args, found.option)
             raise ConfigurationError(
-                asked=f"`{found.option}={getattr(value, 'value', value)!r}`.", why=found.why, instead=found.instead
+                problem=f"`{found.option}={getattr(value, 'value', value)!r}`.",
+                details=found.why,
+                instead=found.instead,
             )
 
 

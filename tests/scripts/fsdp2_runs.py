@@ -30,7 +30,7 @@ from tether.distributed import forget_gathered, has_shards, whole
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
 from tether.reference import Reference, ReferenceOptions, build_reference
-from tether.reference.adapter import adapter_tensors
+from tether.reference.implicit import adapter_tensors
 from tether.scoring import score
 from tether.types import PairBatch, PairScores
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
@@ -50,7 +50,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved": {"modules_to_save": ["lm_head"]},
     # The head is in the root, which FSDP2 keeps gathered after a pass: it must not keep what was exchanged.
     "continued-saved": {"init_lora_weights": False, "modules_to_save": ["lm_head"]},
-    "followed": {},  # by a moving reference, which is refused
+    "followed": {},  # by a synchronized reference, which is refused
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "precomputed": {"precompute": True},

@@ -21,7 +21,7 @@ from transformers import EvalPrediction
 from launch import leave
 from observe import bits, same_bits
 from runs import as_dataset, make_trainer, steps, stream
-from tether import DPOTrainer, StoredReference
+from tether import DPOTrainer, PrecomputedReference
 from tiny import tiny_pairs
 
 
@@ -154,7 +154,7 @@ def stored(make: Callable[[], DPOTrainer]) -> dict[str, Any]:
     trainer = make()
     trainer.train()
     reference = trainer.reference
-    assert isinstance(reference, StoredReference)
+    assert isinstance(reference, PrecomputedReference)
     trainer.accelerator.wait_for_everyone()
     again = make()
     again.train()

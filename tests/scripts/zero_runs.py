@@ -128,7 +128,7 @@ def export_differs_in(trainer: DPOTrainer, folder: Path) -> list[str] | None:
     """Tensors of the exported reference that are not the reference's own, bit for bit; None where it has no model."""
     if trainer.ref_model is None:
         return None
-    trainer.save_reference(folder)
+    trainer.export_reference(folder)
     own = whole_bits(trainer.ref_model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -141,16 +141,16 @@ def _check_evaluation(recipe: Recipe) -> None:
     has_eval = any(source is not None for source in held_out)
     if str(given.get("eval_strategy", "no")) != "no" and not has_eval:
         raise ConfigurationError(
-            asked=f"Cannot use `eval_strategy={given['eval_strategy']}` without held-out pairs: there is nothing to "
+            problem=f"Cannot use `eval_strategy={given['eval_strategy']}` without held-out pairs: there is nothing to "
             "evaluate on.",
-            why="`eval_data`, `eval_fraction` and `dataset_test_split` name held-out pairs.",
+            details="`eval_data`, `eval_fraction` and `dataset_test_split` name held-out pairs.",
             instead="Add `eval_fraction: 0.1`, or `eval_data` with a file.",
         )
     for name, does in (("do_train", True), ("do_eval", has_eval), ("do_predict", False)):
         if given.get(name, does) != does:
             raise ConfigurationError(
-                asked=f"Cannot use `{name}={given[name]}`: the verb says what is done.",
-                why="`train` trains, and evaluates when there are held-out pairs.",
+                problem=f"Cannot use `{name}={given[name]}`: the verb says what is done.",
+                details="`train` trains, and evaluates when there are held-out pairs.",
                 instead=f"Take `{name}` out"
                 + ("; name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
             )
@@ -192,7 +192,7 @@ def _not_loadable(option: str, name: str, what: str, error: Exception) -> Config
     else:
         fault, why = f"it is no folder in {Path.cwd()}, and cannot be loaded from the hub", _first_sentence(error)
     instead = f"Name a folder written by `save_pretrained` that holds a {what}, or a name on the hub."
-    return ConfigurationError(asked=f"Cannot use `{option}: {name}`: {fault}.", why=why, instead=instead)
+    return ConfigurationError(problem=f"Cannot use `{option}: {name}`: {fault}.", details=why, instead=instead)
 
 
 def _first_sentence(error: Exception) -> str:

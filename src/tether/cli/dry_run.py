@@ -13,7 +13,7 @@ from tether.cli.assemble import build_trainer
 from tether.cli.recipe import Recipe
 from tether.cli.summary import describe_start
 from tether.data import TOKEN_COLUMNS, batch_of
-from tether.reference import StoredReference
+from tether.reference import PrecomputedReference
 from tether.trainer import DPOTrainer
 from tether.types import PairBatch
 
@@ -36,10 +36,10 @@ def describe_dry_run(recipe: Recipe) -> str:
 def _cost(trainer: DPOTrainer) -> str:
     """What the reference takes beside its weights: passes, or responses that the store lacks."""
     reference, _, batch = trainer.reference, *next(_batches(trainer))
-    if isinstance(reference, StoredReference) and isinstance(trainer.train_dataset, Dataset):
+    if isinstance(reference, PrecomputedReference) and isinstance(trainer.train_dataset, Dataset):
         answers = [value is not None for _, batch in _batches(trainer) for value in reference.stored(batch)]
         return f"           {answers.count(True):,} of the {len(answers):,} responses to train on are in the store"
-    if isinstance(reference, StoredReference):
+    if isinstance(reference, PrecomputedReference):
         return "           a pass over each row when it is first read, unless the store has its answers"
     before = reference.num_passes
     reference.log_probs(batch.to(trainer.args.device))

@@ -47,9 +47,9 @@ def check_is_alone(given: Mapping[str, Any], prog: str) -> None:
     if "LOCAL_RANK" in os.environ and _STARTED not in os.environ:
         name = next(iter(given))
         raise ConfigurationError(
-            asked=f"Cannot use `{name}={given[name]}` in a process that a launcher has started: how many processes "
+            problem=f"Cannot use `{name}={given[name]}` in a process that a launcher has started: how many processes "
             "run, and where, has been decided.",
-            why=f"`{name}` is an option of `accelerate launch`, and LOCAL_RANK is set.",
+            details=f"`{name}` is an option of `accelerate launch`, and LOCAL_RANK is set.",
             instead=f"Take it out; or start with `{prog}` alone, which calls `accelerate launch` itself.",
         )
 
@@ -96,8 +96,8 @@ class _LauncherParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(
-            asked=f"Cannot start processes as `{self.prog}` was asked to: {message}.",
-            why="`accelerate launch` refuses it.",
+            problem=f"Cannot start processes as `{self.prog}` was asked to: {message}.",
+            details="`accelerate launch` refuses it.",
             instead="`accelerate launch --help` explains its options.",
         )
 
@@ -117,8 +117,8 @@ def _check_kind(options: Sequence[str]) -> None:
         shaped = next((word for word in options if word.startswith(prefix)), None)
         if shaped and f"--{kind}" not in options and "--config_file" not in options:
             raise ConfigurationError(
-                asked=f"Cannot use `{shaped}` without `--{kind}`: it says how weights are sharded, and none are.",
-                why="accelerate would ignore it.",
+                problem=f"Cannot use `{shaped}` without `--{kind}`: it says how weights are sharded, and none are.",
+                details="accelerate would ignore it.",
                 instead=f"Add `{kind}`, or take it out.",
             )
 
@@ -128,8 +128,8 @@ def _configuration(name: str) -> list[str]:
         return ["--config_file", name]
     if name not in PRESETS:
         raise ConfigurationError(
-            asked=f"Cannot use `accelerate_config={name}`: there is no such file, and no configuration of that name.",
-            why=f"The configurations with a name are {', '.join(PRESETS)}.",
+            problem=f"Cannot use `accelerate_config={name}`: there is no such file, and no configuration of that name.",
+            details=f"The configurations with a name are {', '.join(PRESETS)}.",
             instead="Name one of these, or a file written by `accelerate config`.",
         )
     return PRESETS[name].split()

@@ -38,8 +38,8 @@ def library_errors_told(prog: str, applies: Callable[[], bool] = lambda: True) -
         if not is_refusal or not applies():
             raise
         raise ConfigurationError(
-            asked=f"Cannot set the run up: {library} refuses one of the options.",
-            why=f"It refuses: {' '.join(str(error).split()) or type(error).__name__}",
+            problem=f"Cannot set the run up: {library} refuses one of the options.",
+            details=f"It refuses: {' '.join(str(error).split()) or type(error).__name__}",
             instead=f"Change the option that this is about: `{prog} --help` lists them, and --traceback shows where it "
             "was raised.",
         ) from error

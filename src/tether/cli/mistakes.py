@@ -68,8 +68,8 @@ def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
         lines = [f"{f'line {m.line}, ' if m.line else ''}{m.subject}: {m.why}. {m.instead}".rstrip() for m in mistakes]
         where = f"{path}" if path and any(m.line for m in mistakes) else f"the options of `{prog}`"
         raise ConfigurationError(
-            asked=f"Cannot read {where}: {len(mistakes)} options are wrong.",
-            why="".join(f"\n    {line}" for line in lines),
+            problem=f"Cannot read {where}: {len(mistakes)} options are wrong.",
+            details="".join(f"\n    {line}" for line in lines),
             instead=help_line,
         )
     mistake = mistakes[0]
@@ -78,7 +78,7 @@ def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
     texts = {name: help_of(name) for name in names if help_of(name)}
     explained = " ".join(f"`{name}`: {text}" for name, text in texts.items())
     raise ConfigurationError(
-        asked=f"Cannot use {mistake.subject}{place}: {mistake.why}.",
-        why=mistake.detail or explained or "The options are those of the command, DPOConfig and TrainingArguments.",
+        problem=f"Cannot use {mistake.subject}{place}: {mistake.why}.",
+        details=mistake.detail or explained or "The options are those of the command, DPOConfig and TrainingArguments.",
         instead=mistake.instead if mistake.instead and not mistake.about else f"{mistake.instead} {help_line}".strip(),
     )

@@ -30,8 +30,8 @@ def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
         mixture: PairDataset = concatenate_datasets(sets)
     except (ValueError, TypeError) as error:
         raise DataError(
-            asked=f"Cannot join `datasets` {', '.join(part.path for part in parts)}: their columns differ.",
-            why=f"{' '.join(str(error).split())}",
+            problem=f"Cannot join `datasets` {', '.join(part.path for part in parts)}: their columns differ.",
+            details=f"{' '.join(str(error).split())}",
             instead="Keep the columns that they share (`columns: [prompt, chosen, rejected]`), and write text beside "
             "text, messages beside messages.",
         ) from error
@@ -56,8 +56,8 @@ def _load_part(part: Part, number: int, streaming: bool) -> Any:
     option = f"datasets[{number}].path"
     if given and is_file(part.path):
         raise DataError(
-            asked=f"Cannot use `{option}: {part.path}` together with `{next(iter(given))}`: the path is a file.",
-            why="`data_dir` and `data_files` say more of a folder, a dataset on the hub, or a format.",
+            problem=f"Cannot use `{option}: {part.path}` together with `{next(iter(given))}`: the path is a file.",
+            details="`data_dir` and `data_files` say more of a folder, a dataset on the hub, or a format.",
             instead="Keep the path, or write the name of a format as the path: `path: json`.",
         )
     rows = load_pairs(part.path, option, config=part.name, split=part.split, streaming=streaming, **given)
@@ -69,8 +69,8 @@ def _with_columns(rows: PairDataset, part: Part) -> PairDataset:
     absent = [name for name in part.columns if rows.column_names and name not in rows.column_names]
     if absent:
         raise DataError(
-            asked=f"Cannot keep `columns: {part.columns}` of {part.path}: it has no column `{absent[0]}`.",
-            why=f"It has {', '.join(rows.column_names)}.",
+            problem=f"Cannot keep `columns: {part.columns}` of {part.path}: it has no column `{absent[0]}`.",
+            details=f"It has {', '.join(rows.column_names)}.",
             instead="Name columns that it has.",
         )
     chosen: PairDataset = rows.select_columns(part.columns)

@@ -73,9 +73,9 @@ def load_pairs(
         rows: PairDataset = load_dataset(**source | further, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            asked=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: "
+            problem=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: "
             f"{textwrap.shorten(_root_cause(error), 100).rstrip('.')}.",
-            why=f"It cannot be read: {_root_cause(error)}",
+            details=f"It cannot be read: {_root_cause(error)}",
             instead=_what_to_name(name, split, error),
         ) from error
     if any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", "chosen", "rejected")):
@@ -91,9 +91,9 @@ def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
     """
     if not is_whole:
         raise DataError(
-            asked=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
+            problem=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
             "whole .json or .jsonl file.",
-            why="Compressed, streamed, in a folder or on the hub, a text such as `4` would come back as a number.",
+            details="Compressed, streamed, in a folder or on the hub, a text such as `4` would come back as a number.",
             instead="Write the rows to such a file, or text and messages to a set of their own each.",
         )
     text = Path(name).expanduser().read_text(encoding="utf-8-sig")
@@ -146,8 +146,8 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     kept = sorted(set(range(len(pairs))) - set(held_out))
     if not kept:
         raise DataError(
-            asked=f"Cannot hold out `eval_fraction={fraction}` of {len(pairs)} pairs: none would be left to train on.",
-            why="Pairs of one prompt are held out together.",
+            problem=f"Cannot hold out `eval_fraction={fraction}` of {len(pairs)} pairs: none would be left to train on.",
+            details="Pairs of one prompt are held out together.",
             instead="Use more pairs, or name others with `eval_data`.",
         )
     return pairs.select(kept), pairs.select(sorted(held_out))
@@ -168,15 +168,15 @@ def _file_source(path: Path, option: str) -> dict[str, Any]:
     """What `load_dataset` is given for a file."""
     if not path.is_file():
         raise DataError(
-            asked=f"Cannot read `{option}: {path}`: there is no such file.",
-            why=f"Paths start at the current folder, {Path.cwd()}.",
+            problem=f"Cannot read `{option}: {path}`: there is no such file.",
+            details=f"Paths start at the current folder, {Path.cwd()}.",
             instead=f"Name a file: {', '.join(_FORMATS)}.",
         )
     known = _format_of(path)
     if known is None:
         raise DataError(
-            asked=f"Cannot read `{option}: {path}`: what is in a `{path.suffix}` file is not known.",
-            why="The end of a file's name says how it is read.",
+            problem=f"Cannot read `{option}: {path}`: what is in a `{path.suffix}` file is not known.",
+            details="The end of a file's name says how it is read.",
             instead=f"Name a file that ends in {', '.join(_FORMATS)}, or one of these with {', '.join(_COMPRESSED)}.",
         )
     return {**known, "data_files": str(path)}
@@ -189,8 +189,8 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
     repository, _, named = name.partition(":")
     if named and split:
         raise DataError(
-            asked=f"Cannot use `{option}: {name}` together with the split `{split}`: both name a split.",
-            why="A run reads one split of a dataset.",
+            problem=f"Cannot use `{option}: {name}` together with the split `{split}`: both name a split.",
+            details="A run reads one split of a dataset.",
             instead=f"Write `{option}: {repository}`.",
         )
     return {"path": repository} | ({"split": named} if named else {})

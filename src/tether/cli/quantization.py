@@ -26,8 +26,8 @@ def quantization_of(script: ScriptOptions) -> BitsAndBytesConfig | None:
         return None
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(
-            asked=f"Cannot use `load_in_{4 if script.load_in_4bit else 8}bit`: bitsandbytes is not installed.",
-            why="It holds weights in 4 or 8 bits.",
+            problem=f"Cannot use `load_in_{4 if script.load_in_4bit else 8}bit`: bitsandbytes is not installed.",
+            details="It holds weights in 4 or 8 bits.",
             instead="`pip install bitsandbytes`; or take it out: `use_peft: true` with `dtype: bfloat16` also saves "
             "memory.",
         )

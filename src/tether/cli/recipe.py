@@ -181,8 +181,8 @@ def make_recipe(request: Request) -> Recipe:
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
         raise ConfigurationError(
-            asked=f"Cannot use these options of transformers.TrainingArguments: {' '.join(str(error).split())}",
-            why="They are refused as they are, or together.",
+            problem=f"Cannot use these options of transformers.TrainingArguments: {' '.join(str(error).split())}",
+            details="They are refused as they are, or together.",
             instead=f"Change the option it names; `{prog} --help` explains every one.",
         ) from error
     if request.launch:
@@ -217,9 +217,9 @@ def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:
     for name in given:
         if name in known:
             raise ConfigurationError(
-                asked=f"Cannot use `{name}` in `model_init_kwargs` and as an option of the recipe: "
+                problem=f"Cannot use `{name}` in `model_init_kwargs` and as an option of the recipe: "
                 "they are the same argument of `from_pretrained`.",
-                why=f"The recipe says {given[name]!r}, and `model_init_kwargs` {known[name]!r}.",
+                details=f"The recipe says {given[name]!r}, and `model_init_kwargs` {known[name]!r}.",
                 instead="Keep one of the two.",
             )
     if given:

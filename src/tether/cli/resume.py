@@ -28,16 +28,16 @@ def find_checkpoint(recipe: Recipe) -> str | None:
     found = last_checkpoint(output_dir) if is_last else Path(wanted)
     if found is None or not found.is_dir():
         raise ResumeError(
-            asked=f"Cannot resume from the last checkpoint in {output_dir}: there is none."
+            problem=f"Cannot resume from the last checkpoint in {output_dir}: there is none."
             if is_last
             else f"Cannot resume from {wanted}: there is no such folder.",
-            why=f"Paths start at the current folder, {Path.cwd()}.",
+            details=f"Paths start at the current folder, {Path.cwd()}.",
             instead="Leave `resume` out to start anew, or name a checkpoint's folder (out/checkpoint-100).",
         )
     if is_last and (newest := newest_checkpoint(output_dir)) not in (None, found):
         raise ResumeError(
-            asked=f"Cannot resume from the last checkpoint in {output_dir}: it holds checkpoints of two runs.",
-            why=f"{found.name} is the last by its number, and {newest} was written after it.",
+            problem=f"Cannot resume from the last checkpoint in {output_dir}: it holds checkpoints of two runs.",
+            details=f"{found.name} is the last by its number, and {newest} was written after it.",
             instead=f"Name one: `--resume {newest}`.",
         )
     return wanted if not is_last else str(found)

@@ -10,7 +10,7 @@ import torch
 
 from tether.cli.progress import accuracy_of
 from tether.cli.recipe import Recipe
-from tether.reference import StoredReference
+from tether.reference import PrecomputedReference
 from tether.trainer import DPOTrainer
 
 _ACCURACY = "rewards/accuracies"
@@ -76,7 +76,7 @@ def describe_reference(trainer: DPOTrainer) -> str:
 def describe_store(trainer: DPOTrainer) -> list[str]:
     """Where the answers are kept and how many were there already; nothing for a reference that keeps none."""
     reference = trainer.reference
-    if not isinstance(reference, StoredReference):
+    if not isinstance(reference, PrecomputedReference):
         return []
     counts = torch.tensor([reference.num_found, reference.num_computed], device=trainer.args.device)
     found, computed = trainer.accelerator.reduce(counts, reduction="sum").tolist()

@@ -36,7 +36,9 @@ def run(request: Request) -> int:
             trainer = build_trainer(recipe, [progress, stop])
     except MissingLogProbsError as error:  # `ref_store_mode: require`
         raise MissingLogProbsError(
-            error.asked, error.why, f"Score what is missing: `tether precompute {shlex.join(request.words)}`."
+            error.problem,
+            instead=f"Score what is missing: `tether precompute {shlex.join(request.words)}`.",
+            details=error.details,
         ) from error
     _say(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
     started = time.perf_counter()

@@ -78,8 +78,8 @@ def _refusal(error: Any) -> ConfigurationError:
     )
     nearest = "".join(f"Did you mean {names.strip('?)')}? " for names in meant)
     return ConfigurationError(
-        asked=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",
-        why=f"It is written `{usage.removeprefix('Usage: ')}`.",
+        problem=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",
+        details=f"It is written `{usage.removeprefix('Usage: ')}`.",
         instead=f"{nearest}`{path} --help` explains what it takes.",
     )
 
@@ -171,8 +171,8 @@ def _shard(text: str) -> tuple[int, int]:
     number, _, total = text.partition("/")
     if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise ConfigurationError(
-            asked=f"Cannot use `--shard {text}`: it is no part of a whole.",
-            why="It says which part of how many this is.",
+            problem=f"Cannot use `--shard {text}`: it is no part of a whole.",
+            details="It says which part of how many this is.",
             instead="Write `--shard 1/4` on the first of four machines, `--shard 4/4` on the last.",
         )
     return int(number), int(total)

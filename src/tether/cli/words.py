@@ -101,8 +101,8 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigurationError(
-            asked=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or error}.",
-            why=f"It cannot be read as YAML{_context_of(error)}.",
+            problem=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or error}.",
+            details=f"It cannot be read as YAML{_context_of(error)}.",
             instead=_ONE_PER_LINE,
         ) from None
     written: list[Written] = []
@@ -127,7 +127,7 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            asked=f"Cannot read {path}: it is no text in UTF-8.", why=f"{error}.", instead=_ONE_PER_LINE
+            problem=f"Cannot read {path}: it is no text in UTF-8.", details=f"{error}.", instead=_ONE_PER_LINE
         ) from None
 
 

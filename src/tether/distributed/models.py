@@ -125,8 +125,8 @@ def _refuse_untested_zero(config: Mapping[str, Any]) -> None:
             found = name
     if found:
         raise ConfigurationError(
-            asked=f"DeepSpeed ZeRO-3 with `{found}`.",
-            why="It keeps weights where a reference would be read from the wrong copy, or not at all; it is untested.",
+            problem=f"DeepSpeed ZeRO-3 with `{found}`.",
+            details="It keeps weights where a reference would be read from the wrong copy, or not at all; it is untested.",
             instead="Leave it out of the DeepSpeed config, or store the reference's log-probs in a run without "
             "DeepSpeed first (`precompute_ref_log_probs=True`).",
         )
@@ -135,14 +135,14 @@ def _refuse_untested_zero(config: Mapping[str, Any]) -> None:
 def _refuse_untested_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ConfigurationError(
-            asked=f"FSDP version {plugin.fsdp_version}.",
-            why="It flattens the parameters, so that a reference can no longer tell them apart.",
+            problem=f"FSDP version {plugin.fsdp_version}.",
+            details="It flattens the parameters, so that a reference can no longer tell them apart.",
             instead='Use FSDP2: `fsdp_config={"fsdp_version": 2, ...}`.',
         )
     if plugin.cpu_ram_efficient_loading:
         raise ConfigurationError(
-            asked="FSDP with `cpu_ram_efficient_loading=True`.",
-            why="Only the first process then has weights while the reference is built; the others would read none.",
+            problem="FSDP with `cpu_ram_efficient_loading=True`.",
+            details="Only the first process then has weights while the reference is built; the others would read none.",
             instead='Write `fsdp_config={"cpu_ram_efficient_loading": False, ...}`.',
         )
 

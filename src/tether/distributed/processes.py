@@ -73,8 +73,8 @@ def check_alike(value: str, what: str) -> None:
     differing = [number for number, other in enumerate(values) if other != values[0]]
     if differing:
         raise ReferenceModelError(
-            asked=f"{len(values)} processes train one policy, each with a {what} of its own.",
-            why=f"That of process {differing[0]} ({values[differing[0]]}) is not that of process 0 ({values[0]}).",
+            problem=f"{len(values)} processes train one policy, each with a {what} of its own.",
+            details=f"That of process {differing[0]} ({values[differing[0]]}) is not that of process 0 ({values[0]}).",
             instead="Load the same weights on every process, and change them in memory the same way (same seed).",
         )
 
@@ -85,7 +85,7 @@ def _raise_first(error: Exception | None) -> None:
         raise error
     for process, found in enumerate(errors):
         if found is not None:
-            found.asked = f"Process {process}: {found.asked}"
+            found.problem = f"Process {process}: {found.problem}"
             raise found
 
 
@@ -93,8 +93,8 @@ def _for_others(error: Exception) -> TetherError:
     if isinstance(error, TetherError):
         return error
     return TetherError(
-        asked=f"It failed: {type(error).__name__}: {error}",
-        why="The processes of a run go on together or not at all.",
+        problem=f"It failed: {type(error).__name__}: {error}",
+        details="The processes of a run go on together or not at all.",
         instead="Look at that process's own traceback.",
     )
 

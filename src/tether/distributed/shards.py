@@ -64,8 +64,8 @@ def whole(tensor: Tensor) -> Tensor:
         return full
     if tensor.is_meta:
         raise ReferenceModelError(
-            asked="A weight on the meta device was to be read.",
-            why="It has a shape and no content, so neither a digest nor a copy of it would mean anything.",
+            problem="A weight on the meta device was to be read.",
+            details="It has a shape and no content, so neither a digest nor a copy of it would mean anything.",
             instead="Load the weights on every process before the reference is built (with FSDP: "
             "`cpu_ram_efficient_loading=False`).",
         )

@@ -54,8 +54,8 @@ def check_margin(losses: Sequence[Loss]) -> None:
         return
     names = [loss.function.__name__ for loss in losses]
     raise ConfigurationError(
-        asked=f"The rows have a `margin`, and `loss_type={names!r}`.",
-        why="None of these losses has a margin in its equation.",
+        problem=f"The rows have a `margin`, and `loss_type={names!r}`.",
+        details="None of these losses has a margin in its equation.",
         instead=f"Drop the column (`dataset.remove_columns('margin')`), or take one of {_takers('margin')}.",
     )
 
@@ -154,5 +154,5 @@ def _takers(option: str) -> str:
 
 def _refuse(option: str, value: Any, why: str, instead: str) -> None:
     raise ConfigurationError(
-        asked=f"`{option}={value!r}`.", why=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
+        problem=f"`{option}={value!r}`.", details=f"{why[0].upper()}{why[1:]}.", instead=f"Write {instead}."
     )

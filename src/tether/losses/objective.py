@@ -106,7 +106,7 @@ def _checked(losses: Any, loss: PreferenceLoss, batch: PairBatch) -> Tensor:
         return losses
     found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
     raise ConfigurationError(
-        asked=f"The loss {getattr(loss, '__name__', loss)!r} gave {found} for {batch.num_pairs} pairs.",
-        why="A loss has one value per pair; the mean over the pairs of the optimizer step is taken by the trainer.",
+        problem=f"The loss {getattr(loss, '__name__', loss)!r} gave {found} for {batch.num_pairs} pairs.",
+        details="A loss has one value per pair; the mean over the pairs of the optimizer step is taken by the trainer.",
         instead="Return a tensor with one entry per pair, without `.mean()` or `.sum()`.",
     )

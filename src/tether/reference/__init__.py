@@ -1,27 +1,27 @@
 """References: where `pi_ref` comes from. One contract, one file per kind."""
 
-from tether.reference.adapter import AdapterReference
 from tether.reference.base import Reference
+from tether.reference.bema import BemaReference
 from tether.reference.build import ReferenceOptions, build_reference, check_options, waits_for_device
-from tether.reference.following import FollowingReference
-from tether.reference.frozen import FrozenReference
+from tether.reference.explicit import ExplicitReference
+from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
 from tether.reference.identity import ReferenceIdentity
-from tether.reference.moving import MovingReference
-from tether.reference.stored import StoredReference
-from tether.reference.uniform import UniformReference
+from tether.reference.implicit import ImplicitReference
+from tether.reference.precomputed import PrecomputedReference
+from tether.reference.synchronized import SynchronizedReference
 
 __all__ = [
-    "AdapterReference",
-    "FollowingReference",
-    "FrozenReference",
+    "BemaReference",
+    "ExplicitReference",
+    "FreeReference",
     "GivenReference",
-    "MovingReference",
+    "ImplicitReference",
+    "PrecomputedReference",
     "Reference",
     "ReferenceIdentity",
     "ReferenceOptions",
-    "StoredReference",
-    "UniformReference",
+    "SynchronizedReference",
     "build_reference",
     "check_options",
     "waits_for_device",

@@ -40,14 +40,14 @@ def export_adapter(policy: PeftModel, folder: Path, *, merged: bool) -> None:
     configs = [policy.peft_config[name] for name in policy.active_adapters]
     if merged and any(config.is_prompt_learning for config in configs):
         raise ReferenceModelError(
-            asked="A reference with learned prompts was to be saved with `merged=True`.",
-            why="Prompts are not part of a model's weights.",
+            problem="A reference with learned prompts was to be saved with `merged=True`.",
+            details="Prompts are not part of a model's weights.",
             instead="Save it without `merged`, as an adapter.",
         )
     if not merged and any(_changes_base(config) for config in configs):
         raise ReferenceModelError(
-            asked="The reference was to be saved as an adapter.",
-            why="Its start (PiSSA, OLoRA, ...) changed the base model in memory: an adapter alone would be loaded onto "
+            problem="The reference was to be saved as an adapter.",
+            details="Its start (PiSSA, OLoRA, ...) changed the base model in memory: an adapter alone would be loaded onto "
             "another base.",
             instead="Save it with `merged=True`, as a model of its own.",
         )

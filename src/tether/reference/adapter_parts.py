@@ -216,8 +216,8 @@ def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], op
 
 def _refuse(asked: str, why: str, instead: str = "") -> NoReturn:
     raise ConfigurationError(
-        asked=f"`sync_ref_model=True` with {asked}.",
-        why=why,
+        problem=f"`sync_ref_model=True` with {asked}.",
+        details=why,
         instead=f"Write: {instead}"
         if instead
         else "Train LoRA, DoRA, IA3 or the full model, or set `sync_ref_model=False`.",

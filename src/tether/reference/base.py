@@ -1,7 +1,7 @@
 """The contract of every reference: who it is, what it says of a batch, and its life around training.
 
 The trainer calls these methods on whatever reference it holds and never asks which kind it is. Implementations are
-final; behaviour is added by wrapping (`StoredReference`, `MovingReference`), not by overriding.
+final; behaviour is added by wrapping (`PrecomputedReference`, `SynchronizedReference`), not by overriding.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Reference(ABC):
             ReferenceModelError: If the reference is not the policy in another state.
         """
         raise ReferenceModelError(
-            asked="The policy was to act as its own reference (`null_ref_context`).",
-            why=f"This reference ({self.identity.kind}) has weights of its own; the policy's are not among them.",
+            problem="The policy was to act as its own reference (`null_ref_context`).",
+            details=f"This reference ({self.identity.kind}) has weights of its own; the policy's are not among them.",
             instead="Ask the reference itself: `trainer.reference.log_probs(batch)`, or `trainer.ref_model`.",
         )
 
@@ -133,8 +133,8 @@ class Reference(ABC):
             ReferenceModelError: If the reference holds no weights that could be saved.
         """
         raise ReferenceModelError(
-            asked=f"The {self.identity.kind} reference was to be saved as a model.",
-            why="It has no weights of its own.",
+            problem=f"The {self.identity.kind} reference was to be saved as a model.",
+            details="It has no weights of its own.",
             instead="Save the model that it was made from.",
         )
 

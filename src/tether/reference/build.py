@@ -17,17 +17,17 @@ from torch import nn
 
 from tether.distributed import Sharding, has_shards
 from tether.errors import ConfigurationError
-from tether.reference.adapter import AdapterReference, is_adapter_model
 from tether.reference.adapter_parts import check_can_follow, refuse_sharded_average
 from tether.reference.base import Reference
-from tether.reference.following import FollowingReference
-from tether.reference.frozen import FrozenReference, Origin
+from tether.reference.bema import BemaReference
+from tether.reference.explicit import ExplicitReference, Origin
+from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
 from tether.reference.identity import check_finite, model_tensors
-from tether.reference.moving import MovingReference
+from tether.reference.implicit import ImplicitReference, is_adapter_model
 from tether.reference.parts import UpdateRule
-from tether.reference.stored import StoredReference, StoreMode
-from tether.reference.uniform import UniformReference
+from tether.reference.precomputed import PrecomputedReference, StoreMode
+from tether.reference.synchronized import SynchronizedReference
 from tether.store import LogProbStore
 
 logger = logging.getLogger(__name__)
@@ -103,15 +103,15 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
     if options.given is not None:
         return GivenReference(options.given)
     if options.free:
-        return UniformReference()
+        return FreeReference()
     source = _source(policy, ref_model, options)
     match source, options:
         case _, ReferenceOptions(precompute=True):
             return _stored(source, options)
         case _, ReferenceOptions(follows=True):
-            return FollowingReference(source)
+            return BemaReference(source)
         case _, ReferenceOptions(sync=True):
-            return MovingReference(
+            return SynchronizedReference(
                 source,
                 lambda: policy,
                 alpha=options.alpha,
@@ -122,14 +122,14 @@ def build_reference(policy: nn.Module, ref_model: nn.Module | None, options: Ref
             return source
 
 
-def _stored(source: Reference, options: ReferenceOptions) -> StoredReference:
+def _stored(source: Reference, options: ReferenceOptions) -> PrecomputedReference:
     if options.streaming and options.store_mode == "auto":
         logger.warning(
             "precompute_ref_log_probs on a stream: its rows are scored and kept when training first reads them, and "
             "found by later epochs and runs (ref_store_mode='lazy')."
         )
     modes: dict[str, StoreMode] = {"auto": "fill", "fill": "fill", "lazy": "lazy", "require": "require"}
-    return StoredReference(
+    return PrecomputedReference(
         LogProbStore(options.store_path),
         source,
         mode=modes[options.store_mode],
@@ -141,10 +141,10 @@ def _stored(source: Reference, options: ReferenceOptions) -> StoredReference:
 
 def _source(
     policy: nn.Module, ref_model: nn.Module | None, options: ReferenceOptions
-) -> FrozenReference | AdapterReference:
+) -> ExplicitReference | ImplicitReference:
     dtype, autocast_dtype, device, shard = options.dtype, options.autocast_dtype, options.device, options.shard
     if ref_model is not None:
-        return FrozenReference.of_other_model(
+        return ExplicitReference.of_other_model(
             ref_model,
             policy,
             moves=options.sync or options.follows,
@@ -155,14 +155,16 @@ def _source(
             shard=shard,
         )
     if is_adapter_model(policy):
-        return AdapterReference(policy, autocast_dtype=autocast_dtype, moves=options.sync or options.follows)
+        return ImplicitReference(policy, autocast_dtype=autocast_dtype, moves=options.sync or options.follows)
     elsewhere = device if shard is None and waits_for_device(policy, device) else None
     can_run = shard is None and elsewhere is None and not has_shards(policy)
     if options.releases_source and dtype is None and can_run:
         itself = Origin("the policy in memory", lambda: policy)  # until it has trained
         origins = (itself, *options.origins)
-        return FrozenReference.before_training(policy, autocast_dtype=autocast_dtype, origins=origins)
-    return FrozenReference.of_policy(policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard)
+        return ExplicitReference.before_training(policy, autocast_dtype=autocast_dtype, origins=origins)
+    return ExplicitReference.of_policy(
+        policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard
+    )
 
 
 def _in_memory(ref_model: nn.Module) -> Origin:
@@ -188,8 +190,8 @@ def _check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
     """Refuses a reference model that is the policy itself, or the base that the policy's adapter sits on."""
     if ref_model is policy or (is_adapter_model(policy) and ref_model is policy.get_base_model()):
         raise ConfigurationError(
-            asked="`ref_model` is the same object as `model`" + ("." if ref_model is policy else "'s base."),
-            why="The reference would train with the policy, and every reward would be 0.",
+            problem="`ref_model` is the same object as `model`" + ("." if ref_model is policy else "'s base."),
+            details="The reference would train with the policy, and every reward would be 0.",
             instead="Leave `ref_model` out: the reference is then the initial policy.",
         )
 
@@ -212,8 +214,8 @@ def check_options(
     has_adapter = new_adapter is not None or is_adapter_model(policy)
     if options.free and ref_model is not None:
         raise ConfigurationError(
-            asked="`reference_free=True` together with `ref_model`.",
-            why="Without a reference there is nothing to compare with.",
+            problem="`reference_free=True` together with `ref_model`.",
+            details="Without a reference there is nothing to compare with.",
             instead="Leave `ref_model` out, or set `reference_free=False`.",
         )
     if ref_model is not None:
@@ -224,32 +226,32 @@ def check_options(
         _check_sync(policy, ref_model, options, new_adapter)
     if options.precompute and options.streaming and options.store_mode == "fill":
         raise ConfigurationError(
-            asked="`ref_store_mode='fill'` with a stream (`IterableDataset`).",
-            why="The rows of a stream are only known when they are read, so they cannot be scored before training.",
+            problem="`ref_store_mode='fill'` with a stream (`IterableDataset`).",
+            details="The rows of a stream are only known when they are read, so they cannot be scored before training.",
             instead="Set `ref_store_mode='lazy'` (or leave it out): rows are scored when first read, and found later.",
         )
     if options.dtype is not None and options.shard is not None:
         raise ConfigurationError(
-            asked="`ref_dtype` together with ZeRO-3 or FSDP2.",
-            why="A sharded reference is held and cast as the policy is, by the options of the sharding.",
+            problem="`ref_dtype` together with ZeRO-3 or FSDP2.",
+            details="A sharded reference is held and cast as the policy is, by the options of the sharding.",
             instead="Leave `ref_dtype` out.",
         )
     if options.follows:
         _check_can_follow(options, has_adapter and ref_model is not None)
     if options.dtype is not None and ref_model is None and has_adapter:
         raise ConfigurationError(
-            asked="`ref_dtype` with a PEFT model and no `ref_model`.",
-            why="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
+            problem="`ref_dtype` with a PEFT model and no `ref_model`.",
+            details="The reference is the policy's own base; it has no weights of its own to hold in another dtype.",
             instead="Leave `ref_dtype` out, or pass `ref_model`.",
         )
 
 
 def check_sync_without_precompute(sync: bool, precompute: bool) -> None:
-    """Refuses a moving reference whose answers are stored; known before there is any model."""
+    """Refuses a synchronized reference whose answers are stored; known before there is any model."""
     if sync and precompute:
         raise ConfigurationError(
-            asked="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
-            why="Log-probs computed before training are stale once the reference has moved.",
+            problem="`sync_ref_model=True` together with `precompute_ref_log_probs=True`.",
+            details="Log-probs computed before training are stale once the reference has moved.",
             instead="Set one of the two to False.",
         )
 
@@ -260,8 +262,8 @@ def _check_sync(policy: nn.Module, ref_model: nn.Module | None, options: Referen
     check_can_follow(adapters, UpdateRule(options.alpha, options.sync_rank))
     if adapters and ref_model is not None:
         raise ConfigurationError(
-            asked="`sync_ref_model=True` with a PEFT model and a `ref_model`.",
-            why="An adapter's average lives on the policy's own base; it cannot be averaged into another model.",
+            problem="`sync_ref_model=True` with a PEFT model and a `ref_model`.",
+            details="An adapter's average lives on the policy's own base; it cannot be averaged into another model.",
             instead="Leave `ref_model` out: the reference starts as the policy is now.",
         )
     if adapters:
@@ -286,7 +288,7 @@ def _check_can_follow(options: ReferenceOptions, crosses_models: bool) -> None:
     for other, (given, why) in reasons.items():
         if given:
             raise ConfigurationError(
-                asked=f"`BEMACallback(update_ref_model=True)` together with {other}.",
-                why=why,
+                problem=f"`BEMACallback(update_ref_model=True)` together with {other}.",
+                details=why,
                 instead=f"Leave {other} out, or set `update_ref_model=False`: the average is still saved.",
             )

@@ -116,9 +116,9 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
     if gap.within(allowed):
         return
     raise InitialGapError(
-        asked=f"The {reference.identity.kind} reference was meant to be the initial policy, but scores the first batch "
+        problem=f"The {reference.identity.kind} reference was meant to be the initial policy, but scores the first batch "
         f"differently: {gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most.",
-        why=f"Rounding ({_dtypes(policy_dtype, own)}) explains {mean:g} in the mean and {largest:g} at most. Likely "
+        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains {mean:g} in the mean and {largest:g} at most. Likely "
         "causes: the policy was changed between building the trainer and training; an adapter whose initial delta is "
         "not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another dtype; "
         "log-probs stored for other weights.",
@@ -199,7 +199,7 @@ class ReferenceWatch:
             self.start, self._knows_start = Start(_keys(self._sentinel), log_probs), True
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
-        """How far a moving reference is from the policy and from the initial policy, on the sentinel's pairs.
+        """How far a synchronized reference is from the policy and from the initial policy, on the sentinel's pairs.
 
         The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still; nothing of
         the start where a resumed run has other rows.
@@ -232,9 +232,9 @@ class ReferenceWatch:
         if gap.within(allowed) and not names:
             return
         raise DriftError(
-            asked=f"The {self._reference.identity.kind} reference should stand still, but scores fixed pairs "
+            problem=f"The {self._reference.identity.kind} reference should stand still, but scores fixed pairs "
             f"differently than before training: {gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most.",
-            why=f"These of its tensors changed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+            details=f"These of its tensors changed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
             if names
             else "None of its weights changed, so a buffer, a mode or the stored values did.",
             instead="Keep training from reaching them (a bias, `modules_to_save`, tied or shared embeddings), or give "

@@ -174,9 +174,9 @@ def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list
 
 def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
     return ConfigurationError(
-        asked=f"{len(part)} responses of the {name} set ({_num_tokens(part)} tokens) were scored at once, and did not "
+        problem=f"{len(part)} responses of the {name} set ({_num_tokens(part)} tokens) were scored at once, and did not "
         "fit into the accelerator's memory.",
-        why="The reference is sharded: every process makes this forward together, so one alone cannot make it smaller.",
+        details="The reference is sharded: every process makes this forward together, so one alone cannot make it smaller.",
         instead="Set `precompute_ref_batch_size` (in longest pairs; 1 is the least), or a shorter `max_length`.",
     )
 

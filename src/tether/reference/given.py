@@ -43,8 +43,8 @@ class GivenReference(Reference):
         sums = [known for known in batch.reference_sums if known is not None]
         if len(sums) != batch.num_responses:
             raise MissingLogProbsError(
-                asked="Reference log-probs of a row without `ref_chosen_logps` and `ref_rejected_logps`.",
-                why="The training rows bring their own, so there is no model to compute them with.",
+                problem="Reference log-probs of a row without `ref_chosen_logps` and `ref_rejected_logps`.",
+                details="The training rows bring their own, so there is no model to compute them with.",
                 instead="Give this set the two columns too, or take them out of the training set "
                 "(`dataset.remove_columns`) to have a reference computed.",
             )

@@ -38,7 +38,7 @@ class ReferenceIdentity:
     """What tells one reference from another.
 
     Attributes:
-        kind: How the reference is had, in a word (`frozen`, `adapter`, ...); for people, not part of `digest`.
+        kind: How the reference is had, in a word (`explicit`, `implicit`, ...); for people, not part of `digest`.
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
@@ -164,8 +164,8 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ReferenceModelError(
-            asked=f"The model's weight `{name}` has NaN or infinite values.",
-            why="Every log-probability made from it would be NaN, for the policy and for the reference.",
+            problem=f"The model's weight `{name}` has NaN or infinite values.",
+            details="Every log-probability made from it would be NaN, for the policy and for the reference.",
             instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 overflow).",
         )
 

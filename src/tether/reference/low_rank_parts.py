@@ -1,4 +1,4 @@
-"""Parts of a moving reference that are low-rank updates: LoRA's and DoRA's, averaged as the weights they make.
+"""Parts of a synchronized reference that are low-rank updates: LoRA's and DoRA's, averaged as the weights they make.
 
 Names and tensors only: knows no PEFT. The arithmetic is in `averaging`.
 """

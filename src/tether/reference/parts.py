@@ -135,4 +135,4 @@ class DensePart(Part):
 
 
 def _refuse(option: str, value: object, why: str, instead: str) -> None:
-    raise ConfigurationError(asked=f"`{option}={value!r}`.", why=why, instead=f"Write: {instead}")
+    raise ConfigurationError(problem=f"`{option}={value!r}`.", details=why, instead=f"Write: {instead}")

@@ -1,6 +1,6 @@
 """Is what a store holds still what the reference says? Scores some responses again and compares.
 
-Knows stored references; knows no file and no command.
+Knows precomputed references; knows no file and no command.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tether.errors import ConfigurationError, StoreError
 from tether.reference.checks import Gap, tolerance
 from tether.reference.filling import names_of
-from tether.reference.stored import StoredReference
+from tether.reference.precomputed import PrecomputedReference
 from tether.types import PairBatch
 
 
@@ -36,7 +36,7 @@ class Verification:
     where: str
 
 
-def verify(reference: StoredReference, batches: Iterable[PairBatch], name: str = "train") -> Verification:
+def verify(reference: PrecomputedReference, batches: Iterable[PairBatch], name: str = "train") -> Verification:
     """Scores the responses of some batches again, by the reference's source, and compares with what is stored.
 
     Args:
@@ -46,9 +46,9 @@ def verify(reference: StoredReference, batches: Iterable[PairBatch], name: str =
     """
     if reference.source is None:
         raise ConfigurationError(
-            asked="A verification of a stored reference without a source.",
-            why="There is no model to score the responses again with.",
-            instead="Give `StoredReference` its source.",
+            problem="A verification of a stored reference without a source.",
+            details="There is no model to score the responses again with.",
+            instead="Give `PrecomputedReference` its source.",
         )
     num_responses = num_missing = num_tokens = 0
     total, largest, where = 0.0, 0.0, ""
@@ -68,7 +68,7 @@ def verify(reference: StoredReference, batches: Iterable[PairBatch], name: str =
     return Verification(num_responses, num_missing, num_tokens, total / max(num_tokens, 1), largest, where)
 
 
-def check(found: Verification, reference: StoredReference) -> None:
+def check(found: Verification, reference: PrecomputedReference) -> None:
     """Refuses a difference that rounding does not explain.
 
     Raises:
@@ -79,9 +79,9 @@ def check(found: Verification, reference: StoredReference) -> None:
     if Gap(found.mean, found.largest).within(allowed):
         return
     raise StoreError(
-        asked=f"The store {reference.store.path} differs from what the reference says now by {found.largest:.3g} nats "
+        problem=f"The store {reference.store.path} differs from what the reference says now by {found.largest:.3g} nats "
         f"at most ({found.where}), {found.mean:.3g} per token in the mean.",
-        why=f"Rounding in {reference.identity.compute_dtype} explains {largest:g} at most and {mean:g} in the mean. "
+        details=f"Rounding in {reference.identity.compute_dtype} explains {largest:g} at most and {mean:g} in the mean. "
         "The identity is the same, so other numbers were put under it: imported, or computed by other kernels.",
         instead=f"Remove them, and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
     )

@@ -42,9 +42,9 @@ def reset_rotary(model: nn.Module) -> None:
 def uneven_forwards(limit: int, length: int | None) -> ConfigurationError:
     """The refusal of rows above the limit where every forward needs every process."""
     return ConfigurationError(
-        asked=f"Rows of {'any number of' if length is None else f'up to {length}'} tokens for a sharded model whose "
+        problem=f"Rows of {'any number of' if length is None else f'up to {length}'} tokens for a sharded model whose "
         f"rotary embeddings depend on the length beyond {limit}.",
-        why="A row above that has a forward of its own, so the processes would make different numbers of forwards, and "
+        details="A row above that has a forward of its own, so the processes would make different numbers of forwards, and "
         "wait for each other for ever.",
         instead=f"Write `max_length={limit}` or less, or train without ZeRO-3 and FSDP2.",
     )

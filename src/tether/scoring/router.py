@@ -50,9 +50,9 @@ def router_loss(base: nn.Module, outputs: Any, weights: Int[Tensor, "rows column
     top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
     if not router_logits or not top_k:
         raise ConfigurationError(
-            asked=f"Cannot weigh the router's loss of a {type(base).__name__}: its forward returns neither an "
+            problem=f"Cannot weigh the router's loss of a {type(base).__name__}: its forward returns neither an "
             "auxiliary loss nor what one is made of.",
-            why="It takes `router_logits` in the forward's output, and `num_experts_per_tok` in the config.",
+            details="It takes `router_logits` in the forward's output, and `num_experts_per_tok` in the config.",
             instead="Write `router_aux_loss_coef=0`.",
         )
     return load_balancing_loss(router_logits, top_k, weights)

@@ -43,8 +43,8 @@ def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
     """
     if store.count(identity) == 0:
         raise StoreError(
-            asked=f"an export of the reference {identity} from {store.path}",
-            why="the store holds no record of it",
+            problem=f"an export of the reference {identity} from {store.path}",
+            details="the store holds no record of it",
             instead="choose one of " + (", ".join(i.digest for i in store.identities()) or "(the store is empty)"),
         )
     about = {"format": 1, "identity": identity, "description": store.describe(identity)}
@@ -109,8 +109,8 @@ def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
     source = Path(other_path).expanduser().absolute()
     if source.exists() and os.path.samefile(source, into.path):
         raise StoreError(
-            asked=f"merging {source} into itself",
-            why="both paths name one file",
+            problem=f"merging {source} into itself",
+            details="both paths name one file",
             instead="name the other store's file",
         )
     num_added = 0
@@ -139,8 +139,8 @@ def prune(store: LogProbStore, *, identity: str | None = None, older_than: timed
     """
     if identity is None and older_than is None:
         raise StoreError(
-            asked=f"pruning {store.path} of everything",
-            why="that would throw away every score, and is likelier a slip than a wish",
+            problem=f"pruning {store.path} of everything",
+            details="that would throw away every score, and is likelier a slip than a wish",
             instead="name an `identity` or an age (`older_than`); to remove the whole store delete its file",
         )
     latest = None if older_than is None else datetime.now(UTC) - older_than
@@ -198,8 +198,12 @@ def _read_owner(schema: pa.Schema, source: Path, identity: str | None) -> tuple[
 
 
 def _not_ours(source: Path, why: str, instead: str) -> StoreError:
-    return StoreError(asked=f"an import from {source}", why=why, instead=instead)
+    return StoreError(problem=f"an import from {source}", details=why, instead=instead)
 
 
 def _cannot(doing: str, path: Path, error: Exception) -> StoreError:
-    return StoreError(f"{doing} the Parquet file {path}", str(error), "check path, permissions and disk space")
+    return StoreError(
+        problem=f"{doing} the Parquet file {path}",
+        details=str(error),
+        instead="check path, permissions and disk space",
+    )

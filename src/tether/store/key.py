@@ -90,8 +90,8 @@ def _encode_ids(ids: Sequence[int] | np.ndarray, argument: str) -> bytes:
 
 def _not_ids(argument: str, found: str) -> StoreError:
     return StoreError(
-        asked=f"a content key with `{argument}` = {found}",
-        why="a key is made from token ids: integers, in one dimension",
+        problem=f"a content key with `{argument}` = {found}",
+        details="a key is made from token ids: integers, in one dimension",
         instead=f"pass `{argument}` as a list of int or as an integer array of shape (num_tokens,)",
     )
 
@@ -106,7 +106,7 @@ def _encode_input(name: str, value: bytes | np.ndarray) -> tuple[bytes, bytes]:
         shape = struct.pack(f"<{value.ndim}q", *value.shape)
         return b"array " + canonical.dtype.str.encode() + shape, canonical.tobytes()
     raise StoreError(
-        asked=f"a content key with the model input '{name}' of type {type(value).__name__}",
-        why="only bytes and numeric arrays have the same bytes in every process",
+        problem=f"a content key with the model input '{name}' of type {type(value).__name__}",
+        details="only bytes and numeric arrays have the same bytes in every process",
         instead=f"pass '{name}' as a numpy array, or as a digest of its content in bytes",
     )

@@ -39,8 +39,8 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     """A connection that can't change the store at `path`; raises StoreError."""
     if not path.is_file() or path.stat().st_size == 0:
         raise StoreError(
-            asked=f"the log-prob store {path}, read only",
-            why="there is no store in that place",
+            problem=f"the log-prob store {path}, read only",
+            details="there is no store in that place",
             instead="check the path, or open it without `read_only` to start a new store",
         )
     with in_three_parts("opening", path):
@@ -49,8 +49,8 @@ def open_to_read(path: Path) -> sqlite3.Connection:
             schema.check(db, path)
             if schema.is_older(db):
                 raise StoreError(
-                    asked=f"the log-prob store {path}, read only",
-                    why="it has an older format, which is brought up to date when it is opened for writing",
+                    problem=f"the log-prob store {path}, read only",
+                    details="it has an older format, which is brought up to date when it is opened for writing",
                     instead="open it once without `read_only`",
                 )
             db.execute("PRAGMA query_only = ON")
@@ -176,7 +176,7 @@ def _refuse_unfinished(path: Path) -> None:
         journal = path.with_name(path.name + suffix)
         if journal.exists() and journal.stat().st_size > 0:
             raise StoreError(
-                asked=f"the log-prob store {path}, read only",
-                why=f"its last writes are in {journal.name}, and this folder may not be written to join them",
+                problem=f"the log-prob store {path}, read only",
+                details=f"its last writes are in {journal.name}, and this folder may not be written to join them",
                 instead="open it once where its folder can be written, or copy both files to such a folder",
             )

@@ -71,15 +71,15 @@ def check_keys(keys: Sequence[bytes], others: Sequence[object], name: str) -> No
     """Raises StoreError unless every key has 16 bytes and `others` has one entry for each."""
     if len(keys) != len(others):
         raise StoreError(
-            asked=f"{len(keys)} keys with {len(others)} {name}",
-            why=f"keys and {name} belong together one to one",
+            problem=f"{len(keys)} keys with {len(others)} {name}",
+            details=f"keys and {name} belong together one to one",
             instead=f"pass one entry of `{name}` for each key",
         )
     for position, key in enumerate(keys):
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise StoreError(
-                asked=f"key {position}: {key!r}",
-                why=f"a key is {KEY_BYTES} bytes",
+                problem=f"key {position}: {key!r}",
+                details=f"a key is {KEY_BYTES} bytes",
                 instead="make keys with `tether.store.content_key`",
             )
 
@@ -91,16 +91,16 @@ def check_values(value: npt.ArrayLike, key: bytes, position: int) -> LogProbs:
     name = f"log-probs of key {key.hex()} (entry {position} of this call)"
     if log_probs.ndim != 1:
         raise StoreError(
-            asked=f"{name} with shape {log_probs.shape}",
-            why="a record holds one number per response token",
+            problem=f"{name} with shape {log_probs.shape}",
+            details="a record holds one number per response token",
             instead="pass an array of shape (num_response_tokens,)",
         )
     finite = np.isfinite(log_probs)
     if not finite.all():
         token = int(np.argmin(finite))
         raise StoreError(
-            asked=f"{name}: token {token} of {len(log_probs)} is {log_probs[token]}",
-            why="it would spoil every run that reads it; nothing of this call was written",
+            problem=f"{name}: token {token} of {len(log_probs)} is {log_probs[token]}",
+            details="it would spoil every run that reads it; nothing of this call was written",
             instead="find what makes the reference overflow on this row (its dtype, a ruled-out token), or "
             "leave the row out",
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from tether.errors import StoreError
 
 APPLICATION_ID = 0x54455448  # "TETH", in the file's header: tells a store from any other SQLite file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 was that of Tether 0.1.0, whose references had other names
 
 # Identity ids are never used twice (AUTOINCREMENT): a record can't come to belong to another reference.
 _TABLES = (
@@ -43,15 +43,15 @@ def check(db: sqlite3.Connection, path: Path) -> None:
     """Raises StoreError if the file is another program's database, or a store newer than this program."""
     if _read(db, "application_id") != APPLICATION_ID:
         raise StoreError(
-            asked=f"the log-prob store {path}",
-            why="this SQLite file belongs to another program; it was not changed",
+            problem=f"the log-prob store {path}",
+            details="this SQLite file belongs to another program; it was not changed",
             instead="choose another path for the store",
         )
     version = _read(db, "user_version")
     if version > SCHEMA_VERSION or (version < SCHEMA_VERSION and version not in _MIGRATIONS):
         raise StoreError(
-            asked=f"the log-prob store {path} of format version {version}",
-            why=f"this version of tether reads format version {SCHEMA_VERSION}; the file was not changed",
+            problem=f"the log-prob store {path} of format version {version}",
+            details=f"this version of tether reads format version {SCHEMA_VERSION}; the file was not changed",
             instead="use the version of tether that wrote it (or a newer one), or another path for the store",
         )
 

@@ -59,7 +59,9 @@ def in_three_parts(doing: str, path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         why, instead = next((parts for piece, parts in _SAID.items() if piece in str(error)), _ELSE)
-        raise StoreError(f"{doing} the log-prob store {path}", f"{why} ({error})", instead) from error
+        raise StoreError(
+            problem=f"{doing} the log-prob store {path}", details=f"{why} ({error})", instead=instead
+        ) from error
 
 
 def is_busy(error: sqlite3.Error) -> bool:

@@ -42,8 +42,8 @@ class StoreFile:
         """A connection within one transaction: all of the body is written, or nothing."""
         if self.read_only:
             raise StoreError(
-                asked=f"writing to the log-prob store {self.path}",
-                why="it was opened with `read_only=True`",
+                problem=f"writing to the log-prob store {self.path}",
+                details="it was opened with `read_only=True`",
                 instead="open it without `read_only`",
             )
         with _in_use, in_three_parts("writing to", self.path):
@@ -73,8 +73,8 @@ class StoreFile:
     def _connection(self) -> sqlite3.Connection:
         if self._closed:
             raise StoreError(
-                asked=f"using the log-prob store {self.path}",
-                why="it was closed",
+                problem=f"using the log-prob store {self.path}",
+                details="it was closed",
                 instead="open it again with `LogProbStore(path)`",
             )
         if self._db is not None and not self._is_in_place():

@@ -17,8 +17,8 @@ def _has_pytest() -> bool:
 
 if not _has_pytest():
     raise MissingPackageError(
-        asked="`tether.testing` was imported.",
-        why="Its contract suites are pytest tests, and pytest is not installed: Tether does not need it to train.",
+        problem="`tether.testing` was imported.",
+        details="Its contract suites are pytest tests, and pytest is not installed: Tether does not need it to train.",
         instead="Install it where you run the tests: `pip install pytest`.",
     )
 

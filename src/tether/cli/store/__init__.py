@@ -100,8 +100,8 @@ def export(
         return records.export(store, file, identity)
     if identity is not None:
         raise ConfigurationError(
-            asked="Cannot use `--identity` together with `--rows`: the recipe says which reference scores its rows.",
-            why="`--identity` chooses among the references whose records a store holds.",
+            problem="Cannot use `--identity` together with `--rows`: the recipe says which reference scores its rows.",
+            details="`--identity` chooses among the references whose records a store holds.",
             instead="Leave `--identity` out.",
         )
     request = _request("export", [rows, *ctx.args], store)

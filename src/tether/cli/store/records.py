@@ -70,8 +70,8 @@ def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = 
     path = Path(name).expanduser() if name else default_store_path()
     if must_exist and not path.is_file():
         raise StoreError(
-            asked=f"Cannot open the store {path.absolute()}: there is no such file.",
-            why="Nothing was scored into it yet.",
+            problem=f"Cannot open the store {path.absolute()}: there is no such file.",
+            details="Nothing was scored into it yet.",
             instead="Name another with `--store FILE`, or fill this one: `tether precompute RECIPE.yaml`.",
         )
     return LogProbStore(path, read_only=read_only)
@@ -89,8 +89,8 @@ def choose_identity(store: LogProbStore, start: str | None) -> str:
         return found[0]
     which = f"a reference whose digest starts with {start!r}" if start else "its only reference"
     raise StoreError(
-        asked=f"Cannot choose {which} in {store.path}: {len(found) or 'none'} of its references fit.",
-        why=f"It holds {', '.join(known) or 'none'}.",
+        problem=f"Cannot choose {which} in {store.path}: {len(found) or 'none'} of its references fit.",
+        details=f"It holds {', '.join(known) or 'none'}.",
         instead="Name one with `--identity` and its first letters; `tether store info` says what each is.",
     )
 

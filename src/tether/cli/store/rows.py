@@ -17,7 +17,7 @@ from tether.cli.recipe import Request, make_recipe
 from tether.columns import with_reference_columns
 from tether.data import batch_of
 from tether.errors import ConfigurationError, StoreError
-from tether.reference import StoredReference
+from tether.reference import PrecomputedReference
 from tether.reference.verifying import check
 from tether.reference.verifying import verify as verify_sample
 from tether.trainer import DPOTrainer
@@ -29,15 +29,15 @@ def verify(request: Request, num_rows: int, seed: int) -> int:
     """Scores a sample of rows again and compares with what is stored."""
     with _trainer_of(request) as trainer:
         reference = trainer.reference
-        assert isinstance(reference, StoredReference)
+        assert isinstance(reference, PrecomputedReference)
         identity, store = reference.identity.digest, reference.store
         num_intact = sum(len(batch) for batch in store.batches(identity))
         found = verify_sample(reference, _sample(trainer, num_rows, seed))
     if not found.num_responses:
         raise StoreError(
-            asked=f"Cannot verify {store.path} for the reference {identity}: None of the {found.num_missing} responses "
+            problem=f"Cannot verify {store.path} for the reference {identity}: None of the {found.num_missing} responses "
             "drawn is in it.",
-            why="It was filled with other rows, another template or tokenizer, or by another reference.",
+            details="It was filled with other rows, another template or tokenizer, or by another reference.",
             instead="Name the store with `--store`, or fill it: `tether precompute` with the same recipe.",
         )
     print(
@@ -58,8 +58,8 @@ def export(request: Request, file: str, set_name: str) -> int:
         rows: Any = trainer.train_dataset if set_name == "train" else trainer.eval_dataset
         if rows is None:
             raise ConfigurationError(
-                asked="Cannot use `--set eval` of a recipe without held-out pairs: there are none to write.",
-                why="The recipe names none.",
+                problem="Cannot use `--set eval` of a recipe without held-out pairs: there are none to write.",
+                details="The recipe names none.",
                 instead="Name them with `eval_data` or `eval_fraction`, or leave `--set` out.",
             )
         collator: Any = trainer.data_collator

@@ -1,4 +1,4 @@
-"""`StoredReference`: answers kept on disk, missing ones computed by a source.
+"""`PrecomputedReference`: answers kept on disk, missing ones computed by a source.
 
 Knows the store's keys, and when a source may be asked; knows no model.
 """
@@ -29,7 +29,7 @@ _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 _IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
 
 
-class StoredReference(WrappingReference[Reference]):
+class PrecomputedReference(WrappingReference[Reference]):
     """A reference that reads what was computed before, by content, under the identity of who computed it.
 
     Args:
@@ -46,7 +46,7 @@ class StoredReference(WrappingReference[Reference]):
         how_to_fill: What to write to have missing rows scored, for messages.
 
     Example:
-        >>> reference = StoredReference(LogProbStore(path), FrozenReference(model))   # doctest: +SKIP
+        >>> reference = PrecomputedReference(LogProbStore(path), ExplicitReference(model))   # doctest: +SKIP
         >>> reference.prepare({"train": lambda: batches})                             # doctest: +SKIP
     """
 
@@ -64,7 +64,7 @@ class StoredReference(WrappingReference[Reference]):
     ) -> None:
         if identity is None:
             if source is None:
-                raise ValueError("a StoredReference needs a source or the identity of one")
+                raise ValueError("a PrecomputedReference needs a source or the identity of one")
             identity = source.identity
         super().__init__(source if source is not None else _Nobody(identity))
         self._store, self._identity = store, identity
@@ -239,9 +239,9 @@ class StoredReference(WrappingReference[Reference]):
 
     def _missing(self, what: str) -> MissingLogProbsError:
         return MissingLogProbsError(
-            asked=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}): "
+            problem=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}): "
             f"{what} missing.",
-            why="`ref_store_mode='require'` reads stored answers only."
+            details="`ref_store_mode='require'` reads stored answers only."
             if self._mode == "require"
             else "This reference only reads: it was given no source to compute them with.",
             instead=self._how_to_fill,
@@ -250,9 +250,9 @@ class StoredReference(WrappingReference[Reference]):
     def _not_finite(self, batch: PairBatch, index: int, name: str, value: Any) -> DataError:
         token = int(np.argmin(np.isfinite(value)))
         return DataError(
-            asked=f"The reference gives {self._named(batch, index, name)} a log-probability of {value[token]} at token "
+            problem=f"The reference gives {self._named(batch, index, name)} a log-probability of {value[token]} at token "
             f"{token} of {len(value)}.",
-            why="It would turn the loss of every run that reads it into NaN, so it was not stored.",
+            details="It would turn the loss of every run that reads it into NaN, so it was not stored.",
             instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 "
             "in place of float16), or a token that it rules out.",
         )
@@ -269,4 +269,4 @@ class _Nobody(Reference):
         return self._identity
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        raise AssertionError("`StoredReference` looks whether there is a source before it asks one")
+        raise AssertionError("`PrecomputedReference` looks whether there is a source before it asks one")

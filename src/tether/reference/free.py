@@ -1,4 +1,4 @@
-"""`UniformReference`: no reference at all; every response is as likely as any other.
+"""`FreeReference`: no reference at all; every response is as likely as any other.
 
 Knows no model.
 """
@@ -12,7 +12,7 @@ from tether.reference.identity import ReferenceIdentity
 from tether.types import PairBatch, ResponseLogProbs, offsets_of
 
 
-class UniformReference(Reference):
+class FreeReference(Reference):
     """The reference of reference-free training: `log pi_ref(y|x) = 0` for every response.
 
     Any other constant would do as well, for losses that see the difference of two responses alone. A reward is then
@@ -21,13 +21,13 @@ class UniformReference(Reference):
     Example:
         >>> from tether.types import Response
         >>> batch = PairBatch.of_pairs([(Response((1,), (2, 3)), Response((1,), (4,)))])
-        >>> UniformReference().log_probs(batch).sums()
+        >>> FreeReference().log_probs(batch).sums()
         tensor([0., 0.])
     """
 
     @property
     def identity(self) -> ReferenceIdentity:
-        return ReferenceIdentity("uniform", "none", "float32", 0)
+        return ReferenceIdentity("free", "none", "float32", 0)
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         zeros = torch.zeros(sum(batch.response_lengths), device=batch.device)

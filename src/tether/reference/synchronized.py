@@ -1,4 +1,4 @@
-"""`MovingReference`: TR-DPO, a reference that follows the policy.
+"""`SynchronizedReference`: TR-DPO, a reference that follows the policy.
 
 Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint. What moves, and
 how, is in the source's `parts`.
@@ -24,10 +24,10 @@ from tether.reference.low_rank_parts import truncation_error
 from tether.reference.parts import MovableReference, Tensors, UpdateRule
 from tether.reference.wrapping import WrappingReference
 
-_TENSORS, _SCHEDULE = "moving_reference.safetensors", "moving_reference.json"
+_TENSORS, _SCHEDULE = "synchronized_reference.safetensors", "synchronized_reference.json"
 
 
-class MovingReference(WrappingReference[MovableReference]):
+class SynchronizedReference(WrappingReference[MovableReference]):
     """`pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref` every `every` optimizer steps.
 
     Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. The step counted is the optimizer's, and the update comes
@@ -67,7 +67,7 @@ class MovingReference(WrappingReference[MovableReference]):
     @property
     def identity(self) -> ReferenceIdentity:
         """The source's, as it was at the start: what has moved since is in the checkpoint."""
-        return replace(self._source.identity, kind="moving")
+        return replace(self._source.identity, kind="synchronized")
 
     @property
     def num_syncs(self) -> int:
@@ -122,16 +122,16 @@ class MovingReference(WrappingReference[MovableReference]):
     def load(self, folder: Path) -> None:
         if not (folder / _SCHEDULE).is_file():
             raise ResumeError(
-                asked=f"Resuming with `sync_ref_model=True` from {folder.parent}.",
-                why="That checkpoint holds no moving reference, so the average reached there is lost.",
+                problem=f"Resuming with `sync_ref_model=True` from {folder.parent}.",
+                details="That checkpoint holds no synchronized reference, so the average reached there is lost.",
                 instead="Resume from a checkpoint of a run with `sync_ref_model=True` (and without "
                 "`save_only_model=True`), or start a new run from its weights.",
             )
         saved = json.loads((folder / _SCHEDULE).read_text())
         if {key: saved.get(key) for key in self._schedule()} != self._schedule():
             raise ResumeError(
-                asked=f"Resuming with the sync schedule {self._schedule()}.",
-                why=f"The checkpoint {folder.parent} was made with another one: {saved}.",
+                problem=f"Resuming with the sync schedule {self._schedule()}.",
+                details=f"The checkpoint {folder.parent} was made with another one: {saved}.",
                 instead="Use the checkpoint's `ref_model_mixup_alpha`, `ref_model_sync_rank` and "
                 "`ref_model_sync_steps`, or start a new run.",
             )
@@ -149,7 +149,7 @@ class MovingReference(WrappingReference[MovableReference]):
         return {"alpha": self._rule.alpha, "rank": self._rule.max_rank, "every": self._every}
 
     def release(self) -> None:
-        """Nothing: a moving reference is needed to the end."""
+        """Nothing: a synchronized reference is needed to the end."""
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

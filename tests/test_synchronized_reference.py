@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from observe import bits, same_bits
 from tether.errors import ReferenceModelError, ResumeError
-from tether.reference import FrozenReference, MovingReference
+from tether.reference import ExplicitReference, SynchronizedReference
 from tether.reference.averaging import soft_update, soft_update_with_residual
 from tiny import tiny_model
 
@@ -27,13 +27,15 @@ def normal(seed: int, dtype: torch.dtype = torch.float32, size: int = 1000) -> T
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def moving(
+def synchronized(
     policy: nn.Module, *, alpha: float = 0.5, every: int = 1, dtype: torch.dtype | None = None
-) -> MovingReference:
-    return MovingReference(FrozenReference.of_policy(policy, dtype=dtype), lambda: policy, alpha=alpha, every=every)
+) -> SynchronizedReference:
+    return SynchronizedReference(
+        ExplicitReference.of_policy(policy, dtype=dtype), lambda: policy, alpha=alpha, every=every
+    )
 
 
-def weights(reference: MovingReference) -> dict[str, Tensor]:
+def weights(reference: SynchronizedReference) -> dict[str, Tensor]:
     assert reference.module is not None
     return {name: parameter.detach().clone() for name, parameter in reference.module.named_parameters()}
 
@@ -97,9 +99,9 @@ def test_soft_update_with_residual_does_not_lose_small_steps() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.6, 1.0])
-def test_moving_reference_follows_the_float64_oracle(alpha: float) -> None:
+def test_synchronized_reference_follows_the_float64_oracle(alpha: float) -> None:
     policy = tiny_model()
-    reference = moving(policy, alpha=alpha)
+    reference = synchronized(policy, alpha=alpha)
     exact = {name: weight.double() for name, weight in weights(reference).items()}
     for step in range(1, 6):
         train(policy, step)
@@ -111,18 +113,18 @@ def test_moving_reference_follows_the_float64_oracle(alpha: float) -> None:
     assert reference.num_syncs == 5
 
 
-def test_moving_reference_with_alpha_1_becomes_the_policy_bit_for_bit() -> None:
+def test_synchronized_reference_with_alpha_1_becomes_the_policy_bit_for_bit() -> None:
     policy = tiny_model(dtype=torch.bfloat16)
-    reference = moving(policy, alpha=1.0)
+    reference = synchronized(policy, alpha=1.0)
     train(policy, 0)
     reference.advance(1)
     assert same_bits(weights(reference), {name: p.detach() for name, p in policy.named_parameters()})
     assert reference.extra_bytes == sum(p.numel() * p.element_size() for p in policy.parameters())
 
 
-def test_moving_reference_moves_on_its_schedule_only() -> None:
+def test_synchronized_reference_moves_on_its_schedule_only() -> None:
     policy = tiny_model()
-    reference = moving(policy, every=3)
+    reference = synchronized(policy, every=3)
     before = weights(reference)
     train(policy, 0)
     assert [reference.advance(step) for step in (1, 2)] == [False, False]
@@ -132,19 +134,19 @@ def test_moving_reference_moves_on_its_schedule_only() -> None:
     assert reference.num_syncs == 3
 
 
-def test_moving_reference_leaves_the_policy_alone() -> None:
+def test_synchronized_reference_leaves_the_policy_alone() -> None:
     policy = tiny_model()
-    reference = moving(policy)
+    reference = synchronized(policy)
     train(policy, 0)
     before = bits(policy)
     reference.advance(1)
     assert same_bits(bits(policy), before)
 
 
-def test_moving_reference_keeps_small_steps_in_bfloat16() -> None:
+def test_synchronized_reference_keeps_small_steps_in_bfloat16() -> None:
     policy = tiny_model(dtype=torch.bfloat16)
     start = {name: p.detach().double() for name, p in policy.named_parameters()}
-    reference = moving(policy, alpha=0.01)
+    reference = synchronized(policy, alpha=0.01)
     train(policy, 0)
     for step in range(1, 101):
         reference.advance(step)
@@ -155,9 +157,9 @@ def test_moving_reference_keeps_small_steps_in_bfloat16() -> None:
         assert (weight.double() - expected).norm() < 0.05 * moved.norm(), name
 
 
-def test_moving_reference_in_another_dtype_follows_a_policy_in_fp32() -> None:
+def test_synchronized_reference_in_another_dtype_follows_a_policy_in_fp32() -> None:
     policy = tiny_model()
-    reference = moving(policy, alpha=0.5, dtype=torch.bfloat16)
+    reference = synchronized(policy, alpha=0.5, dtype=torch.bfloat16)
     train(policy, 0)
     expected = {n: 0.5 * p.detach() + 0.5 * weights(reference)[n].float() for n, p in policy.named_parameters()}
     reference.advance(1)
@@ -166,20 +168,20 @@ def test_moving_reference_in_another_dtype_follows_a_policy_in_fp32() -> None:
         torch.testing.assert_close(weight.float(), expected[name], rtol=2**-8, atol=1e-6)
 
 
-def test_moving_reference_shares_what_the_policy_does_not_train() -> None:
+def test_synchronized_reference_shares_what_the_policy_does_not_train() -> None:
     policy = tiny_model("gpt2")
     policy.transformer.wte.requires_grad_(False)
-    reference = moving(policy)
+    reference = synchronized(policy)
     train(policy, 0)
     reference.advance(1)
     assert reference.module is not None
     assert reference.module.transformer.wte.weight.data_ptr() == policy.transformer.wte.weight.data_ptr()
 
 
-def test_moving_reference_over_another_model_moves_all_that_the_policy_trains() -> None:
+def test_synchronized_reference_over_another_model_moves_all_that_the_policy_trains() -> None:
     policy, other = tiny_model(), tiny_model(seed=1)
-    source = FrozenReference.of_other_model(other, policy, moves=True)
-    reference = MovingReference(source, lambda: policy, alpha=0.25, every=1)
+    source = ExplicitReference.of_other_model(other, policy, moves=True)
+    reference = SynchronizedReference(source, lambda: policy, alpha=0.25, every=1)
     reference.advance(1)
     for name, weight in weights(reference).items():
         expected = 0.25 * policy.get_parameter(name).detach() + 0.75 * other.get_parameter(name).detach()
@@ -187,11 +189,11 @@ def test_moving_reference_over_another_model_moves_all_that_the_policy_trains() 
 
 
 @pytest.mark.parametrize("other", [{"hidden": 48}, {"layers": 3}, {"layers": 1}, {"family": "gpt2"}], ids=str)
-def test_moving_reference_over_a_model_of_other_tensors_is_an_error_at_once(other: dict[str, Any]) -> None:
+def test_synchronized_reference_over_a_model_of_other_tensors_is_an_error_at_once(other: dict[str, Any]) -> None:
     policy = tiny_model()
-    source = FrozenReference.of_other_model(tiny_model(**other), policy, moves=True)
+    source = ExplicitReference.of_other_model(tiny_model(**other), policy, moves=True)
     with pytest.raises(ReferenceModelError, match="sync_ref_model") as caught:
-        MovingReference(source, lambda: policy, alpha=0.5, every=1)
+        SynchronizedReference(source, lambda: policy, alpha=0.5, every=1)
     assert "ref_model" in caught.value.instead
 
 
@@ -199,22 +201,22 @@ def test_moving_reference_over_a_model_of_other_tensors_is_an_error_at_once(othe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moving_reference_goes_on_from_its_saved_state_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    def run(policy: nn.Module, reference: MovingReference, steps: range) -> dict[str, Tensor]:
+def test_synchronized_reference_goes_on_from_its_saved_state_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    def run(policy: nn.Module, reference: SynchronizedReference, steps: range) -> dict[str, Tensor]:
         for step in steps:
             train(policy, step)
             reference.advance(step)
         return weights(reference)
 
     policy = tiny_model(dtype=dtype)
-    whole = moving(policy, alpha=0.1, every=2)
+    whole = synchronized(policy, alpha=0.1, every=2)
     run(policy, whole, range(1, 6))
     whole.save(tmp_path)  # between two syncs
     policy_then = bits(policy)
     expected = run(policy, whole, range(6, 10))
 
     resumed_policy = tiny_model(dtype=dtype)
-    resumed = moving(resumed_policy, alpha=0.1, every=2)
+    resumed = synchronized(resumed_policy, alpha=0.1, every=2)
     resumed_policy.load_state_dict(policy_then, strict=False)
     resumed.load(tmp_path)
     assert resumed.num_syncs == 2
@@ -222,14 +224,14 @@ def test_moving_reference_goes_on_from_its_saved_state_bit_for_bit(dtype: torch.
     assert resumed.num_syncs == whole.num_syncs == 4
 
 
-def test_moving_reference_saves_what_it_holds_and_nothing_shared(tmp_path: Path) -> None:
+def test_synchronized_reference_saves_what_it_holds_and_nothing_shared(tmp_path: Path) -> None:
     policy = tiny_model("gpt2")
     policy.transformer.wte.requires_grad_(False)
-    reference = moving(policy)
+    reference = synchronized(policy)
     reference.save(tmp_path)
-    saved = (tmp_path / "moving_reference.safetensors").stat().st_size
+    saved = (tmp_path / "synchronized_reference.safetensors").stat().st_size
     assert reference.extra_bytes <= saved < 1.5 * reference.extra_bytes
-    assert json.loads((tmp_path / "moving_reference.json").read_text()) == {
+    assert json.loads((tmp_path / "synchronized_reference.json").read_text()) == {
         "alpha": 0.5,
         "rank": None,
         "every": 1,
@@ -237,11 +239,11 @@ def test_moving_reference_saves_what_it_holds_and_nothing_shared(tmp_path: Path)
     }
 
 
-def test_moving_reference_refuses_a_checkpoint_without_its_state_or_with_another_schedule(tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match="holds no moving reference"):
-        moving(tiny_model()).load(tmp_path)
-    moving(tiny_model()).save(tmp_path)
+def test_synchronized_reference_refuses_a_checkpoint_without_its_state_or_with_another_schedule(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="holds no synchronized reference"):
+        synchronized(tiny_model()).load(tmp_path)
+    synchronized(tiny_model()).save(tmp_path)
     with pytest.raises(ResumeError, match="ref_model_sync_steps"):
-        moving(tiny_model(), every=2).load(tmp_path)
+        synchronized(tiny_model(), every=2).load(tmp_path)
     with pytest.raises(ResumeError, match="ref_model_mixup_alpha"):
-        moving(tiny_model(), alpha=0.4).load(tmp_path)
+        synchronized(tiny_model(), alpha=0.4).load(tmp_path)

@@ -1,4 +1,4 @@
-"""`FrozenReference`: a frozen copy of the initial policy, or any other model.
+"""`ExplicitReference`: a frozen copy of the initial policy, or any other model.
 
 Knows how to copy a model without copying what never changes. Never writes to a model it was given.
 """
@@ -49,7 +49,7 @@ class Origin(NamedTuple):
     load: Callable[[], nn.Module]
 
 
-class FrozenReference(MovableReference):
+class ExplicitReference(MovableReference):
     """The reference whose weights stand still: `pi_ref = pi_0`, or another model.
 
     Built from a model, it is a second tree of modules over that model's own tensors: nothing is copied, and the
@@ -73,7 +73,7 @@ class FrozenReference(MovableReference):
             missing, or comes too late.
 
     Example:
-        >>> reference = FrozenReference(model)                       # doctest: +SKIP
+        >>> reference = ExplicitReference(model)                       # doctest: +SKIP
         >>> reference.log_probs(batch).sums()                        # doctest: +SKIP
     """
 
@@ -105,7 +105,7 @@ class FrozenReference(MovableReference):
         self._means_policy = means_policy
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
-            kind="frozen",
+            kind="explicit",
             **digest_parts(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, autocast_dtype),
             scoring_version=SCORING_VERSION,
@@ -122,7 +122,7 @@ class FrozenReference(MovableReference):
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         shard: Sharding | None = None,
-    ) -> FrozenReference:
+    ) -> ExplicitReference:
         """The policy as it is now: parameters that train are copied, those that do not are shared."""
         return cls(
             policy,
@@ -147,7 +147,7 @@ class FrozenReference(MovableReference):
         device: torch.device | None = None,
         origins: Sequence[Origin] = (),
         shard: Sharding | None = None,
-    ) -> FrozenReference:
+    ) -> ExplicitReference:
         """Another model, shared with its owner; tensors that the policy will train are copied.
 
         With `moves`, all floating-point tensors are copied: the reference will follow the policy, and the caller's
@@ -168,7 +168,7 @@ class FrozenReference(MovableReference):
     @classmethod
     def before_training(
         cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None, origins: Sequence[Origin] = ()
-    ) -> FrozenReference:
+    ) -> ExplicitReference:
         """The policy itself, for use before its first optimizer step only; `release` it then. Costs no memory."""
         return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True, origins=origins)
 
@@ -259,8 +259,8 @@ class FrozenReference(MovableReference):
         _check_same_parameters(policy, self._module)
         if rule.max_rank is not None:
             raise ConfigurationError(
-                asked=f"`ref_model_sync_rank={rule.max_rank}` for a full model.",
-                why="It bounds the rank of an averaged LoRA update, and this policy trains its weights themselves.",
+                problem=f"`ref_model_sync_rank={rule.max_rank}` for a full model.",
+                details="It bounds the rank of an averaged LoRA update, and this policy trains its weights themselves.",
                 instead="Leave `ref_model_sync_rank` out, or train with `peft_config=LoraConfig(...)`.",
             )
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
@@ -282,9 +282,9 @@ class FrozenReference(MovableReference):
                 return twin
             refused.append(f"{origin.name} has other weights by now (digest {found[:12]})")
         raise MissingLogProbsError(
-            asked="A log-probability was asked of a reference whose weights were released "
+            problem="A log-probability was asked of a reference whose weights were released "
             f"(digest {self._identity.weights[:12]}).",
-            why="They were given up when training began, because every answer known to be needed was stored; and "
+            details="They were given up when training began, because every answer known to be needed was stored; and "
             + (
                 f"they cannot be brought back: {'; '.join(refused)}."
                 if refused
@@ -338,8 +338,8 @@ def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differing:
         raise ReferenceModelError(
-            asked="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
-            why=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
+            problem="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
+            details=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
             f"{differing[0]!r} among them.",
             instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
         )
@@ -349,8 +349,8 @@ def _refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:
     """Refuses a model of ZeRO-3 whose copy could not gather its own weights."""
     if shard is None and has_shards(model) and not is_fsdp(model):
         raise ReferenceModelError(
-            asked="A frozen copy of a model whose parameters are partitioned (ZeRO-3, or another sharding).",
-            why="The copy would have parts of weights, and nothing that gathers them for a forward.",
+            problem="A frozen copy of a model whose parameters are partitioned (ZeRO-3, or another sharding).",
+            details="The copy would have parts of weights, and nothing that gathers them for a forward.",
             instead="Train with `DPOTrainer(deepspeed=...)`, pass `shard`, or build the reference before the model is "
             "sharded.",
         )

@@ -1,4 +1,4 @@
-"""`FollowingReference`: a reference whose weights somebody else sets, an averaging callback for one.
+"""`BemaReference`: a reference whose weights somebody else sets, an averaging callback for one.
 
 Knows how to take weights and what of them belongs into a checkpoint; knows no rule and no schedule.
 """
@@ -18,10 +18,10 @@ from tether.reference.identity import ReferenceIdentity
 from tether.reference.parts import MovableReference
 from tether.reference.wrapping import WrappingReference
 
-_TENSORS = "following_reference.safetensors"
+_TENSORS = "bema_reference.safetensors"
 
 
-class FollowingReference(WrappingReference[MovableReference]):
+class BemaReference(WrappingReference[MovableReference]):
     """`pi_ref` is what `take` was last given; before that, the source as it was.
 
     Args:
@@ -35,7 +35,7 @@ class FollowingReference(WrappingReference[MovableReference]):
     @property
     def identity(self) -> ReferenceIdentity:
         """The source's, as it was at the start: what has changed since is in the checkpoint."""
-        return replace(self._source.identity, kind="following")
+        return replace(self._source.identity, kind="bema")
 
     @property
     def moves(self) -> bool:
@@ -52,8 +52,8 @@ class FollowingReference(WrappingReference[MovableReference]):
         for name, weight in weights.items():
             if name not in own or own[name].shape != weight.shape:
                 raise ReferenceModelError(
-                    asked=f"The reference was to take the weight `{name}` {tuple(weight.shape)}.",
-                    why="It has no parameter of that name and shape, so it is of another architecture than the policy.",
+                    problem=f"The reference was to take the weight `{name}` {tuple(weight.shape)}.",
+                    details="It has no parameter of that name and shape, so it is of another architecture than the policy.",
                     instead="Pass a `ref_model` of the policy's architecture and size, or leave `ref_model` out.",
                 )
             self._source.write(name, weight.to(own[name].dtype))
@@ -69,8 +69,8 @@ class FollowingReference(WrappingReference[MovableReference]):
     def load(self, folder: Path) -> None:
         if not (folder / _TENSORS).is_file():
             raise ResumeError(
-                asked=f"Resuming with a reference that follows an average, from {folder.parent}.",
-                why="That checkpoint does not hold the weights which its reference had reached.",
+                problem=f"Resuming with a reference that follows an average, from {folder.parent}.",
+                details="That checkpoint does not hold the weights which its reference had reached.",
                 instead="Resume from a checkpoint of a run with `BEMACallback(update_ref_model=True)`, or start anew.",
             )
         self.take(load_file(folder / _TENSORS))

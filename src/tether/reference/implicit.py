@@ -1,4 +1,4 @@
-"""`AdapterReference`: the policy's own base, seen with its adapter off, or with the adapter it started from.
+"""`ImplicitReference`: the policy's own base, seen with its adapter off, or with the adapter it started from.
 
 The one home of PEFT's adapter mechanics. Holds no second set of base weights.
 """
@@ -40,7 +40,7 @@ def saves_adapter_alone(model: nn.Module) -> bool:
     return is_adapter_model(model) or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-class AdapterReference(MovableReference):
+class ImplicitReference(MovableReference):
     """The implicit reference: the policy without what training adds to it.
 
     A *fresh* adapter, whose initial delta is exactly zero, is simply switched off. An adapter that already changes
@@ -74,7 +74,7 @@ class AdapterReference(MovableReference):
         of_adapter = self._digests.keys() - base_tensors(base).keys()
         adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
-            kind="adapter",
+            kind="implicit",
             **digest_parts(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
@@ -161,9 +161,9 @@ class AdapterReference(MovableReference):
         """See `adapter_parts`."""
         if self._adapter_off:
             raise ConfigurationError(
-                asked="A moving reference over an adapter that is switched off.",
-                why="It would have no adapter of its own to move.",
-                instead="`AdapterReference(policy, moves=True)`.",
+                problem="A synchronized reference over an adapter that is switched off.",
+                details="It would have no adapter of its own to move.",
+                instead="`ImplicitReference(policy, moves=True)`.",
             )
         refuse_sharded_average(self._policy)
         return adapter_parts(self._policy, rule)
@@ -171,14 +171,14 @@ class AdapterReference(MovableReference):
     def export(self, folder: Path | None, *, merged: bool = False) -> None:
         if self._adapter_off:
             raise ReferenceModelError(
-                asked="The reference was to be saved, and it is the base model with the adapter off.",
-                why="It has no adapter of its own, and its weights are those of the model you started from.",
+                problem="The reference was to be saved, and it is the base model with the adapter off.",
+                details="It has no adapter of its own, and its weights are those of the model you started from.",
                 instead="Use that model.",
             )
         if has_shards(self._policy):
             raise ReferenceModelError(
-                asked="An adapter's reference was to be saved, and the policy is sharded (ZeRO-3 or FSDP2).",
-                why="It is a state of the policy's own tensors, of which each process holds a part.",
+                problem="An adapter's reference was to be saved, and the policy is sharded (ZeRO-3 or FSDP2).",
+                details="It is a state of the policy's own tensors, of which each process holds a part.",
                 instead="Save it from a run of the same start without sharding, or under DDP or ZeRO-2.",
             )
         if folder is None:
@@ -201,7 +201,7 @@ def _adapter_config(policy: PeftModel) -> Any:
 def adapter_off(policy: PeftModel) -> Iterator[None]:
     """PEFT's `disable_adapter`, with every `requires_grad` as it was afterwards and without its advice on biases.
 
-    Trained biases stay in force under it; `AdapterReference` exchanges them.
+    Trained biases stay in force under it; `ImplicitReference` exchanges them.
     """
     trains = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     try:

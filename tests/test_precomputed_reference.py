@@ -19,7 +19,7 @@ from tether import DPOConfig, DPOTrainer
 from tether.batches import RowsToScore
 from tether.data import PairCollator
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
-from tether.reference import FrozenReference, Reference, StoredReference
+from tether.reference import ExplicitReference, PrecomputedReference, Reference
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
@@ -39,8 +39,8 @@ def distinct_responses(trainer: DPOTrainer) -> int:
     )
 
 
-def stored_of(trainer: DPOTrainer) -> StoredReference:
-    assert isinstance(trainer.reference, StoredReference)
+def stored_of(trainer: DPOTrainer) -> PrecomputedReference:
+    assert isinstance(trainer.reference, PrecomputedReference)
     return trainer.reference
 
 
@@ -80,10 +80,10 @@ def test_a_store_filled_lazily_serves_a_run_that_fills_and_one_that_requires(tmp
 
 
 def test_lazy_scores_only_what_a_batch_lacks(tmp_path: Path) -> None:
-    store, source = LogProbStore(tmp_path / "s"), FrozenReference(tiny_model())
+    store, source = LogProbStore(tmp_path / "s"), ExplicitReference(tiny_model())
     prompt = (7, 8, 9)
     known, new = (Response(prompt, ids, content_key(prompt, ids)) for ids in ((10, 11), (12, 13, 14)))
-    reference = StoredReference(store, source, mode="lazy")
+    reference = PrecomputedReference(store, source, mode="lazy")
     reference.log_probs(PairBatch.of_pairs([(known, known)]))
     found = reference.log_probs(PairBatch.of_pairs([(new, known)]))
     assert reference.num_computed == 2 and reference.num_passes == 2
@@ -94,12 +94,12 @@ def test_lazy_scores_only_what_a_batch_lacks(tmp_path: Path) -> None:
 
 def test_a_reference_behind_a_store_is_saved_as_a_model_while_its_weights_are_held(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "1", rows=ROWS, learning_rate=1e-2, **LAZY)
-    trainer.save_reference(tmp_path / "saved")
+    trainer.export_reference(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, tiny_model()(ids).logits)
     filled = trained(tmp_path / "2", rows=ROWS, **PRECOMPUTE)
     with pytest.raises(ReferenceModelError, match="no weights of its own"):
-        filled.save_reference(tmp_path / "given up")
+        filled.export_reference(tmp_path / "given up")
     assert not (tmp_path / "given up").exists()
 
 
@@ -115,7 +115,7 @@ def test_require_names_the_missing_row_and_the_command_that_fills_it(options: di
     make_trainer(tmp_path / "1", rows=[*ROWS[:5], *ROWS[6:]], **options, **PRECOMPUTE)
     with pytest.raises(MissingLogProbsError) as caught:
         make_trainer(tmp_path / "2", rows=ROWS, ref_store=None, max_length=99, **options, **REQUIRE)
-    assert "row 5 of the train set" in caught.value.asked and ROWS[5]["prompt"][:20] in caught.value.asked
+    assert "row 5 of the train set" in caught.value.problem and ROWS[5]["prompt"][:20] in caught.value.problem
     assert "tether precompute" in caught.value.instead and "--max_length 99" in caught.value.instead
     assert "ref_store_mode='fill'" in caught.value.instead
 
@@ -126,7 +126,7 @@ def test_require_names_a_missing_row_of_a_stream_when_it_is_read(tmp_path: Path)
     with pytest.raises(MissingLogProbsError) as caught:
         trainer.train()
     assert trainer.state.global_step == 2  # two batches of four are known
-    assert any(row["prompt"][:20] in caught.value.asked for row in ROWS[8:])
+    assert any(row["prompt"][:20] in caught.value.problem for row in ROWS[8:])
 
 
 def test_require_refuses_a_new_evaluation_set_by_its_name(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ class Counting(Reference):
 
     @property
     def identity(self) -> Any:
-        return FrozenReference(tiny_model()).identity
+        return ExplicitReference(tiny_model()).identity
 
     @property
     def num_passes(self) -> int:
@@ -247,7 +247,7 @@ def row_set(rows: list[dict[str, Any]], tmp_path: Path, **options: Any) -> RowsT
 def test_pass_scores_the_longest_first_within_the_budget_and_each_prompt_once_a_batch(tmp_path: Path) -> None:
     rows = row_set([*ROWS, *ROWS[:6]], tmp_path, precompute_ref_batch_size=2)
     source = Counting()
-    StoredReference(LogProbStore(tmp_path / "s"), source).prepare({"train": lambda: rows})
+    PrecomputedReference(LogProbStore(tmp_path / "s"), source).prepare({"train": lambda: rows})
     asked = source.asked()
     assert len(asked) == len(set(asked)) == len({r for batch in rows for r in batch.responses()})
     tokens = [sum(batch.prompt_lengths) + sum(batch.response_lengths) for batch in source.batches]
@@ -282,9 +282,9 @@ def test_a_few_new_rows_among_many_make_few_forwards(tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "s")
     rows = tiny_pairs(200)
     old = [row for index, row in enumerate(rows) if index % 20]
-    StoredReference(store, Counting()).prepare({"train": lambda: row_set(old, tmp_path)})
+    PrecomputedReference(store, Counting()).prepare({"train": lambda: row_set(old, tmp_path)})
     source = Counting()
-    reference = StoredReference(store, source)
+    reference = PrecomputedReference(store, source)
     reference.prepare({"train": lambda: row_set(rows, tmp_path)})
     assert source.num_passes == 1 and len(source.asked()) == reference.num_computed <= 20
     assert reference.num_found > 300
@@ -309,7 +309,7 @@ def test_processes_share_the_rows_evenly_and_each_row_has_one(tmp_path: Path, mo
 def test_ctrl_c_says_how_many_rows_are_kept_and_the_next_pass_goes_on(tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "s")
     sets = {"train": lambda: row_set(ROWS, tmp_path, precompute_ref_batch_size=1)}
-    stopped = StoredReference(store, Counting(fail_at=3, error=KeyboardInterrupt()))
+    stopped = PrecomputedReference(store, Counting(fail_at=3, error=KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt) as caught:
         stopped.prepare(sets)
     kept, total = [int(word) for word in str(caught.value).split() if word.isdigit()]
@@ -320,7 +320,7 @@ def test_ctrl_c_says_how_many_rows_are_kept_and_the_next_pass_goes_on(tmp_path: 
         for batch in row_set([row], tmp_path)
     ]
     assert sum(in_store) == kept
-    again = StoredReference(store, Counting())
+    again = PrecomputedReference(store, Counting())
     again.prepare(sets)
     assert again.num_found == stopped.num_computed > 0
     assert again.num_found + again.num_computed == store.count()
@@ -328,7 +328,7 @@ def test_ctrl_c_says_how_many_rows_are_kept_and_the_next_pass_goes_on(tmp_path: 
 
 def test_pass_halves_a_batch_that_does_not_fit_into_memory(tmp_path: Path) -> None:
     source = Counting(fail_at=0, error=torch.OutOfMemoryError("CUDA out of memory"))
-    reference = StoredReference(LogProbStore(tmp_path / "s"), source)
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), source)
     reference.prepare({"train": lambda: row_set(ROWS, tmp_path)})
     asked = source.asked()
     assert source.num_passes >= 2 and len(asked) == len(set(asked)) == reference.num_computed
@@ -340,7 +340,7 @@ def test_a_single_row_that_does_not_fit_into_memory_is_an_error(tmp_path: Path) 
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        StoredReference(LogProbStore(tmp_path / "s"), Full()).prepare({"train": lambda: row_set(ROWS, tmp_path)})
+        PrecomputedReference(LogProbStore(tmp_path / "s"), Full()).prepare({"train": lambda: row_set(ROWS, tmp_path)})
 
 
 class Terminal:
@@ -365,7 +365,7 @@ def test_progress_shows_tokens_a_second_and_the_time_left_and_is_off_where_asked
 ) -> None:
     rows, terminal = row_set(ROWS, tmp_path, precompute_ref_batch_size=1), Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    reference = StoredReference(LogProbStore(tmp_path / "s"), Counting())
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), Counting())
     reference.prepare({"train": lambda: rows}, show_progress=show)
     if not show:
         assert terminal.text == ""
@@ -381,11 +381,11 @@ def test_progress_shows_tokens_a_second_and_the_time_left_and_is_off_where_asked
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_log_prob_that_is_not_finite_is_refused_with_its_row(value: float, tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "s")
-    reference = StoredReference(store, Counting(value=value), decode=tiny_tokenizer().decode)
+    reference = PrecomputedReference(store, Counting(value=value), decode=tiny_tokenizer().decode)
     with pytest.raises(DataError) as caught:
         reference.prepare({"train": lambda: row_set(ROWS[:1], tmp_path)})
-    assert "response of row 0 of the train set" in caught.value.asked and str(value) in caught.value.asked
-    assert ROWS[0]["prompt"][:20] in caught.value.asked
+    assert "response of row 0 of the train set" in caught.value.problem and str(value) in caught.value.problem
+    assert ROWS[0]["prompt"][:20] in caught.value.problem
     assert store.count() == 0
 
 
@@ -393,7 +393,7 @@ def test_a_log_prob_that_is_not_finite_is_refused_while_training_too(tmp_path: P
     store = LogProbStore(tmp_path / "s")
     (batch,) = row_set(ROWS[:1], tmp_path)
     with pytest.raises(DataError, match=r"pair 0 of a batch|row 0"):
-        StoredReference(store, Counting(value=float("inf")), mode="lazy").log_probs(batch)
+        PrecomputedReference(store, Counting(value=float("inf")), mode="lazy").log_probs(batch)
     assert store.count() == 0
 
 
@@ -448,8 +448,8 @@ def test_a_model_that_is_no_longer_what_its_folder_says_is_not_brought_back(fold
     trainer = trained(tmp_path, model, rows=ROWS, **PRECOMPUTE)
     with pytest.raises(MissingLogProbsError) as caught:
         trainer.evaluate(as_dataset(NEW))
-    assert f"{folder} has other weights by now" in caught.value.why
-    assert "the policy in memory has other weights by now" in caught.value.why
+    assert f"{folder} has other weights by now" in caught.value.details
+    assert "the policy in memory has other weights by now" in caught.value.details
 
 
 def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
