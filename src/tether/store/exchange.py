@@ -42,10 +42,10 @@ def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
         StoreError: If the store holds nothing of that reference, or a file can't be read or written.
     """
     if store.count(identity) == 0:
+        known = ", ".join(i.digest for i in store.identities())
         raise StoreError(
-            problem=f"an export of the reference {identity} from {store.path}",
-            details="the store holds no record of it",
-            instead="choose one of " + (", ".join(i.digest for i in store.identities()) or "(the store is empty)"),
+            problem=f"Cannot export the reference {identity} from {store.path}: the store holds no record of it.",
+            instead=f"Choose one of {known}." if known else "Fill the store first: it is empty.",
         )
     about = {"format": 1, "identity": identity, "description": store.describe(identity)}
     schema = pa.schema(_COLUMNS, metadata={_METADATA: json.dumps(about).encode()})
@@ -59,7 +59,7 @@ def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
                 num_records += len(batch)
         os.replace(unfinished, target)
     except (OSError, pa.ArrowException) as error:
-        raise _cannot("writing", target, error) from error
+        raise _cannot("write", target, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
     return num_records
@@ -90,7 +90,7 @@ def import_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
                 num_added += _add(store, owner, keys, values, description)
             return num_added
     except (OSError, pa.ArrowException) as error:
-        raise _cannot("reading", source, error) from error
+        raise _cannot("read", source, error) from error
 
 
 def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
@@ -109,9 +109,8 @@ def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
     source = Path(other_path).expanduser().absolute()
     if source.exists() and os.path.samefile(source, into.path):
         raise StoreError(
-            problem=f"merging {source} into itself",
-            details="both paths name one file",
-            instead="name the other store's file",
+            problem=f"Cannot merge {source} into itself: both paths name the same file.",
+            instead="Name the file of the other store.",
         )
     num_added = 0
     with LogProbStore(source, read_only=True) as other:
@@ -139,9 +138,8 @@ def prune(store: LogProbStore, *, identity: str | None = None, older_than: timed
     """
     if identity is None and older_than is None:
         raise StoreError(
-            problem=f"pruning {store.path} of everything",
-            details="that would throw away every score, and is likelier a slip than a wish",
-            instead="name an `identity` or an age (`older_than`); to remove the whole store delete its file",
+            problem=f"Cannot prune {store.path} of everything: neither `identity` nor `older_than` is given.",
+            instead="Name an `identity` or an age (`older_than`). To remove the whole store, delete its file.",
         )
     latest = None if older_than is None else datetime.now(UTC) - older_than
     return sum(
@@ -175,7 +173,7 @@ def _to_arrow(batch: Sequence[tuple[bytes, LogProbs]], schema: pa.Schema) -> pa.
 def _from_arrow(batch: pa.RecordBatch, source: Path) -> tuple[list[bytes], list[LogProbs]]:
     log_probs = batch.column("log_probs")
     if batch.column("key").null_count or log_probs.null_count or log_probs.flatten().null_count:
-        raise _not_ours(source, "it has empty cells", "leave rows without log-probs out")
+        raise _not_ours(source, "it has empty cells", "Leave out the rows without log-probs.")
     flat = log_probs.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     ends = np.cumsum(log_probs.value_lengths().to_numpy())[:-1]
     return batch.column("key").to_pylist(), np.split(flat, ends)
@@ -185,25 +183,27 @@ def _read_owner(schema: pa.Schema, source: Path, identity: str | None) -> tuple[
     """Whose log-probs the file holds, and what is said of it."""
     if not {"key", "log_probs"} <= set(schema.names):
         if {"ref_chosen_logps", "ref_rejected_logps"} <= set(schema.names):
-            why = "its rows bring sums over responses, and a store keeps every token"
-            raise _not_ours(source, why, "name it as the training data: the trainer reads the columns itself")
-        raise _not_ours(source, f"its columns are {schema.names}", "give it columns `key` and `log_probs`")
+            why = "its rows hold sums over responses, and a store needs the log-prob of every token"
+            raise _not_ours(source, why, "Name it as the training data: the trainer reads these columns itself.")
+        why = f"its columns are {schema.names}, not `key` and `log_probs`"
+        raise _not_ours(source, why, "Give it the columns `key` and `log_probs`.")
     about = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
     owner = about.get("identity", identity)
     if owner is None:
-        raise _not_ours(source, "it doesn't say whose log-probs it holds", "pass `identity`")
+        raise _not_ours(source, "it doesn't say which reference its log-probs belong to", "Pass `identity`.")
     if identity not in (None, owner):
-        raise _not_ours(source, f"it holds log-probs of {owner}, not of {identity}", "leave `identity` out")
+        raise _not_ours(source, f"it holds log-probs of {owner}, not of {identity}", "Leave `identity` out.")
     return owner, about.get("description")
 
 
 def _not_ours(source: Path, why: str, instead: str) -> StoreError:
-    return StoreError(problem=f"an import from {source}", details=why, instead=instead)
+    return StoreError(problem=f"Cannot import {source}: {why}.", instead=instead)
 
 
-def _cannot(doing: str, path: Path, error: Exception) -> StoreError:
+def _cannot(do: str, path: Path, error: Exception) -> StoreError:
+    first, _, rest = " ".join(str(error).split()).rstrip(".").partition(". ")
     return StoreError(
-        problem=f"{doing} the Parquet file {path}",
-        details=str(error),
-        instead="check path, permissions and disk space",
+        problem=f"Cannot {do} the Parquet file {path}: {first}.",
+        details=rest and f"{rest}.",
+        instead="Check the path, its permissions and the disk space.",
     )

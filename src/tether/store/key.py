@@ -82,7 +82,7 @@ def _encode_ids(ids: Sequence[int] | np.ndarray, argument: str) -> bytes:
     try:
         words = array("q", ids)
     except (TypeError, OverflowError) as error:
-        raise _not_ids(argument, f"{type(ids).__name__} ({error})") from error
+        raise _not_ids(argument, f"of type {type(ids).__name__} ({error})") from error
     if sys.byteorder == "big":
         words.byteswap()
     return words.tobytes()
@@ -90,9 +90,9 @@ def _encode_ids(ids: Sequence[int] | np.ndarray, argument: str) -> bytes:
 
 def _not_ids(argument: str, found: str) -> StoreError:
     return StoreError(
-        problem=f"a content key with `{argument}` = {found}",
-        details="a key is made from token ids: integers, in one dimension",
-        instead=f"pass `{argument}` as a list of int or as an integer array of shape (num_tokens,)",
+        problem=f"Cannot make a content key from `{argument}`: it must be token ids (integers in one dimension), and "
+        f"is {found}.",
+        instead=f"Pass `{argument}` as a list of int, or as an integer array of shape (num_tokens,).",
     )
 
 
@@ -106,7 +106,7 @@ def _encode_input(name: str, value: bytes | np.ndarray) -> tuple[bytes, bytes]:
         shape = struct.pack(f"<{value.ndim}q", *value.shape)
         return b"array " + canonical.dtype.str.encode() + shape, canonical.tobytes()
     raise StoreError(
-        problem=f"a content key with the model input '{name}' of type {type(value).__name__}",
-        details="only bytes and numeric arrays have the same bytes in every process",
-        instead=f"pass '{name}' as a numpy array, or as a digest of its content in bytes",
+        problem=f"Cannot make a content key from the model input `{name}` of type {type(value).__name__}: only bytes "
+        "and numeric arrays have the same bytes in every process.",
+        instead=f"Pass `{name}` as a numeric numpy array, or as a digest of its content in bytes.",
     )

@@ -279,7 +279,7 @@ class LogProbStore:
         for record in records:
             (intact if codec.is_intact(record) else damaged).append(record)
         if damaged:
-            self._warn_once(f"{len(damaged)} damaged record(s) found; damaged records count as missing")
+            self._warn_once(f"has damaged records ({len(damaged)} in this read), which count as missing")
             self._give_up(identity, codec, [record.key for record in damaged])
         return intact
 
@@ -305,5 +305,5 @@ class LogProbStore:
 
     def _warn_once(self, what: str) -> None:
         if not self._has_warned:
-            _log.warning("The log-prob store %s: %s (said once).", self.path, what)
+            _log.warning("The log-prob store %s %s. This is said once.", self.path, what)
         self._has_warned = True

@@ -11,7 +11,7 @@ from pathlib import Path
 from tether.errors import StoreError
 from tether.store import schema
 from tether.store.location import is_on_network
-from tether.store.sqlite_errors import in_three_parts, is_busy
+from tether.store.sqlite_errors import as_store_error, is_busy
 
 PATIENCE_SECONDS = 60.0  # how long to wait for another process that writes
 _CACHE_KIB = 32_000
@@ -22,7 +22,7 @@ _PAGES_BETWEEN_CHECKPOINTS = 5000
 
 def open_to_write(path: Path) -> sqlite3.Connection:
     """A connection to the store at `path`, which is created if it isn't there; raises StoreError."""
-    with in_three_parts("opening", path):
+    with as_store_error(f"open the log-prob store {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not os.access(path, os.W_OK):
             raise sqlite3.OperationalError("attempt to write a readonly database")
@@ -39,19 +39,18 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     """A connection that can't change the store at `path`; raises StoreError."""
     if not path.is_file() or path.stat().st_size == 0:
         raise StoreError(
-            problem=f"the log-prob store {path}, read only",
-            details="there is no store in that place",
-            instead="check the path, or open it without `read_only` to start a new store",
+            problem=f"Cannot read the log-prob store {path}: there is no store at this path.",
+            instead="Check the path, or open it without `read_only` to start a new store.",
         )
-    with in_three_parts("opening", path):
+    with as_store_error(f"open the log-prob store {path}"):
         db = _connect_to_read(path)
         try:
             schema.check(db, path)
             if schema.is_older(db):
                 raise StoreError(
-                    problem=f"the log-prob store {path}, read only",
-                    details="it has an older format, which is brought up to date when it is opened for writing",
-                    instead="open it once without `read_only`",
+                    problem=f"Cannot open the log-prob store {path} with `read_only=True`: it has an older format, "
+                    "which must be updated first.",
+                    instead="Open it once without `read_only`, which updates it.",
                 )
             db.execute("PRAGMA query_only = ON")
         except BaseException:
@@ -62,7 +61,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
 
 def open_damaged(path: Path) -> sqlite3.Connection:
     """A connection to read what can be read of a damaged store; raises StoreError if it is no store."""
-    with in_three_parts("opening", path):
+    with as_store_error(f"open the log-prob store {path}"):
         db = _connect_to_read(path, is_damaged=True)
         db.execute("PRAGMA query_only = ON")
     return db
@@ -71,7 +70,7 @@ def open_damaged(path: Path) -> sqlite3.Connection:
 def copy_database(db: sqlite3.Connection, path: Path) -> None:
     """Copies what `db` sees at this moment to the file `path`, which appears when it is whole."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with in_three_parts("copying to", path):
+    with as_store_error(f"write a copy of the log-prob store to {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             copy = sqlite3.connect(unfinished)
@@ -176,7 +175,7 @@ def _refuse_unfinished(path: Path) -> None:
         journal = path.with_name(path.name + suffix)
         if journal.exists() and journal.stat().st_size > 0:
             raise StoreError(
-                problem=f"the log-prob store {path}, read only",
-                details=f"its last writes are in {journal.name}, and this folder may not be written to join them",
-                instead="open it once where its folder can be written, or copy both files to such a folder",
+                problem=f"Cannot read the log-prob store {path}: its last writes are still in {journal.name}, and "
+                "joining the two needs a folder that can be written.",
+                instead="Open it once where its folder can be written, or copy both files to such a folder.",
             )

@@ -71,16 +71,14 @@ def check_keys(keys: Sequence[bytes], others: Sequence[object], name: str) -> No
     """Raises StoreError unless every key has 16 bytes and `others` has one entry for each."""
     if len(keys) != len(others):
         raise StoreError(
-            problem=f"{len(keys)} keys with {len(others)} {name}",
-            details=f"keys and {name} belong together one to one",
-            instead=f"pass one entry of `{name}` for each key",
+            problem=f"Cannot use {len(keys)} keys with {len(others)} {name}: each key needs exactly one entry.",
+            instead=f"Pass one entry of `{name}` for each of `keys`.",
         )
     for position, key in enumerate(keys):
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise StoreError(
-                problem=f"key {position}: {key!r}",
-                details=f"a key is {KEY_BYTES} bytes",
-                instead="make keys with `tether.store.content_key`",
+                problem=f"Cannot use {key!r} as key {position}: a key is {KEY_BYTES} bytes.",
+                instead="Make keys with `tether.store.content_key`.",
             )
 
 
@@ -88,20 +86,20 @@ def check_values(value: npt.ArrayLike, key: bytes, position: int) -> LogProbs:
     """`value` as float32, shape (num_tokens,); raises StoreError, naming the key, unless finite and 1-D."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused below
         log_probs = np.asarray(value, dtype=np.float32)
-    name = f"log-probs of key {key.hex()} (entry {position} of this call)"
+    name = f"the log-probs of key {key.hex()} (entry {position} of this call)"
     if log_probs.ndim != 1:
         raise StoreError(
-            problem=f"{name} with shape {log_probs.shape}",
-            details="a record holds one number per response token",
-            instead="pass an array of shape (num_response_tokens,)",
+            problem=f"Cannot store {name} with shape {log_probs.shape}: a record holds one number per response token.",
+            instead="Pass an array of shape (num_response_tokens,).",
         )
     finite = np.isfinite(log_probs)
     if not finite.all():
         token = int(np.argmin(finite))
         raise StoreError(
-            problem=f"{name}: token {token} of {len(log_probs)} is {log_probs[token]}",
-            details="it would spoil every run that reads it; nothing of this call was written",
-            instead="find what makes the reference overflow on this row (its dtype, a ruled-out token), or "
-            "leave the row out",
+            problem=f"Cannot store {name}: token {token} of {len(log_probs)} is {log_probs[token]}, which would spoil "
+            "every run that reads it.",
+            details="Nothing of this call was written.",
+            instead="Find what makes the reference overflow on this row (its dtype, or a ruled-out token), or leave "
+            "the row out.",
         )
     return log_probs

@@ -12,7 +12,7 @@ from typing import Any
 from tether.store.log_prob_store import LogProbStore
 from tether.store.opening import open_damaged
 from tether.store.record import Record, RecordCodec, unpack
-from tether.store.sqlite_errors import in_three_parts, is_damage
+from tether.store.sqlite_errors import as_store_error, is_damage
 
 _BATCH_SIZE = 1024
 _SMALLEST_ROW_BYTES = 32  # no record of the table is smaller: bounds how many rows a file can hold
@@ -36,7 +36,7 @@ def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
     path = Path(damaged_path).expanduser().absolute()
     db = open_damaged(path)
     try:
-        with in_three_parts("reading", path):
+        with as_store_error(f"read the log-prob store {path}"):
             return _move_records(db, into)
     finally:
         db.close()

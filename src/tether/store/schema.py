@@ -43,16 +43,17 @@ def check(db: sqlite3.Connection, path: Path) -> None:
     """Raises StoreError if the file is another program's database, or a store newer than this program."""
     if _read(db, "application_id") != APPLICATION_ID:
         raise StoreError(
-            problem=f"the log-prob store {path}",
-            details="this SQLite file belongs to another program; it was not changed",
-            instead="choose another path for the store",
+            problem=f"Cannot use {path} as a log-prob store: this SQLite file belongs to another program.",
+            details="The file was not changed.",
+            instead="Choose another path for the store.",
         )
     version = _read(db, "user_version")
     if version > SCHEMA_VERSION or (version < SCHEMA_VERSION and version not in _MIGRATIONS):
         raise StoreError(
-            problem=f"the log-prob store {path} of format version {version}",
-            details=f"this version of tether reads format version {SCHEMA_VERSION}; the file was not changed",
-            instead="use the version of tether that wrote it (or a newer one), or another path for the store",
+            problem=f"Cannot open the log-prob store {path}: it has format version {version}, and this version of "
+            f"Tether reads format version {SCHEMA_VERSION}.",
+            details="The file was not changed.",
+            instead="Use the version of Tether that wrote it (or a newer one), or another path for the store.",
         )
 
 

@@ -1,4 +1,4 @@
-"""SQLite's errors, said in three parts.
+"""SQLite's errors as errors of the store: why it failed, and what to do.
 
 Knows SQLite's messages; must not know tables or records.
 """
@@ -6,39 +6,45 @@ Knows SQLite's messages; must not know tables or records.
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tether.errors import StoreError
 
-# A piece of SQLite's message -> why it cannot be, what to do instead.
+# A piece of SQLite's message -> why it cannot be, what became of the data, and what to do instead.
 _SAID = {
     "is full": (
-        "the disk is full; nothing of this call was written, everything written before is intact",
-        "free space on that disk, or keep the store elsewhere (`TETHER_HOME`, or another path), and go on",
+        "the disk is full",
+        "Nothing of this call was written; everything written before is intact.",
+        "Free space on that disk and go on, or keep the store elsewhere (`TETHER_HOME`, or another path).",
     ),
     "readonly": (
-        "the file or its folder may not be written here",
-        "pass `read_only=True`, or keep the store in a folder of yours (`TETHER_HOME`, or another path)",
+        "the file or its folder may not be written",
+        "",
+        "Pass `read_only=True`, or keep the store in a folder of your own (`TETHER_HOME`, or another path).",
     ),
     "unable to open": (
-        "the file can't be opened, or its folder can't take the files that SQLite keeps beside it",
-        "check path and permissions; to read a store in a folder that can't be written pass `read_only=True`",
+        "the file cannot be opened, or SQLite cannot keep its own files beside it",
+        "",
+        "Check the path and its permissions. To read a store in a folder that you cannot write, pass `read_only=True`.",
     ),
     "locked": (
         "another process has been writing to it for a minute without a pause",
-        "look for a process that hangs while it has the store open, and try again",
+        "",
+        "Look for a process that hangs while it has the store open, and try again.",
     ),
     "malformed": (
-        "the file is damaged (cut short, or overwritten); no number was taken from the damaged part",
-        "save every intact record with `tether.store.salvage(damaged, fresh)`, then use the fresh store",
+        "the file is damaged",
+        "It was cut short or overwritten. No number was taken from the damaged part.",
+        "Save every intact record with `tether.store.salvage(damaged, fresh)`, then use the fresh store.",
     ),
     "not a database": (
-        "the file isn't an SQLite database, or its first bytes were overwritten; it was not changed",
-        "choose another path for the store, or move that file away",
+        "the file isn't an SQLite database, or its first bytes were overwritten",
+        "The file was not changed.",
+        "Choose another path for the store, or move that file away.",
     ),
     "disk I/O": (
-        "the operating system failed to read or write the file; nothing of this call was written",
-        "check the disk (space, quota, network); everything written before is kept",
+        "the operating system failed to read or write the file",
+        "Nothing of this call was written; everything written before is kept.",
+        "Check the disk (space, quota, network).",
     ),
 }
 for piece, like in (
@@ -49,19 +55,18 @@ for piece, like in (
     ("Read-only file system", "readonly"),
 ):
     _SAID[piece] = _SAID[like]
-_ELSE = ("SQLite refused", "check the disk and the file, or choose another path for the store")
+_ELSE = ("SQLite or the system failed", "", "Check the disk and the file, or choose another path for the store.")
 
 
 @contextmanager
-def in_three_parts(doing: str, path: Path) -> Iterator[None]:
-    """Turns an SQLite error in its body into a StoreError about `path`."""
+def as_store_error(action: str) -> Iterator[None]:
+    """Turns an SQLite error in its body into a StoreError: `Cannot {action}: ...`."""
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        why, instead = next((parts for piece, parts in _SAID.items() if piece in str(error)), _ELSE)
-        raise StoreError(
-            problem=f"{doing} the log-prob store {path}", details=f"{why} ({error})", instead=instead
-        ) from error
+        why, details, instead = next((parts for piece, parts in _SAID.items() if piece in str(error)), _ELSE)
+        said = " ".join(str(error).split())
+        raise StoreError(problem=f"Cannot {action}: {why} ({said}).", details=details, instead=instead) from error
 
 
 def is_busy(error: sqlite3.Error) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tether.errors import StoreError
 from tether.store.opening import open_to_read, open_to_write
-from tether.store.sqlite_errors import in_three_parts
+from tether.store.sqlite_errors import as_store_error
 
 
 class StoreFile:
@@ -34,7 +34,7 @@ class StoreFile:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """A connection to read with; every statement sees one moment of the store."""
-        with _in_use, in_three_parts("reading", self.path):
+        with _in_use, as_store_error(f"read the log-prob store {self.path}"):
             yield self._connection()
 
     @contextmanager
@@ -42,11 +42,10 @@ class StoreFile:
         """A connection within one transaction: all of the body is written, or nothing."""
         if self.read_only:
             raise StoreError(
-                problem=f"writing to the log-prob store {self.path}",
-                details="it was opened with `read_only=True`",
-                instead="open it without `read_only`",
+                problem=f"Cannot write to the log-prob store {self.path}: it was opened with `read_only=True`.",
+                instead="Open it without `read_only`.",
             )
-        with _in_use, in_three_parts("writing to", self.path):
+        with _in_use, as_store_error(f"write to the log-prob store {self.path}"):
             db = self._connection()
             try:
                 db.execute("BEGIN IMMEDIATE")  # waits here for other writers, never halfway
@@ -73,9 +72,8 @@ class StoreFile:
     def _connection(self) -> sqlite3.Connection:
         if self._closed:
             raise StoreError(
-                problem=f"using the log-prob store {self.path}",
-                details="it was closed",
-                instead="open it again with `LogProbStore(path)`",
+                problem=f"Cannot use the log-prob store {self.path}: it was closed.",
+                instead="Open it again with `LogProbStore(path)`.",
             )
         if self._db is not None and not self._is_in_place():
             self.disconnect()  # the file was removed or replaced: rows written to the old one would be lost
