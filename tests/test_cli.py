@@ -295,7 +295,7 @@ REFUSALS = [
     ("sync_ref_model: perhaps", "it should be a valid boolean", "--help"),
     ("eval_strategy: sometimes", "it should be 'no', 'steps' or 'epoch'", "--help"),
     ("eval_strategy: steps", "nothing to evaluate on", "eval_fraction"),
-    ("do_eval: true", "the verb says what is done", "eval_fraction"),
+    ("do_eval: true", "the verb of the command decides what a run does", "eval_fraction"),
     ("load_best_model_at_end: true", "save and eval strategy to match", "--help"),
     ("loss_type: sigmoidal", "it should be 'sigmoid', 'hinge'", "Did you mean `sigmoid`?"),
     ("sync_ref_model: true\nprecompute_ref_log_probs: true", "stale", "one of the two"),
@@ -304,15 +304,15 @@ REFUSALS = [
     ("eval_fraction: 1.5", "share of the pairs", "0.1"),
     ("eval_fraction: 0.1\neval_data: x.jsonl", "which pairs are held out", "one of the two"),
     ("dataset: other.jsonl", "the same option", "one of the two"),
-    ("resume: true", "there is none", "start anew"),
+    ("resume: true", "there is none", "start a new run"),
     ("resume: out/checkpoint-7", "no such folder", "checkpoint"),
     ("ref_model: ./nowhere", "no such folder", "save_pretrained"),
     ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
-    ("- beta", "cannot be read as YAML", "option: value"),
+    ("- beta", "bad.yaml at line 3, column 1: expected <block end>, but found '-'.", "option: value"),
     ("model_init_kwargs: nonsense", "it should be a valid dictionary", "--help"),
     ("lr_scheduler_kwargs: min_lr=1e-7", "it should be a valid dictionary", "--help"),
-    ("dataset_test_split: test", "Unknown split", "A file has one split"),
-    ("attn_implementation: nonsense", "It refuses: Specified `attn_implementation", "--traceback"),
+    ("dataset_test_split: test", "Unknown split", "a file has one split"),
+    ("attn_implementation: nonsense", "transformers refuses an option (Specified `attn_implementation", "--traceback"),
     ("model_init_kwargs: {nonsense: 1}", "unexpected keyword argument 'nonsense'", "--traceback"),
     ("accelerator_config: absent.json", "No such file", "--help"),
     ("report_to: nope", "nope is not supported", "--traceback"),
@@ -342,7 +342,7 @@ def test_a_bad_recipe_is_refused_with_what_to_write(
         (["train", "nowhere.yaml"], "Cannot use the recipe nowhere.yaml: there is no such file."),
         (["train", "--bata", "0.2"], "Did you mean `--beta`?"),
         (["train", "--beta"], "`--beta`: it needs a value"),
-        (["train", "--precompute_ref_log_probs", "recipe.yaml"], "The recipe comes first"),
+        (["train", "--precompute_ref_log_probs", "recipe.yaml"], "Write the recipe first"),
         (["train", "a.yaml", "b.yaml"], "`b.yaml`: it belongs to no option"),
         (["train", "--model", "m"], "without `train_data`"),
         (["precompute", "--betta", "1"], "Did you mean `--beta`?"),
@@ -369,7 +369,7 @@ def test_what_a_library_refuses_when_training_is_set_up_is_told_with_its_words(
     tether: Run, recipe: Callable[..., str]
 ) -> None:
     code, _, err = tether("train", recipe(lr_scheduler_type="cosine_with_min_lr"))
-    assert code == 2 and "It refuses: One of min_lr or min_lr_rate should be set" in err
+    assert code == 2 and "transformers refuses an option (One of min_lr or min_lr_rate should be set" in err
     with pytest.raises(ConfigurationError, match="min_lr") as caught:
         main(["train", recipe(lr_scheduler_type="cosine_with_min_lr"), "--traceback"])
     assert isinstance(caught.value.__cause__, ValueError)
@@ -390,8 +390,8 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
     ("name", "text", "said"),
     [
         ("absent.jsonl", None, "there is no such file"),
-        ("pairs.txt", "a", "`.txt` file is not known"),
-        ("broken.jsonl", '{"prompt": "a"', "cannot be read"),
+        ("pairs.txt", "a", "its name does not end in a known format"),
+        ("broken.jsonl", '{"prompt": "a"', "broken.jsonl`: "),
         ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "Row 0 of the train set has no `rejected`"),
     ],
 )

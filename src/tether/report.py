@@ -29,7 +29,7 @@ except ImportError as error:
     raise MissingPackageError(
         problem="Cannot draw a report: matplotlib, which draws its curves, is not installed.",
         details="Only reports and `tether demo` draw, so a plain install leaves matplotlib out.",
-        instead="`pip install matplotlib`; or, in a clone of Tether, `pip install '.[demo]'`.",
+        instead="Install it: `pip install matplotlib`, or `pip install '.[demo]'` in a clone of Tether.",
     ) from error
 
 LogHistory = Sequence[Mapping[str, Any]]

@@ -143,16 +143,15 @@ def _check_evaluation(recipe: Recipe) -> None:
         raise ConfigurationError(
             problem=f"Cannot use `eval_strategy={given['eval_strategy']}` without held-out pairs: there is nothing to "
             "evaluate on.",
-            details="`eval_data`, `eval_fraction` and `dataset_test_split` name held-out pairs.",
-            instead="Add `eval_fraction: 0.1`, or `eval_data` with a file.",
+            instead="Add `eval_fraction: 0.1`, `eval_data` with a file, or `dataset_test_split` with a split.",
         )
     for name, does in (("do_train", True), ("do_eval", has_eval), ("do_predict", False)):
         if given.get(name, does) != does:
             raise ConfigurationError(
-                problem=f"Cannot use `{name}={given[name]}`: the verb says what is done.",
+                problem=f"Cannot use `{name}={given[name]}`: the verb of the command decides what a run does.",
                 details="`train` trains, and evaluates when there are held-out pairs.",
                 instead=f"Take `{name}` out"
-                + ("; name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
+                + (", and name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
             )
 
 
@@ -190,7 +189,7 @@ def _not_loadable(option: str, name: str, what: str, error: Exception) -> Config
     elif looks_local:
         fault, why = "there is no such folder", f"Paths start at the current folder, {Path.cwd()}."
     else:
-        fault, why = f"it is no folder in {Path.cwd()}, and cannot be loaded from the hub", _first_sentence(error)
+        fault, why = f"it is not a folder in {Path.cwd()}, and cannot be loaded from the hub", _first_sentence(error)
     instead = f"Name a folder written by `save_pretrained` that holds a {what}, or a name on the hub."
     return ConfigurationError(problem=f"Cannot use `{option}: {name}`: {fault}.", details=why, instead=instead)
 

@@ -48,9 +48,9 @@ def check_is_alone(given: Mapping[str, Any], prog: str) -> None:
         name = next(iter(given))
         raise ConfigurationError(
             problem=f"Cannot use `{name}={given[name]}` in a process that a launcher has started: how many processes "
-            "run, and where, has been decided.",
+            "run, and where, is already decided.",
             details=f"`{name}` is an option of `accelerate launch`, and LOCAL_RANK is set.",
-            instead=f"Take it out; or start with `{prog}` alone, which calls `accelerate launch` itself.",
+            instead=f"Take it out, or start with `{prog}` alone, which calls `accelerate launch` itself.",
         )
 
 
@@ -96,9 +96,9 @@ class _LauncherParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(
-            problem=f"Cannot start processes as `{self.prog}` was asked to: {message}.",
-            details="`accelerate launch` refuses it.",
-            instead="`accelerate launch --help` explains its options.",
+            problem=f"Cannot start the processes of `{self.prog}`: {message}.",
+            details="`accelerate launch` refuses this option.",
+            instead="Change it: `accelerate launch --help` explains its options.",
         )
 
 
@@ -117,9 +117,10 @@ def _check_kind(options: Sequence[str]) -> None:
         shaped = next((word for word in options if word.startswith(prefix)), None)
         if shaped and f"--{kind}" not in options and "--config_file" not in options:
             raise ConfigurationError(
-                problem=f"Cannot use `{shaped}` without `--{kind}`: it says how weights are sharded, and none are.",
-                details="accelerate would ignore it.",
-                instead=f"Add `{kind}`, or take it out.",
+                problem=f"Cannot use `{shaped}` without `--{kind}`: it says how to shard the weights, and they "
+                "are not sharded.",
+                details=f"accelerate would ignore `{shaped}`.",
+                instead=f"Add `--{kind}`, or take `{shaped}` out.",
             )
 
 
@@ -129,8 +130,7 @@ def _configuration(name: str) -> list[str]:
     if name not in PRESETS:
         raise ConfigurationError(
             problem=f"Cannot use `accelerate_config={name}`: there is no such file, and no configuration of that name.",
-            details=f"The configurations with a name are {', '.join(PRESETS)}.",
-            instead="Name one of these, or a file written by `accelerate config`.",
+            instead=f"Name a file written by `accelerate config`, or one of {', '.join(PRESETS)}.",
         )
     return PRESETS[name].split()
 

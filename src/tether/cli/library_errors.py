@@ -1,4 +1,4 @@
-"""What a library refuses while a run is set up, told in three parts.
+"""What a library refuses while a run is set up, as an error of Tether.
 
 A wrong option of transformers or PEFT is a user's mistake like any other. Once training is under way an error keeps
 its traceback: then nobody wants to run again to see it.
@@ -37,9 +37,10 @@ def library_errors_told(prog: str, applies: Callable[[], bool] = lambda: True) -
         is_refusal = library in _LIBRARIES or (library == "torch" and isinstance(error, ValueError))
         if not is_refusal or not applies():
             raise
+        first, _, rest = (" ".join(str(error).split()) or type(error).__name__).rstrip(".").partition(". ")
         raise ConfigurationError(
-            problem=f"Cannot set the run up: {library} refuses one of the options.",
-            details=f"It refuses: {' '.join(str(error).split()) or type(error).__name__}",
+            problem=f"Cannot set up the run: {library} refuses an option ({first}).",
+            details=rest and f"{rest}.",
             instead=f"Change the option that this is about: `{prog} --help` lists them, and --traceback shows where it "
             "was raised.",
         ) from error

@@ -31,9 +31,9 @@ def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
     except (ValueError, TypeError) as error:
         raise DataError(
             problem=f"Cannot join `datasets` {', '.join(part.path for part in parts)}: their columns differ.",
-            details=f"{' '.join(str(error).split())}",
-            instead="Keep the columns that they share (`columns: [prompt, chosen, rejected]`), and write text beside "
-            "text, messages beside messages.",
+            details=" ".join(str(error).split()),
+            instead="Keep the columns that they share (`columns: [prompt, chosen, rejected]`), and use either text or "
+            "messages in all of them.",
         ) from error
     return mixture
 
@@ -57,8 +57,8 @@ def _load_part(part: Part, number: int, streaming: bool) -> Any:
     if given and is_file(part.path):
         raise DataError(
             problem=f"Cannot use `{option}: {part.path}` together with `{next(iter(given))}`: the path is a file.",
-            details="`data_dir` and `data_files` say more of a folder, a dataset on the hub, or a format.",
-            instead="Keep the path, or write the name of a format as the path: `path: json`.",
+            details="`data_dir` and `data_files` choose files of a folder, a dataset on the hub, or a format.",
+            instead="Keep only the path, or write the name of a format as the path: `path: json`.",
         )
     rows = load_pairs(part.path, option, config=part.name, split=part.split, streaming=streaming, **given)
     return _with_columns(rows, part) if part.columns is not None else rows
@@ -71,7 +71,7 @@ def _with_columns(rows: PairDataset, part: Part) -> PairDataset:
         raise DataError(
             problem=f"Cannot keep `columns: {part.columns}` of {part.path}: it has no column `{absent[0]}`.",
             details=f"It has {', '.join(rows.column_names)}.",
-            instead="Name columns that it has.",
+            instead="Name some of these.",
         )
     chosen: PairDataset = rows.select_columns(part.columns)
     return chosen

@@ -72,10 +72,11 @@ def load_pairs(
     try:
         rows: PairDataset = load_dataset(**source | further, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
+        cause = _root_cause(error).rstrip(".")
+        shortened = textwrap.shorten(cause, 100, placeholder="...").rstrip(".")
         raise DataError(
-            problem=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: "
-            f"{textwrap.shorten(_root_cause(error), 100).rstrip('.')}.",
-            details=f"It cannot be read: {_root_cause(error)}",
+            problem=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: {shortened}.",
+            details=f"The message is: {cause}." if cause != shortened else "",
             instead=_what_to_name(name, split, error),
         ) from error
     if any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", "chosen", "rejected")):
@@ -93,8 +94,9 @@ def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
         raise DataError(
             problem=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
             "whole .json or .jsonl file.",
-            details="Compressed, streamed, in a folder or on the hub, a text such as `4` would come back as a number.",
-            instead="Write the rows to such a file, or text and messages to a set of their own each.",
+            details="From a compressed or streamed file, a folder or the hub, a text such as `4` would come back as a "
+            "number.",
+            instead="Write all rows to one such file, or keep text and messages in two sets.",
         )
     text = Path(name).expanduser().read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
@@ -104,13 +106,13 @@ def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
 def _what_to_name(name: str, split: str | None, error: Exception) -> str:
     if split is not None and "split" in str(error):
         return (
-            "A file has one split, `train`: hold pairs out with `eval_fraction`, or name another file with `eval_data`."
+            "Hold pairs out with `eval_fraction`, or name another file with `eval_data`: a file has one split, `train`."
             if is_file(name)
             else "Name one of its splits."
         )
     if is_file(name):
         return (
-            "Every line of a .jsonl file is one row, all rows with the same fields of the same types: "
+            "Write one row on each line of a .jsonl file, and the same fields of the same types in all rows: "
             '{"prompt": ..., "chosen": ..., "rejected": ...}.'
         )
     return (
@@ -146,7 +148,8 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     kept = sorted(set(range(len(pairs))) - set(held_out))
     if not kept:
         raise DataError(
-            problem=f"Cannot hold out `eval_fraction={fraction}` of {len(pairs)} pairs: none would be left to train on.",
+            problem=f"Cannot hold out `eval_fraction={fraction}` of {len(pairs)} pairs: none would be left to "
+            "train on.",
             details="Pairs of one prompt are held out together.",
             instead="Use more pairs, or name others with `eval_data`.",
         )
@@ -170,13 +173,12 @@ def _file_source(path: Path, option: str) -> dict[str, Any]:
         raise DataError(
             problem=f"Cannot read `{option}: {path}`: there is no such file.",
             details=f"Paths start at the current folder, {Path.cwd()}.",
-            instead=f"Name a file: {', '.join(_FORMATS)}.",
+            instead=f"Name a file that ends in {', '.join(_FORMATS)}.",
         )
     known = _format_of(path)
     if known is None:
         raise DataError(
-            problem=f"Cannot read `{option}: {path}`: what is in a `{path.suffix}` file is not known.",
-            details="The end of a file's name says how it is read.",
+            problem=f"Cannot read `{option}: {path}`: its name does not end in a known format.",
             instead=f"Name a file that ends in {', '.join(_FORMATS)}, or one of these with {', '.join(_COMPRESSED)}.",
         )
     return {**known, "data_files": str(path)}
@@ -190,7 +192,6 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
     if named and split:
         raise DataError(
             problem=f"Cannot use `{option}: {name}` together with the split `{split}`: both name a split.",
-            details="A run reads one split of a dataset.",
             instead=f"Write `{option}: {repository}`.",
         )
     return {"path": repository} | ({"split": named} if named else {})

@@ -26,10 +26,10 @@ def quantization_of(script: ScriptOptions) -> BitsAndBytesConfig | None:
         return None
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(
-            problem=f"Cannot use `load_in_{4 if script.load_in_4bit else 8}bit`: bitsandbytes is not installed.",
-            details="It holds weights in 4 or 8 bits.",
-            instead="`pip install bitsandbytes`; or take it out: `use_peft: true` with `dtype: bfloat16` also saves "
-            "memory.",
+            problem=f"Cannot use `load_in_{4 if script.load_in_4bit else 8}bit`: it needs bitsandbytes, which is not "
+            "installed.",
+            instead="Install it (`pip install bitsandbytes`), or write `use_peft: true` with `dtype: bfloat16`, which "
+            "also saves memory.",
         )
     if script.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -180,10 +180,10 @@ def make_recipe(request: Request) -> Recipe:
     except TetherError:
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
+        said = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
-            problem=f"Cannot use these options of transformers.TrainingArguments: {' '.join(str(error).split())}",
-            details="They are refused as they are, or together.",
-            instead=f"Change the option it names; `{prog} --help` explains every one.",
+            problem=f"Cannot use these options of transformers.TrainingArguments: {said}.",
+            instead=f"Change the option that this is about: `{prog} --help` explains every option.",
         ) from error
     if request.launch:
         from tether.cli.launch import launch
@@ -218,7 +218,7 @@ def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:
         if name in known:
             raise ConfigurationError(
                 problem=f"Cannot use `{name}` in `model_init_kwargs` and as an option of the recipe: "
-                "they are the same argument of `from_pretrained`.",
+                "both set the same argument of `from_pretrained`.",
                 details=f"The recipe says {given[name]!r}, and `model_init_kwargs` {known[name]!r}.",
                 instead="Keep one of the two.",
             )

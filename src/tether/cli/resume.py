@@ -32,7 +32,7 @@ def find_checkpoint(recipe: Recipe) -> str | None:
             if is_last
             else f"Cannot resume from {wanted}: there is no such folder.",
             details=f"Paths start at the current folder, {Path.cwd()}.",
-            instead="Leave `resume` out to start anew, or name a checkpoint's folder (out/checkpoint-100).",
+            instead="Name the folder of a checkpoint (out/checkpoint-100), or leave `resume` out to start a new run.",
         )
     if is_last and (newest := newest_checkpoint(output_dir)) not in (None, found):
         raise ResumeError(

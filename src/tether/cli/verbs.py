@@ -79,7 +79,7 @@ def _refusal(error: Any) -> ConfigurationError:
     nearest = "".join(f"Did you mean {names.strip('?)')}? " for names in meant)
     return ConfigurationError(
         problem=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",
-        details=f"It is written `{usage.removeprefix('Usage: ')}`.",
+        details=f"Its usage is `{usage.removeprefix('Usage: ')}`.",
         instead=f"{nearest}`{path} --help` explains what it takes.",
     )
 
@@ -171,9 +171,8 @@ def _shard(text: str) -> tuple[int, int]:
     number, _, total = text.partition("/")
     if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise ConfigurationError(
-            problem=f"Cannot use `--shard {text}`: it is no part of a whole.",
-            details="It says which part of how many this is.",
-            instead="Write `--shard 1/4` on the first of four machines, `--shard 4/4` on the last.",
+            problem=f"Cannot use `--shard {text}`: it must be `I/N`, for part I (from 1 to N) of N.",
+            instead="Write `--shard 1/4` on the first of four machines, and `--shard 4/4` on the last.",
         )
     return int(number), int(total)
 

@@ -20,7 +20,7 @@ from tether.cli.trl_options import REFUSED
 from tether.errors import ConfigurationError
 
 _ONE_PER_LINE = "Write one `option: value` on each line, each option once."
-RECIPE_FIRST = "The recipe comes first, then `--option value`."
+RECIPE_FIRST = "Write the recipe first, then `--option value`."
 
 
 class Written(NamedTuple):
@@ -101,8 +101,8 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigurationError(
-            problem=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or error}.",
-            details=f"It cannot be read as YAML{_context_of(error)}.",
+            problem=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}.",
+            details=_context_of(error),
             instead=_ONE_PER_LINE,
         ) from None
     written: list[Written] = []
@@ -119,7 +119,10 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
 
 def _context_of(error: yaml.YAMLError) -> str:
     mark = getattr(error, "context_mark", None)
-    return f", {error.context} that begins in line {mark.line + 1}" if mark else ""  # type: ignore[attr-defined]
+    context = str(getattr(error, "context", None))
+    if mark is None or not context.startswith("while "):
+        return ""
+    return f"The YAML parser stopped {context} that begins in line {mark.line + 1}."
 
 
 def _text_of(path: Path) -> str:
@@ -127,7 +130,8 @@ def _text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            problem=f"Cannot read {path}: it is no text in UTF-8.", details=f"{error}.", instead=_ONE_PER_LINE
+            problem=f"Cannot read {path}: it is not text in UTF-8 ({error}).",
+            instead="Save the file as UTF-8.",
         ) from None
 
 

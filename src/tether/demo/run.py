@@ -58,8 +58,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> D
 def _made_folder(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(
-            problem=f"`output_dir={str(folder)!r}`.",
-            details="It is a file.",
+            problem=f"Cannot use `output_dir={str(folder)!r}`: it is a file.",
             instead="Name a folder, existing or new.",
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,8 +59,7 @@ def word_of(prompt: str) -> str:
     """
     if not (prompt.startswith(_PREFIX) and prompt.endswith(_SUFFIX)):
         raise DataError(
-            problem=f"The demo's rule was asked about the prompt {prompt!r}.",
-            details=f"Prompts of its task look like {prompt_of('banuko')!r}.",
+            problem=f"Cannot find a word in {prompt!r}: prompts of the demo's task look like {prompt_of('banuko')!r}.",
             instead="Make prompts with `prompt_of(word)`.",
         )
     return prompt[len(_PREFIX) : -len(_SUFFIX)]

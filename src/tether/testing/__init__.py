@@ -17,8 +17,8 @@ def _has_pytest() -> bool:
 
 if not _has_pytest():
     raise MissingPackageError(
-        problem="`tether.testing` was imported.",
-        details="Its contract suites are pytest tests, and pytest is not installed: Tether does not need it to train.",
+        problem="Cannot import `tether.testing`: its contract suites are pytest tests, and pytest is not installed.",
+        details="Tether does not need pytest to train, so a plain install leaves it out.",
         instead="Install it where you run the tests: `pip install pytest`.",
     )
 

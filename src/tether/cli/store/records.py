@@ -71,8 +71,7 @@ def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = 
     if must_exist and not path.is_file():
         raise StoreError(
             problem=f"Cannot open the store {path.absolute()}: there is no such file.",
-            details="Nothing was scored into it yet.",
-            instead="Name another with `--store FILE`, or fill this one: `tether precompute RECIPE.yaml`.",
+            instead="Name another with `--store FILE`, or fill this one with `tether precompute RECIPE.yaml`.",
         )
     return LogProbStore(path, read_only=read_only)
 
@@ -87,10 +86,11 @@ def choose_identity(store: LogProbStore, start: str | None) -> str:
     found = [digest for digest in known if digest.startswith(start or "")]
     if len(found) == 1:
         return found[0]
-    which = f"a reference whose digest starts with {start!r}" if start else "its only reference"
+    number = len(found) or "no"
+    why = f"{number} digests start with `{start}`" if start else f"it holds {number} references"
     raise StoreError(
-        problem=f"Cannot choose {which} in {store.path}: {len(found) or 'none'} of its references fit.",
-        details=f"It holds {', '.join(known) or 'none'}.",
+        problem=f"Cannot choose a reference of the store {store.path}: {why}.",
+        details=f"It holds {', '.join(known)}." if known else "",
         instead="Name one with `--identity` and its first letters; `tether store info` says what each is.",
     )
 

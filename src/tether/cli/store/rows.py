@@ -35,10 +35,10 @@ def verify(request: Request, num_rows: int, seed: int) -> int:
         found = verify_sample(reference, _sample(trainer, num_rows, seed))
     if not found.num_responses:
         raise StoreError(
-            problem=f"Cannot verify {store.path} for the reference {identity}: None of the {found.num_missing} responses "
-            "drawn is in it.",
+            problem=f"Cannot verify the store {store.path} for the reference {identity}: it holds none of the "
+            f"{found.num_missing} responses drawn.",
             details="It was filled with other rows, another template or tokenizer, or by another reference.",
-            instead="Name the store with `--store`, or fill it: `tether precompute` with the same recipe.",
+            instead="Name another with `--store`, or fill this one with `tether precompute` and the same recipe.",
         )
     print(
         f"store      {store.path}\n"
@@ -58,8 +58,7 @@ def export(request: Request, file: str, set_name: str) -> int:
         rows: Any = trainer.train_dataset if set_name == "train" else trainer.eval_dataset
         if rows is None:
             raise ConfigurationError(
-                problem="Cannot use `--set eval` of a recipe without held-out pairs: there are none to write.",
-                details="The recipe names none.",
+                problem="Cannot export `--set eval`: the recipe has no held-out pairs.",
                 instead="Name them with `eval_data` or `eval_fraction`, or leave `--set` out.",
             )
         collator: Any = trainer.data_collator
