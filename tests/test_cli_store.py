@@ -51,7 +51,7 @@ def test_info_tells_which_references_a_store_holds(tether: Run, filled: tuple[st
     with LogProbStore(path) as store:
         (identity,) = store.identities()
     assert code == 0 and f"store      {path} (" in out
-    assert f"reference  frozen {identity.digest}: compute dtype float32, scoring version 1" in out
+    assert f"reference  explicit {identity.digest}: compute dtype float32, scoring version 1" in out
     assert f"{identity.num_records} responses, {identity.num_tokens:,} tokens" in out
 
 
