@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from tether import DPOConfig, DPOTrainer
+from tether.config import objective_of
+from tether.rules.facts import Facts
+from tether.truncation import Truncation
 from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 
 DEFAULTS: dict[str, Any] = {
@@ -53,6 +57,26 @@ def trained(folder: Path, model: Any = None, rows: Any = None, **options: Any) -
     trainer = make_trainer(folder, model, rows, **options)
     trainer.train()
     return trainer
+
+
+def facts_of(folder: Path, **changes: Any) -> Facts:
+    """What such a run is asked to do; `changes` are those of `Facts`, and of `DPOConfig`."""
+    names = {entry.name for entry in fields(Facts)}
+    args = DPOConfig(str(folder), **DEFAULTS | {n: value for n, value in changes.items() if n not in names})
+    facts = Facts(
+        args=args,
+        policy=tiny_model(),
+        ref_model=None,
+        new_adapter=None,
+        optimizer=None,
+        sets={"train": as_dataset(tiny_pairs(2))},
+        truncation=Truncation(args.max_length, args.truncation_mode),
+        objective=objective_of(args, None),
+        has_own_figures=False,
+        follows_average=False,
+        is_sharded=False,
+    )
+    return replace(facts, **{n: value for n, value in changes.items() if n in names})
 
 
 def as_dataset(rows: Any) -> Any:

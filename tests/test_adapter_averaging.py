@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from observe import bits, same_bits, traces
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference import ImplicitReference, SynchronizedReference
-from tether.reference.adapter_parts import LINEAR_TYPES, adapter_parts, check_can_follow
+from tether.reference.adapter_parts import LINEAR_TYPES, adapter_parts, refused_followers
 from tether.reference.averaging import LowRank
 from tether.reference.low_rank_parts import LowRankPart, convolution, experts
 from tether.reference.parts import DensePart, UpdateRule
+from tether.refusals import refuse
 from tiny import tiny_model
 
 pytestmark = pytest.mark.numerics
@@ -454,7 +455,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
 def test_an_adapter_without_an_average_is_refused_by_name(name: str) -> None:
     found, make = REFUSED[name]
     with pytest.raises(ConfigurationError, match=found) as caught:
-        check_can_follow([make()])
+        refuse(refused_followers([make()]))
     assert "sync_ref_model" in caught.value.problem and caught.value.instead
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def test_a_store_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_options_at_the_ends_of_their_range_are_fine(tmp_path: Path) -> None:
     for options in ({"ref_model_mixup_alpha": 0.0}, {"ref_model_mixup_alpha": 1.0}, {"ref_model_sync_steps": 1}):
-        DPOConfig(str(tmp_path), **DEFAULTS, **options)
+        DPOConfig(str(tmp_path), **DEFAULTS, sync_ref_model=True, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -217,13 +218,13 @@ ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "args of transformers": ("`args`", lambda: {"args": TrainingArguments("out", report_to=[])}),
     "args of TRL": ("trl.", lambda: {"args": TRLConfig("out", report_to=[], bf16=False)}),
     "args as a dict": ("`args`", lambda: {"args": {"beta": 0.1}}),
-    "a number as model": ("`model` is a int", lambda: {"model": 42}),
-    "a module without config": ("`model` is a Linear", lambda: {"model": torch.nn.Linear(2, 2)}),
+    "a number as model": ("`model` of type int", lambda: {"model": 42}),
+    "a module without config": ("`model` of type Linear", lambda: {"model": torch.nn.Linear(2, 2)}),
     "a model without head": ("LlamaModel", lambda: {"model": tiny_model().model}),
-    "a reference without head": ("`ref_model` is a LlamaModel", lambda: {"ref_model": tiny_model().model}),
-    "True as reference": ("`ref_model` is a bool", lambda: {"ref_model": True}),
+    "a reference without head": ("`ref_model` of type LlamaModel", lambda: {"ref_model": tiny_model().model}),
+    "True as reference": ("`ref_model` of type bool", lambda: {"ref_model": True}),
     "one callback": ("`callbacks`", lambda: {"callbacks": BEMACallback()}),
-    "a tuple of callbacks": ("`callbacks` is a tuple", lambda: {"callbacks": (BEMACallback(),)}),
+    "a tuple of callbacks": ("`callbacks` of type tuple", lambda: {"callbacks": (BEMACallback(),)}),
     "dtype that is none": ("bf61", lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"dtype": "bf61"})}),
     "the old name of dtype": (
         "`dtype='bfloat16'`",
@@ -289,7 +290,7 @@ def test_the_policy_as_its_own_reference_model_is_refused(tmp_path: Path) -> Non
     for options in ({}, {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}):
         with pytest.raises(ConfigurationError) as caught:
             refused(tmp_path, model, ref_model=model, **options)
-        assert_told(caught.value, "`ref_model` is the same object as `model`")
+        assert_told(caught.value, "Cannot use `ref_model`", "the same object as `model`")
 
 
 def test_the_base_of_the_adapter_as_reference_model_is_refused(tmp_path: Path) -> None:

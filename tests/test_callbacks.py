@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from observe import bits, same_bits
-from runs import curve, make_trainer, trained
+from runs import curve, facts_of, make_trainer, trained
 from tether import BEMACallback
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
-from tether.reference import ReferenceOptions, check_options
+from tether.rules.run import refused_reference
 from tiny import tiny_model, tiny_pairs
 
 pytestmark = pytest.mark.numerics
@@ -192,11 +192,10 @@ def test_a_reference_that_cannot_follow_is_refused_by_name(name: str, tmp_path: 
     assert "update_ref_model=False" in caught.value.instead
 
 
-def test_a_sharded_reference_cannot_follow() -> None:
+def test_a_sharded_reference_cannot_follow(tmp_path: Path) -> None:
     """A run that is sharded needs several processes; what refuses it is asked here by itself."""
-    options = ReferenceOptions(follows=True, shard=object())  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="ZeRO-3 or FSDP2"):
-        check_options(tiny_model(), None, options)
+    (refusal,) = refused_reference(facts_of(tmp_path, follows_average=True, is_sharded=True))
+    assert "ZeRO-3 or FSDP2" in refusal.subject and "BEMACallback" in refusal.subject
 
 
 def test_a_reference_of_another_architecture_cannot_follow(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from runs import facts_of
 from tether.distributed import (
     any_process,
     cast_as_training_will,
@@ -26,9 +27,8 @@ from tether.distributed import (
     whole_shape,
 )
 from tether.errors import ConfigurationError, DataError, ReferenceModelError
-from tether.reference import ReferenceOptions, check_options
 from tether.reference.identity import digest_tensors
-from tiny import tiny_model
+from tether.rules.run import refused_reference
 
 
 def accelerator(**state: Any) -> Any:
@@ -106,10 +106,9 @@ def test_the_policy_keeps_its_precision_without_deepspeed() -> None:
     assert model.weight.dtype == torch.float32
 
 
-def test_a_dtype_for_a_sharded_reference_is_refused() -> None:
-    options = ReferenceOptions(dtype=torch.bfloat16, shard=sharding_of(zero()))
-    with pytest.raises(ConfigurationError, match="ref_dtype"):
-        check_options(tiny_model(), None, options)
+def test_a_dtype_for_a_sharded_reference_is_refused(tmp_path: Path) -> None:
+    (refusal,) = refused_reference(facts_of(tmp_path, ref_dtype="bfloat16", is_sharded=True))
+    assert refusal.option == "ref_dtype" and "ZeRO-3" in refusal.subject
 
 
 def test_models_that_stay_whole_are_not_sharded() -> None:

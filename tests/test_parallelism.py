@@ -14,7 +14,8 @@ from transformers.distributed import DistributedConfig
 from runs import make_trainer
 from tether import DPOConfig
 from tether.errors import ConfigurationError
-from tether.parallelism import check_parallelism
+from tether.refusals import refuse
+from tether.rules.launch import refused_launch
 from tiny import tiny_model
 
 
@@ -58,7 +59,7 @@ def test_tensor_parallelism_of_deepspeed_and_of_megatron_is_refused(
     args = DPOConfig(str(tmp_path))
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 2}})
     with pytest.raises(ConfigurationError, match=r"`autotp_size=2`.*tensor parallelism"):
-        check_parallelism(args)
+        refuse(refused_launch(args))
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     with pytest.raises(ConfigurationError, match="--use_megatron_lm"):
         DPOConfig(str(tmp_path))

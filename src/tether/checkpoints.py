@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tether.distributed import together
-from tether.errors import ConfigurationError, ResumeError
+from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
 from tether.reference.checks import Start
@@ -111,30 +111,6 @@ def load_companions(checkpoint: Path, reference: Reference, shift: RewardShift |
     if reference.moves:
         load_reference(checkpoint, reference)
     load_reward_shift(checkpoint, shift)
-
-
-def refuse_best_alone(args: DPOConfig, *, follows: bool, keeps_mean: bool) -> None:
-    """Refuses a choice among checkpoints that do not hold what their weights were measured against.
-
-    Args:
-        args: The run's options.
-        follows: Whether the reference takes the weights of an averaging callback.
-        keeps_mean: Whether the loss keeps a running mean of rewards.
-    """
-    if not (args.load_best_model_at_end and args.save_only_model):
-        return
-    found = {
-        "`sync_ref_model=True`": args.sync_ref_model,
-        "`BEMACallback(update_ref_model=True)`": follows,
-        "`bco_pair`": keeps_mean,
-    }
-    for name in (name for name, applies in found.items() if applies):
-        raise ConfigurationError(
-            problem=f"Cannot use `load_best_model_at_end=True` and `save_only_model=True` with {name}: the best policy "
-            "would be left with what the run's last step was measured against.",
-            details="A checkpoint of weights alone holds neither a reference that moves nor a running mean of rewards.",
-            instead="Leave `save_only_model` out, or `load_best_model_at_end`.",
-        )
 
 
 def warn_of_weights_alone(args: DPOConfig) -> None:

@@ -6,7 +6,6 @@ loads nothing.
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +15,20 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from tether.config_checks import (
-    DTYPES,
-    SYNC_ALPHA,
-    Dtype,
-    StoreMode,
-    check_config,
-    check_full_evaluation,
-    check_losses,
-    launched_precision,
-    refuse,
+from tether.losses import (
+    DIVERGENCES,
+    LOSSES,
+    DivergenceName,
+    LossName,
+    LossOptions,
+    Objective,
+    PreferenceLoss,
+    check_loss_options,
 )
-from tether.errors import ConfigurationError
-from tether.losses import DIVERGENCES, LOSSES, DivergenceName, LossName, LossOptions, Objective, PreferenceLoss
 from tether.option_types import check_types
-from tether.parallelism import check_parallelism
+from tether.refusals import refuse
+from tether.rules.launch import launched_precision, refused_launch
+from tether.rules.options import DTYPES, SYNC_ALPHA, SYNC_STEPS, Dtype, StoreMode, refused_options
 from tether.types import TruncationMode
 
 if TYPE_CHECKING:  # what may be written, for editors; HfArgumentParser reads a list of plain words only
@@ -166,7 +164,7 @@ class DPOConfig(TrainingArguments):
 
     sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
     ref_model_mixup_alpha: float = _option(SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
-    ref_model_sync_steps: int = _option(512, "Optimizer steps between syncs.")
+    ref_model_sync_steps: int = _option(SYNC_STEPS, "Optimizer steps between syncs.")
     ref_model_sync_rank: int | None = _option(
         None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
     )
@@ -182,8 +180,8 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         check_types(self, DPOConfig, TrainingArguments)  # whose options are transformers' to check
-        check_config(self)
-        self._check_padding()
+        refuse(refused_options(self))
+        self._settle_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
             self.bf16 = bool(on_accelerator and not self.fp16 and launched_precision() in ("no", "bf16"))
@@ -193,8 +191,7 @@ class DPOConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device to copy to, and DataLoader would say so
             self.use_cpu = True  # it is what happens; unsaid, the processes of torchrun would not find each other
         super().__post_init__()
-        check_full_evaluation(self)
-        check_parallelism(self)
+        refuse(refused_launch(self))
 
     @property
     def loss_options(self) -> LossOptions:
@@ -219,17 +216,16 @@ class DPOConfig(TrainingArguments):
         Raises:
             ConfigurationError: If it is not positive.
         """
-        check_losses(self, replace(self.loss_options, beta=value))
+        check_loss_options(
+            self.loss_type,
+            self.loss_weights,
+            replace(self.loss_options, beta=value),
+            use_weighting=self.use_weighting,
+            bco_reward_shift=self.bco_reward_shift,
+        )
         self.beta = value
 
-    def _check_padding(self) -> None:
-        if str(self.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
-            refuse(
-                "pad_to_multiple_of",
-                self.pad_to_multiple_of,
-                "pairs are laid out one behind the other, without padding that could be rounded up",
-                "`auto`, the default, or None",
-            )
+    def _settle_padding(self) -> None:
         self.pad_to_multiple_of = None
         if self.pad_token is not None:
             warnings.warn(
@@ -240,18 +236,7 @@ class DPOConfig(TrainingArguments):
 
 
 def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
-    """What a run minimises: the losses that its options name, or the user's own.
-
-    Raises:
-        ConfigurationError: For a loss of one's own beside named ones.
-    """
-    if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
-        raise ConfigurationError(
-            problem=f"`loss=...` together with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`.",
-            details="A loss of your own takes the place of the named ones.",
-            instead="Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` "
-            "and add what it gives.",
-        )
+    """What a run minimises: the losses that its options name, or the user's own."""
     return Objective(
         [loss] if loss is not None else args.loss_type,
         args.loss_weights,
@@ -261,33 +246,8 @@ def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
     )
 
 
-def refuse_data_parallel(args: DPOConfig) -> None:
-    """Refuses several GPUs in one process, as `Trainer` would use them."""
-    if args.n_gpu > 1:
-        raise ConfigurationError(
-            problem=f"{args.n_gpu} GPUs are visible to one process.",
-            details="Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates "
-            "the reference at every step.",
-            instead=f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
-            "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
-        )
-
-
 def look_for_unused_parameters(args: DPOConfig) -> None:
     """Lets DDP expect parameters without gradient, unless the user said otherwise: a batch without images uses no
     vision tower. Reentrant checkpointing fails with it."""
     if args.ddp_find_unused_parameters is None and not args.checkpoints_reentrantly:
         args.ddp_find_unused_parameters = True
-
-
-def how_to_fill(args: DPOConfig, model_name: str) -> str:
-    """What to write to have the rows scored that a store lacks, for messages."""
-    options = {
-        "model": model_name or "MODEL",
-        "train_data": "ROWS.jsonl",
-        "ref_store": args.ref_store,
-        "max_length": args.max_length if args.max_length is not None else "none",
-        "truncation_mode": args.truncation_mode if args.truncation_mode != "keep_start" else None,
-    }
-    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
-    return f"Run this once with `ref_store_mode='fill'`; or, from a shell: `tether precompute {words}`."

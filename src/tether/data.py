@@ -63,6 +63,17 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     )
 
 
+def column_names(dataset: PairDataset) -> tuple[str, ...]:
+    """The columns of a set; a stream that does not say has those of its first row."""
+    names = dataset.column_names
+    if names is None:
+        try:
+            names = next(iter(dataset), {})
+        except DataError:  # of its first row; said when training reads it, as for any other row
+            names = ()
+    return tuple(names)
+
+
 def _dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """A list of rows; `Dataset.from_list` would read the columns of its first row alone."""
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}

@@ -4,6 +4,8 @@ Each says in one sentence what cannot be and why, then what to write instead, an
 expect (`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
 """
 
+from typing import Any
+
 
 class TetherError(Exception):
     """An error that says what to do about it.
@@ -25,7 +27,13 @@ class TetherError(Exception):
 
 
 class ConfigurationError(TetherError, ValueError):
-    """An option, or a combination of options, that cannot be honoured. Raised at construction."""
+    """Options or arguments that cannot be honoured, alone or together. Raised at construction.
+
+    Attributes:
+        refusals: What is wrong with each (`tether.refusals.Refusal`), where that is known one by one.
+    """
+
+    refusals: tuple[Any, ...] = ()
 
 
 class ArgumentTypeError(ConfigurationError, TypeError):

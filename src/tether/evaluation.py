@@ -6,7 +6,7 @@ for, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,53 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from tether.config import DPOConfig
 from tether.data import batch_of, truncation_of
-from tether.errors import ConfigurationError
-from tether.metrics import EVALUATED
 from tether.scoring.layout import padded_rows
 from tether.truncation import Truncation
 from tether.types import PairBatch
-
-# What evaluation gives besides the figures of pairs.
-_OF_THE_RUN = ("num_tokens", "runtime", "samples_per_second", "steps_per_second")
-
-
-def check_best_metric(args: DPOConfig, eval_sets: Any, *, has_own: bool, has_router: bool) -> None:
-    """Refuses to choose checkpoints by a figure that the first evaluation would not have.
-
-    Args:
-        args: The run's options.
-        eval_sets: What is evaluated: nothing, a set, or several by name.
-        has_own: Whether further figures may come, from `compute_metrics`, a subclass or a callback.
-        has_router: Whether the load-balancing loss of a mixture of experts is one.
-
-    Raises:
-        ConfigurationError: Says which there are.
-    """
-    metric = args.metric_for_best_model
-    if metric is None or args.eval_strategy == "no":
-        return
-    sets = [f"{name}_" for name in eval_sets] if isinstance(eval_sets, Mapping) else [""]
-    figures = (*EVALUATED, *_OF_THE_RUN, *(("aux_loss",) if has_router else ()))
-    asked = metric.removeprefix("eval_")
-    if any(asked in [name + figure for figure in figures] or (has_own and asked.startswith(name)) for name in sets):
-        return
-    raise ConfigurationError(
-        problem=f"Cannot use `metric_for_best_model={metric!r}`: evaluation gives no figure of that name.",
-        details="With several sets, a figure's name begins with that of its set."
-        if sets != [""]
-        else "There is no such figure of pairs, and no `compute_metrics` that would make it.",
-        instead=f"Write `eval_` and one of: {', '.join(name + figure for name in sets for figure in EVALUATED)}.",
-    )
-
-
-def adds_figures(callback: Any) -> bool:
-    """Whether a callback may add figures of its own to those of an evaluation; transformers' add none."""
-    own: Any = callback if isinstance(callback, type) else type(callback)
-    return own.on_evaluate is not TrainerCallback.on_evaluate and not own.__module__.startswith("transformers.")
 
 
 @contextmanager

@@ -17,120 +17,29 @@ from transformers import (
 )
 
 from tether.distributed import whole_shape
-from tether.errors import ArgumentTypeError, ConfigurationError
-from tether.scoring import rotary_limit, uneven_forwards
-from tether.scoring.packing import reads_rows
-from tether.scoring.projection import base_model_of
-from tether.scoring.router import has_router
-from tether.scoring.score import can_pack, can_pack_images
+from tether.errors import ConfigurationError
+from tether.scoring import rotary_limit
 
 # Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
 
 
-def check_padding_free(model: nn.Module, new_adapter: PeftConfig | None = None, *, with_images: bool = False) -> None:
-    """Refuses a model whose rows have to be padded, as it is or with the adapter that it will get.
-
-    Raises:
-        ConfigurationError: If packed rows do not give the model's own numbers, or are not proven to with images.
-    """
-    packs = can_pack_images(model) if with_images else can_pack(model)
-    if not packs or (new_adapter is not None and reads_rows(new_adapter)):
-        raise ConfigurationError(
-            problem=f"`padding_free=True` with a {type(model).__name__}{' and images' * with_images}.",
-            details="Without padding, its images are not proven to give the log-probs of each sequence alone."
-            if with_images
-            else "Without padding, it gives other log-probs than for each sequence alone.",
-            instead="Set `padding_free=False`: it is then trained on padded rows.",
-        )
-
-
-def check_even_forwards(model: nn.Module, max_length: int | None) -> None:
-    """Refuses a model to shard whose rows may need a forward of their own.
-
-    Raises:
-        ConfigurationError: If its rotary embeddings depend on a length that rows may reach.
-    """
-    limit = rotary_limit(model)
-    if limit is not None and (max_length is None or max_length > limit):
-        raise uneven_forwards(limit, max_length)
-
-
-def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | None, num_processes: int) -> bool | None:
+def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | None) -> bool | None:
     """`ddp_broadcast_buffers` for a policy: as asked (None for DDP's own default), or False where a row may need a
     forward of its own.
 
     DDP sends the buffers at the start of every forward, and waits for all processes to do so. Where rotary embeddings
     depend on the length, processes make different numbers of forwards in a step. Nothing is lost: the only buffers that
     such a model changes are those embeddings, and `score` resets them before each forward.
-
-    Raises:
-        ConfigurationError: If the buffers of such a model were asked to be sent.
     """
     limit = rotary_limit(model)
-    if limit is None or (max_length is not None and max_length <= limit):
-        return asked
-    if asked and num_processes > 1:
-        raise ConfigurationError(
-            problem="`ddp_broadcast_buffers=True` for a model whose rotary embeddings depend on the length beyond "
-            f"{limit}, with rows of {'any number of' if max_length is None else f'up to {max_length}'} tokens.",
-            details="Buffers are sent at every forward, and a row above that has a forward of its own: the processes would "
-            "make different numbers of forwards, and wait for each other for ever.",
-            instead=f"Leave `ddp_broadcast_buffers` out, or write `max_length={limit}` or less.",
-        )
-    return False
-
-
-def router_coefficient(model: PreTrainedModel | PeftModel, asked: float | None, *, reentrant: bool) -> float:
-    """Weight of the load-balancing loss: as asked, else as the model's config says; 0 where it has no experts.
-
-    Args:
-        model: The policy.
-        asked: `router_aux_loss_coef`.
-        reentrant: Whether layers will be checkpointed reentrantly.
-
-    Raises:
-        ConfigurationError: If one is asked for and the model has no router, or if the loss would have no gradient.
-    """
-    base, config = base_model_of(model), model.config.get_text_config()
-    routes = has_router(base)
-    own = getattr(config, "router_aux_loss_coef", 0.0) if routes else 0.0
-    coefficient = float(own if asked is None else asked)
-    if coefficient and not routes:
-        raise ConfigurationError(
-            problem=f"Cannot use `router_aux_loss_coef={asked!r}` with this {type(base).__name__}: it is not a mixture "
-            "of experts that returns its router's logits, so there is no loss to weigh.",
-            details="Of some families with experts there are dense models too, which have no router.",
-            instead="Leave `router_aux_loss_coef` out, or write 0.",
-        )
-    if coefficient and reentrant:
-        raise ConfigurationError(
-            problem="Cannot use `use_reentrant=True` in the options of gradient checkpointing with a router's loss, here "
-            f"weighed by {coefficient:g}: the loss would have no gradient.",
-            details="Layers then run without a gradient at first, and the router's logits are taken from that forward.",
-            instead='Write `gradient_checkpointing_kwargs={"use_reentrant": False}`, the default, or '
-            "`router_aux_loss_coef=0`.",
-        )
-    return coefficient
+    return asked if limit is None or (max_length is not None and max_length <= limit) else False
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """Wraps the model with a fresh adapter, if one is asked for."""
     if peft_config is None:
         return _in_bfloat16_if_quantized(model) if isinstance(model, PeftModel) else model
-    if not isinstance(peft_config, PeftConfig):
-        raise ArgumentTypeError(
-            problem=f"`peft_config` is a {type(peft_config).__name__}.",
-            details="It says which adapter to put on the model.",
-            instead="Pass a PEFT config, such as `peft.LoraConfig(...)`.",
-        )
-    if isinstance(model, PeftModel):
-        raise ConfigurationError(
-            problem="`peft_config` together with a model that already has an adapter.",
-            details="It is not clear whether the first adapter belongs to the reference.",
-            instead="Leave `peft_config` out to go on training the adapter, or merge it first "
-            "(`model = model.merge_and_unload()`) to start a new one on top.",
-        )
     return _in_bfloat16_if_quantized(get_peft_model(model, peft_config))
 
 
@@ -151,19 +60,11 @@ def keep_differentiable(model: nn.Module) -> None:
     """Keeps layers in 4 bits that run on a CPU in the form that has a backward.
 
     bitsandbytes (0.50) packs their weights anew at the first forward in evaluation mode, for a product without one,
-    and leaves them so: in training no gradient would come through them, with no more than a warning.
-
-    Raises:
-        ConfigurationError: If that has happened already.
+    and leaves them so: in training no gradient would come through them, with no more than a warning. A model to which
+    that has happened is refused (`rules.run`).
     """
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ConfigurationError(
-                problem=f"A model in 4 bits on a CPU that has been evaluated there before (`{name}`).",
-                details="bitsandbytes then packs the weights for a product without a backward: nothing would train.",
-                instead="Load the model anew and pass it as it is, or pass its path.",
-            )
+    module: Any
+    for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
 

@@ -66,6 +66,14 @@ class SetReader:
                 bad_rows=args.bad_rows,
             )
 
+    def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
+        """The sets to evaluate on, as datasets, in the form in which they were passed."""
+        if sets is None:
+            return None
+        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
+            return {name: as_dataset(rows) for name, rows in sets.items()}
+        return as_dataset(sets)
+
     def read_all(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, in the form in which they were passed."""
         if sets is None:

@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
-from tether.arguments import check_arguments
 from tether.attributes import OptionsAsAttributes
 from tether.batches import RowsToScore, counted_loader, even_loader
+from tether.build import Surroundings, build_reference, waits_for_device
 from tether.callbacks import BEMACallback
 from tether.checkpoint_weights import load_weights, save_adapters
 from tether.checkpoints import (
@@ -32,7 +32,6 @@ from tether.checkpoints import (
     load_reference,
     load_reward_shift,
     load_start,
-    refuse_best_alone,
     save_reference,
     save_reward_shift,
     save_start,
@@ -40,10 +39,9 @@ from tether.checkpoints import (
     warn_of_weights_alone,
 )
 from tether.collators import Collator
-from tether.columns import find_given
-from tether.config import DPOConfig, how_to_fill, look_for_unused_parameters, objective_of, refuse_data_parallel
+from tether.columns import digest_given
+from tether.config import DPOConfig, look_for_unused_parameters, objective_of
 from tether.data import (
-    MARGIN_COLUMN,
     PairDataset,
     Rows,
     as_dataset,
@@ -53,12 +51,10 @@ from tether.data import (
     uncounted,
 )
 from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
-from tether.errors import ConfigurationError
+from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.evaluation import (
     PairGather,
     WithTokenIds,
-    adds_figures,
-    check_best_metric,
     full_evaluation,
     padded_logits,
     running_in,
@@ -72,33 +68,27 @@ from tether.models import (
     add_adapter,
     broadcasts_buffers,
     check_embeds,
-    check_even_forwards,
-    check_padding_free,
     check_vocabulary,
     disable_dropout,
     keep_differentiable,
-    router_coefficient,
 )
 from tether.offloading import activations_of
-from tether.reference import (
-    BemaReference,
-    Reference,
-    ReferenceOptions,
-    build_reference,
-    check_options,
-    waits_for_device,
-)
+from tether.reference import BemaReference, Reference
 from tether.reference.checks import ReferenceWatch
+from tether.reference.identity import check_finite, model_tensors
 from tether.reference.implicit import is_adapter_model
+from tether.refusals import refuse
 from tether.rows import has_image_column
+from tether.rules.arguments import refused_arguments, refused_data_parallel, refused_loss
+from tether.rules.facts import Facts, will_shard
+from tether.rules.run import adds_figures, refused_float16, refused_reference, refused_run, router_coefficient
 from tether.sampling import EvenBatches
 from tether.saving import keep_savable, try_saving
 from tether.scoring import restore_attention, score
 from tether.sets import SetReader, named_sets
 from tether.tokenizing import largest_id
-from tether.trainable import check_optimizer, check_trainable, checkpoints_activations
+from tether.trainable import checkpoints_activations, warn_of_optimizer
 from tether.training_callback import FollowTraining
-from tether.unread import refuse_unread
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -184,9 +174,9 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         preprocess_logits_for_metrics: Callable[[Any, Tensor], Any] | None = None,
         loss: PreferenceLoss | None = None,
     ) -> None:
-        check_arguments(args, model, ref_model, callbacks)
+        refuse(refused_arguments(args, model, ref_model, callbacks, peft_config), ArgumentTypeError)
         args = args or DPOConfig(default_output_dir(model))
-        refuse_data_parallel(args)
+        refuse((*refused_data_parallel(args), *refused_loss(args, loss)))
         set_seed(args.seed)  # a fresh adapter starts from it
         policy, ref_model, processing, origins = load(
             model,
@@ -196,50 +186,52 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             quantization_config=quantization_config,
             trust_remote_code=args.trust_remote_code,
         )
-        for loaded in filter(None, (policy, ref_model)):
-            keep_differentiable(loaded)
-            keep_savable(loaded)
         self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
-        use_pad_token(self._tokenizer, args.pad_token)
-        if args.padding_free:
-            check_padding_free(policy, peft_config)
-        if ref_model is not None:
-            check_vocabulary(ref_model, self._tokenizer)
         self._objective = objective_of(args, loss)
-        self._router_coefficient = router_coefficient(
-            policy, args.router_aux_loss_coef, reentrant=args.checkpoints_reentrantly
-        )
         self._sets = SetReader(processing, args, data_collator)
-        train_set, eval_sets = self._sets.read(train_dataset, "train"), self._sets.read_all(eval_dataset)
-        sets = named_sets(train_set, eval_sets)
-        self._check_sets(sets, policy, args)
+        train_rows, eval_rows = as_dataset(train_dataset), self._sets.as_datasets(eval_dataset)
         leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
-        given = find_given(sets, args, has_ref_model=ref_model is not None)
-        options = replace(
-            self._reference_options(args, sets),
-            decode=lambda ids: str(self._tokenizer.decode(list(ids))),
-            origins=origins,
-            given=given,
-            follows=bool(leaders),
-            how_to_fill=how_to_fill(args, getattr(policy.config, "_name_or_path", "")),
-        )
-        check_options(policy, ref_model, options, new_adapter=peft_config)
-        check_best_metric(
-            args,
-            eval_sets,
-            has_own=(compute_metrics is not None and not args.prediction_loss_only)
+        facts = Facts(
+            args=args,
+            policy=policy,
+            ref_model=ref_model,
+            new_adapter=peft_config,
+            optimizer=optimizers[0],
+            sets=named_sets(train_rows, eval_rows),
+            truncation=self._sets.truncation,
+            objective=self._objective,
+            has_own_figures=(compute_metrics is not None and not args.prediction_loss_only)
             or type(self) is not DPOTrainer
             or any(map(adds_figures, callbacks or ())),
-            has_router=self._router_coefficient != 0,
+            follows_average=bool(leaders),
+            is_sharded=will_shard(args),
         )
-        refuse_best_alone(args, follows=bool(leaders), keeps_mean=self._objective.reward_shift is not None)
+        for loaded in filter(None, (policy, ref_model)):
+            keep_differentiable(loaded)  # first, because a rule may make a forward
+        refuse(refused_run(facts))
+        if ref_model is not None:
+            check_vocabulary(ref_model, self._tokenizer)
+            check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
+        use_pad_token(self._tokenizer, args.pad_token)
+        train_set, eval_sets = self._sets.read(train_rows, "train"), self._sets.read_all(eval_rows)
+        sets = named_sets(train_set, eval_sets)
+        self._check_ids(sets, policy)
+        around = Surroundings(
+            origins=origins,
+            decode=lambda ids: str(self._tokenizer.decode(list(ids))),
+            given=digest_given(sets) if facts.brings_log_probs else None,
+        )
+        # From here on the caller's models change; what can be refused has been.
+        self._router_coefficient = router_coefficient(facts)
+        warn_of_optimizer(facts)
+        for loaded in filter(None, (policy, ref_model)):
+            keep_savable(loaded)
         args.ddp_broadcast_buffers = broadcasts_buffers(
-            policy, self._sets.truncation.max_length, args.ddp_broadcast_buffers, args.world_size
+            policy, self._sets.truncation.max_length, args.ddp_broadcast_buffers
         )
-        check_optimizer(policy, optimizers[0], new_adapter=peft_config is not None)
-        # From here on the caller's model changes; what can be refused has been.
         policy = add_adapter(policy, peft_config)
-        check_trainable(policy, keeps_masters=args.deepspeed_plugin is not None)
+        if args.deepspeed_plugin is None:  # an adapter's copy of a module (`modules_to_save`) has the base's dtype
+            refuse(refused_float16(policy))
         args.activation_checkpointing = checkpoints_activations(policy, args.activation_checkpointing)
         if args.disable_dropout:
             disable_dropout(policy)
@@ -275,7 +267,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         with together():
             if args.should_save:
                 try_saving(self._save, self.model, str(args.output_dir))
-        self._make_reference(ref_model, options, leaders)
+        self._make_reference(facts, around, leaders)
         self.model.add_model_tags(list(self._tag_names))
 
     # ---- the reference -------------------------------------------------------------------------------------------
@@ -289,23 +281,20 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         """While open, the policy computes what the reference computes (adapter models)."""
         return self.reference.in_policy()
 
-    def _make_reference(
-        self, ref_model: nn.Module | None, options: ReferenceOptions, leaders: Sequence[BEMACallback]
-    ) -> None:
+    def _make_reference(self, facts: Facts, around: Surroundings, leaders: Sequence[BEMACallback]) -> None:
         """Builds the reference beside the policy, which the accelerator holds by now, and watches it from here on."""
         shard = sharding_of(self.accelerator)
-        if shard is not None:
-            for sharded in filter(None, (self.model, ref_model)):
-                check_even_forwards(sharded, self._sets.truncation.max_length)
+        if (shard is not None) != facts.is_sharded:  # the launcher knew more than the options
+            refuse(refused_reference(replace(facts, is_sharded=shard is not None)))
         cast_as_training_will(self.model, self.accelerator)
         with together():
-            options = replace(options, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
-            self.reference = build_reference(self.model, ref_model, options)
+            around = replace(around, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
+            self.reference = build_reference(self.model, facts, around)
         check_alike(self.reference.identity.digest, "reference")
         for leader in leaders:
             assert isinstance(self.reference, BemaReference)
             leader.follow_with(self.reference)
-        self._watch = ReferenceWatch(self.reference, options.autocast_dtype)
+        self._watch = ReferenceWatch(self.reference, around.autocast_dtype)
         # A pass through the policy's own modules must wait until training has sharded them and put them in place.
         is_early = shard is not None or waits_for_device(self.model, self.args.device)
         self._prepares_late = is_early and self.reference.runs_in_policy
@@ -314,22 +303,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if self.reference.moves:
             warn_of_weights_alone(self.args)
         self.add_callback(FollowTraining(self.reference, self._watch, self._begin_training, self._begin_epoch))
-
-    @staticmethod
-    def _reference_options(args: DPOConfig, sets: Mapping[str, PairDataset]) -> ReferenceOptions:
-        return ReferenceOptions(
-            free=args.reference_free,
-            precompute=args.precompute_ref_log_probs,
-            streaming=any(isinstance(dataset, IterableDataset) for dataset in sets.values()),
-            store_path=Path(args.ref_store) if args.ref_store else None,
-            sync=args.sync_ref_model,
-            alpha=args.ref_model_mixup_alpha,
-            sync_rank=args.ref_model_sync_rank,
-            sync_steps=args.ref_model_sync_steps,
-            dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
-            device=args.device,
-            store_mode=args.ref_store_mode,
-        )
 
     def export_reference(self, folder: str | Path, *, merged: bool = False) -> None:
         """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
@@ -394,15 +367,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     @property
     def _pad_token_id(self) -> int:
         return int(self._tokenizer.pad_token_id or 0)
-
-    def _check_sets(self, sets: Mapping[str, PairDataset], policy: Any, args: DPOConfig) -> None:
-        """Refuses rows that the policy cannot read or the loss would not, and options that no row would need."""
-        self._check_ids(sets, policy)
-        if args.padding_free and any(has_image_column(dataset.column_names or ()) for dataset in sets.values()):
-            check_padding_free(policy, with_images=True)
-        refuse_unread(args, streams=isinstance(sets["train"], IterableDataset))
-        if any(MARGIN_COLUMN in (dataset.column_names or ()) for dataset in sets.values()):
-            self._objective.check_margin()
 
     @staticmethod
     def _check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:

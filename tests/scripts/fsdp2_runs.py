@@ -29,9 +29,16 @@ from tether.data import PairCollator, batch_of, tokenize_pairs
 from tether.distributed import forget_gathered, has_shards, whole
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
-from tether.reference import Reference, ReferenceOptions, build_reference
+from tether.reference import (
+    ExplicitReference,
+    ImplicitReference,
+    PrecomputedReference,
+    Reference,
+    SynchronizedReference,
+)
 from tether.reference.implicit import adapter_tensors
 from tether.scoring import score
+from tether.store import LogProbStore
 from tether.types import PairBatch, PairScores
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -52,12 +59,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "continued-saved": {"init_lora_weights": False, "modules_to_save": ["lm_head"]},
     "followed": {},  # by a synchronized reference, which is refused
 }
-OPTIONS: dict[str, dict[str, Any]] = {
-    "precomputed": {"precompute": True},
-    "synchronized": {"sync": True, "alpha": 0.5, "sync_steps": 2},
-    "hard": {"sync": True, "alpha": 1.0, "sync_steps": 2},
-    "followed": {"sync": True, "alpha": 0.5, "sync_steps": 2},
-}
+# The policy's weight in each sync.
+ALPHAS = {"synchronized": 0.5, "hard": 1.0, "followed": 0.5}
 
 
 def model_of(case: str) -> nn.Module:
@@ -114,10 +117,9 @@ class Loop:
 
     def _build(self) -> tuple[nn.Module, Reference]:
         policy, kind = model_of(self.case), self.case.partition("/")[0]
-        options = ReferenceOptions(store_path=self.folder / "store.db", **OPTIONS.get(kind, {}))
         if self.sharded == "after":
             shard(policy, self.case)
-        reference = build_reference(policy, None, options)
+        reference = self._reference(policy, kind)
         batches = pair_batches(2)  # 5 of them: one process has a batch more than the other
         reference.prepare({"train": lambda: batches if self.sharded == "no" else batches[dist.get_rank() :: 2]})
         if self.sharded != "no":
@@ -125,6 +127,19 @@ class Loop:
         if self.sharded == "before":
             shard(policy, self.case)
         return policy, reference
+
+    def _reference(self, policy: nn.Module, kind: str) -> Reference:
+        moves = kind in ALPHAS
+        released = kind == "precomputed" and not has_shards(policy)  # its weights are given up when they are scored
+        explicit = ExplicitReference.before_training if released else ExplicitReference.of_policy
+        has_adapter = isinstance(policy, PeftModel)
+        source: Any = ImplicitReference(policy, moves=moves) if has_adapter else explicit(policy)
+        if kind == "precomputed":
+            return PrecomputedReference(LogProbStore(self.folder / "store.db"), source, release_when_filled=True)
+        if moves:
+            return SynchronizedReference(source, lambda: policy, alpha=ALPHAS[kind], every=2)
+        reference: Reference = source
+        return reference
 
     def run(self) -> dict[str, Any]:
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

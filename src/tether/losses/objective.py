@@ -5,7 +5,7 @@ Knows losses and log-probabilities; knows no trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tether.errors import ConfigurationError
-from tether.losses.checks import check_margin
+from tether.losses.checks import refused_margin
 from tether.losses.options import LossOptions, PreferenceLoss
 from tether.losses.table import LOSSES, Loss
 from tether.losses.weighting import RewardShift, pair_scores, policy_weights
+from tether.refusals import Refusal, refuse
 from tether.types import PairBatch, PairScores, ResponseLogProbs
 
 
@@ -72,7 +73,7 @@ class Objective:
                 loss reads.
         """
         if batch.margins is not None:
-            self.check_margin()
+            refuse(self.refused_margin())
         options = self._options()
         scores = pair_scores(batch, policy, reference, options.ld_alpha)
         if self.reward_shift is not None:
@@ -90,15 +91,11 @@ class Objective:
         plain = [loss.function if isinstance(loss, Loss) else loss for _, loss in self._terms]
         return {getattr(function, "__name__", type(function).__name__): function for function in plain}
 
-    def check_margin(self) -> None:
-        """Refuses rows with a `margin` where no loss reads it.
-
-        Raises:
-            ConfigurationError: Names the losses that do.
-        """
+    def refused_margin(self) -> Iterator[Refusal]:
+        """Rows with a `margin`, where no loss reads it."""
         named = [loss for _, loss in self._terms if isinstance(loss, Loss)]
         if len(named) == len(self._terms):
-            check_margin(named)
+            yield from refused_margin(named)
 
 
 def _checked(losses: Any, loss: PreferenceLoss, batch: PairBatch) -> Tensor:

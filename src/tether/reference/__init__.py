@@ -2,7 +2,6 @@
 
 from tether.reference.base import Reference
 from tether.reference.bema import BemaReference
-from tether.reference.build import ReferenceOptions, build_reference, check_options, waits_for_device
 from tether.reference.explicit import ExplicitReference
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
@@ -20,9 +19,5 @@ __all__ = [
     "PrecomputedReference",
     "Reference",
     "ReferenceIdentity",
-    "ReferenceOptions",
     "SynchronizedReference",
-    "build_reference",
-    "check_options",
-    "waits_for_device",
 ]

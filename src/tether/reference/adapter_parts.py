@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners import lora
@@ -27,6 +27,7 @@ from tether.reference.low_rank_parts import (
     experts,
 )
 from tether.reference.parts import DensePart, Part, UpdateRule
+from tether.refusals import Refusal, of_option, refuse
 
 # Types whose weights are linear in the tensors they train, so that the average of the tensors is the average of the
 # weights: proven one by one in tests/test_adapter_averaging.py.
@@ -39,62 +40,56 @@ LINEAR_TYPES = frozenset(
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
-def check_can_follow(configs: Iterable[Any], rule: UpdateRule | None = None) -> None:
-    """Refuses adapters that have no average, and ranks without a meaning for them.
+def refused_followers(configs: Iterable[Any], rule: UpdateRule | None = None) -> Iterator[Refusal]:
+    """Adapters that have no average, and ranks without a meaning for them.
 
     Args:
         configs: PEFT configurations, of adapters that exist or that will be made.
         rule: How they are to follow; None to look at the adapters alone.
-
-    Raises:
-        ConfigurationError: Names the type, the variant of LoRA, or the option.
     """
     configs = list(configs)
     for config in configs:
         kind = _kind(config)
         if kind == "LORA":
-            _check_variant(config)
+            yield from _variants(config)
         elif kind and kind not in LINEAR_TYPES:
-            _refuse(
+            yield _refusal(
                 f"a {kind} adapter",
-                "The average of two such adapters is not known to be such an adapter: its weights are not linear in "
-                "the tensors it trains.",
+                "its weights are not linear in the tensors it trains, so the average of two such adapters is not known "
+                "to be one",
             )
         elif kind == "PREFIX_TUNING" and config.prefix_projection:
-            _refuse(
+            yield _refusal(
                 "prefix tuning with `prefix_projection=True`",
-                "Its prefixes come out of a network, whose average is not the network of the average.",
+                "its prefixes come out of a network, and the average of two networks is not the network of the average",
             )
     if rule is not None and configs:
-        _check_rank(rule, [config for config in configs if _kind(config) == "LORA"])
+        yield from _rank(rule, [config for config in configs if _kind(config) == "LORA"])
 
 
 def _kind(config: Any) -> str:
     return str(getattr(getattr(config, "peft_type", None), "value", ""))
 
 
-def _check_variant(config: Any) -> None:
+def _variants(config: Any) -> Iterator[Refusal]:
     chosen = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
     for name in (*chosen, *(["use_qalora"] if getattr(config, "use_qalora", False) else [])):
         if name != "use_dora":
-            _refuse(f"LoRA with `{name}`", "Its update is not the product of two matrices that LoRA's average is of.")
+            yield _refusal(f"LoRA with `{name}`", "its update is not the product of two matrices")
 
 
-def refuse_sharded_average(policy: nn.Module | None = None) -> None:
-    """Refuses an adapter that follows a sharded policy.
+def refused_shards(policy: nn.Module | None = None) -> Iterator[Refusal]:
+    """An adapter that follows a sharded policy.
 
     Args:
         policy: Looked at for shards; None where training is known to shard it.
-
-    Raises:
-        ConfigurationError: If it is, or will be.
     """
     if policy is None or has_shards(policy):
-        _refuse(
+        yield _refusal(
             "a PEFT model under ZeRO-3 or FSDP2",
-            "Each process holds a part of an adapter's factors. Their average is made of whole matrices, and may have "
-            "a rank that the sharded parameter has no room for.",
-            "DDP or ZeRO-2, where adapters stay whole; or train the full model; or `sync_ref_model=False`.",
+            "each process holds a part of an adapter's factors, and their average is made of whole matrices",
+            "Train with DDP or ZeRO-2, where adapters stay whole, or train the full model, or set "
+            "`sync_ref_model=False`.",
         )
 
 
@@ -107,36 +102,29 @@ def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
     Raises:
         ConfigurationError: If an adapter has no average, or the rank no meaning for it; names it.
     """
-    check_can_follow((policy.peft_config[name] for name in policy.active_adapters), rule)
+    refuse(refused_followers((policy.peft_config[name] for name in policy.active_adapters), rule))
     names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
     low_rank = [
         part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)
     ]
-    _check_in_use(rule, bool(low_rank))
+    refuse(_unused_rank(rule, bool(low_rank)))
     claimed = {name for part in low_rank for name in part.names}
     return [*low_rank, *(DensePart(name, rule.alpha) for name in names.values() if name not in claimed)]
 
 
-def _check_rank(rule: UpdateRule, configs: Sequence[Any]) -> None:
-    """Refuses a rank that no averaged update would have."""
-    _check_in_use(rule, bool(configs))
+def _rank(rule: UpdateRule, configs: Sequence[Any]) -> Iterator[Refusal]:
+    """A rank that no averaged update would have."""
+    yield from _unused_rank(rule, bool(configs))
     rank = max([0, *(r for config in configs for r in (config.r, *config.rank_pattern.values()))])
     if rule.max_rank is not None and rule.max_rank < rank:
-        _refuse(
-            f"`ref_model_sync_rank={rule.max_rank}` below the policy's rank",
-            f"The adapter has rank {rank}: the reference could not even be the policy.",
-            f"`ref_model_sync_rank={2 * rank}`, or None.",
-        )
+        why = f"the adapter has rank {rank}, so the reference could not even be the policy"
+        yield of_option("ref_model_sync_rank", rule.max_rank, why, f"Write {2 * rank}, or None.")
 
 
-def _check_in_use(rule: UpdateRule, has_low_rank: bool) -> None:
-    if rule.max_rank is not None and (rule.alpha == 1 or not has_low_rank):
-        _refuse(
-            f"`ref_model_sync_rank={rule.max_rank}`",
-            "Nothing here is averaged at a rank of its own: it is for LoRA and DoRA, averaged as weights with alpha "
-            "below 1.",
-            "`ref_model_sync_rank=None`.",
-        )
+def _unused_rank(rule: UpdateRule, has_low_rank: bool) -> Iterator[Refusal]:
+    if rule.max_rank is not None and not has_low_rank:
+        why = "nothing of LoRA is averaged, so no update has a rank to limit"
+        yield of_option("ref_model_sync_rank", rule.max_rank, why, "Leave it out.")
 
 
 def lora_layers(policy: PeftModel) -> Iterator[tuple[str, Any, str]]:
@@ -183,10 +171,10 @@ def _layout(path: str, layer: Any, a: Tensor) -> Layout:
         return convolution(tuple(a.shape[2:]))
     if isinstance(layer, lora.Linear | lora.Embedding) or type(layer).__name__ in _QUANTIZED:
         return MATRIX
-    _refuse(
+    raise _unknown_layer(
         f"LoRA on `{path}` ({type(layer).__name__})",
-        "Its factors do not make up one matrix, or nobody has shown that they do.",
-        "a `target_modules` without that layer, or `sync_ref_model=False`.",
+        "its factors are not known to make up one matrix",
+        "Write a `target_modules` without that layer, or set `sync_ref_model=False`.",
     )
 
 
@@ -194,10 +182,10 @@ def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], op
     tensors = (*factors_of(layer, adapter), layer.lora_magnitude_vector[adapter].weight)
     base = layer.get_base_layer()
     if not all(id(tensor) in names for tensor in tensors) or id(base.weight) in names:
-        _refuse(
+        raise _unknown_layer(
             f"DoRA on `{path}`, of which only a part trains (or the base too)",
-            "Its average is exact over one frozen base, with both factors and the magnitude free.",
-            "train all three, and no base weight under them.",
+            "its average is only exact over a frozen base, with both factors and the magnitude training",
+            "Train all three, and no base weight under them.",
         )
     weight: Callable[[], Tensor]
     if isinstance(layer, lora.Embedding):
@@ -205,20 +193,20 @@ def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], op
     elif isinstance(layer, lora.Linear):
         weight = lambda: transpose(dequantize_module_weight(base).detach(), layer.fan_in_fan_out)  # noqa: E731
     else:
-        _refuse(
+        raise _unknown_layer(
             f"DoRA on `{path}` ({type(layer).__name__})",
-            "Its norms run over other axes than a matrix's rows.",
-            "a `target_modules` without that layer, or `use_dora=False`.",
+            "its norms run over other axes than a matrix's rows",
+            "Write a `target_modules` without that layer, or `use_dora=False`.",
         )
     b, a, magnitude = (names[id(tensor)] for tensor in tensors)
     return DoraPart(b, a, magnitude, weight, **options)
 
 
-def _refuse(asked: str, why: str, instead: str = "") -> NoReturn:
-    raise ConfigurationError(
-        problem=f"`sync_ref_model=True` with {asked}.",
-        details=why,
-        instead=f"Write: {instead}"
-        if instead
-        else "Train LoRA, DoRA, IA3 or the full model, or set `sync_ref_model=False`.",
-    )
+def _refusal(beside: str, why: str, instead: str = "") -> Refusal:
+    otherwise = "Train LoRA, DoRA, IA3 or the full model, or set `sync_ref_model=False`."
+    return of_option("sync_ref_model", True, why, instead or otherwise, f"with {beside}")
+
+
+def _unknown_layer(beside: str, why: str, instead: str) -> ConfigurationError:
+    refusal = _refusal(beside, why, instead)
+    return ConfigurationError(refusal.problem, refusal.instead)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference.adapter_export import export_adapter
-from tether.reference.adapter_parts import adapter_parts, refuse_sharded_average
+from tether.reference.adapter_parts import adapter_parts, refused_shards
 from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
 from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule
+from tether.refusals import refuse
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -150,7 +151,7 @@ class ImplicitReference(MovableReference):
             yield
 
     def tensors(self) -> Tensors:
-        refuse_sharded_average(self._policy)  # also one that was sharded after this was built
+        refuse(refused_shards(self._policy))  # also one that was sharded after this was built
         return dict(self._copies)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -165,7 +166,7 @@ class ImplicitReference(MovableReference):
                 details="It would have no adapter of its own to move.",
                 instead="`ImplicitReference(policy, moves=True)`.",
             )
-        refuse_sharded_average(self._policy)
+        refuse(refused_shards(self._policy))
         return adapter_parts(self._policy, rule)
 
     def export(self, folder: Path | None, *, merged: bool = False) -> None:

@@ -7,16 +7,16 @@ The contract, and the dense parts. Names and tensors only: knows no PEFT and no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tether.errors import ConfigurationError
 from tether.reference.averaging import soft_update, soft_update_with_residual
 from tether.reference.base import Reference
+from tether.refusals import Refusal, of_option, refuse
 
 Tensors = Mapping[str, Tensor]
 
@@ -37,10 +37,21 @@ class UpdateRule:
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            _refuse("ref_model_mixup_alpha", self.alpha, "It is a weight in an average.", "A value in [0, 1].")
-        if self.max_rank is not None and self.max_rank < 1:
-            _refuse("ref_model_sync_rank", self.max_rank, "A matrix of rank 0 is zero.", "1 or more, or None.")
+        refuse(refused_rule(self.alpha, self.max_rank))
+
+
+def refused_rule(alpha: float, max_rank: int | None) -> Iterator[Refusal]:
+    """What no update rule can be."""
+    if not 0 <= alpha <= 1:
+        why = "it is the policy's weight in an average with the reference"
+        yield of_option("ref_model_mixup_alpha", alpha, why, "Write a value in [0, 1].")
+    if max_rank is not None and max_rank < 1:
+        why = "it is the rank of an averaged LoRA update, and a matrix of rank 0 is zero"
+        yield of_option("ref_model_sync_rank", max_rank, why, "Write 1 or more, or None.")
+    elif max_rank is not None and alpha == 1:
+        why = "a copy has the policy's own rank"
+        instead = "Leave `ref_model_sync_rank` out, or write an alpha below 1."
+        yield of_option("ref_model_sync_rank", max_rank, why, instead, "with `ref_model_mixup_alpha=1`")
 
 
 class Move(NamedTuple):
@@ -132,7 +143,3 @@ class DensePart(Part):
             return Move({self.name: soft_update(old, new, self.alpha)}, {})
         moved, residual = soft_update_with_residual(old, state[key], new, self.alpha)
         return Move({self.name: moved}, {key: residual})
-
-
-def _refuse(option: str, value: object, why: str, instead: str) -> None:
-    raise ConfigurationError(problem=f"`{option}={value!r}`.", details=why, instead=f"Write: {instead}")

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tether.errors import ConfigurationError
+from tether.refusals import Refusal
 
 _known: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
@@ -39,14 +39,18 @@ def reset_rotary(model: nn.Module) -> None:
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
-def uneven_forwards(limit: int, length: int | None) -> ConfigurationError:
-    """The refusal of rows above the limit where every forward needs every process."""
-    return ConfigurationError(
-        problem=f"Rows of {'any number of' if length is None else f'up to {length}'} tokens for a sharded model whose "
-        f"rotary embeddings depend on the length beyond {limit}.",
-        details="A row above that has a forward of its own, so the processes would make different numbers of forwards, and "
-        "wait for each other for ever.",
-        instead=f"Write `max_length={limit}` or less, or train without ZeRO-3 and FSDP2.",
+def uneven_forwards(limit: int, length: int | None) -> Refusal:
+    """Rows that a sharded model may not have: one above the limit has a forward of its own.
+
+    Args:
+        limit: Tokens from which on the rotary embeddings depend on the length.
+        length: The longest row; None where there is no bound.
+    """
+    return Refusal(
+        "a sharded model whose rotary embeddings depend on the length",
+        f"a row of more than {limit} tokens has a forward of its own, rows may have "
+        f"{'any number' if length is None else f'up to {length}'}, and the processes would wait for each other forever",
+        f"Write `max_length={limit}` or less, or train without ZeRO-3 and FSDP2.",
     )
 
 

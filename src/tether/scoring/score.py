@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tether.distributed import has_shards, num_processes
+from tether.refusals import refuse
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
 from tether.scoring.head import logits_scores
 from tether.scoring.images import check_even_images
@@ -88,7 +89,7 @@ def _score_apart(
 ) -> ResponseLogProbs:
     """Rows above the limit of length-dependent rotary embeddings one by one, all others together."""
     if has_shards(model) and num_processes() > 1:
-        raise uneven_forwards(limit, max(batch.fed_lengths()))
+        refuse([uneven_forwards(limit, max(batch.fed_lengths()))])
     lengths = batch.fed_lengths()
     within = [index for index, length in enumerate(lengths) if length <= limit]
     parts = [within] if within else []
