@@ -5,12 +5,15 @@ Knows names only: each attribute is the option of `trainer.args`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from tether.config import DPOConfig
 from tether.errors import ConfigurationError, NotHereError
 from tether.losses import DivergenceName
+
+T = TypeVar("T")
 
 # What TRL's trainer has and this one does not: why, and what to write instead.
 ELSEWHERE = {
@@ -33,6 +36,19 @@ _NEVER_CALLED = {
 }
 
 
+class _Forwarded(Generic[T]):
+    """An attribute that is read from what the trainer has elsewhere, and cannot be set."""
+
+    def __init__(self, read: Callable[[Any], T]) -> None:
+        self._read = read
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> T:
+        return self._read(trainer)
+
+    def __set__(self, trainer: Any, value: Any) -> NoReturn:
+        raise AttributeError("it is read only: the option is one of `trainer.args`, and is settled by now")
+
+
 class OptionsAsAttributes:
     """`trainer.beta` and its kind.
 
@@ -44,8 +60,18 @@ class OptionsAsAttributes:
     """
 
     args: DPOConfig
-    _router_coefficient: float
-    _activations: AbstractContextManager[None]
+    loss_types = _Forwarded[list[str]](lambda trainer: list(trainer.args.loss_type))
+    loss_weights = _Forwarded[list[float]](lambda t: t.args.loss_weights or [1.0] * len(t.args.loss_type))
+    precompute_ref_logps = _Forwarded[bool](lambda trainer: trainer.args.precompute_ref_log_probs)
+    label_smoothing = _Forwarded[float](lambda trainer: trainer.args.label_smoothing)
+    f_divergence_type = _Forwarded[DivergenceName](lambda trainer: trainer.args.f_divergence_type)
+    f_alpha_divergence_coef = _Forwarded[float](lambda trainer: trainer.args.f_alpha_divergence_coef)
+    ld_alpha = _Forwarded[float | None](lambda trainer: trainer.args.ld_alpha)
+    use_weighting = _Forwarded[bool](lambda trainer: trainer.args.use_weighting)
+    padding_free = _Forwarded[bool](lambda trainer: trainer.args.padding_free)
+    router_aux_loss_coef = _Forwarded[float](lambda trainer: trainer._router_coefficient)
+    aux_loss_enabled = _Forwarded[bool](lambda trainer: trainer._router_coefficient != 0)
+    maybe_activation_offload_context = _Forwarded[AbstractContextManager[None]](lambda trainer: trainer._activations)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -73,63 +99,3 @@ class OptionsAsAttributes:
     @beta.setter
     def beta(self, value: float) -> None:
         self.args.set_beta(value)
-
-    @property
-    def loss_types(self) -> list[str]:
-        """The losses that are added up."""
-        return list(self.args.loss_type)
-
-    @property
-    def loss_weights(self) -> list[float]:
-        """Their weights."""
-        return self.args.loss_weights or [1.0] * len(self.args.loss_type)
-
-    @property
-    def precompute_ref_logps(self) -> bool:
-        """Whether reference log-probs are computed before training."""
-        return self.args.precompute_ref_log_probs
-
-    @property
-    def label_smoothing(self) -> float:
-        """Probability that a preference label is flipped."""
-        return self.args.label_smoothing
-
-    @property
-    def f_divergence_type(self) -> DivergenceName:
-        """The divergence that keeps the policy near the reference."""
-        return self.args.f_divergence_type
-
-    @property
-    def f_alpha_divergence_coef(self) -> float:
-        """Its coefficient, where it is the alpha-divergence."""
-        return self.args.f_alpha_divergence_coef
-
-    @property
-    def ld_alpha(self) -> float | None:
-        """Weight of tokens beyond the length that both responses have; None for 1."""
-        return self.args.ld_alpha
-
-    @property
-    def use_weighting(self) -> bool:
-        """Whether pairs are weighed by how likely the policy is to say them."""
-        return self.args.use_weighting
-
-    @property
-    def padding_free(self) -> bool:
-        """Whether rows without padding are insisted on."""
-        return self.args.padding_free
-
-    @property
-    def router_aux_loss_coef(self) -> float:
-        """Weight of the load-balancing loss of a mixture of experts; 0 for other models."""
-        return self._router_coefficient
-
-    @property
-    def aux_loss_enabled(self) -> bool:
-        """Whether there is such a loss."""
-        return self._router_coefficient != 0
-
-    @property
-    def maybe_activation_offload_context(self) -> AbstractContextManager[None]:
-        """What a training step is run in, by `training_step`."""
-        return self._activations
