@@ -42,11 +42,11 @@ def reset_rotary(model: nn.Module) -> None:
 def uneven_forwards(limit: int, length: int | None) -> ConfigurationError:
     """The refusal of rows above the limit where every forward needs every process."""
     return ConfigurationError(
-        problem=f"Rows of {'any number of' if length is None else f'up to {length}'} tokens for a sharded model whose "
-        f"rotary embeddings depend on the length beyond {limit}.",
-        details="A row above that has a forward of its own, so the processes would make different numbers of forwards, and "
-        "wait for each other for ever.",
-        instead=f"Write `max_length={limit}` or less, or train without ZeRO-3 and FSDP2.",
+        problem=f"Cannot shard this model for rows of {'any number of' if length is None else f'up to {length}'} "
+        f"tokens: its rotary embeddings depend on the length beyond {limit}.",
+        details="A longer row needs its own forward, so the processes would make different numbers of forwards and "
+        "wait for each other forever.",
+        instead=f"Set `max_length={limit}` or less, or train without ZeRO-3 and FSDP2.",
     )
 
 
