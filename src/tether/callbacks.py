@@ -77,9 +77,9 @@ class BEMACallback(TrainerCallback):
         for name, every in (("update_freq", update_freq), ("ref_model_update_freq", ref_model_update_freq)):
             if every < 1:
                 raise ConfigurationError(
-                    problem=f"`BEMACallback({name}={every})`.",
-                    details="It counts optimizer steps between updates.",
-                    instead="Write a whole number of at least 1.",
+                    problem=f"Cannot use `BEMACallback({name}={every})`: it is the number of optimizer steps between "
+                    "updates, so it must be at least 1.",
+                    instead=f"Set `{name}` to a whole number of at least 1.",
                 )
         self.update_freq, self.update_after = update_freq, update_after
         self.ema_power, self.bias_power = ema_power, bias_power
@@ -210,8 +210,9 @@ class BEMACallback(TrainerCallback):
         path = checkpoint / _STATE
         if not path.is_file():
             raise ResumeError(
-                problem=f"Resuming with `BEMACallback` from {checkpoint}.",
-                details="It does not hold the average that was reached there; one that starts now would be another.",
+                problem=f"Cannot resume from {checkpoint} with `BEMACallback`: the checkpoint does not hold the "
+                "average that its run had reached.",
+                details="An average that starts here would differ from that of an uninterrupted run.",
                 instead="Resume from a checkpoint of a run with this callback, or leave the callback out.",
             )
         saved = load_file(path, device=self.device)
@@ -221,9 +222,9 @@ class BEMACallback(TrainerCallback):
     def _check_reference(self) -> None:
         if self.update_ref_model and self._reference is None:
             raise ConfigurationError(
-                problem="`BEMACallback(update_ref_model=True)`, and no reference to update.",
-                details="Only a `tether.DPOTrainer` that got the callback at construction has built one that can be set.",
-                instead="Pass it in `DPOTrainer(..., callbacks=[...])`, or set `update_ref_model=False`.",
+                problem="Cannot use `BEMACallback(update_ref_model=True)` without a reference to update: only a "
+                "`tether.DPOTrainer` that gets the callback at construction builds a reference that can be updated.",
+                instead="Pass the callback in `DPOTrainer(..., callbacks=[...])`, or set `update_ref_model=False`.",
             )
 
 
@@ -231,7 +232,7 @@ def _refuse_shards(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.numel() == 0 or is_sharded(parameter):
             raise ConfigurationError(
-                problem="`BEMACallback` with sharded weights.",
-                details=f"This process holds a part of `{name}` only, so it can neither average nor save it.",
+                problem=f"Cannot use `BEMACallback` with sharded weights: this process holds only a part of `{name}`, "
+                "so it can neither average nor save it.",
                 instead="Train without sharding (DDP), or average the saved checkpoints afterwards.",
             )

@@ -88,10 +88,9 @@ def _read_adapters(own: Mapping[str, Tensor], model: nn.Module, checkpoint: Path
     if other or saved.keys() - own.keys():
         name = (other or sorted(saved.keys() - own.keys()))[0]
         raise ResumeError(
-            problem=f"Cannot load the adapters of {checkpoint}: they are not those of this model.",
-            details=f"Its `{name}` has the shape {tuple(saved[name].shape)}, and here "
-            + (f"{tuple(whole_shape(own[name]))}." if name in own else "there is no such tensor."),
-            instead="Build the model with the adapters that the run began with: their names, types and ranks.",
+            problem=f"Cannot load the adapters of {checkpoint}: `{name}` has the shape {tuple(saved[name].shape)} "
+            "there, and this model has " + (f"{tuple(whole_shape(own[name]))}." if name in own else "no such tensor."),
+            instead="Build the model with the adapters that the run began with: the same names, types and ranks.",
         )
     return saved
 
@@ -116,8 +115,8 @@ def _refuse_missing(names: Collection[str], model: nn.Module, checkpoint: Path) 
         raise ResumeError(
             problem=f"Cannot load the weights of {checkpoint}: it has no weights for {first} of the "
             f"{type(model).__name__}.",
-            details="They would stay as they are, and the model would be one that never was.",
-            instead="Take a checkpoint of the same model, written to its end by this version of Tether.",
+            details="These weights would keep their present values, so the model would be a mixture of two.",
+            instead="Use a complete checkpoint of the same model, written by this version of Tether.",
         )
 
 

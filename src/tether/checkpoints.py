@@ -58,8 +58,8 @@ def load_place(checkpoint: Path) -> StreamPlace:
     if saved is None:
         raise ResumeError(
             problem=f"Cannot resume from {checkpoint} with a stream: it does not say how far its run had read one.",
-            details="How many passes were over, and how many steps of the next were taken, decides which rows come now.",
-            instead="Resume with the set that its run was trained on, or start a new run.",
+            details="Which rows come next depends on how many passes and steps that run had finished.",
+            instead="Resume with the dataset that its run was trained on, or start a new run.",
         )
     return StreamPlace(**saved)
 
@@ -117,9 +117,8 @@ def warn_of_weights_alone(args: DPOConfig) -> None:
     """Says what checkpoints of weights alone lose when the reference moves."""
     if args.save_only_model and args.save_strategy != "no":
         logger.warning(
-            "`save_only_model=True` with `sync_ref_model=True`: the checkpoints will not hold the reference, so no run can "
-            "be resumed from them, and the average reached there is lost. `trainer.export_reference(folder)` keeps the "
-            "last one."
+            "With `save_only_model=True` and `sync_ref_model=True`, checkpoints do not hold the reference: you cannot "
+            "resume from them, and its average is lost. `trainer.export_reference(folder)` saves the last one."
         )
 
 
@@ -127,9 +126,8 @@ def warn_of_no_sync(args: DPOConfig, num_steps: int) -> None:
     """Says when a run ends before its first sync."""
     if args.sync_ref_model and args.ref_model_sync_steps > num_steps:
         logger.warning(
-            f"`sync_ref_model=True`, but the reference will not move: its first sync would come after "
-            f"{args.ref_model_sync_steps} optimizer steps, and this run has {num_steps}. Set `ref_model_sync_steps` to "
-            "less."
+            f"`sync_ref_model=True` will not move the reference: the first sync comes after "
+            f"{args.ref_model_sync_steps} optimizer steps, and this run has {num_steps}. Lower `ref_model_sync_steps`."
         )
 
 
@@ -150,9 +148,9 @@ def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     path = checkpoint / _SHIFT
     if not path.is_file():
         raise ResumeError(
-            problem=f"Resuming from {checkpoint} with `bco_pair`.",
-            details="Its run kept no running mean of rewards, so the loss would start from another one.",
-            instead="Set `bco_reward_shift=False`, take the losses of the checkpoint's run, or start a new run.",
+            problem=f"Cannot resume from {checkpoint} with `bco_pair`: the checkpoint does not hold a running mean of "
+            "rewards to go on from.",
+            instead="Set `bco_reward_shift=False`, use the losses of the checkpoint's run, or start a new run.",
         )
     shift.load(json.loads(path.read_text())["sum_and_count"])
 
@@ -173,16 +171,16 @@ def _check_same(folder: Path, reference: Reference) -> None:
     path = folder / _IDENTITY
     if not path.is_file():
         raise ResumeError(
-            problem=f"Resuming from {folder.parent}.",
-            details="It does not say which reference its run was trained against, so it cannot be the same one for sure.",
-            instead="Resume from a checkpoint written by Tether without `save_only_model=True`; or start a new run "
-            f"with its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, against the model that its run "
-            "began with.",
+            problem=f"Cannot resume from {folder.parent}: it does not say which reference its run was trained against.",
+            instead="Resume from a checkpoint that Tether wrote without `save_only_model=True`. Or start a new run "
+            f"from its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, with the model that its run began "
+            "with as `ref_model`.",
         )
     saved, own = json.loads(path.read_text()), reference.identity.describe()
     if saved.get("kind") in _FORMER_KINDS:
         raise ResumeError(
-            problem=f"Cannot resume from {folder.parent}: it was written by Tether 0.1.0, whose references had other names.",
+            problem=f"Cannot resume from {folder.parent}: it was written by Tether 0.1.0, whose references had "
+            "other names.",
             details=f"It calls its reference {saved['kind']!r}.",
             instead="Go on with Tether 0.1.0, or start a new run.",
         )
@@ -190,7 +188,7 @@ def _check_same(folder: Path, reference: Reference) -> None:
         return
     differing = [name for name in _REMEDIES if saved.get(name) != own[name]]
     raise ResumeError(
-        problem=f"Resuming from {folder.parent} with another reference.",
+        problem=f"Cannot resume from {folder.parent}: its run was trained against another reference.",
         details=" ".join(
             [*(_difference(name, saved, own) for name in differing), _what_is_alike(differing, own)]
         ).strip(),
@@ -202,14 +200,14 @@ _FORMER_KINDS = ("frozen", "adapter", "moving", "following", "uniform")
 # In the order in which they are best mended: the parts of an identity, and how to give the right one.
 _REMEDIES = {
     "scoring_version": "Resume with the version of Tether that wrote the checkpoint.",
-    "kind": "Give the reference options of that run (`sync_ref_model`, `ref_model`, an adapter or none).",
-    "compute_dtype": "Give that run's dtypes: the model's own, `bf16` or `fp16`, and `ref_dtype`.",
-    "base": "Build the trainer from the weights that the run began with, and with the `ref_model` it had, if any: not "
-    "from the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, and not from a "
-    "folder that was written to since.",
+    "kind": "Use that run's options for the reference (`sync_ref_model`, `ref_model`, an adapter or none).",
+    "compute_dtype": "Use that run's dtypes: the model's own, `bf16` or `fp16`, and `ref_dtype`.",
+    "base": "Build the trainer with the weights that the run began with, and with its `ref_model` if it had one. Do "
+    "not use the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, or a folder that "
+    "has changed since.",
     "config": "Load the model with the config that the run began with (rotary base, norms, windows, ...).",
-    "adapter": "Begin with the adapter that the run began with, not with the checkpoint's: the same `peft_config` for "
-    "a fresh one, the same adapter folder for a continued one.",
+    "adapter": "Use the adapter that the run began with, not the checkpoint's: the same `peft_config` for a fresh "
+    "adapter, the same adapter folder for a continued one.",
 }
 _PARTS = {"base": "the base weights", "config": "the model's config", "adapter": "the adapter"}
 

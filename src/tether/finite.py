@@ -12,8 +12,8 @@ from tether.distributed import forget_gathered, has_shards, local_part, reduced,
 from tether.errors import NotFiniteError
 
 _INSTEAD = (
-    "Lower `learning_rate`, add `warmup_steps`, keep `max_grad_norm` above 0, or take out a row that overflows. A "
-    "checkpoint from before that step holds finite weights: the run can be resumed from there."
+    "Lower `learning_rate`, add `warmup_steps`, keep `max_grad_norm` above 0, or remove a row that overflows. You can "
+    "resume from a checkpoint before that step: its weights are finite."
 )
 
 
@@ -42,8 +42,8 @@ class LossWatch:
         if first < float("inf"):
             raise NotFiniteError(
                 problem=f"Cannot go on training: the loss of step {first:.0f} is NaN or infinite.",
-                details="Its gradient makes the weights NaN, and nothing brings them back. The usual causes are a learning "
-                "rate that is too high, and numbers that overflow in the policy or in the reference.",
+                details="Its gradient makes the weights NaN for good. The usual causes are a learning rate that is too "
+                "high, and numbers that overflow in the policy or in the reference.",
                 instead=_INSTEAD,
             )
 
@@ -65,10 +65,10 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
     if has_shards(model):
         broken = union(broken)
     if broken:
-        others = f" and {len(broken) - 1} others" if len(broken) > 1 else ""
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise NotFiniteError(
             problem=f"Cannot {purpose}: after step {step} its weight `{broken[0]}`{others} is NaN or infinite.",
-            details="Training broke it, in this step or shortly before. Such weights are never written.",
+            details="Training broke it in this step or shortly before. Tether never saves such weights.",
             instead=_INSTEAD,
         )
 

@@ -125,24 +125,24 @@ def _refuse_untested_zero(config: Mapping[str, Any]) -> None:
             found = name
     if found:
         raise ConfigurationError(
-            problem=f"DeepSpeed ZeRO-3 with `{found}`.",
-            details="It keeps weights where a reference would be read from the wrong copy, or not at all; it is untested.",
-            instead="Leave it out of the DeepSpeed config, or store the reference's log-probs in a run without "
-            "DeepSpeed first (`precompute_ref_log_probs=True`).",
+            problem=f"Cannot use DeepSpeed ZeRO-3 with `{found}`: it is untested, and the reference could be read from "
+            "the wrong copy of its weights, or not at all.",
+            instead="Leave it out of the DeepSpeed config, or store the reference's log-probs first, in a run without "
+            "DeepSpeed (`precompute_ref_log_probs=True`).",
         )
 
 
 def _refuse_untested_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ConfigurationError(
-            problem=f"FSDP version {plugin.fsdp_version}.",
-            details="It flattens the parameters, so that a reference can no longer tell them apart.",
+            problem=f"Cannot use FSDP version {plugin.fsdp_version}: it flattens the parameters, so a reference cannot "
+            "tell them apart.",
             instead='Use FSDP2: `fsdp_config={"fsdp_version": 2, ...}`.',
         )
     if plugin.cpu_ram_efficient_loading:
         raise ConfigurationError(
-            problem="FSDP with `cpu_ram_efficient_loading=True`.",
-            details="Only the first process then has weights while the reference is built; the others would read none.",
+            problem="Cannot use FSDP with `cpu_ram_efficient_loading=True`: only the first process has weights while "
+            "the reference is built.",
             instead='Write `fsdp_config={"cpu_ram_efficient_loading": False, ...}`.',
         )
 

@@ -73,9 +73,10 @@ def check_alike(value: str, what: str) -> None:
     differing = [number for number, other in enumerate(values) if other != values[0]]
     if differing:
         raise ReferenceModelError(
-            problem=f"{len(values)} processes train one policy, each with a {what} of its own.",
-            details=f"That of process {differing[0]} ({values[differing[0]]}) is not that of process 0 ({values[0]}).",
-            instead="Load the same weights on every process, and change them in memory the same way (same seed).",
+            problem=f"Cannot train one policy on {len(values)} processes with different {what}s: process "
+            f"{differing[0]} has {values[differing[0]]}, and process 0 has {values[0]}.",
+            instead="Load the same weights on every process, and change them in memory in the same way (with the same "
+            "seed).",
         )
 
 
@@ -93,9 +94,9 @@ def _for_others(error: Exception) -> TetherError:
     if isinstance(error, TetherError):
         return error
     return TetherError(
-        problem=f"It failed: {type(error).__name__}: {error}",
-        details="The processes of a run go on together or not at all.",
-        instead="Look at that process's own traceback.",
+        problem=f"It raised `{type(error).__name__}`, so the other processes cannot go on.",
+        details=str(error),
+        instead="Look at the traceback of that process.",
     )
 
 

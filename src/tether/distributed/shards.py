@@ -64,8 +64,7 @@ def whole(tensor: Tensor) -> Tensor:
         return full
     if tensor.is_meta:
         raise ReferenceModelError(
-            problem="A weight on the meta device was to be read.",
-            details="It has a shape and no content, so neither a digest nor a copy of it would mean anything.",
+            problem="Cannot read a weight on the meta device: it has a shape but no content.",
             instead="Load the weights on every process before the reference is built (with FSDP: "
             "`cpu_ram_efficient_loading=False`).",
         )

@@ -101,9 +101,10 @@ class Objective:
 def _checked(losses: Any, loss: PreferenceLoss, batch: PairBatch) -> Tensor:
     if isinstance(losses, Tensor) and losses.shape == (batch.num_pairs,):
         return losses
-    found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"`{type(losses).__name__}`"
     raise ConfigurationError(
-        problem=f"The loss {getattr(loss, '__name__', loss)!r} gave {found} for {batch.num_pairs} pairs.",
-        details="A loss has one value per pair; the mean over the pairs of the optimizer step is taken by the trainer.",
+        problem=f"Cannot use the loss {getattr(loss, '__name__', loss)!r}: it returned {found} for {batch.num_pairs} "
+        "pairs, not one value per pair.",
+        details="The trainer itself takes the mean over the pairs of an optimizer step.",
         instead="Return a tensor with one entry per pair, without `.mean()` or `.sum()`.",
     )

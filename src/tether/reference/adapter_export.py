@@ -40,16 +40,16 @@ def export_adapter(policy: PeftModel, folder: Path, *, merged: bool) -> None:
     configs = [policy.peft_config[name] for name in policy.active_adapters]
     if merged and any(config.is_prompt_learning for config in configs):
         raise ReferenceModelError(
-            problem="A reference with learned prompts was to be saved with `merged=True`.",
-            details="Prompts are not part of a model's weights.",
-            instead="Save it without `merged`, as an adapter.",
+            problem="Cannot save a reference with learned prompts with `merged=True`: prompts are not part of a "
+            "model's weights.",
+            instead="Save it as an adapter, without `merged=True`.",
         )
     if not merged and any(_changes_base(config) for config in configs):
         raise ReferenceModelError(
-            problem="The reference was to be saved as an adapter.",
-            details="Its start (PiSSA, OLoRA, ...) changed the base model in memory: an adapter alone would be loaded onto "
-            "another base.",
-            instead="Save it with `merged=True`, as a model of its own.",
+            problem="Cannot save the reference as an adapter: its initialization (PiSSA, OLoRA, ...) changed the base "
+            "model in memory.",
+            details="The adapter alone would later be loaded onto another base.",
+            instead="Save it as a complete model, with `merged=True`.",
         )
     if merged:
         _merged(policy).save_pretrained(folder)

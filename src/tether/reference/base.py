@@ -111,9 +111,9 @@ class Reference(ABC):
             ReferenceModelError: If the reference is not the policy in another state.
         """
         raise ReferenceModelError(
-            problem="The policy was to act as its own reference (`null_ref_context`).",
-            details=f"This reference ({self.identity.kind}) has weights of its own; the policy's are not among them.",
-            instead="Ask the reference itself: `trainer.reference.log_probs(batch)`, or `trainer.ref_model`.",
+            problem=f"Cannot use the policy as its own reference (`null_ref_context`): the {self.identity.kind} "
+            "reference is separate from the policy.",
+            instead="Use the reference itself: `trainer.reference.log_probs(batch)` or `trainer.ref_model`.",
         )
 
     def figures(self) -> dict[str, float]:
@@ -133,8 +133,7 @@ class Reference(ABC):
             ReferenceModelError: If the reference holds no weights that could be saved.
         """
         raise ReferenceModelError(
-            problem=f"The {self.identity.kind} reference was to be saved as a model.",
-            details="It has no weights of its own.",
+            problem=f"Cannot save the {self.identity.kind} reference as a model: it has no weights of its own.",
             instead="Save the model that it was made from.",
         )
 

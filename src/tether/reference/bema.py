@@ -52,8 +52,8 @@ class BemaReference(WrappingReference[MovableReference]):
         for name, weight in weights.items():
             if name not in own or own[name].shape != weight.shape:
                 raise ReferenceModelError(
-                    problem=f"The reference was to take the weight `{name}` {tuple(weight.shape)}.",
-                    details="It has no parameter of that name and shape, so it is of another architecture than the policy.",
+                    problem=f"Cannot update the reference with the policy's average: it has no parameter `{name}` of "
+                    f"the shape {tuple(weight.shape)}, so its architecture is not the policy's.",
                     instead="Pass a `ref_model` of the policy's architecture and size, or leave `ref_model` out.",
                 )
             self._source.write(name, weight.to(own[name].dtype))
@@ -69,8 +69,9 @@ class BemaReference(WrappingReference[MovableReference]):
     def load(self, folder: Path) -> None:
         if not (folder / _TENSORS).is_file():
             raise ResumeError(
-                problem=f"Resuming with a reference that follows an average, from {folder.parent}.",
-                details="That checkpoint does not hold the weights which its reference had reached.",
-                instead="Resume from a checkpoint of a run with `BEMACallback(update_ref_model=True)`, or start anew.",
+                problem=f"Cannot resume from {folder.parent} with `BEMACallback(update_ref_model=True)`: the "
+                "checkpoint does not hold the weights that its reference had reached.",
+                instead="Resume from a checkpoint of a run with `BEMACallback(update_ref_model=True)`, or start a "
+                "new run.",
             )
         self.take(load_file(folder / _TENSORS))

@@ -116,14 +116,14 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
     if gap.within(allowed):
         return
     raise InitialGapError(
-        problem=f"The {reference.identity.kind} reference was meant to be the initial policy, but scores the first batch "
-        f"differently: {gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most.",
-        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains {mean:g} in the mean and {largest:g} at most. Likely "
-        "causes: the policy was changed between building the trainer and training; an adapter whose initial delta is "
-        "not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another dtype; "
-        "log-probs stored for other weights.",
-        instead="Build the trainer last, from the policy as it will train. If another model is meant, pass it as "
-        "`ref_model`.",
+        problem=f"Cannot train against the {reference.identity.kind} reference: it should be the initial policy, but "
+        f"scores the first batch differently ({gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most).",
+        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains {mean:g} in the mean and {largest:g} at most. "
+        "Likely causes: the policy was changed between building the trainer and training; an adapter whose initial "
+        "delta is not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another "
+        "dtype; log-probs stored for other weights.",
+        instead="Build the trainer last, with the policy as it will train. If you mean another model as the reference, "
+        "pass it as `ref_model`.",
     )
 
 
@@ -144,7 +144,7 @@ class Start(NamedTuple):
 
 
 class ReferenceWatch:
-    """Watches one reference through a run: the gap at step 0, and a few fixed pairs for ever after.
+    """Watches one reference through a run: the gap at step 0, and a few fixed pairs from then on.
 
     A reference that stands still says the same of the fixed pairs (the sentinel) at every evaluation and every save.
 
@@ -232,13 +232,14 @@ class ReferenceWatch:
         if gap.within(allowed) and not names:
             return
         raise DriftError(
-            problem=f"The {self._reference.identity.kind} reference should stand still, but scores fixed pairs "
-            f"differently than before training: {gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most.",
+            problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
+            f"scores fixed pairs differently than before training ({gap.mean:.3g} nats per token in the mean, "
+            f"{gap.largest:.3g} at most).",
             details=f"These of its tensors changed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
             if names
             else "None of its weights changed, so a buffer, a mode or the stored values did.",
-            instead="Keep training from reaching them (a bias, `modules_to_save`, tied or shared embeddings), or give "
-            "the reference weights of its own with `ref_model`.",
+            instead="Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or "
+            "give the reference its own weights with `ref_model`.",
         )
 
 

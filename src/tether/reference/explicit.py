@@ -259,8 +259,8 @@ class ExplicitReference(MovableReference):
         _check_same_parameters(policy, self._module)
         if rule.max_rank is not None:
             raise ConfigurationError(
-                problem=f"`ref_model_sync_rank={rule.max_rank}` for a full model.",
-                details="It bounds the rank of an averaged LoRA update, and this policy trains its weights themselves.",
+                problem=f"Cannot use `ref_model_sync_rank={rule.max_rank}` with a full model: it limits the rank of an "
+                "averaged LoRA update, and this policy has none.",
                 instead="Leave `ref_model_sync_rank` out, or train with `peft_config=LoraConfig(...)`.",
             )
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
@@ -282,18 +282,19 @@ class ExplicitReference(MovableReference):
                 return twin
             refused.append(f"{origin.name} has other weights by now (digest {found[:12]})")
         raise MissingLogProbsError(
-            problem="A log-probability was asked of a reference whose weights were released "
-            f"(digest {self._identity.weights[:12]}).",
-            details="They were given up when training began, because every answer known to be needed was stored; and "
+            problem="Cannot compute log-probs with a reference whose weights were released (digest "
+            f"{self._identity.weights[:12]}): "
             + (
-                f"they cannot be brought back: {'; '.join(refused)}."
+                "they cannot be loaded again."
                 if refused
-                else "weights that were sharded are not brought back."
+                else "weights that were sharded are not loaded again."
                 if self._is_apart
-                else "nothing says where they came from."
+                else "nothing says where to load them from again."
             ),
-            instead="Give every set at construction (`train_dataset`, `eval_dataset`), pass model or `ref_model` by "
-            "path, or set `ref_store_mode='lazy'`, which keeps the weights.",
+            details="They were released when training began, because all log-probs known to be needed were stored."
+            + (f" They cannot be loaded because {'; '.join(refused)}." if refused else ""),
+            instead="Pass every set at construction (`train_dataset`, `eval_dataset`), pass the model or `ref_model` "
+            "by path, or set `ref_store_mode='lazy'`, which keeps the weights.",
         )
 
 
@@ -338,9 +339,9 @@ def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differing:
         raise ReferenceModelError(
-            problem="`sync_ref_model=True` with a `ref_model` of other parameters than the policy's.",
-            details=f"An average of weights needs the same tensors on both sides; {len(differing)} differ, "
-            f"{differing[0]!r} among them.",
+            problem="Cannot use `sync_ref_model=True` with this `ref_model`: its parameters differ from the policy's "
+            f"in name or shape ({len(differing)} in all, {differing[0]!r} among them).",
+            details="An average of weights needs the same tensors on both sides.",
             instead="Pass a `ref_model` of the policy's architecture and size, or set `sync_ref_model=False`.",
         )
 
@@ -349,8 +350,8 @@ def _refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:
     """Refuses a model of ZeRO-3 whose copy could not gather its own weights."""
     if shard is None and has_shards(model) and not is_fsdp(model):
         raise ReferenceModelError(
-            problem="A frozen copy of a model whose parameters are partitioned (ZeRO-3, or another sharding).",
-            details="The copy would have parts of weights, and nothing that gathers them for a forward.",
+            problem="Cannot copy a model whose parameters are partitioned (ZeRO-3, or another sharding): the copy "
+            "could not gather its weights for a forward.",
             instead="Train with `DPOTrainer(deepspeed=...)`, pass `shard`, or build the reference before the model is "
             "sharded.",
         )

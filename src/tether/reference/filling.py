@@ -174,10 +174,10 @@ def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list
 
 def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
     return ConfigurationError(
-        problem=f"{len(part)} responses of the {name} set ({_num_tokens(part)} tokens) were scored at once, and did not "
-        "fit into the accelerator's memory.",
-        details="The reference is sharded: every process makes this forward together, so one alone cannot make it smaller.",
-        instead="Set `precompute_ref_batch_size` (in longest pairs; 1 is the least), or a shorter `max_length`.",
+        problem=f"Cannot score {len(part)} responses of the {name} set at once ({_num_tokens(part)} tokens): they do "
+        "not fit into the accelerator's memory.",
+        details="The reference is sharded, so all processes make this forward together, and none can split it alone.",
+        instead="Set a smaller `precompute_ref_batch_size` (it counts longest pairs; the least is 1) or `max_length`.",
     )
 
 

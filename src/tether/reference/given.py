@@ -43,10 +43,10 @@ class GivenReference(Reference):
         sums = [known for known in batch.reference_sums if known is not None]
         if len(sums) != batch.num_responses:
             raise MissingLogProbsError(
-                problem="Reference log-probs of a row without `ref_chosen_logps` and `ref_rejected_logps`.",
-                details="The training rows bring their own, so there is no model to compute them with.",
-                instead="Give this set the two columns too, or take them out of the training set "
-                "(`dataset.remove_columns`) to have a reference computed.",
+                problem="Cannot use a row without `ref_chosen_logps` and `ref_rejected_logps`: the training rows bring "
+                "their reference log-probs, so there is no model to compute them with.",
+                instead="Add the two columns to this set too, or remove them from the training set "
+                "(`dataset.remove_columns`) to have a model compute the reference log-probs.",
             )
         offsets = offsets_of(batch.response_lengths, batch.device)
         values = torch.zeros(sum(batch.response_lengths), device=batch.device)

@@ -164,9 +164,9 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ReferenceModelError(
-            problem=f"The model's weight `{name}` has NaN or infinite values.",
-            details="Every log-probability made from it would be NaN, for the policy and for the reference.",
-            instead="Load the weights again, or find where they broke (a diverged run, a damaged file, fp16 overflow).",
+            problem=f"Cannot use this model: its weight `{name}` has NaN or infinite values.",
+            details="Every log-prob computed with it would be NaN, for the policy and for the reference.",
+            instead="Load the weights again, or find what broke them (a diverged run, a damaged file, fp16 overflow).",
         )
 
 

@@ -162,9 +162,9 @@ class ImplicitReference(MovableReference):
         """See `adapter_parts`."""
         if self._adapter_off:
             raise ConfigurationError(
-                problem="A synchronized reference over an adapter that is switched off.",
-                details="It would have no adapter of its own to move.",
-                instead="`ImplicitReference(policy, moves=True)`.",
+                problem="Cannot synchronize a reference whose adapter is switched off: it has no adapter of its own to "
+                "move.",
+                instead="Build it with `ImplicitReference(policy, moves=True)`.",
             )
         refuse(refused_shards(self._policy))
         return adapter_parts(self._policy, rule)
@@ -172,15 +172,15 @@ class ImplicitReference(MovableReference):
     def export(self, folder: Path | None, *, merged: bool = False) -> None:
         if self._adapter_off:
             raise ReferenceModelError(
-                problem="The reference was to be saved, and it is the base model with the adapter off.",
-                details="It has no adapter of its own, and its weights are those of the model you started from.",
-                instead="Use that model.",
+                problem="Cannot save the reference: it is the base model with the adapter off, so it has no adapter of "
+                "its own.",
+                instead="Use the model that you started from: it has the same weights.",
             )
         if has_shards(self._policy):
             raise ReferenceModelError(
-                problem="An adapter's reference was to be saved, and the policy is sharded (ZeRO-3 or FSDP2).",
-                details="It is a state of the policy's own tensors, of which each process holds a part.",
-                instead="Save it from a run of the same start without sharding, or under DDP or ZeRO-2.",
+                problem="Cannot save the implicit reference of a sharded policy (ZeRO-3 or FSDP2): it is a state of "
+                "the policy's own tensors, and each process holds only a part of them.",
+                instead="Save it in a run that starts from the same weights without sharding, or with DDP or ZeRO-2.",
             )
         if folder is None:
             return

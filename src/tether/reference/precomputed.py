@@ -64,7 +64,7 @@ class PrecomputedReference(WrappingReference[Reference]):
     ) -> None:
         if identity is None:
             if source is None:
-                raise ValueError("a PrecomputedReference needs a source or the identity of one")
+                raise ValueError("Cannot build a `PrecomputedReference` without a source or the identity of one.")
             identity = source.identity
         super().__init__(source if source is not None else _Nobody(identity))
         self._store, self._identity = store, identity
@@ -195,13 +195,13 @@ class PrecomputedReference(WrappingReference[Reference]):
                 first = self._named(batch, lacking[0], names_of(batch, name)(lacking[0]))
             num_missing += len(lacking)
         if first:
-            raise self._missing(f"{num_missing} responses, one of them {first}, are")
+            raise self._missing(f"{num_missing} responses, one of them {first}")
 
     def _compute_some(self, batch: PairBatch, lacking: Sequence[int]) -> list[Float[Tensor, " length"]]:
         """The answers for some responses of a batch, scored now."""
         names = names_of(batch)
         if self._mode == "require" or self.source is None:
-            raise self._missing(f"{self._named(batch, lacking[0], names(lacking[0]))} is")
+            raise self._missing(self._named(batch, lacking[0], names(lacking[0])))
         if len(lacking) == batch.num_responses:
             return self._compute(batch, names).split()
         return self._compute(batch.only(lacking), lambda index: names(lacking[index])).split()
@@ -209,7 +209,7 @@ class PrecomputedReference(WrappingReference[Reference]):
     def _compute(self, batch: PairBatch, name_of: Callable[[int], str]) -> ResponseLogProbs:
         """Has the source score a batch, and keeps the answers."""
         if self.source is None:
-            raise self._missing(f"{self._named(batch, 0, name_of(0))} is")
+            raise self._missing(self._named(batch, 0, name_of(0)))
         if self.is_collective:
             any_process(True)
         computed = self._source.log_probs(batch)
@@ -239,22 +239,22 @@ class PrecomputedReference(WrappingReference[Reference]):
 
     def _missing(self, what: str) -> MissingLogProbsError:
         return MissingLogProbsError(
-            problem=f"Reference log-probs that {self._store.path} does not hold (reference {self._identity.digest}): "
-            f"{what} missing.",
-            details="`ref_store_mode='require'` reads stored answers only."
+            problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does not "
+            f"hold them for the reference {self._identity.digest}.",
+            details="`ref_store_mode='require'` only reads stored log-probs."
             if self._mode == "require"
-            else "This reference only reads: it was given no source to compute them with.",
+            else "This reference has no source to compute them with.",
             instead=self._how_to_fill,
         )
 
     def _not_finite(self, batch: PairBatch, index: int, name: str, value: Any) -> DataError:
         token = int(np.argmin(np.isfinite(value)))
         return DataError(
-            problem=f"The reference gives {self._named(batch, index, name)} a log-probability of {value[token]} at token "
-            f"{token} of {len(value)}.",
-            details="It would turn the loss of every run that reads it into NaN, so it was not stored.",
+            problem=f"Cannot store the reference log-probs of {self._named(batch, index, name)}: the log-prob of token "
+            f"{token} of {len(value)} is {value[token]}.",
+            details="It would make the loss NaN in every run that reads it.",
             instead="Drop the row, or find what makes the reference overflow on it: its dtype (try `bf16` or float32 "
-            "in place of float16), or a token that it rules out.",
+            "instead of float16), or a token that it rules out.",
         )
 
 
@@ -269,4 +269,4 @@ class _Nobody(Reference):
         return self._identity
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        raise AssertionError("`PrecomputedReference` looks whether there is a source before it asks one")
+        raise AssertionError("`PrecomputedReference` checks that there is a source before it asks one")

@@ -122,16 +122,16 @@ class SynchronizedReference(WrappingReference[MovableReference]):
     def load(self, folder: Path) -> None:
         if not (folder / _SCHEDULE).is_file():
             raise ResumeError(
-                problem=f"Resuming with `sync_ref_model=True` from {folder.parent}.",
-                details="That checkpoint holds no synchronized reference, so the average reached there is lost.",
+                problem=f"Cannot resume from {folder.parent} with `sync_ref_model=True`: the checkpoint holds no "
+                "synchronized reference, so the average that its run had reached is lost.",
                 instead="Resume from a checkpoint of a run with `sync_ref_model=True` (and without "
                 "`save_only_model=True`), or start a new run from its weights.",
             )
         saved = json.loads((folder / _SCHEDULE).read_text())
         if {key: saved.get(key) for key in self._schedule()} != self._schedule():
             raise ResumeError(
-                problem=f"Resuming with the sync schedule {self._schedule()}.",
-                details=f"The checkpoint {folder.parent} was made with another one: {saved}.",
+                problem=f"Cannot resume from {folder.parent} with the sync schedule {self._schedule()}: the checkpoint "
+                f"was saved with {saved}.",
                 instead="Use the checkpoint's `ref_model_mixup_alpha`, `ref_model_sync_rank` and "
                 "`ref_model_sync_steps`, or start a new run.",
             )

@@ -46,9 +46,9 @@ def verify(reference: PrecomputedReference, batches: Iterable[PairBatch], name: 
     """
     if reference.source is None:
         raise ConfigurationError(
-            problem="A verification of a stored reference without a source.",
-            details="There is no model to score the responses again with.",
-            instead="Give `PrecomputedReference` its source.",
+            problem="Cannot verify a precomputed reference without a source: there is no model to score the responses "
+            "again.",
+            instead="Pass `source` to `PrecomputedReference`.",
         )
     num_responses = num_missing = num_tokens = 0
     total, largest, where = 0.0, 0.0, ""
@@ -79,9 +79,9 @@ def check(found: Verification, reference: PrecomputedReference) -> None:
     if Gap(found.mean, found.largest).within(allowed):
         return
     raise StoreError(
-        problem=f"The store {reference.store.path} differs from what the reference says now by {found.largest:.3g} nats "
-        f"at most ({found.where}), {found.mean:.3g} per token in the mean.",
-        details=f"Rounding in {reference.identity.compute_dtype} explains {largest:g} at most and {mean:g} in the mean. "
-        "The identity is the same, so other numbers were put under it: imported, or computed by other kernels.",
-        instead=f"Remove them, and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
+        problem=f"Cannot use the log-prob store {reference.store.path}: it differs from what the reference computes "
+        f"now by {found.largest:.3g} nats at most ({found.where}) and {found.mean:.3g} per token in the mean.",
+        details=f"Rounding in {reference.identity.compute_dtype} explains {largest:g} at most and {mean:g} in the "
+        "mean. The identity is the same, so the stored log-probs were imported, or computed by other kernels.",
+        instead=f"Remove them and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
     )

@@ -54,11 +54,10 @@ def check_even_images(base: nn.Module, batch: PairBatch) -> None:
     flags = torch.tensor([int(bool(batch.images)), int(not batch.images)], device=batch.device)
     if reduced(flags, "max").sum() == 2:
         raise DataError(
-            problem="A batch has images on one process and none on another, and the model is sharded.",
-            details="The vision tower's weights are gathered from all processes, so one without images would be waited for "
-            "for ever.",
-            instead="Train rows with and without images apart, give every row an image, or train without ZeRO-3 and "
-            "FSDP2.",
+            problem="Cannot run a sharded model on a batch with images on one process and none on another: the vision "
+            "tower's weights are gathered from all processes, so the run would hang.",
+            instead="Train rows with and without images separately, give every row an image, or train without ZeRO-3 "
+            "and FSDP2.",
         )
 
 

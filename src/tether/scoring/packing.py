@@ -67,7 +67,7 @@ def remember(base: nn.Module, packs: bool, why: str = "") -> bool:
     """Keeps the verdict on a model; says once, with the reason, that it falls back."""
     if not packs and _packs.get(base) is not False:
         logger.warning(
-            "%s is scored in the padded layout (one row per response), which is right but slower: %s.",
+            "%s is scored in the padded layout (one row per response), which is correct but slower: %s.",
             type(base).__name__,
             why,
         )

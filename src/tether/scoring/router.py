@@ -50,10 +50,10 @@ def router_loss(base: nn.Module, outputs: Any, weights: Int[Tensor, "rows column
     top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
     if not router_logits or not top_k:
         raise ConfigurationError(
-            problem=f"Cannot weigh the router's loss of a {type(base).__name__}: its forward returns neither an "
-            "auxiliary loss nor what one is made of.",
-            details="It takes `router_logits` in the forward's output, and `num_experts_per_tok` in the config.",
-            instead="Write `router_aux_loss_coef=0`.",
+            problem=f"Cannot compute the router's loss of a {type(base).__name__}: its forward returns no auxiliary "
+            "loss, and nothing to compute one from.",
+            details="Tether needs `router_logits` in the forward's output, and `num_experts_per_tok` in the config.",
+            instead="Set `router_aux_loss_coef=0`.",
         )
     return load_balancing_loss(router_logits, top_k, weights)
 

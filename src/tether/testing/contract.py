@@ -74,11 +74,11 @@ class ReferenceContract:
 
     def make_policy(self) -> Any:
         """A policy as it is before its first step: a causal language model, the same weights on every call."""
-        raise NotImplementedError("a subclass of ReferenceContract says which policy: `def make_policy(self)`")
+        raise NotImplementedError("Define the policy to test in your subclass: `def make_policy(self)`.")
 
     def make_reference(self, policy: Any, folder: Path) -> Reference:
         """The reference of this policy; an empty `folder` is there for what it wants to keep on disk."""
-        raise NotImplementedError("a subclass of ReferenceContract says which reference: `def make_reference(...)`")
+        raise NotImplementedError("Define the reference to test in your subclass: `def make_reference(...)`.")
 
     def meant_model(self, policy: Any) -> Any:
         """The model whose answers the reference is meant to give: by default the policy as it is now."""
@@ -115,7 +115,7 @@ class ReferenceContract:
         before, policy_before = _answer(subject), naive_log_probs_of(subject.policy, subject.batch)
         take_optimizer_step(subject.policy)
         moved = (naive_log_probs_of(subject.policy, subject.batch) - policy_before).abs().mean()
-        assert moved > 0.01, "the step did not change the policy's answers, so this clause says nothing"
+        assert moved > 0.01, "the step did not change the policy's answers, so this clause tests nothing"
         assert torch.equal(_answer(subject), before)
 
     def test_answers_in_fp32_without_gradient_in_the_order_of_the_batch(self, subject: Subject) -> None:
@@ -194,7 +194,7 @@ class ReferenceContract:
             said = subject.reference.advance(step)
             assert said is (not torch.equal(_answer(subject), before))
             moved |= said
-        assert moved <= subject.reference.moves, "a reference that stands still moved"
+        assert moved <= subject.reference.moves, "a reference with `moves=False` moved"
         assert subject.reference.moves or subject.reference.changed_tensors() == []
 
     def test_its_state_goes_on_in_another_one_of_the_same_policy(self, subject: Subject, tmp_path: Path) -> None:
