@@ -34,11 +34,13 @@ from trl.scripts import dpo as trl_script
 from tether.cli import launch, main, pairs, quantization
 from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
 from tether.cli.launch import PRESETS, typed_words
+from tether.cli.mistakes import as_written
 from tether.cli.options import ALIASES, OPTIONS
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
-from tether.cli.trl_options import FORMER, REFUSED
+from tether.cli.trl_options import REFUSED
 from tether.errors import ConfigurationError, DataError, MissingPackageError
+from tether.former_options import FORMER
 from tether.trainer import DPOTrainer
 from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -141,7 +143,7 @@ def test_an_option_of_earlier_versions_is_refused_with_todays(name: str) -> None
     for words in (("train_data: d.jsonl\n" + f"{name}: 1",), ("train_data: d.jsonl", f"--{name}", "1")):
         with pytest.raises(ConfigurationError, match="no such option any more") as caught:
             read(*words)
-        assert caught.value.instead == f"Write {FORMER[name]}."
+        assert caught.value.instead == as_written(f"Write {FORMER[name]}.", in_recipe=True)
     named = re.findall(r"`(\w+)", FORMER[name])
     assert set(named) <= {*OPTIONS, *ALIASES, "env"}
 

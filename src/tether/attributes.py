@@ -43,7 +43,7 @@ class _Forwarded(Generic[T]):
         self._read = read
 
     def __get__(self, trainer: Any, owner: type | None = None) -> T:
-        return self._read(trainer)
+        return self if trainer is None else self._read(trainer)  # type: ignore[return-value]
 
     def __set__(self, trainer: Any, value: Any) -> NoReturn:
         raise AttributeError("it is read only: the option is one of `trainer.args`, and is settled by now")

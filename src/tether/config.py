@@ -6,15 +6,17 @@ loads nothing.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from tether.errors import ArgumentTypeError
 from tether.losses import (
     DIVERGENCES,
     LOSSES,
@@ -25,10 +27,10 @@ from tether.losses import (
     PreferenceLoss,
     check_loss_options,
 )
-from tether.option_types import check_types
+from tether.option_types import refused_types
 from tether.refusals import refuse
 from tether.rules.launch import launched_precision, refused_launch
-from tether.rules.options import DTYPES, SYNC_ALPHA, SYNC_STEPS, Dtype, StoreMode, refused_options
+from tether.rules.options import DTYPES, SYNC_ALPHA, SYNC_STEPS, Dtype, StoreMode, refused_names, refused_options
 from tether.types import TruncationMode
 
 if TYPE_CHECKING:  # what may be written, for editors; HfArgumentParser reads a list of plain words only
@@ -177,9 +179,15 @@ class DPOConfig(TrainingArguments):
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuses names that are no options, all of them, with what each is called today."""
+        refuse(refused_names(options, inspect.signature(cls.__init__)), ArgumentTypeError)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        check_types(self, DPOConfig, TrainingArguments)  # whose options are transformers' to check
+        # The options of TrainingArguments are transformers' to check.
+        refuse(refused_types(self, DPOConfig, TrainingArguments), ArgumentTypeError)
         refuse(refused_options(self))
         self._settle_padding()
         if self.bf16 is None:

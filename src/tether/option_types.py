@@ -5,18 +5,20 @@ Knows types; which options there are, others know. Loads no torch.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import os
+import re
 import textwrap
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from tether.errors import ArgumentTypeError
+from tether.refusals import Refusal, of_option
 
 
 def nearest_to(name: str, known: Iterable[str]) -> str:
@@ -43,28 +45,35 @@ def faults(error: ValidationError) -> dict[str, str]:
     return {name: ", or ".join(dict.fromkeys(texts)) for name, texts in found.items()}
 
 
-def check_types(options: Any, declared: type, base: type) -> None:
-    """Refuses values of another kind than an option's, such as text where a number belongs; all of them at once.
+def refused_types(options: Any, declared: type, base: type) -> Iterator[Refusal]:
+    """Values of another kind than an option's, such as text where a number belongs.
 
     Args:
         options: Has the values as attributes. Numbers of numpy are numbers, tuples lists, and paths text.
         declared: The dataclass that declares the options.
         base: The one it extends, whose options are not looked at.
-
-    Raises:
-        ArgumentTypeError: Names the options.
     """
     texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(declared)}
     model = _model_of(declared, base)
     try:
         model.model_validate({name: _plain(getattr(options, name)) for name in model.model_fields})
     except ValidationError as error:
-        wrong = {f"{name}={getattr(options, name)!r}": (name, why) for name, why in faults(error).items()}
-        raise ArgumentTypeError(
-            problem="Cannot use " + "; ".join(f"`{written}`: {why}" for written, (_, why) in wrong.items()) + ".",
-            details=" ".join(f"`{name}`: {texts[name]}" for name, _ in wrong.values()),
-            instead="Write a value of that kind. YAML 1.1 reads `1e-6` as text: in a file of that, write `1.0e-6`.",
-        ) from None
+        for name, why in faults(error).items():
+            value = getattr(options, name)
+            yield of_option(name, value, why, _instead(name, value, why), details=f"`{name}`: {texts[name]}")
+
+
+def _instead(name: str, value: Any, why: str) -> str:
+    if not isinstance(value, str):
+        return f"Write a value of that kind for `{name}`, or leave it out."
+    if nearest := nearest_to(value, re.findall(r"'([^']+)'", why)):
+        return f"Did you mean {nearest!r}?"
+    try:
+        number = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return f"Write a value of that kind for `{name}`, or leave it out."
+    note = " YAML 1.1 reads `1e-6` as text: in such a file, write `1.0e-6`." if "e" in value.lower() else ""
+    return f"Write {number!r}, without quotes.{note}"
 
 
 @cache

@@ -5,7 +5,7 @@ Knows no option. Loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,14 @@ class Refusal:
     Attributes:
         subject: What was written, in backticks.
         why: Why it cannot be, without a stop.
-        instead: What to write, in sentences.
+        instead: What to write, in sentences; may be empty where `why` says what an option takes.
         details: What else helps to see why, in sentences.
         option: The option's name, where it is about one.
     """
 
     subject: str
     why: str
-    instead: str
+    instead: str = ""
     details: str = ""
     option: str = ""
 
@@ -67,9 +67,16 @@ def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = Configura
         raised = error(one.problem, one.instead, one.details)
     else:
         raised = error(
-            f"Cannot use {len(refusals)} of the options and arguments: each line says why, and what to write.",
-            "Change them all; nothing was done yet.",
-            "".join(f"\n    {one.subject}: {one.why}. {one.instead}" for one in refusals).lstrip(),
+            f"Cannot use {listed(list(first))}, each for the reason below.",
+            "Change each of them; nothing was done yet.",
+            "\n  ".join(f"{one.subject}: {one.why}. {one.instead}" for one in refusals),
         )
     raised.refusals = refusals
     raise raised
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """As people list things: "a, b and c", or "a, b and 5 more"."""
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

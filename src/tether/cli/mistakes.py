@@ -5,34 +5,47 @@ Knows how one is told; what is one, the readers of recipes and words know.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import yaml
 
 from tether.cli.options import help_of
 from tether.errors import ConfigurationError
 from tether.option_types import nearest_to
+from tether.refusals import Refusal
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """One of them: `Cannot use {subject}: {why}.`
+class Mistake(Refusal):
+    """One of them.
 
     Attributes:
-        subject: What was written, in backticks.
-        why: Why it cannot be, without a stop.
-        instead: What to write, in sentences; may be empty where `why` says what an option takes.
         line: Where in the recipe; None for a flag, or where several options are one mistake.
         about: Another option to explain than those in `subject`: the nearest to one that does not exist.
-        detail: More on the why; by default what the options do.
     """
 
-    subject: str
-    why: str
-    instead: str = ""
     line: int | None = None
     about: str = ""
-    detail: str = ""
+
+
+def as_written(text: str, *, in_recipe: bool) -> str:
+    """A message of the library with its options as a recipe, or a command line, has them.
+
+    >>> as_written("Set `sync_ref_model=True`, or leave `beta` out.", in_recipe=True)
+    'Set `sync_ref_model: true`, or leave `beta` out.'
+    """
+
+    def respelled(found: re.Match[str]) -> str:
+        try:
+            value = yaml.safe_dump(ast.literal_eval(found[2]), default_flow_style=True).split("\n")[0]
+        except (ValueError, SyntaxError):
+            return found[0]
+        return f"`{found[1]}: {value}`" if in_recipe else f"`--{found[1]} {value}`"
+
+    return re.sub(r"`(\w+)=([^`]+)`", respelled, text)
 
 
 def unknown_option(subject: str, name: str, known: Iterable[str], line: int | None = None, dashes: str = "") -> Mistake:
@@ -47,7 +60,7 @@ def unknown_option(subject: str, name: str, known: Iterable[str], line: int | No
     """
     nearest = nearest_to(name, known)
     instead = f"Did you mean `{dashes}{nearest}`?" if nearest else "Take it out."
-    return Mistake(subject, f"there is no option `{name}`", instead, line, about=nearest)
+    return Mistake(subject, f"there is no option `{name}`", instead, line=line, about=nearest)
 
 
 def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
@@ -69,7 +82,7 @@ def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
         where = f"{path}" if path and any(m.line for m in mistakes) else f"the options of `{prog}`"
         raise ConfigurationError(
             problem=f"Cannot read {where}: {len(mistakes)} options are wrong.",
-            details="".join(f"\n    {line}" for line in lines),
+            details="\n  ".join(lines),
             instead=help_line,
         )
     mistake = mistakes[0]
@@ -78,7 +91,9 @@ def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
     texts = {name: help_of(name) for name in names if help_of(name)}
     explained = " ".join(f"`{name}`: {text}" for name, text in texts.items())
     raise ConfigurationError(
-        problem=f"Cannot use {mistake.subject}{place}: {mistake.why}.",
-        details=mistake.detail or explained or "The options are those of the command, DPOConfig and TrainingArguments.",
+        problem=replace(mistake, subject=mistake.subject + place).problem,
+        details=mistake.details
+        or explained
+        or "The options are those of the command, DPOConfig and TrainingArguments.",
         instead=mistake.instead if mistake.instead and not mistake.about else f"{mistake.instead} {help_line}".strip(),
     )

@@ -6,6 +6,7 @@ Knows how options are put together; does not know what they do. Until `make_reci
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tether.cli.checks import completed, contradictions
-from tether.cli.mistakes import Mistake, refuse, unknown_option
+from tether.cli.mistakes import Mistake, as_written, refuse, unknown_option
 from tether.cli.options import ALIASES, LAUNCHER, OPTIONS, SCRIPT_NAMES, ScriptOptions, read_values
-from tether.cli.trl_options import FORMER, REFUSED, former_or_refused
+from tether.cli.trl_options import REFUSED, former_or_refused
 from tether.cli.words import RECIPE_FIRST, Written, read_lines, read_words
-from tether.errors import ConfigurationError, TetherError
+from tether.errors import ConfigurationError
+from tether.former_options import FORMER
 from tether.option_types import nearest_to
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Request:
         words: The words after the verb that are not the launcher's.
         typed: All words after the verb.
         forced: Options that the verb decides.
+        path: The recipe, if there is one.
+        written: Where and how each option was written.
     """
 
     verb: str
@@ -45,6 +49,8 @@ class Request:
     words: Sequence[str]
     typed: Sequence[str]
     forced: Mapping[str, Any]
+    path: Path | None
+    written: Mapping[str, Written]
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,15 @@ def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), 
     refuse(reading.mistakes, prog, path)
     given = reading.given
     script = completed(ScriptOptions(**{name: given[name] for name in given if name in SCRIPT_NAMES}), given)
-    refuse(list(contradictions(script, given, prog)), prog, path)
+    found = list(contradictions(script, given, prog))
+    if found:  # and the others with them, so that all are told at once
+        refuse([*found, *_of_config({**_config_values(script, given), **forced}, reading.written)], prog, path)
     os.environ.update(reading.environment)
     own = [word for flag in flags if flag.key not in LAUNCHER for word in flag.words]
     words = own if recipe is None else [recipe, *own]
-    return Request(verb, script, given, reading.launch, [*words, *beside], [*argv, *beside], forced)
+    return Request(
+        verb, script, given, reading.launch, [*words, *beside], [*argv, *beside], forced, path, reading.written
+    )
 
 
 @dataclass
@@ -105,6 +115,7 @@ class _Reading:
 
     mistakes: list[Mistake]
     given: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Written] = field(default_factory=dict)
     launch: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -116,7 +127,7 @@ class _Reading:
             if name in OPTIONS:
                 if one.line and name in options:
                     self._refuse(one, f"`{options[name].key}` is the same option", "Keep one of the two.")
-                options[name] = one
+                options[name] = self.written[name] = one
             else:
                 self._read_other(one)
         values, wrong = read_values({name: one.value for name, one in options.items()})
@@ -149,7 +160,7 @@ class _Reading:
             self.environment |= variables
 
     def _refuse(self, one: Written, why: str, instead: str, about: str = "") -> None:
-        self.mistakes.append(Mistake(one.subject, why, instead, one.line, about))
+        self.mistakes.append(Mistake(one.subject, why, instead, line=one.line, about=about))
 
 
 def make_recipe(request: Request) -> Recipe:
@@ -168,22 +179,17 @@ def make_recipe(request: Request) -> Recipe:
         from tether.cli.launch import check_is_alone
 
         check_is_alone(request.launch, prog)
-    values = {name: value for name, value in request.given.items() if name not in SCRIPT_NAMES}
-    if not sys.stderr.isatty():
-        values.setdefault("disable_tqdm", True)  # bars are for terminals
-    if values.get("report_to", "none") is None:
-        values["report_to"] = "none"  # what an empty value says; transformers knows the word only
-    if values.get("output_dir") is None:
-        values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
+    values = {**_config_values(script, request.given), **request.forced}
     try:
-        config = DPOConfig(**{**values, **request.forced})
-    except TetherError:
+        config = DPOConfig(**values)
+    except ConfigurationError as error:
+        refuse(_as_mistakes(error, request.written), prog, request.path)
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
-        said = " ".join(str(error).split()).rstrip(".")
+        said = " ".join(str(error).split())
         raise ConfigurationError(
-            problem=f"Cannot use these options of transformers.TrainingArguments: {said}.",
-            instead=f"Change the option that this is about: `{prog} --help` explains every option.",
+            problem=f"Cannot use these options of transformers.TrainingArguments: {said}",
+            instead=f"Change the option it names; `{prog} --help` explains every one.",
         ) from error
     if request.launch:
         from tether.cli.launch import launch
@@ -194,6 +200,46 @@ def make_recipe(request: Request) -> Recipe:
     return Recipe(script, config, request.given)
 
 
+def _config_values(script: ScriptOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `DPOConfig` is made of."""
+    values = {name: value for name, value in given.items() if name not in SCRIPT_NAMES}
+    if not sys.stderr.isatty():
+        values.setdefault("disable_tqdm", True)  # bars are for terminals
+    if values.get("report_to", "none") is None:
+        values["report_to"] = "none"  # what an empty value says; transformers knows the word only
+    if values.get("output_dir") is None:
+        values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
+    return values
+
+
+def _of_config(values: Mapping[str, Any], written: Mapping[str, Written]) -> list[Mistake]:
+    """What `DPOConfig` would refuse of options that were written."""
+    if not written.keys() - SCRIPT_NAMES:
+        return []
+    from tether.config import DPOConfig
+
+    try:
+        DPOConfig(**values)
+    except ConfigurationError as error:
+        return _as_mistakes(error, written)
+    except (ValueError, TypeError, ImportError, OSError):  # TrainingArguments' own checks, told when the rest is right
+        pass
+    return []
+
+
+def _as_mistakes(error: ConfigurationError, written: Mapping[str, Written]) -> list[Mistake]:
+    """The refusals of `DPOConfig`, each with its line, and with options spelled as they were."""
+    found = []
+    for refusal in error.refusals:
+        one = written.get(refusal.option)
+        line = one.line if one else None
+        subject, instead = (as_written(text, in_recipe=line is not None) for text in (refusal.subject, refusal.instead))
+        if one and (own := re.match(r"`[^`]*`", subject)):
+            subject = one.subject + subject[own.end() :]
+        found.append(Mistake(subject, refusal.why, instead, refusal.details, refusal.option, line))
+    return found
+
+
 def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
     """A recipe that is not there, or more than one."""
     if len(names) > 1:
@@ -201,8 +247,8 @@ def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
     if path is None or path.is_file():
         return []
     instead = "Name a YAML file (examples/real_pairs/recipe.yaml is one), or give every option as a flag."
-    detail = f"Paths start at the current folder, {Path.cwd()}."
-    return [Mistake(f"the recipe {names[0]}", "there is no such file", instead, detail=detail)]
+    details = f"Paths start at the current folder, {Path.cwd()}."
+    return [Mistake(f"the recipe {names[0]}", "there is no such file", instead, details)]
 
 
 def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:

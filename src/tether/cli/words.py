@@ -111,7 +111,9 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         name, line = str(key.value), key.start_mark.line + 1
         shown = textwrap.shorten("" if value is None else str(value), 100)
         if any(name == earlier.key for earlier in written):
-            mistakes.append(Mistake(f"`{name}: {shown}`", f"`{name}` comes twice", "Write each option once.", line))
+            mistakes.append(
+                Mistake(f"`{name}: {shown}`", f"`{name}` comes twice", "Write each option once.", line=line)
+            )
             continue
         written.append(Written(name, value, f"`{name}: {shown}`".replace(": `", ":`"), line))
     return written, mistakes

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from tether.losses.divergence import DIVERGENCES
 from tether.losses.options import LossOptions
 from tether.losses.table import LOSSES, Loss
+from tether.option_types import nearest_to
 from tether.refusals import Refusal, of_option, refuse
 
 
@@ -43,7 +44,9 @@ def refused_losses(
     unknown = [name for name in losses if name not in LOSSES]
     if unknown or not losses:
         why = f"there is no loss named {unknown[0]!r}" if unknown else "a policy needs a loss to train"
-        yield of_option("loss_type", list(losses), why, f"Write one or more of {', '.join(LOSSES)}.")
+        nearest = nearest_to(unknown[0], LOSSES) if unknown else ""
+        meant = f"Did you mean `{nearest}`? " if nearest else ""
+        yield of_option("loss_type", list(losses), why, f"{meant}The losses are {', '.join(LOSSES)}.")
         return
     yield from _weights(losses, weights)
     yield from _contradictions(losses, options, use_weighting=use_weighting)

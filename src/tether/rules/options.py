@@ -5,14 +5,17 @@ Knows options only: a model, rows and processes are looked at where they are kno
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from tether.former_options import FORMER
 from tether.losses.checks import refused_losses
+from tether.option_types import nearest_to
 from tether.reference.parts import refused_rule
 from tether.refusals import Refusal, of_option
 from tether.rules.launch import launched_precision
@@ -25,6 +28,27 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA, SYNC_STEPS = 0.6, 512
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
+
+
+def refused_names(given: Iterable[str], signature: inspect.Signature) -> Iterator[Refusal]:
+    """Names that no option has.
+
+    Args:
+        given: The names that were written.
+        signature: Of the constructor they were written to, which may take others for itself.
+    """
+    known = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in (name for name in given if name not in known):
+        nearest = nearest_to(name, known)
+        if name in FORMER:
+            yield Refusal(
+                f"`{name}`", "TRL 1.16 and transformers 5 have no such option any more", f"Write {FORMER[name]}."
+            )
+        else:
+            instead = f"Did you mean `{nearest}`?" if nearest else "Take it out."
+            yield Refusal(f"`{name}`", "there is no such option", instead)
 
 
 def refused_options(args: DPOConfig) -> Iterator[Refusal]:
