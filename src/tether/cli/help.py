@@ -16,20 +16,21 @@ from typer.core import TyperCommand, TyperGroup
 from tether.cli.options import OPTIONS
 
 REFERENCE_TABLE = """\
-Which reference? The policy is pulled back towards it; it is the policy as it was at the start,
-unless ref_model names another.
+Which reference? The policy is pulled back towards it; it is the policy as it
+was at the start, unless ref_model names another.
 
-  options                              reference                            costs
-  (none)                               a frozen copy of the policy          a second set of weights, a
-                                                                            reference pass in every step
-  lora_r, or a model with an adapter   the model's own base, adapter off    no weights, the pass
-  precompute_ref_log_probs             any static one, scored once before   one pass over the data, ever:
-                                       training and kept on disk            later runs find the answers
-  sync_ref_model                       a copy that follows the policy       a second set of what trains,
-                                       (TR-DPO)                             the pass
+  options                   reference                costs
+  (none)                    a frozen copy of the     its weights, and a pass
+                            policy                   at every step
+  lora_r, or a model with   the model's own base,    a pass at every step
+  an adapter                adapter off
+  precompute_ref_log_probs  any static one, scored   one pass over the data;
+                            once, kept on disk       later runs find it
+  sync_ref_model            a copy that follows      what trains once more,
+                            the policy (TR-DPO)      a pass at every step
 """
 _NAMES = {"boolean": "[BOOL]", "object": "JSON", "integer": "INT", "number": "FLOAT"}
-_WIDTH, _COLUMN, _MOST_CHOICES = 108, 38, 7
+_WIDTH, _COLUMN, _MOST_CHOICES = 79, 28, 7
 
 
 # Settings of a verb; and of one whose other words are options of a recipe.
@@ -70,10 +71,11 @@ def _headings() -> Iterator[str]:
 
 def _rows(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     for head, text in rows:
-        start = f"  {head}".ljust(_COLUMN)
-        if len(start) > _COLUMN:
+        start = f"  {head}"
+        if len(start) >= _COLUMN:
             yield start
-            start = " " * _COLUMN
+            start = ""
+        start = start.ljust(_COLUMN)
         yield textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _COLUMN)
 
 

@@ -20,29 +20,36 @@ from tether.cli.recipe import read_request
 from tether.errors import ConfigurationError
 
 HELP = """\
-tether: train a language model on preference pairs (DPO and its family), with the reference
-model as a thing you can hold, name, store, verify and swap.
+tether: train a language model on preference pairs (DPO and its family), with
+the reference model as a thing you can hold, name, store, verify and swap.
 
-  tether demo                        the whole line on a tiny task: trains a model, prefers, compares all
-                                     four references, writes a report; offline, minutes on a CPU
-  tether train RECIPE.yaml           train a policy on pairs; --dry_run stops before the first step
-  tether precompute RECIPE.yaml      score the pairs under the reference once and keep the answers on
-                                     disk: `train` then needs no reference model
-  tether store VERB                  what is kept: info, verify, export, import, merge, prune
-  tether schema                      the JSON schema of a recipe, for an editor that completes and checks it
-  tether env                         versions, devices and the store, for a bug report
+  tether demo                     all of it on a tiny task, offline, in minutes
+                                  on a CPU: pretrains a model, trains it with
+                                  all four references, writes a report
+  tether train RECIPE.yaml        train a policy on pairs; --dry_run stops
+                                  before the first step
+  tether precompute RECIPE.yaml   score the pairs under the reference once and
+                                  keep the answers on disk
+  tether store VERB               what is kept: info, verify, export, import,
+                                  merge, prune
+  tether schema                   the JSON schema of a recipe, for an editor
+                                  that completes and checks it
+  tether env                      versions, devices and the store, for a bug
+                                  report
 
-A recipe is a YAML file of options; any of them is also a flag, and the flag wins:
+A recipe is a YAML file of options. Each is a flag, too, and the flag wins:
 
   tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
-  tether train --model Qwen/Qwen2.5-0.5B-Instruct --train_data pairs.jsonl --eval_fraction 0.1 --lora_r 16
+  tether train --model Qwen/Qwen2.5-0.5B-Instruct --train_data pairs.jsonl
 
-`tether VERB --help` explains every option, and `train` which reference to choose. `tether --version`.
-`tether --install-completion` completes verbs and options in your shell.
-An error says what cannot be and why, and what to write instead; --traceback (or TETHER_TRACEBACK=1)
-also shows where it was raised. Exit code 0: done, 2: refused, 130: interrupted.
+`tether VERB --help` explains every option, and `train` which reference to
+choose. `tether --install-completion` completes verbs and options in your shell.
+An error says what cannot be and why, and what to write instead; --traceback (or
+TETHER_TRACEBACK=1) also shows where it was raised. Exit code 0: done, 2:
+refused, 130: interrupted. `tether --version`.
 
-To read more: README.md, docs/recipes.md, examples/. In Python: from tether import DPOConfig, DPOTrainer
+To read more: README.md, docs/recipes.md, examples/. In Python:
+from tether import DPOConfig, DPOTrainer
 """
 
 
@@ -124,16 +131,17 @@ def demo(
 
 @app.command(cls=RecipeCommand, context_settings=WORDS)
 def train(ctx: typer.Context) -> int:
-    """Trains a policy on preference pairs: rows of prompt, chosen, rejected, as text or as lists of messages.
-    Every option below is a key of the recipe and a flag; the flag wins.
+    """Trains a policy on preference pairs: rows of prompt, chosen, rejected, as text
+    or as lists of messages. Every option below is a key of the recipe and a flag;
+    the flag wins.
 
       tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
-      tether train recipe.yaml --dry_run                   everything up to the first step
-      tether train recipe.yaml --resume                    go on from the last checkpoint
-      tether train recipe.yaml --num_processes 2           or any option of `accelerate launch`
+      tether train recipe.yaml --dry_run           all but the first step
+      tether train recipe.yaml --resume            go on from the last checkpoint
+      tether train recipe.yaml --num_processes 2   or other options of the launcher
 
-    Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model and its tokenizer are
-    written to output_dir.
+    Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model
+    and its tokenizer are written to output_dir.
     """
     request = read_request("train", ctx.args)
     from tether.cli.train import run  # not before: a mistake is told without torch
@@ -146,14 +154,16 @@ def precompute(
     ctx: typer.Context,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Score part I (from 1) of N of the rows.")] = None,
 ) -> int:
-    """Scores every response of the recipe's pairs, held-out ones too, under the reference, and keeps the
-    per-token log-probs in the store. Takes the recipe of `tether train`; what is already there is not
-    scored again, so it may be stopped and started, and run again after new rows came.
+    """Scores every response of the recipe's pairs, held-out ones too, under the
+    reference, and keeps the per-token log-probs in the store. Takes the recipe of
+    `tether train`. What is there already is not scored again: stop it and start it
+    as you like, and run it again when rows were added.
 
       tether precompute recipe.yaml
-      tether train recipe.yaml --precompute_ref_log_probs      makes no reference pass
+      tether train recipe.yaml --precompute_ref_log_probs
 
-    Processes of one machine share the rows (--num_processes). For many machines, part i of n on each, and join:
+    The second makes no reference pass. Processes of one machine share the rows
+    (--num_processes). On many machines, score part i of n on each, and join them:
 
       tether precompute recipe.yaml --shard 1/4 --ref_store part-1.sqlite
       tether store merge part-1.sqlite part-2.sqlite part-3.sqlite part-4.sqlite

@@ -15,20 +15,26 @@ from tether.cli.recipe import Request, read_request
 from tether.errors import ConfigurationError
 
 HELP = """\
-tether store: the log-probs of references, kept on disk so that each response is scored once.
+tether store: the log-probs of references, kept on disk so that each response
+is scored once.
 
-  tether store info                        where the store is, which references it holds, how much of each
-  tether store verify RECIPE.yaml          scores a sample of the recipe's rows again and compares
-  tether store export FILE.parquet         the records of one reference, for anyone to read; with --rows
-                                           RECIPE.yaml the recipe's rows with ref_chosen_logps and
-                                           ref_rejected_logps, as TRL reads them
-  tether store import FILE.parquet         the records of such a file, into the store
-  tether store merge OTHER.sqlite ...      what other stores hold and this one lacks
-  tether store prune                       removes a reference, or those that no run has used for long
+  tether store info                   where the store is, which references it
+                                      holds, and how much of each
+  tether store verify RECIPE.yaml     scores a sample of the recipe's rows
+                                      again and compares
+  tether store export FILE.parquet    the records of one reference, for anyone
+                                      to read; with --rows RECIPE.yaml the
+                                      recipe's rows with ref_chosen_logps and
+                                      ref_rejected_logps, as TRL reads them
+  tether store import FILE.parquet    the records of such a file, into the store
+  tether store merge OTHER.sqlite ... what other stores hold and this one lacks
+  tether store prune                  removes a reference, or those that no run
+                                      has used for long
 
-The store is the one that all your runs share, or the one that `--store FILE` names
-(for verify and export --rows: the recipe's `ref_store`). `tether store VERB --help` says more.
-docs/store.md explains what is kept, when it is used again, and how to share it.
+The store is the one that all your runs share, or the one that `--store FILE`
+names (for verify and export --rows: the recipe's `ref_store`).
+`tether store VERB --help` says more. docs/store.md explains what is kept, when
+it is used again, and how to share it.
 """
 
 Store = Annotated[str | None, typer.Option(metavar="FILE", help="The store. Default: the one that all runs share.")]
