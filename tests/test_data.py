@@ -215,8 +215,8 @@ def test_all_bad_rows_are_listed_in_one_error() -> None:
     )
     assert caught.value.details.splitlines() == [
         "The reasons, with the number of rows for each:",
-        "  2: has an empty `rejected` response: it has no token to score (rows 1, 4)",
-        "  1: has an empty `chosen` response: it has no token to score (row 3)",
+        "    2: has an empty `rejected` response: it has no token to score (rows 1, 4)",
+        "    1: has an empty `chosen` response: it has no token to score (row 3)",
     ]
     assert 'bad_rows="drop"' in caught.value.instead
 

@@ -276,6 +276,10 @@ def _listed(reasons: Mapping[str, list[int]]) -> str:
     return "".join(lines)
 
 
+def _counted(listed: str) -> str:
+    return "The reasons, with the number of rows for each:" + listed.replace("\n", "\n  ")
+
+
 def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingPlan) -> DataError:
     """The first row's error, with a count of the others."""
     first = next(iter(problems.values()))
@@ -284,10 +288,9 @@ def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingP
     reasons: dict[str, list[int]] = defaultdict(list)
     for number, error in problems.items():
         reasons[_reason(error, number, plan)].append(number)
-    counted = f"The reasons, with the number of rows for each:{_listed(reasons)}"
     return DataError(
         problem=f"{first.problem} In all, {len(problems)} of {num_rows} rows cannot be used.",
-        details="\n  ".join(filter(None, (first.details, counted))),
+        details="\n  ".join(filter(None, (first.details, _counted(_listed(reasons))))),
         instead=f'{first.instead} `bad_rows="drop"` leaves such rows out.',
     )
 
@@ -312,7 +315,7 @@ def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: Token
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:
     return DataError(
         problem=f"The {plan.name} set has no usable row: {'all rows were dropped' if listed else 'it is empty'}.",
-        details=f"The reasons, with the number of rows for each:{listed}" if listed else "",
+        details=_counted(listed) if listed else "",
         instead="Raise `max_length`, shorten the prompts, or set `max_length=None`."
         if plan.full_prompt in listed
         else "Pass a set with at least one pair.",
