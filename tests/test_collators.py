@@ -113,12 +113,12 @@ def test_each_collator_has_its_way_to_pairs() -> None:
     assert pair_collator(own, 5, "keep_start") is own
     assert pair_collator(DataCollatorForPreference(0, 9, "keep_end"), 5, "keep_start") == PairCollator(9, "keep_end")
     assert isinstance(pair_collator(TRLCollator(0), 5, "keep_start"), PairsOfPadded)
-    with pytest.raises(ConfigurationError, match="`data_collator` is a str"):
+    with pytest.raises(ConfigurationError, match="`data_collator` of type str"):
         pair_collator("pad", 5, "keep_start")
 
 
 WRONG = {
-    "no dict": (lambda padded: [1], "returned a list"),
+    "no dict": (lambda padded: [1], "`data_collator` returned for 12 rows (a list)"),
     "another layout": (lambda padded: {"chosen_input_ids": padded["input_ids"]}, "chosen_input_ids"),
     "a key that nobody reads": (lambda padded: padded | {"weights": torch.ones(1)}, "weights"),
     "too few sequences": (lambda padded: {name: tensor[1:] for name, tensor in padded.items()}, "[23, "),
@@ -140,7 +140,7 @@ def test_a_response_with_a_hole_is_refused() -> None:
         padded["completion_mask"][0] = torch.tensor([0, 1, 0, 1])
         return padded
 
-    with pytest.raises(DataError, match="Sequence 0 of a batch"):
+    with pytest.raises(DataError, match="completion mask of sequence 0 of a batch"):
         PairsOfPadded(holed)([{"prompt_ids": [1], "chosen_ids": [2, 3, 4], "rejected_ids": [2, 3, 4]}])
 
 

@@ -185,9 +185,10 @@ def test_rows_whose_prompt_fills_max_length_are_dropped_and_counted_in_one_line(
         kept = tokens_of(rows, tokenizer, max_length=20, name="eval")
     assert kept == tokens_of([rows[0], rows[2]], tokenizer)
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
-    assert line == (
-        "2 of 4 rows of the eval set were dropped:\n  2: has a prompt that alone fills `max_length=20` (rows 1, 3)"
-    )
+    assert line.splitlines() == [
+        "2 of 4 rows of the eval set were dropped:",
+        "  2: has a prompt that fills `max_length=20` and leaves no room for a response (rows 1, 3)",
+    ]
 
 
 def test_bad_rows_are_dropped_with_a_summary_of_reasons(caplog: pytest.LogCaptureFixture) -> None:
@@ -198,9 +199,9 @@ def test_bad_rows_are_dropped_with_a_summary_of_reasons(caplog: pytest.LogCaptur
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
     assert line.splitlines() == [
         "9 of 11 rows of the train set were dropped:",
-        "  2: has an empty `rejected` response (rows 0, 10)",
-        "  6: has an empty `chosen` response (rows 4, 5, 6, 7, 8, ...)",
-        "  1: has a prompt that alone fills `max_length=20` (row 2)",
+        "  2: has an empty `rejected` response: it has no token to score (rows 0, 10)",
+        "  6: has an empty `chosen` response: it has no token to score (rows 4, 5, 6, 7, 8, ...)",
+        "  1: has a prompt that fills `max_length=20` and leaves no room for a response (row 2)",
     ]
 
 
@@ -208,10 +209,14 @@ def test_all_bad_rows_are_listed_in_one_error() -> None:
     rows = [pair(), pair(rejected=""), pair("W"), pair(chosen=""), pair(rejected="")]
     with pytest.raises(DataError) as caught:
         tokens_of(rows, tiny_tokenizer())
-    assert caught.value.problem.splitlines() == [
-        "Row 1 of the train set has an empty `rejected` response. In all, 3 of 5 rows cannot be used:",
-        "  2: has an empty `rejected` response (rows 1, 4)",
-        "  1: has an empty `chosen` response (row 3).",
+    assert caught.value.problem == (
+        "Row 1 of the train set has an empty `rejected` response: it has no token to score. "
+        "In all, 3 of 5 rows cannot be used."
+    )
+    assert caught.value.details.splitlines() == [
+        "The reasons, with the number of rows for each:",
+        "    2: has an empty `rejected` response: it has no token to score (rows 1, 4)",
+        "    1: has an empty `chosen` response: it has no token to score (row 3)",
     ]
     assert 'bad_rows="drop"' in caught.value.instead
 
@@ -232,7 +237,10 @@ def test_rows_are_dropped_silently_only_where_there_are_none_to_drop(caplog: pyt
 
 @pytest.mark.parametrize(
     ("rows", "found"),
-    [([], "has no row to use."), ([pair("Why " * 40)] * 3, r"has no row to use; all were dropped:\s+3: has a prompt")],
+    [
+        ([], r"has no usable row: it is empty\."),
+        ([pair("Why " * 40)] * 3, r"has no usable row: all rows were dropped\.\n.*\n\s+3: has a prompt that fills"),
+    ],
     ids=["empty set", "all dropped"],
 )
 def test_a_set_in_which_no_row_remains_is_an_error(rows: list[Row], found: str) -> None:
@@ -248,8 +256,9 @@ def test_a_stream_names_each_row_that_it_leaves_out(caplog: pytest.LogCaptureFix
         found = list(tokenize_pairs(stream, tiny_tokenizer(), max_length=20, bad_rows="drop"))
     assert [{name: row[name] for name in COLUMNS} for row in found] == tokens_of([rows[0], rows[3]], tiny_tokenizer())
     assert [record.getMessage() for record in caplog.records if record.name.startswith("tether")] == [
-        "Row 1 of the train set was dropped: it has a prompt that alone fills `max_length=20`.",
-        "Row 2 of the train set was dropped: it has an empty `rejected` response.",
+        "Row 1 of the train set was dropped because it has a prompt that fills `max_length=20` and leaves no room for "
+        "a response.",
+        "Row 2 of the train set was dropped because it has an empty `rejected` response: it has no token to score.",
     ]
 
 

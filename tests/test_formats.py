@@ -232,7 +232,7 @@ def test_a_prompt_that_is_also_the_first_message_is_read_once() -> None:
 def test_a_prompt_with_which_the_responses_begin_again_is_refused() -> None:
     """TRL renders it twice."""
     row = {"prompt": ASK, "chosen": [*ASK, said("No.")], "rejected": [*ASK, said("Yes.")]}
-    with pytest.raises(DataError, match=r"Row 0 of the train set has a `prompt` with which both .* begin again"):
+    with pytest.raises(DataError, match=r"Row 0 of the train set has a `prompt` that both .* repeat at their start"):
         tokens_of([row], tokenizer_of())
 
 
@@ -267,11 +267,14 @@ def test_a_tokenized_set_is_not_copied() -> None:
 
 
 BAD_IDS = {
-    "an id beyond the vocabulary": ({**IDS, "chosen_ids": [7, 256]}, "`chosen_ids` that is no list of the tokenizer's"),
-    "an id below 0": ({**IDS, "rejected_ids": [-1]}, "`rejected_ids` that is no list of the tokenizer's"),
+    "an id beyond the vocabulary": (
+        {**IDS, "chosen_ids": [7, 256]},
+        "`chosen_ids` that is not a list of the tokenizer's",
+    ),
+    "an id below 0": ({**IDS, "rejected_ids": [-1]}, "`rejected_ids` that is not a list of the tokenizer's"),
     "no response": ({**IDS, "rejected_ids": []}, "no tokens in `rejected`"),
     "no prompt": ({**IDS, "prompt_ids": []}, "no tokens in `prompt`"),
-    "a column short": ({**IDS, "rejected_ids": None}, "no `rejected_ids`, and has other token ids"),
+    "a column short": ({**IDS, "rejected_ids": None}, "no `rejected_ids` but has other token ids"),
 }
 
 
@@ -301,11 +304,11 @@ def test_a_row_that_the_template_cannot_render_is_named(name: str) -> None:
     row = {"prompt": ASK, "chosen": [said("No.")], "rejected": [said("Yes.")], "chat_template_kwargs": arguments}
     with pytest.raises(DataError) as caught:
         tokens_of([row], tokenizer_of())
-    assert caught.value.problem.startswith("Row 0 of the train set ") and found in str(caught.value)
+    assert caught.value.problem.startswith("Row 0 of the train set ") and found in caught.value.problem
 
 
 def test_tools_that_are_no_json_are_named() -> None:
-    with pytest.raises(DataError, match=r"Row 0 of the train set has `tools` that cannot be read as JSON"):
+    with pytest.raises(DataError, match=r"Row 0 of the train set has `tools` that are not valid JSON"):
         tokens_of([{**FORMATS["tools as JSON"][0], "tools": "weather"}], tokenizer_of())
 
 

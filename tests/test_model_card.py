@@ -21,7 +21,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 REFERENCES: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "explicit": (lambda: {}, "weights that stand still", "2305.18290"),
-    "adapter": (lambda: {"peft_config": LoraConfig(target_modules=["q_proj"])}, "own base", "2305.18290"),
+    "implicit": (lambda: {"peft_config": LoraConfig(target_modules=["q_proj"])}, "own base", "2305.18290"),
     "synchronized": (lambda: {"sync_ref_model": True}, "TR-DPO", "2404.09656"),
     "bema": (lambda: {"callbacks": [BEMACallback(update_ref_model=True)]}, "BEMA", "2508.00180"),
 }

@@ -75,9 +75,9 @@ def test_batch_pairs_values_up() -> None:
 
 
 def test_batch_refuses_an_empty_prompt_or_response_by_the_number_of_its_pair() -> None:
-    with pytest.raises(ValueError, match="pair 1 of the batch has an empty prompt or response"):
+    with pytest.raises(ValueError, match="Pair 1 of the batch has an empty prompt or response"):
         PairBatch.of_pairs([(A, B), (A, Response((1, 2), ()))])
-    with pytest.raises(ValueError, match="pair 0"):
+    with pytest.raises(ValueError, match="Pair 0"):
         PairBatch.of_pairs([(Response((), (1,)), A)])
 
 

@@ -435,7 +435,9 @@ def test_rows_that_are_too_long_with_their_images_are_dropped_with_a_reason(
     trainer = vision_trainer(tmp_path, rows, max_length=limit)
     assert len(trainer.train_dataset) == len(rows) - len(dropped)
     numbers = ", ".join(map(str, dropped))
-    assert f"{len(dropped)}: has a prompt that alone fills `max_length={limit}`" in caplog.text
+    assert (
+        f"{len(dropped)}: has a prompt that fills `max_length={limit}` and leaves no room for a response" in caplog.text
+    )
     assert f"(row{'s' * (len(dropped) > 1)} {numbers})" in caplog.text
 
 
@@ -453,8 +455,8 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a path to nothing": ({"images": ["/nowhere/picture.png"]}, "images that cannot be used"),
     "no image at all": ({"images": [3]}, "images that cannot be used"),
     "both columns": ({"image": tiny_image(1)}, "both `image` and `images`"),
-    "more places than images": ({"prompt": BLOCKS}, "has 1 images, and places for 2"),
-    "nobody to show it to": ({"prompt": SYSTEM}, "has 1 images, and places for 0"),
+    "more places than images": ({"prompt": BLOCKS}, "has 1 images but places for 2"),
+    "nobody to show it to": ({"prompt": SYSTEM}, "has 1 images but places for 0"),
     "an image in a response": ({"prompt": USER, "chosen": SHOWN}, "an image in a response"),
     "no response": ({"chosen": None}, "has no `chosen`"),
 }
@@ -479,7 +481,7 @@ def test_bad_rows_can_be_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     tiny_image(2).save(tmp_path / "whole.png")
     trainer = vision_trainer(tmp_path, rows, bad_rows="drop")
     assert len(trainer.train_dataset) == 2
-    assert "1: has images that cannot be used (row 1)" in caplog.text
+    assert "1: has images that cannot be used: reading them raised OSError (row 1)" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["no place", "<image><image> two places"])
@@ -490,7 +492,7 @@ def test_plain_text_has_a_place_for_each_image(text: str, tmp_path: Path) -> Non
 
 
 def test_images_are_refused_without_a_processor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="Row 0 of the train set has images, and the `processing_class`"):
+    with pytest.raises(ConfigurationError, match="Row 0 of the train set has images, but the `processing_class`"):
         make_trainer(tmp_path, tiny_model(), tiny_image_pairs(2))
     with pytest.raises(ValueError):  # as TRL raises it
         make_trainer(tmp_path, tiny_model(), stream(tiny_image_pairs(2)), max_steps=1).train()
@@ -519,7 +521,7 @@ def test_token_ids_belong_to_their_images(tmp_path: Path) -> None:
     assert again.train_dataset[0]["prompt_ids"] == rows[0]["prompt_ids"]
     for columns, says in (
         (["prompt_ids", "chosen_ids", "rejected_ids"], "no `image` or `images`"),
-        (["prompt_ids", "chosen_ids", "rejected_ids", "images"], "and no text"),
+        (["prompt_ids", "chosen_ids", "rejected_ids", "images"], "but no text"),
     ):
         with pytest.raises(DataError, match=says):
             vision_trainer(tmp_path, rows.select_columns(columns)).train()

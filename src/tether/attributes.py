@@ -18,7 +18,7 @@ T = TypeVar("T")
 # What TRL's trainer has and this one does not: why, and what to write instead.
 ELSEWHERE = {
     "compute_ref_log_probs": (
-        "The reference answers for itself, whatever its kind.",
+        "The reference computes its own log-probs, whatever its kind.",
         "Write `trainer.reference.log_probs(inputs['batch'])`; `.sums()` of it has one number for each response.",
     ),
     "_metrics": (
@@ -28,8 +28,8 @@ ELSEWHERE = {
 }
 # Methods of TRL's trainer that a subclass may replace there, and that nothing would call here.
 _NEVER_CALLED = {
-    "_compute_loss": "Override `compute_loss(model, inputs, return_outputs, num_items_in_batch)`, or pass a loss of "
-    "your own: `DPOTrainer(..., loss=function)`.",
+    "_compute_loss": "Override `compute_loss(model, inputs, return_outputs, num_items_in_batch)`, or pass your own "
+    "loss: `DPOTrainer(..., loss=function)`.",
     "_prepare_dataset": "Pass rows that are tokenized already: `prompt_ids`, `chosen_ids`, `rejected_ids`.",
     "_precompute_ref_logps": "Pass rows with `ref_chosen_logps` and `ref_rejected_logps`: nothing is computed then.",
     "compute_ref_log_probs": "Pass rows with `ref_chosen_logps` and `ref_rejected_logps`: nothing is computed then.",
@@ -78,8 +78,8 @@ class OptionsAsAttributes:
         for name, instead in _NEVER_CALLED.items():
             if name in vars(cls):
                 raise ConfigurationError(
-                    problem=f"`{cls.__name__}.{name}` replaces a method of TRL's trainer.",
-                    details="This trainer has none of that name, so yours would never be called.",
+                    problem=f"Cannot use `{cls.__name__}.{name}`: it replaces a method that only TRL's trainer has, "
+                    "so it would never be called.",
                     instead=instead,
                 )
 
@@ -88,7 +88,9 @@ class OptionsAsAttributes:
         def __getattr__(self, name: str) -> Any:
             if name in ELSEWHERE:
                 why, instead = ELSEWHERE[name]
-                raise NotHereError(problem=f"`trainer.{name}`, which TRL's trainer has.", details=why, instead=instead)
+                raise NotHereError(
+                    problem=f"Cannot read `trainer.{name}`: only TRL's trainer has it.", details=why, instead=instead
+                )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property

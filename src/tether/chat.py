@@ -47,8 +47,7 @@ class ChatTemplate:
         self._options: dict[str, Any] = {"tools": self._tools(row.get("tools")) or None} | self._arguments(row)
         if renderer.chat_template is None and "chat_template" not in self._options:
             raise DataError(
-                problem=f"{where} is made of messages, and the tokenizer has no chat template.",
-                details="The template is what turns messages into the text that the model reads.",
+                problem=f"{where} is made of messages, but the tokenizer has no chat template to turn them into text.",
                 instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
             )
 
@@ -74,10 +73,10 @@ class ChatTemplate:
         except ImportError:
             raise
         except Exception as error:  # a template may raise anything, its own `raise_exception` included
+            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise DataError(
-                problem=f"{self._where} cannot be rendered by the tokenizer's chat template.",
-                details=f"The template says: {' '.join(str(error).split()).rstrip('.') or type(error).__name__}.",
-                instead="Change the row's messages to what the template takes, or drop the row.",
+                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {said}.",
+                instead="Change the row's messages to what the template accepts, or drop the row.",
             ) from error
 
     def _tools(self, tools: Any) -> Any:
@@ -87,8 +86,8 @@ class ChatTemplate:
             return json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(
-                problem=f"{self._where} has `tools` that cannot be read as JSON.",
-                details=f"{error}.",
+                problem=f"{self._where} has `tools` that are not valid JSON.",
+                details=f"The parser says: {error}.",
                 instead="Write a list of function descriptions, as a list or as JSON text.",
             ) from None
 
@@ -97,8 +96,10 @@ class ChatTemplate:
         reserved = sorted(_RESERVED & set(arguments)) if isinstance(arguments, dict) else ["a value without names"]
         if reserved:
             raise DataError(
-                problem=f"{self._where} has `chat_template_kwargs` with {', '.join(reserved)}.",
-                details="They are variables of the template; how it is called decides where the response begins.",
+                problem=f"{self._where} has `chat_template_kwargs` with {', '.join(reserved)}: only variables of the "
+                "template can be set there.",
+                details="How the template is called decides where the response begins, so the trainer does that "
+                "itself.",
                 instead='Write variables that the template knows, such as {"enable_thinking": false}.',
             )
         return dict(arguments)

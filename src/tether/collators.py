@@ -70,11 +70,13 @@ class DataCollatorForPreference(DataCollatorMixin):
     return_tensors: Literal["pt"] = "pt"
 
     def __post_init__(self) -> None:
-        for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("return_tensors", ("pt",))):
+        for name, known, why in (
+            ("truncation_mode", ("keep_start", "keep_end"), "a longer sequence keeps either its start or its end"),
+            ("return_tensors", ("pt",), "batches are always torch tensors"),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigurationError(
-                    problem=f"`{name}={getattr(self, name)!r}` for DataCollatorForPreference.",
-                    details="There are two ends." if len(known) == 2 else "Batches are torch tensors.",
+                    problem=f"Cannot use `{name}={getattr(self, name)!r}` for DataCollatorForPreference: {why}.",
                     instead=f"Write {' or '.join(map(repr, known))}.",
                 )
 
@@ -193,8 +195,8 @@ def pair_collator(
     if callable(given):
         return PairsOfPadded(given)
     raise ConfigurationError(
-        problem=f"`data_collator` is a {type(given).__name__}.",
-        details="A collator is called with a list of rows and returns one batch.",
+        problem=f"Cannot use a `data_collator` of type {type(given).__name__}: a collator is called with a list of "
+        "rows and returns one batch.",
         instead="Leave `data_collator` out, or pass `DataCollatorForPreference(pad_token_id=...)` or a function that "
         "returns its keys.",
     )
@@ -246,8 +248,9 @@ def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None
         return
     found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or ", ".join(keys)
     raise ConfigurationError(
-        problem=f"`data_collator` returned {found} for {num_rows} rows.",
-        details="Whatever else it returned, the loss would not see.",
+        problem=f"Cannot use what `data_collator` returned for {num_rows} rows ({found}): it is not a padded batch of "
+        "their pairs.",
+        details="The loss would not see any other keys.",
         instead=f"Return {', '.join(_PADDED)}, each of shape [2 * rows, length], chosen sequences first; or leave "
         "`data_collator` out.",
     )
@@ -261,10 +264,10 @@ def _response(number: int, ids: list[int], attended: list[int], scored: list[int
     start = max(1, marks.index(1)) if 1 in marks else len(marks)
     if start >= len(marks) or not all(marks[start:]):
         raise DataError(
-            problem=f"Sequence {number} of a batch from `data_collator` has the completion mask {marks}.",
-            details="A response is a run of tokens up to the end of its sequence, with a token before it.",
-            instead="Mark every token from the response's first to its last, and set the options' `max_length` to what "
-            "the collator cuts at: rows without room for a response are then dropped.",
+            problem=f"The completion mask of sequence {number} of a batch from `data_collator` is {marks}: a response "
+            "must be one run of tokens up to the end of its sequence, with a token before it.",
+            instead="Mark every token from the response's first to its last, and set the trainer's `max_length` to "
+            "the length at which the collator cuts: rows without room for a response are then dropped.",
         )
     prompt, response = (tuple(token for token, _ in part) for part in (tokens[:start], tokens[start:]))
     return Response(prompt, response, content_key(prompt, response))

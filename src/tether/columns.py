@@ -34,10 +34,10 @@ def digest_given(sets: Mapping[str, PairDataset]) -> str:
     for name, found in columns.items():
         if len(found) < len(REFERENCE_COLUMNS):
             raise DataError(
-                problem=f"The {name} set has {' and '.join(f'`{c}`' for c in found) or 'no reference columns'}, and "
-                f"another set has {' and '.join(f'`{c}`' for c in next(filter(None, columns.values())))}.",
-                details="Rewards of sets are only comparable against one reference, and one column alone is half of it.",
-                instead="Give every set both columns, or take them out everywhere (`dataset.remove_columns`).",
+                problem=f"The {name} set has {f'only `{found[0]}`' if found else 'no reference columns'}: if one set "
+                "has reference columns, every set needs both `ref_chosen_logps` and `ref_rejected_logps`.",
+                details="The rewards of two sets are comparable only against the same reference.",
+                instead="Give every set both columns, or remove them everywhere (`dataset.remove_columns`).",
             )
     digest = blake2b(digest_size=16)
     for name, dataset in sets.items():

@@ -57,8 +57,7 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
     raise ArgumentTypeError(
-        problem=f"A set of pairs was given as {given}.",
-        details="Pairs are rows with `prompt`, `chosen` and `rejected`.",
+        problem=f"Cannot use a set of pairs of type {given}: pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
 
@@ -93,8 +92,9 @@ def _column(name: str, values: list[Any]) -> Dataset:
             texts = [None if value is None else json.dumps(value) for value in values]
         except TypeError:
             raise DataError(
-                problem=f"The column `{name}` holds values of kinds that cannot stand in one column.",
-                details=f"{' '.join(str(mixed).split()).rstrip('.')}.",
+                problem=f"Cannot make a dataset of these rows: the column `{name}` mixes kinds of values that cannot "
+                "be in one column.",
+                details=f"Arrow says: {' '.join(str(mixed).split()).rstrip('.')}.",
                 instead="Give it values of one kind in all rows.",
             ) from None
         return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
@@ -236,18 +236,17 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
     """
     if not truncation.leaves_room(len(prompt_ids)):
         raise DataError(
-            problem=f"{where} has a prompt of {len(prompt_ids)} tokens, where `max_length={truncation.max_length}`.",
-            details="No token of its response would be scored.",
-            instead="Give the trainer's options the `max_length` of its collator: such rows are then dropped.",
+            problem=f"{where} has a prompt of {len(prompt_ids)} tokens, which leaves no room for a response in "
+            f"`max_length={truncation.max_length}`.",
+            instead="Set the trainer's `max_length` to that of its collator: such rows are then dropped.",
         )
 
 
 def cut_images(where: str, truncation: Truncation) -> DataError:
     """What is wrong with cutting the start of a row with images."""
     return DataError(
-        problem=f"{where} has images and more than `max_length={truncation.max_length}` tokens, and "
-        "`truncation_mode='keep_end'` would cut the start of its prompt.",
-        details="With it the places of its images would go.",
+        problem=f"{where} has images and more than `max_length={truncation.max_length}` tokens: "
+        "`truncation_mode='keep_end'` would cut the start of its prompt, and the places of the images with it.",
         instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
     )
 

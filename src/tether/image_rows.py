@@ -94,16 +94,17 @@ class ImageRows:
             return None
         if row.get("chosen") is None:
             raise DataError(
-                problem=f"{where} has token ids and images, and no text.",
-                details="A processor reads images together with the text around them.",
+                problem=f"{where} has token ids and images but no text: a processor reads images together with the "
+                "text around them.",
                 instead="Keep the columns `prompt`, `chosen` and `rejected` that the ids were made from.",
             )
         fed = self._feed(self._text(row, len(images), where).prompt, images, where)
         ids, length = fed.pop("input_ids"), len(row["prompt_ids"])
         if ids[0, :length].tolist() != list(row["prompt_ids"]):
             raise DataError(
-                problem=f"{where} has images that do not belong to its `prompt_ids`.",
-                details=f"With them the prompt becomes {ids.shape[1]} other tokens, where the row has {length}.",
+                problem=f"{where} has images that do not belong to its `prompt_ids`: with them, the prompt becomes "
+                "other tokens.",
+                details=f"The row has {length} tokens in its prompt, and the processor makes {ids.shape[1]}.",
                 instead="Give the row as text and images, without token ids, to be tokenized again.",
             )
         fed.pop("attention_mask", None)
@@ -128,7 +129,11 @@ class ImageRows:
         try:
             given = {column: row[column] for column in IMAGE_COLUMNS if row.get(column) is not None}
             if len(given) == 2:
-                raise ValueError("it has both `image` and `images`")
+                raise DataError(
+                    problem=f"{where} has both `image` and `images`, and it is not clear which of them the prompt "
+                    "shows.",
+                    instead="Keep `image` for a single image, or `images` for a list.",
+                )
             one, several = given.get("image"), given.get("images", [])
             images = [one] if one is not None else [several] if isinstance(several, str) else list(several)
             return [load_image(image) if isinstance(image, str) else image for image in images]
@@ -144,9 +149,9 @@ class ImageRows:
         unknown = sorted(name for name, value in fed.items() if not isinstance(value, Tensor))
         if unknown or "cross_attention_mask" in fed:
             raise ConfigurationError(
-                problem=f"Images for a {type(self._processor).__name__}.",
-                details=f"Its {', '.join(unknown) or 'cross_attention_mask'} says for each token of a text which images it "
-                "sees, and is not made for a response.",
+                problem=f"Cannot use images with a {type(self._processor).__name__}: its "
+                f"{', '.join(unknown) or 'cross_attention_mask'} says which images each token of a prompt sees, and "
+                "is not made for a response.",
                 instead="Use a model that reads images as tokens of its prompt (LLaVA, Qwen-VL, Gemma 3, Idefics 3).",
             )
         return fed
@@ -158,16 +163,16 @@ class ImageRows:
     def _check_shows_none(self, row: Mapping[str, Any], where: str) -> None:
         if self._image_token_ids & set(row["prompt_ids"]):
             raise DataError(
-                problem=f"{where} has tokens of images in its `prompt_ids`, and no `image` or `images`.",
-                details="The model would be told that there are images, and see none.",
-                instead="Keep the column with the images, which the ids were made with.",
+                problem=f"{where} has image tokens in its `prompt_ids` but no `image` or `images`: the model would be "
+                "told of images and see none.",
+                instead="Keep the column of images that the ids were made with.",
             )
 
     def _check_responses(self, tokens: RowTokens, where: str) -> None:
         if self._image_token_ids & {*tokens.chosen_ids, *tokens.rejected_ids}:
             raise DataError(
-                problem=f"{where} has an image in a response.",
-                details="A response is scored token by token, and a model predicts no image.",
+                problem=f"{where} has an image in a response: responses are scored token by token, and the model does "
+                "not predict images.",
                 instead="Put the images into the prompt.",
             )
 
@@ -194,11 +199,10 @@ def _placed(messages: list[dict[str, Any]], num_images: int, where: str) -> list
     user = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if placed or user is None:
         raise DataError(
-            problem=f"{where} has {num_images} images, and places for {placed}.",
-            details="Each image stands where a message of the prompt says so.",
-            instead='Write one block {"type": "image"} for each, '
-            "or none: they then come before the first message "
-            "of the user.",
+            problem=f"{where} has {num_images} images but places for {placed}: each image needs a place in a message "
+            "of the prompt.",
+            instead='Write one block {"type": "image"} for each image, or none: the images then come before the first '
+            "message of the user.",
         )
     first = messages[user]
     content = [{"type": "image"}] * num_images + list(first.get("content") or ())
@@ -211,9 +215,9 @@ def _without_end(prompt_ids: list[int], lost_ids: list[int], where: str) -> list
         return prompt_ids
     if prompt_ids[-len(lost_ids) :] != lost_ids:
         raise DataError(
-            problem=f"{where} has a prompt that ends with an image and is rendered differently before its response.",
-            details="It is not clear where its response begins.",
-            instead="End the prompt with text, or use a chat template that renders it alike.",
+            problem=f"{where} has a prompt that ends with an image and is rendered differently before its response: "
+            "it is not clear where the response begins.",
+            instead="End the prompt with text, or use a chat template that renders it the same way in both cases.",
         )
     return prompt_ids[: -len(lost_ids)]
 
@@ -231,8 +235,8 @@ def _not_fed(where: str, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
     return DataError(
-        problem=f"{where} has images that cannot be used.",
-        details=f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}.",
+        problem=f"{where} has images that cannot be used: reading them raised {type(error).__name__}.",
+        details=f"The message is: {' '.join(str(error).split()).rstrip('.')}.",
         instead="Give `image` (one) or `images` (a list) as PIL images, arrays or paths, as many as the prompt has "
         "places for.",
     )

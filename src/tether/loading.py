@@ -84,8 +84,8 @@ def load_model(
     if not isinstance(model, str):
         if init_kwargs:
             raise ConfigurationError(
-                problem="`model_init_kwargs` together with a model that is already an instance.",
-                details="They are arguments of `from_pretrained`, which is not called for an instance.",
+                problem="Cannot use `model_init_kwargs` with a model that is already an instance: they are arguments "
+                "of `from_pretrained`, which is not called for an instance.",
                 instead="Load the instance with them yourself, or pass the model's path or name.",
             )
         return model
@@ -111,16 +111,16 @@ def _dtype_of(options: Mapping[str, Any]) -> Any:
     dtype = options.get("dtype", "float32")
     if "torch_dtype" in options:
         raise ConfigurationError(
-            problem=f"`model_init_kwargs` with `torch_dtype={options['torch_dtype']!r}`.",
-            details="By now its name is `dtype`, and the model is loaded in float32 unless that is given.",
+            problem=f"Cannot use `torch_dtype={options['torch_dtype']!r}` in `model_init_kwargs`: its name is now "
+            "`dtype`.",
+            details="Without `dtype`, the model is loaded in float32.",
             instead=f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
         )
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is None or dtype == "auto" or isinstance(named, torch.dtype):
         return dtype if dtype == "auto" else named
     raise ConfigurationError(
-        problem=f"`model_init_kwargs` with `dtype={dtype!r}`.",
-        details="There is no such dtype.",
+        problem=f"Cannot use `dtype={dtype!r}` in `model_init_kwargs`: there is no such dtype.",
         instead="Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
     )
 
@@ -153,15 +153,15 @@ def loading_options(
         return init_kwargs
     if not isinstance(model, str):
         raise ConfigurationError(
-            problem="`quantization_config` together with a model that is already an instance.",
-            details="Weights are quantized while they are loaded, and these were.",
+            problem="Cannot use `quantization_config` with a model that is already an instance: weights are quantized "
+            "while they are loaded.",
             instead="Pass the model's path or name, or load the instance with `quantization_config=` yourself and "
             "leave it out here.",
         )
     if "quantization_config" in (init_kwargs or {}):
         raise ConfigurationError(
-            problem="`quantization_config` given to the trainer and in `model_init_kwargs`.",
-            details="They may differ, and a model is loaded with one.",
+            problem="Cannot use `quantization_config` both as an argument of the trainer and in `model_init_kwargs`: a "
+            "model is loaded with one, and the two may differ.",
             instead="Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
         )
     return {**(init_kwargs or {}), "quantization_config": quantization_config}
@@ -181,8 +181,8 @@ def load_processing_class(
         name = getattr(model.config, "_name_or_path", "")
         if not name:
             raise ConfigurationError(
-                problem="No `processing_class` was given.",
-                details="The model was made in memory, so there is no folder to load its tokenizer from.",
+                problem="Cannot load a tokenizer: no `processing_class` was given, and the model was made in memory, "
+                "so there is no folder to load one from.",
                 instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
             )
         options = {"revision": revision} if revision else {}
@@ -190,8 +190,8 @@ def load_processing_class(
     tokenizer = tokenizer_of(processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ArgumentTypeError(
-            problem=f"`processing_class` is a {type(processing_class).__name__}.",
-            details="Rows are text, and only a tokenizer turns text into token ids.",
+            problem=f"Cannot use a `processing_class` of type {type(processing_class).__name__}: only a tokenizer "
+            "turns the text of the rows into token ids.",
             instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
             "vision-language model (`AutoProcessor.from_pretrained(...)`).",
         )
@@ -250,8 +250,8 @@ def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> 
         return
     if pad_token not in tokenizer.get_vocab():
         raise ConfigurationError(
-            problem=f"`pad_token={pad_token!r}`.",
-            details=f"The vocabulary of the {type(tokenizer).__name__} has no such token.",
+            problem=f"Cannot use `pad_token={pad_token!r}`: the vocabulary of the {type(tokenizer).__name__} has no "
+            "such token.",
             instead="Name a token that it has, or leave `pad_token` out.",
         )
     tokenizer.pad_token = pad_token

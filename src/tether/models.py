@@ -119,9 +119,9 @@ def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -
     rows = whole_shape(embeddings.weight)[0]
     if largest >= rows:
         raise ConfigurationError(
-            problem=f"{where} has the token id {largest}, and the model embeds {rows} tokens.",
-            details="The tokenizer has tokens that the model was not made for, such as those added to it later.",
-            instead="Call `model.resize_token_embeddings(len(tokenizer))` before, or use the model's own tokenizer.",
+            problem=f"{where} has the token id {largest}, but the model embeds only {rows} tokens.",
+            details="The tokenizer has tokens that the model was not made for, such as tokens that were added later.",
+            instead="Call `model.resize_token_embeddings(len(tokenizer))` first, or use the model's own tokenizer.",
         )
 
 
@@ -149,8 +149,8 @@ def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrain
         number, token = min(differing.items())
         there = repr(meanings[number]) if number in meanings else "nothing"
         _refuse_vocabulary(
-            f"{len(differing)} ids mean other tokens there (id {number} is {token!r} for the policy, {there} for the "
-            "reference)"
+            f"{len(differing)} ids mean other tokens in the reference (id {number} is {token!r} for the policy, "
+            f"{there} for the reference)"
         )
 
 
@@ -167,7 +167,8 @@ def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | 
 
 def _refuse_vocabulary(why: str) -> None:
     raise ConfigurationError(
-        problem="The reference model has another vocabulary than the policy.",
-        details=f"{why}: both must read the same token ids.",
+        problem="Cannot use this `ref_model`: it has another vocabulary than the policy, and both must read the same "
+        "token ids.",
+        details=f"{why}.",
         instead="Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
     )

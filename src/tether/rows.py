@@ -70,9 +70,9 @@ class TextRows:
         """
         if any(row.get(column) is not None for column in IMAGE_COLUMNS):
             raise ConfigurationError(
-                problem=f"{where} has images, and the `processing_class` is a {type(self.tokenizer).__name__}.",
-                details="Only the processor of a vision-language model makes something of them; the model would not see "
-                "what its answers are about.",
+                problem=f"{where} has images, but the `processing_class` is a {type(self.tokenizer).__name__}: only "
+                "the processor of a vision-language model reads them.",
+                details="Without the images, the model would not see what its answers are about.",
                 instead="Train a vision-language model with `processing_class=AutoProcessor.from_pretrained(...)`, or "
                 "drop the column.",
             )
@@ -138,9 +138,9 @@ def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTok
         given = row.get(column)
         if given is None:
             raise DataError(
-                problem=f"{where} has no `{column}`, and has other token ids.",
-                details="A row comes tokenized as a whole or not at all: ids of two makings may not fit together.",
-                instead=f"Give all of {', '.join(TOKEN_COLUMNS)}, or none and the row as text.",
+                problem=f"{where} has no `{column}` but has other token ids: ids that were not made together may not "
+                "fit together.",
+                instead=f"Give all of {', '.join(TOKEN_COLUMNS)}, or none of them and the row as text.",
             )
         ids.append([int(token) for token in given] if is_token_ids(given, vocabulary) else _refuse_ids(column, where))
     prompt_ids, chosen_ids, rejected_ids = ids
@@ -162,8 +162,9 @@ def _is_whole(token: Any) -> bool:
 
 def _refuse_ids(column: str, where: str) -> list[int]:
     raise DataError(
-        problem=f"{where} has a `{column}` that is no list of the tokenizer's ids.",
-        details="Ids are whole numbers from 0 to the size of the vocabulary; others were made with another tokenizer.",
+        problem=f"{where} has a `{column}` that is not a list of the tokenizer's ids: these are whole numbers from 0 "
+        "up to the size of the vocabulary.",
+        details="Other ids were probably made with another tokenizer.",
         instead="Tokenize the row with the trainer's tokenizer, or give it as text.",
     )
 
@@ -172,8 +173,8 @@ def _check_not_empty(tokens: RowTokens, where: str) -> None:
     for column in TOKEN_COLUMNS:
         if not getattr(tokens, column):
             raise DataError(
-                problem=f"{where} has no tokens in `{column.removesuffix('_ids')}`.",
-                details="A response is scored token by token, each predicted from what stands before it.",
+                problem=f"{where} has no tokens in `{column.removesuffix('_ids')}`: each token of a response is "
+                "predicted from the tokens before it.",
                 instead="Give the row a prompt and two responses (a tokenizer with a BOS token allows an empty "
                 "prompt), or drop the row.",
             )
@@ -199,9 +200,9 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     for field in _RESPONSES:
         if row.get(field) is None:
             raise DataError(
-                problem=f"{where} has no `{field}`.",
-                details="A preference pair is a chosen and a rejected response to one prompt.",
-                instead=f"Add `{field}`, or drop the row. Found the columns: {', '.join(sorted(row))}.",
+                problem=f"{where} has no `{field}`: a pair needs two responses to one prompt.",
+                details=f"The row has these columns: {', '.join(sorted(row))}.",
+                instead=f"Add `{field}`, or drop the row.",
             )
     if _prompt_is_told_twice(row):
         row["prompt"] = None
@@ -209,8 +210,7 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     for field in _RESPONSES:
         if _is_empty(row[field]):
             raise DataError(
-                problem=f"{where} has an empty `{field}` response.",
-                details="An empty response has no token to score, so the pair says nothing.",
+                problem=f"{where} has an empty `{field}` response: it has no token to score.",
                 instead="Drop the row, or give the response its text.",
             )
     if row.get("prompt") is None:
@@ -226,8 +226,8 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
     margin = row[MARGIN_COLUMN]
     if not _is_number(margin):
         raise DataError(
-            problem=f"{where} has `margin={margin!r}`.",
-            details="A margin is how much better the chosen response is, in units of reward; it is subtracted from the "
+            problem=f"{where} has `margin={margin!r}`: a margin must be a finite number.",
+            details="It says how much better the chosen response is, in units of reward, and is subtracted from the "
             "reward margin.",
             instead="Give every row a finite number (0 for none), or drop the column.",
         )
@@ -237,9 +237,9 @@ def check_reference_sum(value: Any, column: str, where: str) -> None:
     """Raises a `DataError` if a reference's log-prob that a row brings is no finite number."""
     if not _is_number(value):
         raise DataError(
-            problem=f"{where} has `{column}={value!r}`.",
-            details="It is the sum of the reference's log-probs of a response, a finite number.",
-            instead="Compute it again, drop the row, or take the columns out of all rows.",
+            problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
+            "finite number.",
+            instead="Compute it again, drop the row, or remove the columns from all rows.",
         )
 
 
@@ -265,7 +265,7 @@ def _check_kinds(row: Mapping[str, Any], where: str) -> None:
         problem=f"{where} is neither all text nor all messages: "
         + ", ".join(f"`{field}` is {kind}" for field, kind in kinds.items())
         + ".",
-        details="The responses continue the prompt, so all are of one kind.",
+        details="The responses continue the prompt, so all of them must be of one kind.",
         instead='Write {"prompt": "...", "chosen": "...", "rejected": "..."} or a list of '
         '{"role": ..., "content": ...} for each.',
     )
@@ -276,9 +276,9 @@ def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
     prompt = row["prompt"]
     if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in _RESPONSES):
         raise DataError(
-            problem=f"{where} has a `prompt` with which both of its responses begin again.",
-            details="A response is what follows the prompt, so the model would read the prompt twice.",
-            instead="Drop the column `prompt`: it is then the common start of the two conversations.",
+            problem=f"{where} has a `prompt` that both of its responses repeat at their start: the model would read it "
+            "twice.",
+            instead="Drop the column `prompt`: the common start of the two conversations is then the prompt.",
         )
 
 

@@ -44,7 +44,9 @@ class EvenBatches(Sampler[list[int]]):
         seed: int = 0,
     ) -> None:
         if len(lengths) < num_processes:
-            raise ValueError(f"{len(lengths)} pairs cannot be shared by {num_processes} processes")
+            raise ValueError(
+                f"Cannot share {len(lengths)} pairs between {num_processes} processes: each needs at least one."
+            )
         self._seed = seed
         self._epoch = 0
         generator = np.random.default_rng([seed, 0])
@@ -95,7 +97,7 @@ def _equal_shares(batches: list[list[int]], num_processes: int) -> list[list[int
     while len(batches) % num_processes:
         largest = max(range(len(batches)), key=lambda number: len(batches[number]))
         if len(batches[largest]) == 1:  # nothing left to halve: some process would have no pair
-            raise ValueError(f"{len(batches)} pairs cannot be shared evenly by {num_processes} processes")
+            raise ValueError(f"Cannot share {len(batches)} pairs evenly between {num_processes} processes.")
         batch = batches.pop(largest)
         middle = len(batch) // 2
         batches += [batch[:middle], batch[middle:]]

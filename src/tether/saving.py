@@ -52,12 +52,12 @@ def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: s
         with TemporaryDirectory(prefix="tried-", dir=output_dir) as folder, _in_silence():
             save(folder, None if is_adapter else {})
     except Exception as error:  # whatever it is, it would end the run at its first checkpoint
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
             problem=f"Cannot save this model, its tokenizer and the options to `output_dir={output_dir!r}`: "
-            f"{type(error).__name__}: {said}",
-            details="The run would train, and end with that error in the place of its first checkpoint.",
-            instead="Change what it names, or write to another `output_dir`.",
+            f"{type(error).__name__}: {said}.",
+            details="Training would run up to its first checkpoint and end with this error.",
+            instead="Change what the error names, or write to another `output_dir`.",
         ) from error
 
 

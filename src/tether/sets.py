@@ -86,9 +86,8 @@ class SetReader:
 def _refuse_keep_end(name: str, truncation: Truncation) -> None:
     if truncation.max_length is not None:
         raise ConfigurationError(
-            problem=f"`truncation_mode='keep_end'` with `max_length={truncation.max_length}` for the {name} set, which "
-            "has images.",
-            details="The start of a prompt would be cut, and with it the places of its images.",
+            problem=f"Cannot use `truncation_mode='keep_end'` with `max_length={truncation.max_length}` for the "
+            f"{name} set, which has images: it would cut the start of a prompt, and the places of the images with it.",
             instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
         )
 

@@ -50,7 +50,7 @@ class TokenizingPlan:
 
     @property
     def full_prompt(self) -> str:
-        return f"has a prompt that alone fills `max_length={self.truncation.max_length}`"
+        return f"has a prompt that fills `max_length={self.truncation.max_length}` and leaves no room for a response"
 
 
 # ---- sets in memory ----------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class _StreamLog:
         self.reasons[reason].append(index)
         num_dropped = sum(map(len, self.reasons.values()))
         if num_dropped <= _NAMED_DROPS:
-            logger.warning("%s was dropped: it %s.", self.plan.name_of(index), reason)
+            logger.warning("%s was dropped because it %s.", self.plan.name_of(index), reason)
         elif num_dropped in (10**power for power in range(2, 12)):
             listed = _listed(self.reasons)
             logger.warning("%d rows of the %s set were dropped so far:%s", num_dropped, self.plan.name, listed)
@@ -244,8 +244,8 @@ def _check_numbers(row: Mapping[str, Any], where: str, brought: frozenset[str]) 
     for column in (MARGIN_COLUMN, *REFERENCE_COLUMNS):
         if column not in brought and row.get(column) is not None:
             raise DataError(
-                problem=f"{where} has a `{column}`, and the first row of its set has none.",
-                details="What the rows of a stream bring is told from the first, before the others are read.",
+                problem=f"{where} has a `{column}`, but the first row of its set has none: the first row of a stream "
+                "decides which columns count, before the others are read.",
                 instead="Give the column to every row of the stream, or to none.",
             )
 
@@ -276,6 +276,10 @@ def _listed(reasons: Mapping[str, list[int]]) -> str:
     return "".join(lines)
 
 
+def _counted(listed: str) -> str:
+    return "The reasons, with the number of rows for each:" + listed.replace("\n", "\n  ")
+
+
 def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingPlan) -> DataError:
     """The first row's error, with a count of the others."""
     first = next(iter(problems.values()))
@@ -285,8 +289,8 @@ def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingP
     for number, error in problems.items():
         reasons[_reason(error, number, plan)].append(number)
     return DataError(
-        problem=f"{first.problem} In all, {len(problems)} of {num_rows} rows cannot be used:{_listed(reasons)}.",
-        details=first.details,
+        problem=f"{first.problem} In all, {len(problems)} of {num_rows} rows cannot be used.",
+        details="\n  ".join(filter(None, (first.details, _counted(_listed(reasons))))),
         instead=f'{first.instead} `bad_rows="drop"` leaves such rows out.',
     )
 
@@ -297,10 +301,10 @@ def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: Token
         return
     index, text = next(iter(lost.items()))
     logger.warning(
-        "In %s of the %s set, the prompt ends differently before its response than alone (row %d: %r): tokens merge "
-        "across the boundary, or the chat template renders an open answer differently. The response starts where the "
-        "two part, so what the model is trained to continue is not quite what it is given when it answers. End the "
-        "prompt where a token ends, or use a template that renders it alike.",
+        "In %s of the %s set, the prompt ends differently before its response than on its own (row %d: %r): tokens "
+        "merge across the boundary, or the chat template renders an open answer differently. The response is taken to "
+        "start where the two differ, so the model is not trained to continue exactly what it is given when it answers. "
+        "End the prompt at the end of a token, or use a template that renders it the same way in both cases.",
         f"{len(lost)} of {num_rows} rows" if num_rows is not None else "rows",
         plan.name,
         index,
@@ -310,12 +314,8 @@ def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: Token
 
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:
     return DataError(
-        problem=f"The {plan.name} set has no row to use" + (f"; all were dropped:{listed}." if listed else "."),
-        details=f"No response token would be scored of a row that {plan.full_prompt}."
-        if plan.full_prompt in listed
-        else "No row is a pair."
-        if listed
-        else "It is empty.",
+        problem=f"The {plan.name} set has no usable row: {'all rows were dropped' if listed else 'it is empty'}.",
+        details=_counted(listed) if listed else "",
         instead="Raise `max_length`, shorten the prompts, or set `max_length=None`."
         if plan.full_prompt in listed
         else "Pass a set with at least one pair.",

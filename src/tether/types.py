@@ -212,7 +212,7 @@ class PairBatch:
         for number, pair in enumerate(pairs):
             for response in pair:
                 if not (response.prompt_ids and response.token_ids):
-                    raise ValueError(f"pair {number} of the batch has an empty prompt or response")
+                    raise ValueError(f"Pair {number} of the batch has an empty prompt or response.")
                 groups.setdefault(response.prompt, {})[response] = None
         responses = [response for members in groups.values() for response in members]
         index = {response: number for number, response in enumerate(responses)}
