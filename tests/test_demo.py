@@ -276,7 +276,7 @@ def test_demo_stopped_by_the_user_leaves_no_half_report(tmp_path: Path, monkeypa
 
 def test_demo_refuses_a_file_as_output_folder(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ConfigurationError, match="`output_dir=.*it is a file"):
+    with pytest.raises(ConfigurationError, match=r"`output_dir=.*it is a file"):
         run_demo(tmp_path / "taken", quick=True)
 
 

@@ -19,7 +19,7 @@ FORMER: Mapping[str, str] = {
     "max_prompt_length": "`max_length`, for prompt and response together",
     "model_adapter_name": "nothing: the adapter beside the weights is the one that goes on training",
     "no_cuda": "`use_cpu=True`",
-    "overwrite_output_dir": "nothing: a run writes to its folder, and goes on from a checkpoint there when it is resumed",
+    "overwrite_output_dir": "nothing: a run writes to its folder, and goes on from there when it is resumed",
     "padding_value": "nothing: rows have no padding",
     "ref_adapter_name": "nothing: the reference of a continued adapter is the adapter as it was",
     "ref_model_sync_rule": "`ref_model_mixup_alpha=1` for hard, or in Python BEMACallback(update_ref_model=True) for "
