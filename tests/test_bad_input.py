@@ -1,8 +1,10 @@
-"""Every bad input is an error in three parts that names the row or option, before any step, with nothing half done."""
+"""Every bad input is an error that says what cannot be, why, and what to write, before any step, with nothing done."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from observe import bits, same_bits, traces
 from runs import DEFAULTS, make_trainer, stream
 from tether import BEMACallback, DPOConfig, DPOTrainer
 from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
+from tether.former_options import FORMER
 from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -132,6 +135,63 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 def test_a_store_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="ref_store"):
         DPOConfig(str(tmp_path), **DEFAULTS, ref_store=str(tmp_path))
+
+
+def test_all_options_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {
+        "beta": -1.0,
+        "ref_dtype": "int8",
+        "ref_store": "x",
+        "max_length": 1,
+        "loss_type": "simgoid",
+    }
+    with pytest.raises(ConfigurationError) as caught:
+        DPOConfig(str(tmp_path), **wrong | {"ref_dtype": "float32", "reference_free": True})
+    assert {refusal.option for refusal in caught.value.refusals} == set(wrong)
+    with pytest.raises(ArgumentTypeError) as types:
+        DPOConfig(str(tmp_path), **wrong | {"max_length": "long"})
+    assert {refusal.option for refusal in types.value.refusals} == {"ref_dtype", "max_length"}
+    assert "\n" not in caught.value.problem and "Did you mean `sigmoid`?" in str(caught.value)
+    for refusal in (*caught.value.refusals, *types.value.refusals):
+        assert refusal.subject in str(refusal.problem) and refusal.instead.endswith((".", "?")), refusal
+
+
+def test_all_that_is_wrong_with_a_run_is_told_at_once(tmp_path: Path) -> None:
+    model = tiny_model().requires_grad_(False)
+    options: dict[str, Any] = {
+        "ref_model": model,
+        "loss_type": "sft",
+        "metric_for_best_model": "bleu",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    rows = [pair | {"margin": 1.0} for pair in PAIRS]
+    with pytest.raises(ConfigurationError) as caught:
+        refused(tmp_path, model, rows=rows, eval_dataset=Dataset.from_list(PAIRS), **options)
+    told = [refusal.subject for refusal in caught.value.refusals]
+    assert len(told) == 4
+    for subject, named in zip(told, ("nothing trains", "`ref_model`", "`margin`", "bleu"), strict=True):
+        assert named in subject
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_a_former_option_is_refused_with_what_it_is_called_today(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        DPOConfig(str(tmp_path), **{name: 1, "bta": 0.1})
+    former, misspelt = caught.value.refusals
+    assert former.subject == f"`{name}`" and former.instead == f"Write {FORMER[name]}."
+    assert misspelt.instead == "Did you mean `beta`?"
+
+
+def test_a_constructor_of_ones_own_may_take_other_names(tmp_path: Path) -> None:
+    class Config(DPOConfig):
+        def __init__(self, folder: str, temperature: float, **options: Any) -> None:
+            super().__init__(folder, **options)
+            self.temperature = temperature
+
+    config = Config(str(tmp_path), temperature=2.0, beta=0.3)
+    assert (config.temperature, config.beta) == (2.0, 0.3)
+    assert copy.deepcopy(config).beta == pickle.loads(pickle.dumps(DPOConfig(str(tmp_path), beta=0.3))).beta == 0.3
 
 
 def test_options_at_the_ends_of_their_range_are_fine(tmp_path: Path) -> None:

@@ -439,6 +439,8 @@ def test_beta_set_by_a_callback_holds_from_the_next_step_on(model_folder: str, t
     assert doubled == pytest.approx([plain[0], 2 * plain[1], 4 * plain[2]], rel=1e-5)
     with pytest.raises(ValueError, match="positive"):
         trainer.beta = 0.0
+    with pytest.raises(AttributeError, match="read only"):
+        trainer.label_smoothing = 0.1
 
 
 def test_an_optimizer_by_class_is_that_optimizer(model_folder: str, tmp_path: Path) -> None:

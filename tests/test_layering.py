@@ -23,7 +23,7 @@ SOURCE = ROOT / "src"
 ONLY = {
     "tether/types": ("tether.types", "tether.errors", "torch", "jaxtyping"),
     "tether/errors": (),
-    "tether/losses": ("tether.losses", "tether.types", "tether.errors", "torch", "jaxtyping"),
+    "tether/losses": ("tether.losses", "tether.types", "tether.errors", "tether.refusals", "torch", "jaxtyping"),
 }
 # Part of a library -> its home.
 HOMES = {
@@ -97,7 +97,7 @@ def test_the_contracts_of_import_linter_find_what_they_forbid(tmp_path: Path) ->
     wrong = {
         "types": "import tether.scoring.head",
         "scoring/score": "from ..reference.base import Reference",
-        "reference/build": "def f():\n    from tether.trainer import DPOTrainer",
+        "reference/identity": "def f():\n    from tether.trainer import DPOTrainer",
         "metrics": "from tether import DPOTrainer",
         "nowhere": "import tether.types",
         "store/key": "import torch",
@@ -116,7 +116,7 @@ def test_the_contracts_of_import_linter_find_what_they_forbid(tmp_path: Path) ->
     for said in (
         "tether.types -> tether.scoring.head",
         "tether.scoring.score -> tether.reference.base",
-        "tether.reference.build -> tether.trainer",
+        "tether.reference.identity -> tether.trainer",
         "tether.metrics -> tether",
         "nowhere",
         "tether.store.key -> torch",

@@ -227,6 +227,15 @@ def test_a_resume_with_another_reference_says_what_differs_and_how_to_give_the_r
     assert other.state.global_step == STOP, "no step was taken"
 
 
+def test_a_checkpoint_of_another_vocabulary_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Tether 0.1.0 called an explicit reference frozen."""
+    trained(tmp_path, **RUN | {"max_steps": STOP})
+    identity = tmp_path / f"checkpoint-{STOP}" / "reference" / "identity.json"
+    identity.write_text(identity.read_text().replace('"explicit"', '"frozen"'))
+    with pytest.raises(ResumeError, match=r"Cannot resume from .*: it was written by Tether 0\.1\.0"):
+        make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=checkpoint_of(tmp_path))
+
+
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, **RUN)
     shutil.rmtree(tmp_path / f"checkpoint-{STOP}" / "reference")

@@ -7,25 +7,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import os
 import re
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from tether.refusals import Refusal, of_option
-
-
-def nearest_to(name: str, known: Iterable[str]) -> str:
-    """The name that was probably meant: one that begins so, or looks alike; empty if there is none."""
-    names = list(known)
-    begins = [other for other in names if other.startswith(name)]
-    return next(iter(begins or difflib.get_close_matches(name, names, n=1)), "")
+from tether.refusals import Refusal, nearest_to, of_option
 
 
 def faults(error: ValidationError) -> dict[str, str]:

@@ -5,6 +5,7 @@ Knows no option. Loads no torch.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,3 +81,10 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def nearest_to(name: str, known: Iterable[str]) -> str:
+    """The name that was probably meant: one that begins so, or looks alike; empty if there is none."""
+    names = list(known)
+    begins = [other for other in names if other.startswith(name)]
+    return next(iter(begins or difflib.get_close_matches(name, names, n=1)), "")

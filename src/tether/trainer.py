@@ -557,8 +557,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:
             raise ConfigurationError(
-                problem="`trainer.model_init`, as for `hyperparameter_search`.",
-                details="It makes another policy for each run, and the reference was made of the first.",
+                problem="Cannot train with `trainer.model_init`, as `hyperparameter_search` does: it makes another "
+                "policy for each run, and the reference was made of the first.",
                 instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
                 "reference's answers.",
             )

@@ -14,8 +14,7 @@ import yaml
 
 from tether.cli.options import help_of
 from tether.errors import ConfigurationError
-from tether.option_types import nearest_to
-from tether.refusals import Refusal
+from tether.refusals import Refusal, nearest_to
 
 
 @dataclass(frozen=True)

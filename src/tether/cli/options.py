@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
-from tether.option_types import faults, nearest_to
+from tether.option_types import faults
+from tether.refusals import nearest_to
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:

@@ -20,7 +20,7 @@ from tether.cli.trl_options import REFUSED, former_or_refused
 from tether.cli.words import RECIPE_FIRST, Written, read_lines, read_words
 from tether.errors import ConfigurationError
 from tether.former_options import FORMER
-from tether.option_types import nearest_to
+from tether.refusals import nearest_to
 
 if TYPE_CHECKING:
     from tether.config import DPOConfig

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from tether.losses.divergence import DIVERGENCES
 from tether.losses.options import LossOptions
 from tether.losses.table import LOSSES, Loss
-from tether.option_types import nearest_to
-from tether.refusals import Refusal, of_option, refuse
+from tether.refusals import Refusal, nearest_to, of_option, refuse
 
 
 def check_loss_options(

@@ -15,9 +15,8 @@ import torch
 
 from tether.former_options import FORMER
 from tether.losses.checks import refused_losses
-from tether.option_types import nearest_to
 from tether.reference.parts import refused_rule
-from tether.refusals import Refusal, of_option
+from tether.refusals import Refusal, nearest_to, of_option
 from tether.rules.launch import launched_precision
 
 if TYPE_CHECKING:
