@@ -69,6 +69,7 @@ def facts_of(folder: Path, **changes: Any) -> Facts:
         ref_model=None,
         new_adapter=None,
         optimizer=None,
+        tokenizer=tiny_tokenizer(),
         sets={"train": as_dataset(tiny_pairs(2))},
         truncation=Truncation(args.max_length, args.truncation_mode),
         objective=objective_of(args, None),

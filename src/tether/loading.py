@@ -25,7 +25,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.reference.explicit import Origin
 
 _READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
@@ -57,13 +56,9 @@ def load(
     quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Loads what is given by path or name; what is in memory already is passed through.
-
-    Raises:
-        ConfigurationError: For arguments of loading with a model that is loaded, or without a tokenizer.
-    """
+    """Loads what is given by path or name; what is in memory already is passed through."""
     given = init_kwargs if isinstance(init_kwargs, dict) else None
-    options = loading_options(model, given, quantization_config)
+    options = loading_options(given, quantization_config)
     origins = where_from(model if ref_model is None else ref_model, options, trust_remote_code)
     policy = load_model(model, options, trust_remote_code)
     reference = load_model(ref_model, options, trust_remote_code) if isinstance(ref_model, str) else ref_model
@@ -82,12 +77,6 @@ def load_model(
     The folder of an adapter gives its base with that adapter on it, ready to go on training.
     """
     if not isinstance(model, str):
-        if init_kwargs:
-            raise ConfigurationError(
-                problem="Cannot use `model_init_kwargs` with a model that is already an instance: they are arguments "
-                "of `from_pretrained`, which is not called for an instance.",
-                instead="Load the instance with them yourself, or pass the model's path or name.",
-            )
         return model
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     options["dtype"] = _dtype_of(options)
@@ -109,20 +98,7 @@ def _auto_class(name: str, options: dict[str, Any]) -> Any:
 
 def _dtype_of(options: Mapping[str, Any]) -> Any:
     dtype = options.get("dtype", "float32")
-    if "torch_dtype" in options:
-        raise ConfigurationError(
-            problem=f"Cannot use `torch_dtype={options['torch_dtype']!r}` in `model_init_kwargs`: its name is now "
-            "`dtype`.",
-            details="Without `dtype`, the model is loaded in float32.",
-            instead=f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
-        )
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is None or dtype == "auto" or isinstance(named, torch.dtype):
-        return dtype if dtype == "auto" else named
-    raise ConfigurationError(
-        problem=f"Cannot use `dtype={dtype!r}` in `model_init_kwargs`: there is no such dtype.",
-        instead="Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
-    )
+    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
 
 
 def where_from(
@@ -141,29 +117,10 @@ def where_from(
     return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
 
 
-def loading_options(
-    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, quantization_config: Any
-) -> dict[str, Any] | None:
-    """The keyword arguments of `from_pretrained`, with the quantization that the trainer was given.
-
-    Raises:
-        ConfigurationError: For a quantization that was given twice, or with a model that is already loaded.
-    """
+def loading_options(init_kwargs: dict[str, Any] | None, quantization_config: Any) -> dict[str, Any] | None:
+    """The keyword arguments of `from_pretrained`, with the quantization that the trainer was given."""
     if quantization_config is None:
         return init_kwargs
-    if not isinstance(model, str):
-        raise ConfigurationError(
-            problem="Cannot use `quantization_config` with a model that is already an instance: weights are quantized "
-            "while they are loaded.",
-            instead="Pass the model's path or name, or load the instance with `quantization_config=` yourself and "
-            "leave it out here.",
-        )
-    if "quantization_config" in (init_kwargs or {}):
-        raise ConfigurationError(
-            problem="Cannot use `quantization_config` both as an argument of the trainer and in `model_init_kwargs`: a "
-            "model is loaded with one, and the two may differ.",
-            instead="Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
-        )
     return {**(init_kwargs or {}), "quantization_config": quantization_config}
 
 
@@ -173,30 +130,11 @@ def load_processing_class(
     trust_remote_code: bool,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The tokenizer, or the processor of a model that reads images; from the model's folder if none is given.
-
-    Without a pad token it pads with EOS.
-    """
+    """The tokenizer, or the processor of a model that reads images; from the model's folder if none is given."""
     if processing_class is None:
-        name = getattr(model.config, "_name_or_path", "")
-        if not name:
-            raise ConfigurationError(
-                problem="Cannot load a tokenizer: no `processing_class` was given, and the model was made in memory, "
-                "so there is no folder to load one from.",
-                instead="Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
-            )
+        name = model.config._name_or_path
         options = {"revision": revision} if revision else {}
         processing_class = load_processing_class_of(name, trust_remote_code, config=model.config, **options)
-    tokenizer = tokenizer_of(processing_class)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ArgumentTypeError(
-            problem=f"Cannot use a `processing_class` of type {type(processing_class).__name__}: only a tokenizer "
-            "turns the text of the rows into token ids.",
-            instead="Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
-            "vision-language model (`AutoProcessor.from_pretrained(...)`).",
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     assert isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin)
     return processing_class
 
@@ -241,20 +179,11 @@ def reads_images(config: Any) -> bool:
 
 
 def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
-    """Gives the tokenizer the padding token of the deprecated option, if one is named.
-
-    Raises:
-        ConfigurationError: If the vocabulary does not have it.
-    """
-    if pad_token is None:
-        return
-    if pad_token not in tokenizer.get_vocab():
-        raise ConfigurationError(
-            problem=f"Cannot use `pad_token={pad_token!r}`: the vocabulary of the {type(tokenizer).__name__} has no "
-            "such token.",
-            instead="Name a token that it has, or leave `pad_token` out.",
-        )
-    tokenizer.pad_token = pad_token
+    """Gives the tokenizer the padding token of the deprecated option, or that of the end where it has none."""
+    if pad_token is not None:
+        tokenizer.pad_token = pad_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def hub_name(model: PreTrainedModel | PeftModel) -> str | None:

@@ -125,8 +125,8 @@ def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -
         )
 
 
-def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a reference to which the policy's token ids mean something else.
+def differing_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the policy's token ids mean something else to a reference model, in words; empty if they do not.
 
     An embedding padded to another size is fine; ids that do not fit are not, and neither is a tokenizer in the
     reference's own folder that gives the same tokens other ids.
@@ -135,23 +135,24 @@ def check_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrain
     embeddings: Any = ref_model.get_input_embeddings()
     rows = whole_shape(embeddings.weight)[0]
     if largest >= rows:
-        _refuse_vocabulary(f"The tokenizer's largest id is {largest}, and the reference embeds {rows} tokens")
+        return f"The tokenizer's largest id is {largest}, and the reference embeds {rows} tokens."
     own = _own_vocabulary(ref_model)
     if own is None:
-        return
+        return ""
     meanings = {number: token for token, number in own.items()}
     differing = {
         number: token
         for token, number in tokenizer.get_vocab().items()
         if own.get(token, number) != number or meanings.get(number, token) != token
     }
-    if differing:
-        number, token = min(differing.items())
-        there = repr(meanings[number]) if number in meanings else "nothing"
-        _refuse_vocabulary(
-            f"{len(differing)} ids mean other tokens in the reference (id {number} is {token!r} for the policy, "
-            f"{there} for the reference)"
-        )
+    if not differing:
+        return ""
+    number, token = min(differing.items())
+    there = repr(meanings[number]) if number in meanings else "nothing"
+    return (
+        f"{len(differing)} ids mean other tokens there (id {number} is {token!r} for the policy, {there} for the "
+        "reference)."
+    )
 
 
 def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | None:
@@ -163,12 +164,3 @@ def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | 
     except (OSError, ValueError, KeyError):  # weights without a tokenizer beside them
         return None
     return vocabulary
-
-
-def _refuse_vocabulary(why: str) -> None:
-    raise ConfigurationError(
-        problem="Cannot use this `ref_model`: it has another vocabulary than the policy, and both must read the same "
-        "token ids.",
-        details=f"{why}.",
-        instead="Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
-    )

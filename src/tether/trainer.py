@@ -68,7 +68,6 @@ from tether.models import (
     add_adapter,
     broadcasts_buffers,
     check_embeds,
-    check_vocabulary,
     disable_dropout,
     keep_differentiable,
 )
@@ -79,7 +78,7 @@ from tether.reference.identity import check_finite, model_tensors
 from tether.reference.implicit import is_adapter_model
 from tether.refusals import refuse
 from tether.rows import has_image_column
-from tether.rules.arguments import refused_arguments, refused_data_parallel, refused_loss
+from tether.rules.arguments import refused_arguments, refused_data_parallel, refused_loading, refused_loss
 from tether.rules.facts import Facts, will_shard
 from tether.rules.run import adds_figures, refused_float16, refused_reference, refused_run, router_coefficient
 from tether.sampling import EvenBatches
@@ -174,9 +173,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         preprocess_logits_for_metrics: Callable[[Any, Tensor], Any] | None = None,
         loss: PreferenceLoss | None = None,
     ) -> None:
-        refuse(refused_arguments(args, model, ref_model, callbacks, peft_config), ArgumentTypeError)
+        refuse(refused_arguments(args, model, ref_model, callbacks, peft_config, processing_class), ArgumentTypeError)
         args = args or DPOConfig(default_output_dir(model))
-        refuse((*refused_data_parallel(args), *refused_loss(args, loss)))
+        loading = refused_loading(args, model, processing_class, quantization_config)
+        refuse((*refused_data_parallel(args), *refused_loss(args, loss), *loading))
         set_seed(args.seed)  # a fresh adapter starts from it
         policy, ref_model, processing, origins = load(
             model,
@@ -197,6 +197,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             ref_model=ref_model,
             new_adapter=peft_config,
             optimizer=optimizers[0],
+            tokenizer=self._tokenizer,
             sets=named_sets(train_rows, eval_rows),
             truncation=self._sets.truncation,
             objective=self._objective,
@@ -210,7 +211,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             keep_differentiable(loaded)  # first, because a rule may make a forward
         refuse(refused_run(facts))
         if ref_model is not None:
-            check_vocabulary(ref_model, self._tokenizer)
             check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
         use_pad_token(self._tokenizer, args.pad_token)
         train_set, eval_sets = self._sets.read(train_rows, "train"), self._sets.read_all(eval_rows)

@@ -5,17 +5,22 @@ Looks at kinds only, before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from tether.config import DPOConfig
+from tether.loading import tokenizer_of
 from tether.refusals import Refusal
 
 
-def refused_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any, peft_config: Any) -> Iterator[Refusal]:
+def refused_arguments(
+    args: Any, model: Any, ref_model: Any, callbacks: Any, peft_config: Any, processing_class: Any
+) -> Iterator[Refusal]:
     """Arguments of another kind than the trainer's."""
     if args is not None and not isinstance(args, DPOConfig):
         yield Refusal(
@@ -43,6 +48,62 @@ def refused_arguments(args: Any, model: Any, ref_model: Any, callbacks: Any, pef
             f"a `peft_config` of type {type(peft_config).__name__}",
             "it says which adapter to put on the model",
             "Pass a PEFT config, such as `peft.LoraConfig(...)`.",
+        )
+    if processing_class is not None and not isinstance(tokenizer_of(processing_class), PreTrainedTokenizerBase):
+        yield Refusal(
+            f"a `processing_class` of type {type(processing_class).__name__}",
+            "only a tokenizer turns the text of the rows into token ids",
+            "Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
+            "vision-language model (`AutoProcessor.from_pretrained(...)`).",
+        )
+
+
+def refused_loading(args: DPOConfig, model: Any, processing_class: Any, quantization_config: Any) -> Iterator[Refusal]:
+    """Arguments of loading for a model that is loaded, or that no loading takes; and nothing to load a tokenizer by."""
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if not isinstance(model, str):
+        if options:
+            yield Refusal(
+                "`model_init_kwargs` with a model that is already an instance",
+                "they are arguments of `from_pretrained`, which is not called for an instance",
+                "Load the instance with them yourself, or pass the model's path or name.",
+            )
+        if quantization_config is not None:
+            yield Refusal(
+                "`quantization_config` with a model that is already an instance",
+                "weights are quantized while they are loaded",
+                "Pass the model's path or name, or load the instance with `quantization_config=` yourself and leave "
+                "it out here.",
+            )
+        if processing_class is None and not getattr(model.config, "_name_or_path", ""):
+            yield Refusal(
+                "a model made in memory without a `processing_class`",
+                "there is no folder to load a tokenizer from",
+                "Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
+            )
+    elif quantization_config is not None and "quantization_config" in options:
+        yield Refusal(
+            "`quantization_config` both as an argument of the trainer and in `model_init_kwargs`",
+            "a model is loaded with one, and the two may differ",
+            "Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
+        )
+    yield from _dtype(options)
+
+
+def _dtype(options: Mapping[str, Any]) -> Iterator[Refusal]:
+    dtype = options.get("dtype")
+    if "torch_dtype" in options:
+        yield Refusal(
+            f"`torch_dtype={options['torch_dtype']!r}` in `model_init_kwargs`",
+            "its name is now `dtype`",
+            f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
+        )
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not isinstance(named, torch.dtype):
+        yield Refusal(
+            f"`dtype={dtype!r}` in `model_init_kwargs`",
+            "there is no such dtype",
+            "Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
         )
 
 

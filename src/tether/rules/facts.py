@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from tether.config import DPOConfig
 from tether.data import REFERENCE_COLUMNS, PairDataset, column_names
@@ -41,6 +41,7 @@ class Facts:
         ref_model: The reference model, if one is named.
         new_adapter: The adapter that the policy will get.
         optimizer: An optimizer of the user's own.
+        tokenizer: What makes token ids of the rows.
         sets: The sets by name, `train` first, as they were passed.
         truncation: How rows will be cut.
         objective: What the run minimises.
@@ -51,9 +52,10 @@ class Facts:
 
     args: DPOConfig
     policy: Any
-    ref_model: nn.Module | None
+    ref_model: Any
     new_adapter: PeftConfig | None
     optimizer: Any
+    tokenizer: PreTrainedTokenizerBase
     sets: Mapping[str, PairDataset]
     truncation: Truncation
     objective: Objective

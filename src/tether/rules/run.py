@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from tether.data import MARGIN_COLUMN
 from tether.losses import LOSSES
 from tether.metrics import EVALUATED
+from tether.models import differing_vocabulary
 from tether.reference.adapter_parts import refused_followers, refused_shards
 from tether.reference.implicit import is_adapter_model
 from tether.reference.parts import UpdateRule
@@ -39,6 +40,7 @@ def refused_run(facts: Facts) -> Iterator[Refusal]:
     for name, model in (("model", facts.policy), ("ref_model", facts.ref_model)):
         if model is not None:
             yield from _model(name, model)
+    yield from _tokens(facts)
     yield from _training(facts)
     yield from _optimizer(facts)
     yield from refused_reference(facts)
@@ -69,6 +71,21 @@ def _model(name: str, model: Any) -> Iterator[Refusal]:
                 "Load the model anew and pass it as it is, or pass its path.",
             )
             return
+
+
+def _tokens(facts: Facts) -> Iterator[Refusal]:
+    """Token ids that mean something else to a model than to the tokenizer."""
+    pad_token = facts.args.pad_token
+    if pad_token is not None and pad_token not in facts.tokenizer.get_vocab():
+        why = f"the vocabulary of the {type(facts.tokenizer).__name__} has no such token"
+        yield of_option("pad_token", pad_token, why, "Name a token that it has, or leave `pad_token` out.")
+    if facts.ref_model is not None and (details := differing_vocabulary(facts.ref_model, facts.tokenizer)):
+        yield Refusal(
+            "this `ref_model`",
+            "it has another vocabulary than the policy, and both must read the same token ids",
+            "Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
+            details,
+        )
 
 
 def _training(facts: Facts) -> Iterator[Refusal]:
