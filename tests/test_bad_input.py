@@ -32,8 +32,7 @@ from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 def assert_told(error: TetherError, *names: str) -> None:
     """What cannot be and why, in one line; what to write instead; and the culprit named."""
     assert "\n" not in error.problem and re.match(r"(Cannot |Row |Process |The )", error.problem), error.problem
-    for part in (error.problem, error.instead):
-        assert part.endswith(".") and not part[0].islower(), part
+    assert error.problem.endswith(".") and error.instead.endswith((".", "?")) and not error.instead[0].islower()
     for name in names:
         assert name in str(error)
 

@@ -237,7 +237,7 @@ def tokenized(rows: list[dict[str, Any]], tmp_path: Path) -> Any:
 
 
 def config(tmp_path: Path, **options: Any) -> DPOConfig:
-    return DPOConfig(str(tmp_path), use_cpu=True, report_to=[], **options)
+    return DPOConfig(str(tmp_path), use_cpu=True, report_to=[], precompute_ref_log_probs=True, **options)
 
 
 def row_set(rows: list[dict[str, Any]], tmp_path: Path, **options: Any) -> RowsToScore:

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tether.checkpoints
 import tether.reference.base
-import tether.reference.build
 import tether.reference.checks
 import tether.reference.explicit
 import tether.reference.implicit
+import tether.rules.run
 from kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from observe import bits, same_bits
 from runs import as_dataset, curve, make_trainer, trained
@@ -346,7 +346,7 @@ def no_drift_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.build, "_check_ref_model", lambda *_: None)
+    patch.setattr(tether.rules.run, "_ref_model", lambda facts: ())
 
 
 def trust_the_family(patch: pytest.MonkeyPatch) -> None:

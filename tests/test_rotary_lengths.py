@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from runs import curve, make_trainer, trained
-from tether.errors import ConfigurationError
+from runs import curve, facts_of, make_trainer, trained
+from tether import DPOConfig
 from tether.models import broadcasts_buffers
 from tether.reference import ExplicitReference, PrecomputedReference
+from tether.rules.run import refused_run
 from tether.scoring import rotary_limit, score
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response
@@ -115,17 +117,28 @@ def test_a_store_never_serves_a_row_at_another_length(rope: str, tmp_path: Path)
 def test_ddp_sends_no_buffers_where_a_row_may_have_a_forward_of_its_own(rope: str, tmp_path: Path) -> None:
     """With every forward it would; and the processes make different numbers of them (`test_uneven_forwards.py`)."""
     model, plain = model_of(rope), tiny_model()
-    assert broadcasts_buffers(model, LIMIT + 1, None, 2) is False
-    assert broadcasts_buffers(model, None, False, 2) is False
+    assert broadcasts_buffers(model, LIMIT + 1, None) is False
+    assert broadcasts_buffers(model, None, False) is False
     for asked in (None, True, False):
-        assert broadcasts_buffers(model, LIMIT, asked, 2) is asked, "no row can be longer"
-        assert broadcasts_buffers(plain, None, asked, 2) is asked
-    for max_length in (LIMIT + 1, None):
-        with pytest.raises(ConfigurationError, match=f"beyond {LIMIT}"):
-            broadcasts_buffers(model, max_length, True, 2)
-    broadcasts_buffers(model, None, True, 1)  # nobody waits
+        assert broadcasts_buffers(model, LIMIT, asked) is asked, "no row can be longer"
+        assert broadcasts_buffers(plain, None, asked) is asked
     assert make_trainer(tmp_path, model, max_length=60).args.ddp_broadcast_buffers is False
     assert make_trainer(tmp_path, plain, max_length=60).args.ddp_broadcast_buffers is None
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("max_length", [LIMIT, LIMIT + 1, None])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_rows_that_processes_would_wait_for_are_refused(
+    rope: str, max_length: int | None, num_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DPOConfig, "world_size", num_processes)
+    waits = max_length != LIMIT and num_processes == 2
+    facts = facts_of(tmp_path, policy=model_of(rope), max_length=max_length, ddp_broadcast_buffers=True)
+    told = [refusal.problem for refusal in refused_run(facts)]
+    assert told == ([] if not waits else [told[0]]) and all("`ddp_broadcast_buffers=True`" in one for one in told)
+    sharded = [refusal.problem for refusal in refused_run(replace(facts, is_sharded=True))]
+    assert len(sharded) == (max_length != LIMIT) and all(f"more than {LIMIT} tokens" in one for one in sharded)
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -164,22 +164,8 @@ def held_by(optimizer: Any, policy: nn.Module, *, has_new_adapter: bool) -> tupl
 
 def refused_reference(facts: Facts) -> Iterator[Refusal]:
     """What options, models, rows and sharding say of the reference, where they do not go together."""
-    args, policy, ref_model = facts.args, facts.policy, facts.ref_model
-    if ref_model is not None:
-        is_policy = ref_model is policy
-        if is_policy or (is_adapter_model(policy) and ref_model is policy.get_base_model()):
-            yield Refusal(
-                "`ref_model`",
-                f"it is the same object as `model`{'' if is_policy else chr(39) + 's base'}, so it would train with "
-                "the policy, and every reward would be 0",
-                "Leave `ref_model` out: the reference is then the initial policy.",
-            )
-        if args.reference_free:
-            yield Refusal(
-                "`ref_model` with `reference_free=True`",
-                "a run without a reference compares with nothing",
-                "Leave `ref_model` out, or set `reference_free=False`.",
-            )
+    args = facts.args
+    yield from _ref_model(facts)
     if facts.brings_log_probs:
         yield from _given(facts)
     if args.sync_ref_model:
@@ -189,10 +175,29 @@ def refused_reference(facts: Facts) -> Iterator[Refusal]:
     if args.ref_dtype is not None and facts.is_sharded:
         why = "a sharded reference is held and cast as the policy is, by the options of the sharding"
         yield of_option("ref_dtype", args.ref_dtype, why, "Leave `ref_dtype` out.", "with ZeRO-3 or FSDP2")
-    if args.ref_dtype is not None and ref_model is None and facts.has_adapter:
+    if args.ref_dtype is not None and facts.ref_model is None and facts.has_adapter:
         why = "the reference is the policy's own base, which has no weights of its own to hold in another dtype"
         beside = "with a PEFT model and no `ref_model`"
         yield of_option("ref_dtype", args.ref_dtype, why, "Leave `ref_dtype` out, or pass `ref_model`.", beside)
+
+
+def _ref_model(facts: Facts) -> Iterator[Refusal]:
+    """A reference model that would train with the policy, or that nothing asks."""
+    policy, ref_model = facts.policy, facts.ref_model
+    base = policy.get_base_model() if is_adapter_model(policy) else policy
+    if ref_model is not None and ref_model in (policy, base):
+        whose = "`model`" if ref_model is policy else "`model`'s base"
+        yield Refusal(
+            "`ref_model`",
+            f"it is the same object as {whose}, so it would train with the policy, and every reward would be 0",
+            "Leave `ref_model` out: the reference is then the initial policy.",
+        )
+    if ref_model is not None and facts.args.reference_free:
+        yield Refusal(
+            "`ref_model` with `reference_free=True`",
+            "a run without a reference compares with nothing",
+            "Leave `ref_model` out, or set `reference_free=False`.",
+        )
 
 
 def _given(facts: Facts) -> Iterator[Refusal]:
