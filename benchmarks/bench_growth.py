@@ -83,7 +83,7 @@ def _child(point: dict[str, Any]) -> None:
 
 def _tether(model: Any, rows: list[dict]) -> Any:
     from tether import score
-    from tether.data import PairCollator, batch_of
+    from tether.data.datasets import PairCollator, batch_of
 
     batch = batch_of(PairCollator()(rows))
     return lambda: score(model, batch).values.sum().backward()

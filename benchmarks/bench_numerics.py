@@ -1,6 +1,6 @@
 """How far two scorings of the same tokens may be apart: by rounding, and by faults that must not pass for rounding.
 
-Sets the thresholds of `tether.reference.checks`. Small random models with sharp predictions (the tests'
+Sets the thresholds of `tether.reference.watch`. Small random models with sharp predictions (the tests'
 own), several families, widths and lengths; one core, a few minutes.
 
     python benchmarks/bench_numerics.py

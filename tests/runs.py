@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from tether import DPOConfig, DPOTrainer
-from tether.config import objective_of
-from tether.rules.facts import Facts
-from tether.truncation import Truncation
+from tether.config.dpo_config import objective_of
+from tether.config.rules.facts import Facts
+from tether.data.truncation import Truncation
 from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 
 DEFAULTS: dict[str, Any] = {

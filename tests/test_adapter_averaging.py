@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from observe import bits, same_bits, traces
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference import ImplicitReference, SynchronizedReference
-from tether.reference.adapter_parts import LINEAR_TYPES, adapter_parts, refused_followers
-from tether.reference.averaging import LowRank
-from tether.reference.low_rank_parts import LowRankPart, convolution, experts
-from tether.reference.parts import DensePart, UpdateRule
+from tether.reference.updates.adapters import LINEAR_TYPES, adapter_parts, refused_followers
+from tether.reference.updates.averaging import LowRank
+from tether.reference.updates.groups import DensePart, UpdateRule
+from tether.reference.updates.low_rank import LowRankPart, convolution, experts
 from tether.refusals import refuse
 from tiny import tiny_model
 

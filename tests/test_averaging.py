@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.reference.averaging import (
+from tether.reference.updates.averaging import (
     BemaSchedule,
     LowRank,
     average_dora,

@@ -23,8 +23,8 @@ from trl import DPOConfig as TRLConfig
 from observe import bits, same_bits, traces
 from runs import DEFAULTS, make_trainer, stream
 from tether import BEMACallback, DPOConfig, DPOTrainer
+from tether.config.former_options import FORMER
 from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
-from tether.former_options import FORMER
 from tether.store import default_store_path
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 

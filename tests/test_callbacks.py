@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from observe import bits, same_bits
 from runs import curve, facts_of, make_trainer, trained
 from tether import BEMACallback
+from tether.config.rules.run import refused_reference
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
-from tether.rules.run import refused_reference
 from tiny import tiny_model, tiny_pairs
 
 pytestmark = pytest.mark.numerics

@@ -26,7 +26,7 @@ from tether.reference import (
     Reference,
     SynchronizedReference,
 )
-from tether.reference.checks import ALIKE, Gap, ReferenceWatch, check_initial_gap, initial_gap, tolerance
+from tether.reference.watch import ALIKE, Gap, ReferenceWatch, check_initial_gap, initial_gap, tolerance
 from tether.store import LogProbStore
 from tiny import tiny_model, tiny_pairs
 
@@ -321,7 +321,7 @@ def test_distances_ask_no_other_process_what_it_knows_of_the_start(monkeypatch: 
     )
     watch.set_sentinel(BATCH)
     watch.set_start(policy)
-    monkeypatch.setattr("tether.reference.checks.any_process", lambda flag: pytest.fail("a collective call"))
+    monkeypatch.setattr("tether.reference.watch.any_process", lambda flag: pytest.fail("a collective call"))
     disturb(policy, 0.3)
     found = watch.distances(policy)
     assert found["reference/distance"] > 0 and found["reference/distance_from_start"] == 0

@@ -33,7 +33,7 @@ from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.resume import last_checkpoint
 from tether.cli.verbs import HELP, VERBS
-from tether.config import DPOConfig
+from tether.config.dpo_config import DPOConfig
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LossOptions
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer

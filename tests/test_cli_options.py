@@ -29,7 +29,7 @@ from transformers import TrainingArguments
 from tether.cli import main
 from tether.cli.options import OPTIONS, Part, ScriptOptions
 from tether.cli.trl_options import REFUSED
-from tether.config import DPOConfig
+from tether.config.dpo_config import DPOConfig
 from tether.losses import LOSSES
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from runs import as_dataset, curve, make_trainer, trained
-from tether.collators import DataCollatorForPreference, PairsOfPadded
-from tether.data import PairCollator, batch_of
+from tether.data.collators import DataCollatorForPreference, PairsOfPadded
+from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
 from tiny import tiny_pairs
 

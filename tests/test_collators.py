@@ -12,8 +12,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 
 from runs import curve, make_trainer, trained
 from tether import DataCollatorForPreference
-from tether.collators import PairsOfPadded, pair_collator
-from tether.data import PairCollator, batch_of
+from tether.data.collators import PairsOfPadded, pair_collator
+from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
 from tether.types import PairBatch
 from tiny import tiny_pairs

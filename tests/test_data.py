@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from tether.data import PairCollator, batch_of, tokenize_pairs
+from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
 from tether.errors import DataError
 from tether.store import content_key
 from tether.types import PairBatch

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from runs import facts_of
+from tether.config.rules.run import refused_reference
 from tether.distributed import (
     any_process,
     cast_as_training_will,
@@ -28,7 +29,6 @@ from tether.distributed import (
 )
 from tether.errors import ConfigurationError, DataError, ReferenceModelError
 from tether.reference.identity import digest_tensors
-from tether.rules.run import refused_reference
 
 
 def accelerator(**state: Any) -> Any:

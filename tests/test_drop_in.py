@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 import tether
 from observe import bits, same_bits
 from runs import says_rounding
-from tether.attributes import ELSEWHERE
+from tether.trainer.trl_attributes import ELSEWHERE
 from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 
 pytestmark = pytest.mark.numerics

@@ -14,7 +14,7 @@ from transformers import EvalPrediction, TrainerCallback
 from observe import LargestTensor
 from runs import as_dataset, make_trainer, trained
 from tether.errors import ConfigurationError
-from tether.evaluation import PairGather
+from tether.trainer.evaluation import PairGather
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 pytestmark = pytest.mark.numerics

@@ -18,8 +18,8 @@ from observe import bits, same_bits
 from runs import as_dataset, make_trainer, trained
 from tether import BEMACallback, LossOptions, PairScores
 from tether.errors import NotFiniteError
-from tether.finite import LossWatch
 from tether.losses import LOSSES
+from tether.models.finite import LossWatch
 from tiny import tiny_pairs
 
 NUM_STEPS = 5

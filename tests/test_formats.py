@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
-from tether.data import as_dataset, tokenize_pairs
+from tether.data.datasets import as_dataset, tokenize_pairs
 from tether.errors import DataError
 from tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
 from trl_oracle import trl_tokens

@@ -78,13 +78,17 @@ def test_the_source_keeps_the_rules() -> None:
     [
         ("tether/errors", "import torch", "may not import torch"),
         ("tether/losses/table", "import numpy", "may not import numpy"),
-        ("tether/losses/table", "def f():\n    from tether.data import rows", "may not import tether.data.rows"),
-        ("tether/trainer", "from torch.distributed.fsdp import fully_shard", "has its home in tether/distributed"),
-        ("tether/trainer", "from torch.distributed import fsdp", "has its home in tether/distributed"),
-        ("tether/trainer", "import torch\ntorch.distributed.fsdp.fully_shard", "has its home in tether/distributed"),
-        ("tether/config", "from transformers import Trainer", "has its home in tether/trainer"),
-        ("tether/config", "import transformers\ntransformers.Trainer", "has its home in tether/trainer"),
-        ("tether/metrics", "from transformers.trainer import Trainer", "has its home in tether/trainer"),
+        (
+            "tether/losses/table",
+            "def f():\n    from tether.data.datasets import rows",
+            "may not import tether.data.datasets.rows",
+        ),
+        ("tether/trainer/dpo_trainer", "from torch.distributed.fsdp import fully_shard", "has its home in tether/distributed"),
+        ("tether/trainer/dpo_trainer", "from torch.distributed import fsdp", "has its home in tether/distributed"),
+        ("tether/trainer/dpo_trainer", "import torch\ntorch.distributed.fsdp.fully_shard", "has its home in tether/distributed"),
+        ("tether/config/dpo_config", "from transformers import Trainer", "has its home in tether/trainer"),
+        ("tether/config/dpo_config", "import transformers\ntransformers.Trainer", "has its home in tether/trainer"),
+        ("tether/data/rows", "from transformers.trainer import Trainer", "has its home in tether/trainer"),
     ],
 )
 def test_a_broken_rule_is_found(place: str, source: str, rule: str) -> None:
@@ -95,15 +99,15 @@ def test_the_contracts_of_import_linter_find_what_they_forbid(tmp_path: Path) ->
     shutil.copytree(SOURCE / "tether", tmp_path / "tether", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     wrong = {
-        "types": "import tether.scoring.head",
+        "types/batch": "import tether.scoring.head",
         "scoring/score": "from ..reference.base import Reference",
-        "reference/identity": "def f():\n    from tether.trainer import DPOTrainer",
-        "metrics": "from tether import DPOTrainer",
+        "reference/identity": "def f():\n    from tether.trainer.dpo_trainer import DPOTrainer",
+        "losses/metrics": "from tether import DPOTrainer",
         "nowhere": "import tether.types",
         "store/key": "import torch",
         "reference/base": "import sqlite3",
-        "reference/checks": "import pytest",
-        "config": "import trl",
+        "reference/watch": "import pytest",
+        "config/dpo_config": "import trl",
     }
     for place, source in wrong.items():
         with (tmp_path / "tether" / f"{place}.py").open("a") as file:
@@ -114,14 +118,14 @@ def test_the_contracts_of_import_linter_find_what_they_forbid(tmp_path: Path) ->
     assert run.returncode == 1 and "0 kept, 4 broken" in run.stdout, run.stdout
     found = " ".join(run.stdout.split())
     for said in (
-        "tether.types -> tether.scoring.head",
+        "tether.types.batch -> tether.scoring.head",
         "tether.scoring.score -> tether.reference.base",
-        "tether.reference.identity -> tether.trainer",
-        "tether.metrics -> tether",
+        "tether.reference.identity -> tether.trainer.dpo_trainer",
+        "tether.losses.metrics -> tether",
         "nowhere",
         "tether.store.key -> torch",
         "tether.reference.base -> sqlite3",
-        "tether.reference.checks -> pytest",
-        "tether.config -> trl",
+        "tether.reference.watch -> pytest",
+        "tether.config.dpo_config -> trl",
     ):
         assert said in found, said

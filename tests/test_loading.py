@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from runs import make_trainer, trained
 from tether.errors import ConfigurationError
-from tether.models import add_adapter
+from tether.models.preparing import add_adapter
 from tiny import tiny_model, tiny_tokenizer
 
 

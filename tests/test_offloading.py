@@ -11,7 +11,7 @@ import torch
 from observe import bits, same_bits
 from runs import curve, make_trainer, trained
 from tether.errors import ConfigurationError
-from tether.offloading import OffloadedActivations
+from tether.models.offloading import OffloadedActivations
 from tiny import tiny_model
 
 pytestmark = pytest.mark.numerics

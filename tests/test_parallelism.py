@@ -13,9 +13,9 @@ from transformers.distributed import DistributedConfig
 
 from runs import make_trainer
 from tether import DPOConfig
+from tether.config.rules.launch import refused_launch
 from tether.errors import ConfigurationError
 from tether.refusals import refuse
-from tether.rules.launch import refused_launch
 from tiny import tiny_model
 
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from runs import as_dataset, curve, make_trainer, stream, trained
 from tether import DPOConfig, DPOTrainer
-from tether.batches import RowsToScore
-from tether.data import PairCollator
+from tether.data.datasets import PairCollator
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.reference import ExplicitReference, PrecomputedReference, Reference
 from tether.store import LogProbStore, content_key
+from tether.trainer.batches import RowsToScore
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 

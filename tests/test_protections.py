@@ -20,12 +20,12 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import tether.checkpoints
+import tether.config.rules.run
 import tether.reference.base
-import tether.reference.checks
 import tether.reference.explicit
 import tether.reference.implicit
-import tether.rules.run
+import tether.reference.watch
+import tether.trainer.checkpoints
 from kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from observe import bits, same_bits
 from runs import as_dataset, curve, make_trainer, trained
@@ -242,7 +242,7 @@ class Protection:
 
 
 def no_gap_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.checks, "check_initial_gap", lambda *_: None)
+    patch.setattr(tether.reference.watch, "check_initial_gap", lambda *_: None)
 
 
 def reload_by_name(patch: pytest.MonkeyPatch) -> None:
@@ -338,15 +338,15 @@ def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_identity_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.checkpoints, "_check_same", lambda *_: None)
+    patch.setattr(tether.trainer.checkpoints, "_check_same", lambda *_: None)
 
 
 def no_drift_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.checks.ReferenceWatch, "check_drift", lambda self: None)
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda self: None)
 
 
 def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.rules.run, "_ref_model", lambda facts: ())
+    patch.setattr(tether.config.rules.run, "_ref_model", lambda facts: ())
 
 
 def trust_the_family(patch: pytest.MonkeyPatch) -> None:

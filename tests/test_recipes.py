@@ -39,9 +39,9 @@ from tether.cli.options import ALIASES, OPTIONS
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.trl_options import REFUSED
+from tether.config.former_options import FORMER
 from tether.errors import ConfigurationError, DataError, MissingPackageError
-from tether.former_options import FORMER
-from tether.trainer import DPOTrainer
+from tether.trainer.dpo_trainer import DPOTrainer
 from tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 
 TRL_OPTIONS = (ScriptArguments, ModelConfig, DatasetMixtureConfig)

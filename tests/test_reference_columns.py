@@ -12,9 +12,9 @@ from trl import DPOTrainer as TRLTrainer
 
 from runs import as_dataset, curve, make_trainer, steps, stream, trained
 from tether import BEMACallback
-from tether.columns import with_reference_columns
-from tether.data import REFERENCE_COLUMNS
+from tether.data.datasets import REFERENCE_COLUMNS
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError
+from tether.trainer.reference_columns import with_reference_columns
 from tiny import ADAM_EPSILON, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 
 pytestmark = pytest.mark.numerics

@@ -11,9 +11,9 @@ import torch
 
 from runs import curve, facts_of, make_trainer, trained
 from tether import DPOConfig
-from tether.models import broadcasts_buffers
+from tether.config.rules.run import refused_run
+from tether.models.preparing import broadcasts_buffers
 from tether.reference import ExplicitReference, PrecomputedReference
-from tether.rules.run import refused_run
 from tether.scoring import rotary_limit, score
 from tether.store import LogProbStore, content_key
 from tether.types import PairBatch, Response

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from runs import make_trainer, stream
 from tether import DataCollatorForPreference
-from tether.collators import PairsOfPadded
-from tether.data import PairCollator, batch_of
+from tether.data.collators import PairsOfPadded
+from tether.data.datasets import PairCollator, batch_of
+from tether.data.rounds import REPEATED, FilledOrder, FilledStream, MarkedRows, filled, own_rows
 from tether.losses.weighting import RewardShift
-from tether.rounds import REPEATED, FilledOrder, FilledStream, MarkedRows, filled, own_rows
 from tether.types import PairScores
 
 ROWS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.sampling import EvenBatches
+from tether.data.sampling import EvenBatches
 
 LENGTHS = st.lists(st.integers(2, 400), min_size=4, max_size=120)
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from observe import bits, same_bits
 from runs import as_dataset, curve, make_trainer, trained
 from tether import BEMACallback, DPOTrainer
+from tether.config.rules.run import refused_metric
 from tether.errors import ConfigurationError
-from tether.rules.run import refused_metric
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 SHIPPED = {"temperature": 0.9, "top_p": 0.6, "early_stopping": True}  # without `do_sample`, and without beams

@@ -16,7 +16,7 @@ from torch import nn
 from kinds import BATCH
 from observe import bits, same_bits, traces
 from runs import curve, make_trainer, trained
-from tether.data import batch_of
+from tether.data.datasets import batch_of
 from tether.errors import ConfigurationError
 from tether.scoring import score
 from tether.testing import naive_log_probs_of

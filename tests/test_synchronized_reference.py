@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from observe import bits, same_bits
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference import ExplicitReference, SynchronizedReference
-from tether.reference.averaging import soft_update, soft_update_with_residual
+from tether.reference.updates.averaging import soft_update, soft_update_with_residual
 from tiny import tiny_model
 
 pytestmark = pytest.mark.numerics

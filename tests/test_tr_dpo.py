@@ -131,7 +131,7 @@ def test_a_reference_that_stands_still_logs_no_distance(tmp_path: Path) -> None:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "tether.checkpoints"]
+    return [record.message for record in caplog.records if record.name == "tether.trainer.checkpoints"]
 
 
 def test_a_run_that_ends_before_its_first_sync_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

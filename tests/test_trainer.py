@@ -17,7 +17,7 @@ from observe import bits, same_bits, tensor_bytes_alive, traces
 from runs import as_dataset, curve, differences, make_trainer, shared_names, steps, stream, trained
 from tether import DPOConfig
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
-from tether.metrics import MetricSums, pair_metrics
+from tether.losses.metrics import MetricSums, pair_metrics
 from tether.scoring import score
 from tether.types import PairBatch, PairScores, Response
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer

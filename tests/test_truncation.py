@@ -13,9 +13,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 
 from runs import as_dataset, make_trainer
 from tether import DataCollatorForPreference
-from tether.batches import RowsToScore, pair_lengths
-from tether.data import PairCollator, batch_of, truncation_of
-from tether.truncation import Truncation
+from tether.data.datasets import PairCollator, batch_of, truncation_of
+from tether.data.truncation import Truncation
+from tether.trainer.batches import RowsToScore, pair_lengths
 from tether.types import PairBatch
 
 MODES = st.sampled_from(["keep_start", "keep_end"])

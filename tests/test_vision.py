@@ -20,15 +20,14 @@ import tether
 from observe import bits, same_bits
 from runs import curve, differences, make_trainer, shared_names, steps, stream, trained
 from tether import DataCollatorForVisionPreference
-from tether.columns import with_reference_columns
-from tether.data import PairCollator, as_dataset, batch_of
+from tether.data.datasets import PairCollator, as_dataset, batch_of
+from tether.data.image_rows import ImageRows
 from tether.errors import ConfigurationError, DataError
-from tether.image_rows import ImageRows
 from tether.scoring import score
-from tether.scoring.images import image_inputs
 from tether.scoring.packing import PROVEN_WITH_IMAGES
 from tether.scoring.score import can_pack_images
-from tether.types import PairBatch
+from tether.trainer.reference_columns import with_reference_columns
+from tether.types import PairBatch, image_inputs
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
 from trl_oracle import trl_curve

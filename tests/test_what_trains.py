@@ -18,7 +18,7 @@ from torch import Tensor
 from observe import bits
 from runs import as_dataset, curve, make_trainer, trained
 from tether.errors import ConfigurationError
-from tether.trainable import checkpoints_activations
+from tether.trainer.trainable import checkpoints_activations
 from tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

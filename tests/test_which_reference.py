@@ -27,7 +27,7 @@ from torch import nn
 
 from observe import bits, same_bits
 from tether import DPOConfig, DPOTrainer
-from tether.data import batch_of
+from tether.data.datasets import batch_of
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 pytestmark = pytest.mark.numerics

@@ -6,10 +6,9 @@ from tether import DPOConfig, DPOTrainer
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from tether.callbacks import BEMACallback as BEMACallback
-    from tether.collators import DataCollatorForPreference as DataCollatorForPreference
-    from tether.collators import DataCollatorForVisionPreference as DataCollatorForVisionPreference
-    from tether.config import DPOConfig as DPOConfig
+    from tether.config.dpo_config import DPOConfig as DPOConfig
+    from tether.data.collators import DataCollatorForPreference as DataCollatorForPreference
+    from tether.data.collators import DataCollatorForVisionPreference as DataCollatorForVisionPreference
     from tether.losses import LossOptions as LossOptions
     from tether.reference import ExplicitReference as ExplicitReference
     from tether.reference import ImplicitReference as ImplicitReference
@@ -19,7 +18,8 @@ if _typing.TYPE_CHECKING:
     from tether.reference import SynchronizedReference as SynchronizedReference
     from tether.scoring import score as score
     from tether.store import LogProbStore as LogProbStore
-    from tether.trainer import DPOTrainer as DPOTrainer
+    from tether.trainer.callbacks import BEMACallback as BEMACallback
+    from tether.trainer.dpo_trainer import DPOTrainer as DPOTrainer
     from tether.types import PairBatch as PairBatch
     from tether.types import PairScores as PairScores
     from tether.types import ResponseLogProbs as ResponseLogProbs
@@ -28,11 +28,11 @@ __version__ = "0.1.0"
 
 # Loaded when first used: `tether --help` should not wait for torch and transformers.
 _HOMES = {
-    "BEMACallback": "tether.callbacks",
-    "DataCollatorForPreference": "tether.collators",
-    "DataCollatorForVisionPreference": "tether.collators",
-    "DPOConfig": "tether.config",
-    "DPOTrainer": "tether.trainer",
+    "BEMACallback": "tether.trainer.callbacks",
+    "DataCollatorForPreference": "tether.data.collators",
+    "DataCollatorForVisionPreference": "tether.data.collators",
+    "DPOConfig": "tether.config.dpo_config",
+    "DPOTrainer": "tether.trainer.dpo_trainer",
     "LossOptions": "tether.losses",
     "ImplicitReference": "tether.reference",
     "ExplicitReference": "tether.reference",

@@ -23,9 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from launch import leave
 from observe import same_bits
 from runs import as_dataset
-from tether.checkpoint_weights import load_weights, save_adapters
-from tether.checkpoints import load_reference, save_reference
-from tether.data import PairCollator, batch_of, tokenize_pairs
+from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
 from tether.distributed import forget_gathered, has_shards, whole
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
@@ -39,6 +37,8 @@ from tether.reference import (
 from tether.reference.implicit import adapter_tensors
 from tether.scoring import score
 from tether.store import LogProbStore
+from tether.trainer.checkpoint_weights import load_weights, save_adapters
+from tether.trainer.checkpoints import load_reference, save_reference
 from tether.types import PairBatch, PairScores
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 

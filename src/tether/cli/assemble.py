@@ -22,11 +22,11 @@ from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
 from tether.cli.quantization import quantization_of
 from tether.cli.quiet import quiet_deepspeed
 from tether.cli.recipe import Recipe
-from tether.data import PairDataset
+from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
-from tether.loading import load_processing_class_of
-from tether.models import lora_config
-from tether.trainer import DPOTrainer
+from tether.models.loading import load_processing_class_of
+from tether.models.preparing import lora_config
+from tether.trainer.dpo_trainer import DPOTrainer
 
 
 def build_trainer(

@@ -8,13 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from tether.batches import token_columns
 from tether.cli.assemble import build_trainer
 from tether.cli.recipe import Recipe
 from tether.cli.summary import describe_start
-from tether.data import TOKEN_COLUMNS, batch_of
+from tether.data.datasets import TOKEN_COLUMNS, batch_of
 from tether.reference import PrecomputedReference
-from tether.trainer import DPOTrainer
+from tether.trainer.batches import token_columns
+from tether.trainer.dpo_trainer import DPOTrainer
 from tether.types import PairBatch
 
 _ROWS_AT_ONCE = 64

@@ -12,7 +12,7 @@ from datasets import concatenate_datasets
 
 from tether.cli.options import Part
 from tether.cli.pairs import is_file, load_pairs
-from tether.data import PairDataset
+from tether.data.datasets import PairDataset
 from tether.errors import DataError
 
 

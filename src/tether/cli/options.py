@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
-from tether.option_types import faults
+from tether.config.option_types import faults
 from tether.refusals import nearest_to
 
 

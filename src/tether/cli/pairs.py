@@ -1,6 +1,6 @@
 """Preference pairs from a file, a folder or the hub, and which of them are held out.
 
-Knows files and rows; what is in a row is `tether.data`'s business.
+Knows files and rows; what is in a row is `tether.data.datasets`'s business.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset, Json, load_dataset
 from datasets.exceptions import DatasetsError
 
-from tether.data import PairDataset, as_dataset
+from tether.data.datasets import PairDataset, as_dataset
 from tether.errors import DataError
 
 # What `datasets` calls the format of a file, and how it is told of it.

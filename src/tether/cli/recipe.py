@@ -18,12 +18,12 @@ from tether.cli.mistakes import Mistake, as_written, refuse, unknown_option
 from tether.cli.options import ALIASES, LAUNCHER, OPTIONS, SCRIPT_NAMES, ScriptOptions, read_values
 from tether.cli.trl_options import REFUSED, former_or_refused
 from tether.cli.words import RECIPE_FIRST, Written, read_lines, read_words
+from tether.config.former_options import FORMER
 from tether.errors import ConfigurationError
-from tether.former_options import FORMER
 from tether.refusals import nearest_to
 
 if TYPE_CHECKING:
-    from tether.config import DPOConfig
+    from tether.config.dpo_config import DPOConfig
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def make_recipe(request: Request) -> Recipe:
     Raises:
         ConfigurationError: For options of `DPOConfig` that cannot be, or contradict each other.
     """
-    from tether.config import DPOConfig  # not before: it loads torch
+    from tether.config.dpo_config import DPOConfig  # not before: it loads torch
 
     environment = dict(os.environ)  # before transformers writes its own into it
     prog, script = f"tether {request.verb}", request.script
@@ -216,7 +216,7 @@ def _of_config(values: Mapping[str, Any], written: Mapping[str, Written]) -> lis
     """What `DPOConfig` would refuse of options that were written."""
     if not written.keys() - SCRIPT_NAMES:
         return []
-    from tether.config import DPOConfig
+    from tether.config.dpo_config import DPOConfig
 
     try:
         DPOConfig(**values)

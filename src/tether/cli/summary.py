@@ -11,7 +11,7 @@ import torch
 from tether.cli.progress import accuracy_of
 from tether.cli.recipe import Recipe
 from tether.reference import PrecomputedReference
-from tether.trainer import DPOTrainer
+from tether.trainer.dpo_trainer import DPOTrainer
 
 _ACCURACY = "rewards/accuracies"
 _FIGURES = ("loss", "rewards/margins", _ACCURACY)

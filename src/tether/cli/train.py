@@ -20,7 +20,7 @@ from tether.cli.recipe import Recipe, Request, make_recipe
 from tether.cli.resume import find_checkpoint, last_checkpoint, newest_checkpoint
 from tether.cli.summary import describe_end, describe_start
 from tether.errors import MissingLogProbsError
-from tether.trainer import DPOTrainer
+from tether.trainer.dpo_trainer import DPOTrainer
 
 
 def run(request: Request) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tether.cli.mistakes import as_written
-from tether.former_options import FORMER
+from tether.config.former_options import FORMER
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from tether.config import DPOConfig
+from tether.config.dpo_config import DPOConfig
 from tether.demo.result import Measurement, Outcome, Strategy
 from tether.demo.sample import Rule, accuracy, likeliest_answers, sample_answers, sequence_kl
 from tether.demo.settings import DemoSettings
-from tether.models import lora_config
-from tether.trainer import DPOTrainer
+from tether.models.preparing import lora_config
+from tether.trainer.dpo_trainer import DPOTrainer
 
 Row = dict[str, str]
 

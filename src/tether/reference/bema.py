@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference.identity import ReferenceIdentity
-from tether.reference.parts import MovableReference
+from tether.reference.updates.groups import MovableReference
 from tether.reference.wrapping import WrappingReference
 
 _TENSORS = "bema_reference.safetensors"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from tether.distributed import (
     whole_shape,
 )
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
+from tether.models.origin import Origin
 from tether.reference.base import compute_dtype_name, score_without_gradient
 from tether.reference.identity import (
     ReferenceIdentity,
@@ -37,16 +37,9 @@ from tether.reference.identity import (
     model_tensors,
     num_bytes,
 )
-from tether.reference.parts import DensePart, MovableReference, Part, Tensors, UpdateRule
+from tether.reference.updates.groups import DensePart, MovableReference, Part, Tensors, UpdateRule
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
-
-
-class Origin(NamedTuple):
-    """A place that a model can be had from again, and its name for messages."""
-
-    name: str
-    load: Callable[[], nn.Module]
 
 
 class ExplicitReference(MovableReference):

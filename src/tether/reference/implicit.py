@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
 from tether.errors import ConfigurationError, ReferenceModelError
-from tether.reference.adapter_export import export_adapter
-from tether.reference.adapter_parts import adapter_parts, refused_shards
 from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.reference.export import export_adapter
 from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
-from tether.reference.parts import MovableReference, Part, Tensors, UpdateRule
+from tether.reference.updates.adapters import adapter_parts, refused_shards
+from tether.reference.updates.groups import MovableReference, Part, Tensors, UpdateRule
 from tether.refusals import refuse
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tether.distributed import forget_gathered
 from tether.errors import ResumeError
-from tether.finite import check_weights
+from tether.models.finite import check_weights
 from tether.reference.identity import ReferenceIdentity, num_bytes
-from tether.reference.low_rank_parts import truncation_error
-from tether.reference.parts import MovableReference, Tensors, UpdateRule
+from tether.reference.updates.groups import MovableReference, Tensors, UpdateRule
+from tether.reference.updates.low_rank import truncation_error
 from tether.reference.wrapping import WrappingReference
 
 _TENSORS, _SCHEDULE = "synchronized_reference.safetensors", "synchronized_reference.json"

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tether.errors import ConfigurationError, StoreError
-from tether.reference.checks import Gap, tolerance
 from tether.reference.filling import names_of
 from tether.reference.precomputed import PrecomputedReference
+from tether.reference.watch import Gap, tolerance
 from tether.types import PairBatch
 
 

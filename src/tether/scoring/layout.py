@@ -16,8 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tether.scoring.groups import lengths_tensor
-from tether.scoring.images import image_inputs
-from tether.types import PairBatch
+from tether.types import PairBatch, image_inputs
 
 _Places: TypeAlias = npt.NDArray[np.int64]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tether.errors import ReferenceModelError
 from tether.reference import Reference
 from tether.reference.base import compute_dtype_name
-from tether.reference.checks import tolerance
+from tether.reference.watch import tolerance
 from tether.scoring import score
 from tether.store import content_key
 from tether.testing.observation import bits, random_state, same_bits, traces
@@ -70,7 +70,7 @@ class ReferenceContract:
 
     tolerance: tuple[float, float] | None = None
     """Largest mean and largest single difference to the naive oracle, in nats per token; by default what rounding
-    explains in the dtypes of policy and reference (`tether.reference.checks.tolerance`)."""
+    explains in the dtypes of policy and reference (`tether.reference.watch.tolerance`)."""
 
     def make_policy(self) -> Any:
         """A policy as it is before its first step: a causal language model, the same weights on every call."""

@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tether.batches import token_columns
 from tether.cli import EXIT_DONE
 from tether.cli.assemble import build_trainer
 from tether.cli.recipe import Request, make_recipe
-from tether.columns import with_reference_columns
-from tether.data import batch_of
+from tether.data.datasets import batch_of
 from tether.errors import ConfigurationError, StoreError
 from tether.reference import PrecomputedReference
 from tether.reference.verifying import check
 from tether.reference.verifying import verify as verify_sample
-from tether.trainer import DPOTrainer
+from tether.trainer.batches import token_columns
+from tether.trainer.dpo_trainer import DPOTrainer
+from tether.trainer.reference_columns import with_reference_columns
 
 _ROWS_AT_ONCE = 8
 

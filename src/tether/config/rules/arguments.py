@@ -1,0 +1,130 @@
+"""Whether the trainer was given what it takes: options, models and callbacks of the kinds it knows.
+
+Looks at kinds only, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tether.config.dpo_config import DPOConfig
+from tether.models.loading import tokenizer_of
+from tether.refusals import Refusal
+
+
+def refused_arguments(
+    args: Any, model: Any, ref_model: Any, callbacks: Any, peft_config: Any, processing_class: Any
+) -> Iterator[Refusal]:
+    """Arguments of another kind than the trainer's."""
+    if args is not None and not isinstance(args, DPOConfig):
+        yield Refusal(
+            f"`args` of type {type(args).__module__}.{type(args).__qualname__}",
+            "the options of the reference and of the loss are missing in it, or mean something else",
+            "Write `from tether import DPOConfig` and `DPOConfig(...)` with the same options.",
+        )
+    for name, value in (("model", model), ("ref_model", ref_model)):
+        if isinstance(value, str) or (name == "ref_model" and value is None):
+            continue
+        if not isinstance(value, nn.Module) or not hasattr(value, "config"):
+            yield Refusal(
+                f"a `{name}` of type {type(value).__name__}",
+                "it is scored as a language model of transformers is",
+                "Pass a path or name, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
+            )
+    if callbacks is not None and not isinstance(callbacks, list):
+        yield Refusal(
+            f"`callbacks` of type {type(callbacks).__name__}",
+            "those of transformers are added to the list of them",
+            "Write a list: `callbacks=[...]`.",
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        yield Refusal(
+            f"a `peft_config` of type {type(peft_config).__name__}",
+            "it says which adapter to put on the model",
+            "Pass a PEFT config, such as `peft.LoraConfig(...)`.",
+        )
+    if processing_class is not None and not isinstance(tokenizer_of(processing_class), PreTrainedTokenizerBase):
+        yield Refusal(
+            f"a `processing_class` of type {type(processing_class).__name__}",
+            "only a tokenizer turns the text of the rows into token ids",
+            "Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
+            "vision-language model (`AutoProcessor.from_pretrained(...)`).",
+        )
+
+
+def refused_loading(args: DPOConfig, model: Any, processing_class: Any, quantization_config: Any) -> Iterator[Refusal]:
+    """Arguments of loading for a model that is loaded, or that no loading takes; and nothing to load a tokenizer by."""
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if not isinstance(model, str):
+        if options:
+            yield Refusal(
+                "`model_init_kwargs` with a model that is already an instance",
+                "they are arguments of `from_pretrained`, which is not called for an instance",
+                "Load the instance with them yourself, or pass the model's path or name.",
+            )
+        if quantization_config is not None:
+            yield Refusal(
+                "`quantization_config` with a model that is already an instance",
+                "weights are quantized while they are loaded",
+                "Pass the model's path or name, or load the instance with `quantization_config=` yourself and leave "
+                "it out here.",
+            )
+        if processing_class is None and not getattr(model.config, "_name_or_path", ""):
+            yield Refusal(
+                "a model made in memory without a `processing_class`",
+                "there is no folder to load a tokenizer from",
+                "Pass the tokenizer: `DPOTrainer(..., processing_class=tokenizer)`.",
+            )
+    elif quantization_config is not None and "quantization_config" in options:
+        yield Refusal(
+            "`quantization_config` both as an argument of the trainer and in `model_init_kwargs`",
+            "a model is loaded with one, and the two may differ",
+            "Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
+        )
+    yield from _dtype(options)
+
+
+def _dtype(options: Mapping[str, Any]) -> Iterator[Refusal]:
+    dtype = options.get("dtype")
+    if "torch_dtype" in options:
+        yield Refusal(
+            f"`torch_dtype={options['torch_dtype']!r}` in `model_init_kwargs`",
+            "its name is now `dtype`",
+            f"Write `dtype={options['torch_dtype']!r}`, or leave it out for float32.",
+        )
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not isinstance(named, torch.dtype):
+        yield Refusal(
+            f"`dtype={dtype!r}` in `model_init_kwargs`",
+            "there is no such dtype",
+            "Write `float32`, `bfloat16`, `float16`, or `auto` for the one that the weights were saved in.",
+        )
+
+
+def refused_data_parallel(args: DPOConfig) -> Iterator[Refusal]:
+    """Several GPUs in one process, as `Trainer` would use them."""
+    if args.n_gpu > 1:
+        yield Refusal(
+            f"{args.n_gpu} GPUs in one process",
+            "Trainer would use `nn.DataParallel`, which cuts a batch of pairs at the wrong places and replicates the "
+            "reference at every step",
+            f"Start one process for each GPU: `torchrun --nproc_per_node {args.n_gpu} script.py` (or "
+            "`accelerate launch`), or show a single one: `CUDA_VISIBLE_DEVICES=0`.",
+        )
+
+
+def refused_loss(args: DPOConfig, loss: Any) -> Iterator[Refusal]:
+    """A loss of the user's own beside named ones."""
+    if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
+        yield Refusal(
+            f"`loss=...` with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`",
+            "your own loss takes the place of the named ones",
+            "Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` and add "
+            "what it gives.",
+        )

@@ -1,0 +1,253 @@
+"""What the options of a run alone tell: values out of range, options that contradict each other, or that nothing reads.
+
+Knows options only: a model, rows and processes are looked at where they are known (`rules.run`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from tether.config.former_options import FORMER
+from tether.config.rules.launch import launched_precision
+from tether.losses.checks import refused_losses
+from tether.reference.updates.groups import refused_rule
+from tether.refusals import Refusal, nearest_to, of_option
+
+if TYPE_CHECKING:
+    from tether.config.dpo_config import DPOConfig
+
+StoreMode = Literal["auto", "fill", "lazy", "require"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
+SYNC_ALPHA, SYNC_STEPS = 0.6, 512
+_SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
+
+
+def refused_names(given: Iterable[str], signature: inspect.Signature) -> Iterator[Refusal]:
+    """Names that no option has.
+
+    Args:
+        given: The names that were written.
+        signature: Of the constructor they were written to, which may take others for itself.
+    """
+    known = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in (name for name in given if name not in known):
+        nearest = nearest_to(name, known)
+        if name in FORMER:
+            yield Refusal(
+                f"`{name}`", "TRL 1.16 and transformers 5 have no such option any more", f"Write {FORMER[name]}."
+            )
+        else:
+            instead = f"Did you mean `{nearest}`?" if nearest else "Take it out."
+            yield Refusal(f"`{name}`", "there is no such option", instead)
+
+
+def refused_options(args: DPOConfig) -> Iterator[Refusal]:
+    """Everything that the options alone rule out."""
+    yield from refused_losses(
+        args.loss_type,
+        args.loss_weights,
+        args.loss_options,
+        use_weighting=args.use_weighting,
+        bco_reward_shift=args.bco_reward_shift,
+    )
+    yield from _ranges(args)
+    yield from _choices(args)
+    yield from _reference(args)
+    yield from _store(args)
+    yield from _sync(args)
+    yield from _precision(args)
+    yield from _device(args)
+    yield from _batches(args)
+    yield from _saving(args)
+
+
+def _ranges(args: DPOConfig) -> Iterator[Refusal]:
+    """Numbers that have a least value."""
+    for name, least, why in (
+        ("max_length", 2, "a prompt and a response need a token each"),
+        ("max_tokens_per_micro_batch", 1, "it is a number of tokens"),
+        ("per_device_eval_batch_size", 1, "it is a number of pairs"),
+        ("eval_accumulation_steps", 1, "it is a number of batches"),
+        ("precompute_ref_batch_size", 1, "it is a number of pairs"),
+        ("ref_model_sync_steps", 1, "it is a number of optimizer steps"),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            or_none = ", or None" if name in ("max_length", "max_tokens_per_micro_batch") else ""
+            yield of_option(name, value, why, f"Write a whole number of at least {least}{or_none}.")
+    if args.router_aux_loss_coef is not None and not math.isfinite(args.router_aux_loss_coef):
+        why = "the router's loss is multiplied by it, so it must be finite"
+        yield of_option(
+            "router_aux_loss_coef",
+            args.router_aux_loss_coef,
+            why,
+            "Write a finite number, or None for the model's own.",
+        )
+
+
+def _choices(args: DPOConfig) -> Iterator[Refusal]:
+    """Words of which there are a few."""
+    for name, choices in (
+        ("truncation_mode", ("keep_start", "keep_end")),
+        ("bad_rows", ("raise", "drop")),
+        ("ref_dtype", (None, *DTYPES)),
+        ("ref_store_mode", STORE_MODES),
+    ):
+        value = getattr(args, name)
+        if value not in choices:
+            yield of_option(name, value, "there is no such choice", f"Write {one_of(choices)}.")
+    if args.train_sampling_strategy == "batch_rebalance":
+        yield of_option(
+            "train_sampling_strategy",
+            args.train_sampling_strategy,
+            "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
+            "Write `group_by_length`, which also evens the work of the processes.",
+        )
+    if str(args.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
+        yield of_option(
+            "pad_to_multiple_of",
+            args.pad_to_multiple_of,
+            "pairs are laid out one behind the other, without padding that could be rounded up",
+            "Leave it out.",
+        )
+
+
+def one_of(choices: Sequence[str | None]) -> str:
+    """The choices as people would say them: "`a`, `b` or `c`"."""
+    *others, last = [f"`{choice}`" for choice in choices if choice is not None]
+    return f"{', '.join(others)} or {last}"
+
+
+def _reference(args: DPOConfig) -> Iterator[Refusal]:
+    if not args.reference_free:
+        return
+    for name, default in (
+        ("sync_ref_model", False),
+        ("precompute_ref_log_probs", False),
+        ("ref_dtype", None),
+        ("ref_store", None),
+        ("ref_store_mode", "auto"),
+    ):
+        value = getattr(args, name)
+        if value != default:
+            why = "a run without a reference has nothing to compute, to keep or to move"
+            instead = f"Leave `{name}` out, or set `reference_free=False`."
+            yield of_option(name, value, why, instead, "with `reference_free=True`")
+
+
+def _store(args: DPOConfig) -> Iterator[Refusal]:
+    if not args.precompute_ref_log_probs:
+        for name, default in (("ref_store", None), ("ref_store_mode", "auto"), ("precompute_ref_batch_size", None)):
+            value = getattr(args, name)
+            if value != default:
+                why = "no store of reference log-probs is used, so it would have no effect"
+                instead = f"Set `precompute_ref_log_probs=True`, or leave `{name}` out."
+                yield of_option(name, value, why, instead, "without `precompute_ref_log_probs=True`")
+    if args.ref_store is not None and os.path.isdir(args.ref_store):
+        yield of_option("ref_store", args.ref_store, "it is a folder", "Write the path of a file, existing or new.")
+
+
+def _sync(args: DPOConfig) -> Iterator[Refusal]:
+    yield from refused_rule(args.ref_model_mixup_alpha, args.ref_model_sync_rank)
+    if not args.sync_ref_model:
+        for name, default in _SYNC_DEFAULTS.items():
+            if (value := getattr(args, name)) != default:
+                instead = f"Set `sync_ref_model=True`, or leave `{name}` out."
+                yield of_option(name, value, "the reference does not move", instead, "without `sync_ref_model=True`")
+    elif args.precompute_ref_log_probs:
+        why = "log-probs computed before training are stale once the reference has moved"
+        beside = "with `precompute_ref_log_probs=True`"
+        yield of_option("sync_ref_model", True, why, "Set one of the two to False.", beside)
+
+
+def _precision(args: DPOConfig) -> Iterator[Refusal]:
+    launched = "no" if args.bf16 or args.fp16 else launched_precision()
+    if _is_on_cpu(args) and (args.fp16 or launched == "fp16"):
+        subject = "`fp16=True`" if args.fp16 else "`--mixed_precision fp16`"
+        why = "accelerate has no fp16 autocast there, so the policy would run in fp32"
+        yield Refusal(f"{subject} on a CPU", why, "Write `bf16=True`, or leave it out.", option="fp16")
+    if launched == "fp8":
+        yield Refusal(
+            "`--mixed_precision fp8`",
+            "accelerate replaces the policy's layers when training starts, after its reference was made, and the two "
+            "would compute differently",
+            "Write `bf16=True`, or `--mixed_precision bf16`.",
+        )
+
+
+def _device(args: DPOConfig) -> Iterator[Refusal]:
+    if args.activation_offloading and _is_on_cpu(args):
+        yield of_option(
+            "activation_offloading",
+            True,
+            "it moves activations from an accelerator's memory to the host's, and on a CPU they are there already",
+            "Leave it out on this machine; `gradient_checkpointing=True` saves memory on every device.",
+        )
+    if args.use_liger_kernel:
+        yield of_option(
+            "use_liger_kernel",
+            True,
+            "its kernels are put into the policy when training starts, after its reference was made, and the two would "
+            "compute differently",
+            'Leave it out. `model_init_kwargs={"use_kernels": True}` loads kernels with the model, for policy and '
+            "reference alike.",
+            details="Its fused head would save nothing either: full logits never exist here.",
+        )
+
+
+def _is_on_cpu(args: DPOConfig) -> bool:
+    return bool(args.use_cpu) or not torch.accelerator.is_available()
+
+
+def _batches(args: DPOConfig) -> Iterator[Refusal]:
+    """Micro-batches of similar length, or of so many tokens, and what cannot stand beside them."""
+    budget, groups = args.max_tokens_per_micro_batch is not None, args.train_sampling_strategy == "group_by_length"
+    if budget and args.train_sampling_strategy == "sequential":
+        yield of_option(
+            "train_sampling_strategy",
+            args.train_sampling_strategy,
+            "micro-batches then hold pairs of similar length, in random order",
+            "Leave one of the two out.",
+            "with `max_tokens_per_micro_batch`",
+        )
+    if args.dataloader_drop_last and (budget or groups):
+        yield of_option(
+            "dataloader_drop_last",
+            True,
+            "micro-batches of similar length are of different sizes, and every pair is in one of them",
+            "Leave it out, or `train_sampling_strategy` and `max_tokens_per_micro_batch`.",
+        )
+    if args.padding_free and args.neftune_noise_alpha is not None:
+        yield of_option(
+            "padding_free",
+            True,
+            "NEFTune's noise depends on the length of a row, so each sequence needs a padded row of its own",
+            "Leave out `padding_free` or `neftune_noise_alpha`.",
+            "with `neftune_noise_alpha`",
+        )
+    if args.label_smoothing_factor:
+        yield of_option(
+            "label_smoothing_factor",
+            args.label_smoothing_factor,
+            "it smooths the targets of a cross-entropy over tokens, which no preference loss is",
+            "Write `label_smoothing=...`, the probability that a preference label is flipped, or leave it out.",
+        )
+
+
+def _saving(args: DPOConfig) -> Iterator[Refusal]:
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        yield of_option(
+            "save_strategy",
+            args.save_strategy,
+            "a checkpoint is written when an evaluation is better than those before, and nothing is evaluated",
+            "Set `eval_strategy` too, or `save_strategy='steps'`.",
+        )

@@ -1,0 +1,288 @@
+"""From rows of text to batches of token ids: what the trainer asks for its sets, and its collator, which truncates.
+
+Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no model and no reference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+import torch
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    Json,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tether.data.image_rows import PROMPT_COLUMNS, ImageRows
+from tether.data.rounds import REPEATED, own_rows
+from tether.data.rows import MARGIN_COLUMN as MARGIN_COLUMN
+from tether.data.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
+from tether.data.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
+from tether.data.rows import RowReader, TextRows, check_margin
+from tether.data.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
+from tether.data.truncation import Truncation
+from tether.errors import ArgumentTypeError, DataError
+from tether.store import content_key
+from tether.types import PairBatch, PromptImages, Response, TruncationMode
+
+PairDataset: TypeAlias = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
+
+
+def as_dataset(rows: Rows | None) -> PairDataset:
+    """The rows as a dataset; a list of dicts becomes one, with every column that some row has.
+
+    Raises:
+        ArgumentTypeError: If they are nothing of the kind.
+        DataError: If a column holds what no set can hold together.
+    """
+    if isinstance(rows, Dataset | IterableDataset):
+        return rows
+    if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
+        return _dataset_of(rows)
+    given = type(rows).__name__
+    if isinstance(rows, list):
+        given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
+    raise ArgumentTypeError(
+        problem=f"Cannot use a set of pairs of type {given}: pairs are rows with `prompt`, `chosen` and `rejected`.",
+        instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
+    )
+
+
+def column_names(dataset: PairDataset) -> tuple[str, ...]:
+    """The columns of a set; a stream that does not say has those of its first row."""
+    names = dataset.column_names
+    if names is None:
+        try:
+            names = next(iter(dataset), {})
+        except DataError:  # of its first row; said when training reads it, as for any other row
+            names = ()
+    return tuple(names)
+
+
+def _dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """A list of rows; `Dataset.from_list` would read the columns of its first row alone."""
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    try:
+        return Dataset.from_dict(columns)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of a column with text in one row and messages in another
+        return concatenate_datasets([_column(name, values) for name, values in columns.items()], axis=1)
+
+
+def _column(name: str, values: list[Any]) -> Dataset:
+    """A set of one column, as JSON where Arrow has no type for all its values."""
+    try:
+        return Dataset.from_dict({name: values})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as mixed:
+        try:
+            # Encoded here: `datasets` would take a text such as `4` for JSON already, and give a number back.
+            texts = [None if value is None else json.dumps(value) for value in values]
+        except TypeError:
+            raise DataError(
+                problem=f"Cannot make a dataset of these rows: the column `{name}` mixes kinds of values that cannot "
+                "be in one column.",
+                details=f"Arrow says: {' '.join(str(mixed).split()).rstrip('.')}.",
+                instead="Give it values of one kind in all rows.",
+            ) from None
+        return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
+
+
+def _how_to_make_one(rows: Any) -> str:
+    """A set from what was given, as far as that can be told."""
+    if isinstance(rows, Mapping) and set(rows) & {"chosen", "rejected"}:
+        return ": `Dataset.from_dict(...)` makes one of columns"
+    if isinstance(rows, Mapping) and rows:
+        return f", for instance `dataset[{next(iter(rows))!r}]`"
+    return ": `Dataset.from_pandas(...)` makes one" if hasattr(rows, "iloc") else ""
+
+
+def tokenize_pairs(
+    dataset: PairDataset,
+    tokenizer: PreTrainedTokenizerBase | RowReader,
+    *,
+    max_length: int | None,
+    truncation_mode: TruncationMode = "keep_start",
+    num_proc: int | None = None,
+    name: str = "train",
+    bad_rows: Literal["raise", "drop"] = "raise",
+) -> PairDataset:
+    """Adds the `TOKEN_COLUMNS` (untruncated), unless they are there, and drops rows whose prompt fills `max_length`.
+
+    What was dropped is said in one message for each set, with reasons and row numbers; for a stream, as it is read.
+
+    Args:
+        dataset: Rows in any of the formats of `tether.data.rows.tokenize_row`; the formats may be mixed.
+        tokenizer: With a chat template if rows are conversational; or what reads rows with images.
+        max_length: Tokens of prompt and response together; None for no limit.
+        truncation_mode: `keep_start` or `keep_end`.
+        num_proc: Worker processes.
+        name: The set's name, for messages.
+        bad_rows: `raise`, or `drop`: what becomes of rows that are no pairs.
+
+    Raises:
+        DataError: For a row that is not a pair (names it, and counts the others), or when no row remains. Rows of a
+            stream are looked at when they are read.
+    """
+    reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
+    plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
+    if isinstance(dataset, Dataset):
+        return tokenize_set(dataset, plan, num_proc)
+    return tokenize_stream(dataset, plan)
+
+
+@contextmanager
+def progress_bars_off(off: bool) -> Iterator[None]:
+    """Keeps the bars of `datasets` away while open, if `off`; leaves the user's own setting as it was."""
+    switches = off and not are_progress_bars_disabled()
+    if switches:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if switches:
+            enable_progress_bars()
+
+
+@dataclass
+class PairCollator:
+    """Makes one `PairBatch` of tokenized rows: truncates, finds shared prompts, computes content keys.
+
+    The key is made from the untruncated ids where the start is kept, because a per-token record then serves every
+    `max_length`; with `keep_end` it is made from what is fed.
+
+    Returns a dict, as `transformers.Trainer` expects; its first tensor counts the pairs.
+
+    Args:
+        max_length: Tokens of prompt and response together; None for no limit.
+        truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
+        image_rows: What reads the images of rows that have some.
+    """
+
+    max_length: int | None = None
+    truncation_mode: TruncationMode = "keep_start"
+    image_rows: ImageRows | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        own, counts = own_rows(rows)
+        return inputs_of([self._pair(row) for row in own], margins_of(own), counts=counts)
+
+    def _pair(self, row: Mapping[str, Any]) -> tuple[Response, Response]:
+        images = self.image_rows.shown(row) if self.image_rows is not None else None
+        prompt, *sides = (_as_python(row[column]) for column in TOKEN_COLUMNS)
+        known = (_as_python(row.get(column)) for column in REFERENCE_COLUMNS)
+        chosen, rejected = (
+            self._response(prompt, ids, images)._replace(reference_sum=value)
+            for ids, value in zip(sides, known, strict=True)
+        )
+        return chosen, rejected
+
+    @property
+    def truncation(self) -> Truncation:
+        """Where it cuts a row."""
+        return Truncation(self.max_length, self.truncation_mode)
+
+    def _response(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], images: PromptImages | None
+    ) -> Response:
+        check_room(prompt_ids, self.truncation, "A row of a batch")
+        start, begin, stop = self.truncation.span(len(prompt_ids), len(response_ids))
+        if images and start:
+            raise cut_images("A row of a batch", self.truncation)
+        sequence = (*prompt_ids, *response_ids)
+        fed = sequence[start:begin], sequence[begin:stop]
+        named = fed if self.truncation_mode == "keep_end" else (prompt_ids, response_ids)
+        inputs = {"images": images.digest} if images else None
+        return Response(*fed, content_key(*named, inputs=inputs), images=images)
+
+
+def inputs_of(
+    pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None, *, counts: bool
+) -> dict[str, Any]:
+    """What a collator returns for these pairs: their batch, and a tensor with a 1 for each that counts."""
+    batch = replace(PairBatch.of_pairs(pairs, margins), counts=counts)
+    return {"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch}
+
+
+def uncounted(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as pairs that do not count."""
+    batch = replace(batch_of(inputs), counts=False)
+    return {**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch}
+
+
+def truncation_of(collator: Any) -> Truncation | None:
+    """Where a collator cuts a row; None for one of another making, of which nobody can tell."""
+    found = getattr(collator, "truncation", None)
+    return found if isinstance(found, Truncation) else None
+
+
+def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) -> None:
+    """Refuses a row whose prompt leaves no room for a response.
+
+    Raises:
+        DataError: Names it.
+    """
+    if not truncation.leaves_room(len(prompt_ids)):
+        raise DataError(
+            problem=f"{where} has a prompt of {len(prompt_ids)} tokens, which leaves no room for a response in "
+            f"`max_length={truncation.max_length}`.",
+            instead="Set the trainer's `max_length` to that of its collator: such rows are then dropped.",
+        )
+
+
+def cut_images(where: str, truncation: Truncation) -> DataError:
+    """What is wrong with cutting the start of a row with images."""
+    return DataError(
+        problem=f"{where} has images and more than `max_length={truncation.max_length}` tokens: "
+        "`truncation_mode='keep_end'` would cut the start of its prompt, and the places of the images with it.",
+        instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
+    )
+
+
+def batch_columns(*, with_images: bool) -> list[str]:
+    """The columns that a batch may need of a tokenized set."""
+    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *(PROMPT_COLUMNS if with_images else ())]
+
+
+def _as_python(value: Any) -> Any:
+    """Plain numbers, also of a set `with_format("torch")` or `"numpy"`: tensors would not be told to be equal."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """The rows' margins; None where no row has one.
+
+    Raises:
+        DataError: If only some have one, or one is no finite number.
+    """
+    if not any(MARGIN_COLUMN in row for row in rows):
+        return None
+    for row in rows:  # a set that came tokenized was looked at by nobody
+        check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, "A row of a batch")
+    return [float(row[MARGIN_COLUMN]) for row in rows]
+
+
+def batch_of(inputs: Mapping[str, Any]) -> PairBatch:
+    """The `PairBatch` in what the collator returned."""
+    batch = inputs["batch"]
+    assert isinstance(batch, PairBatch)
+    return batch
+
+
+def num_pairs_tensor(inputs: Mapping[str, Any]) -> Tensor:
+    """Number of pairs that count in what the collator returned, as a tensor."""
+    pairs = inputs["pairs"]
+    assert isinstance(pairs, Tensor)
+    return pairs.sum()

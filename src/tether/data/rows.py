@@ -1,0 +1,309 @@
+"""From one row to its token ids: which of the formats it is, and where the response begins.
+
+Knows tokenizers and chat templates; knows no set of rows, no limit of length and no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.data.chat import ChatTemplate, without_nulls
+from tether.errors import ConfigurationError, DataError
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
+IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.data.image_rows`
+REFERENCE_COLUMNS = (
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)  # sums that rows may bring, see `tether.trainer.reference_columns`
+_RESPONSES = ("chosen", "rejected")
+
+
+class RowTokens(NamedTuple):
+    """The token ids of a row, untruncated.
+
+    Attributes:
+        prompt_ids: What both responses follow.
+        chosen_ids: The preferred response.
+        rejected_ids: The other one.
+        lost_ids: The end of the prompt as it is tokenized alone, where prompt + response goes on differently: tokens
+            that merge with the response's, or what a template says only in front of an open answer.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    lost_ids: list[int]
+
+
+class RowReader(Protocol):
+    """What makes token ids of a row."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Whose ids they are."""
+        ...
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> RowTokens:
+        """The token ids of a row; `where` is its name in a sentence ("Row 3 of the train set").
+
+        Raises:
+            DataError: If it is not a pair.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Reads rows of text, messages or token ids with a tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def tokens(self, row: Mapping[str, Any], where: str) -> RowTokens:
+        """As `tokenize_row`.
+
+        Raises:
+            ConfigurationError: For a row with images.
+        """
+        if any(row.get(column) is not None for column in IMAGE_COLUMNS):
+            raise ConfigurationError(
+                problem=f"{where} has images, but the `processing_class` is a {type(self.tokenizer).__name__}: only "
+                "the processor of a vision-language model reads them.",
+                details="Without the images, the model would not see what its answers are about.",
+                instead="Train a vision-language model with `processing_class=AutoProcessor.from_pretrained(...)`, or "
+                "drop the column.",
+            )
+        return tokenize_row(row, where, self.tokenizer)
+
+
+def has_image_column(columns: Any) -> bool:
+    """Whether a row, or a set by its columns' names, is one with images."""
+    return any(column in columns for column in IMAGE_COLUMNS)
+
+
+def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:
+    """The token ids of a row in any of the formats; a row that has them already keeps them.
+
+    Prompt and response are tokenized together. The response starts where the tokens of prompt + response leave
+    those of the prompt alone, for the chosen or the rejected response, whichever comes first: tokens that merge
+    across the boundary belong to the response.
+
+    Args:
+        row: `prompt`, `chosen`, `rejected` as text or messages; or without `prompt`; or the `TOKEN_COLUMNS`. For
+            messages also `tools` and `chat_template_kwargs`; in any format a `MARGIN_COLUMN`.
+        where: The row's name in a sentence: "Row 3 of the train set".
+        tokenizer: With a chat template, if the row is made of messages.
+
+    Raises:
+        DataError: If it is not a pair.
+    """
+    if any(row.get(column) is not None for column in TOKEN_COLUMNS):
+        tokens = _given_tokens(row, where, len(tokenizer))
+        check_margin(row, where)
+        return tokens
+    row = with_prompt(row, where)
+    check_margin(row, where)
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if isinstance(prompt, str):
+        end = tokenizer.eos_token or ""
+        chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
+        prompt_ids, full_chosen, full_rejected = (
+            list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + chosen, prompt + rejected)
+        )
+    else:
+        template = ChatTemplate(tokenizer, row, where)
+        prompt_ids = template.ids(prompt, add_generation_prompt=True)
+        full_chosen, full_rejected = (template.ids(prompt + part) for part in (chosen, rejected))
+    return split_responses(prompt_ids, full_chosen, full_rejected, where)
+
+
+def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected: list[int], where: str) -> RowTokens:
+    """Where the responses begin, from the ids of the prompt alone and with each of them; see `tokenize_row`."""
+    start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
+    tokens = RowTokens(prompt_ids[:start], full_chosen[start:], full_rejected[start:], prompt_ids[start:])
+    _check_not_empty(tokens, where)
+    return tokens
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------
+
+
+def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTokens:
+    """The ids that a row brings."""
+    ids: list[list[int]] = []
+    for column in TOKEN_COLUMNS:
+        given = row.get(column)
+        if given is None:
+            raise DataError(
+                problem=f"{where} has no `{column}` but has other token ids: ids that were not made together may not "
+                "fit together.",
+                instead=f"Give all of {', '.join(TOKEN_COLUMNS)}, or none of them and the row as text.",
+            )
+        ids.append([int(token) for token in given] if is_token_ids(given, vocabulary) else _refuse_ids(column, where))
+    prompt_ids, chosen_ids, rejected_ids = ids
+    tokens = RowTokens(prompt_ids, chosen_ids, rejected_ids, lost_ids=[])
+    _check_not_empty(tokens, where)
+    return tokens
+
+
+def is_token_ids(value: Any, vocabulary: int) -> bool:
+    """Whether it is a sequence of ids below `vocabulary`."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return False
+    return all(not isinstance(token, bool) and _is_whole(token) and 0 <= token < vocabulary for token in value)
+
+
+def _is_whole(token: Any) -> bool:
+    return hasattr(token, "__index__")
+
+
+def _refuse_ids(column: str, where: str) -> list[int]:
+    raise DataError(
+        problem=f"{where} has a `{column}` that is not a list of the tokenizer's ids: these are whole numbers from 0 "
+        "up to the size of the vocabulary.",
+        details="Other ids were probably made with another tokenizer.",
+        instead="Tokenize the row with the trainer's tokenizer, or give it as text.",
+    )
+
+
+def _check_not_empty(tokens: RowTokens, where: str) -> None:
+    for column in TOKEN_COLUMNS:
+        if not getattr(tokens, column):
+            raise DataError(
+                problem=f"{where} has no tokens in `{column.removesuffix('_ids')}`: each token of a response is "
+                "predicted from the tokens before it.",
+                instead="Give the row a prompt and two responses (a tokenizer with a BOS token allows an empty "
+                "prompt), or drop the row.",
+            )
+
+
+def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    for position, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return position
+    return min(len(first), len(second))
+
+
+# ---- fields ------------------------------------------------------------------------------------------------------
+
+
+def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row with a prompt and two responses of one kind; takes the prompt from their common start if it has none.
+
+    Raises:
+        DataError: If it is not a pair.
+    """
+    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
+    for field in _RESPONSES:
+        if row.get(field) is None:
+            raise DataError(
+                problem=f"{where} has no `{field}`: a pair needs two responses to one prompt.",
+                details=f"The row has these columns: {', '.join(sorted(row))}.",
+                instead=f"Add `{field}`, or drop the row.",
+            )
+    if _prompt_is_told_twice(row):
+        row["prompt"] = None
+    _check_kinds(row, where)
+    for field in _RESPONSES:
+        if _is_empty(row[field]):
+            raise DataError(
+                problem=f"{where} has an empty `{field}` response: it has no token to score.",
+                instead="Drop the row, or give the response its text.",
+            )
+    if row.get("prompt") is None:
+        return row | _split_common_start(row["chosen"], row["rejected"])
+    _check_prompt_comes_once(row, where)
+    return row
+
+
+def check_margin(row: Mapping[str, Any], where: str) -> None:
+    """Raises a `DataError` if the row has a margin that is no finite number."""
+    if MARGIN_COLUMN not in row:
+        return
+    margin = row[MARGIN_COLUMN]
+    if not _is_number(margin):
+        raise DataError(
+            problem=f"{where} has `margin={margin!r}`: a margin must be a finite number.",
+            details="It says how much better the chosen response is, in units of reward, and is subtracted from the "
+            "reward margin.",
+            instead="Give every row a finite number (0 for none), or drop the column.",
+        )
+
+
+def check_reference_sum(value: Any, column: str, where: str) -> None:
+    """Raises a `DataError` if a reference's log-prob that a row brings is no finite number."""
+    if not _is_number(value):
+        raise DataError(
+            problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
+            "finite number.",
+            instead="Compute it again, drop the row, or remove the columns from all rows.",
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number; one element of a tensor or array is one too."""
+    return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _prompt_is_told_twice(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt is the text of a message with which both conversations begin, as in many published sets."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if not isinstance(prompt, str) or {_kind(chosen), _kind(rejected)} != {"messages"}:
+        return False
+    shared = chosen[: _common_prefix(chosen, rejected)]
+    return any(message.get("content") == prompt for message in shared)
+
+
+def _check_kinds(row: Mapping[str, Any], where: str) -> None:
+    kinds = {name: _kind(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
+    if set(kinds.values()) in ({"text"}, {"messages"}):
+        return
+    raise DataError(
+        problem=f"{where} is neither all text nor all messages: "
+        + ", ".join(f"`{field}` is {kind}" for field, kind in kinds.items())
+        + ".",
+        details="The responses continue the prompt, so all of them must be of one kind.",
+        instead='Write {"prompt": "...", "chosen": "...", "rejected": "..."} or a list of '
+        '{"role": ..., "content": ...} for each.',
+    )
+
+
+def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
+    """Refuses whole conversations beside a prompt: it would be rendered twice."""
+    prompt = row["prompt"]
+    if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in _RESPONSES):
+        raise DataError(
+            problem=f"{where} has a `prompt` that both of its responses repeat at their start: the model would read it "
+            "twice.",
+            instead="Drop the column `prompt`: the common start of the two conversations is then the prompt.",
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(message, Mapping) and "role" in message for message in value):
+        return "messages"
+    return f"`{type(value).__name__}`"
+
+
+def _is_empty(response: str | list[dict[str, Any]]) -> bool:
+    if isinstance(response, str):
+        return not response
+    return not response or not any(message.get("content") or message.get("tool_calls") for message in response)
+
+
+def _split_common_start(chosen: Any, rejected: Any) -> dict[str, Any]:
+    """The longest common start as prompt; for text, a space before the difference belongs to the responses."""
+    length = _common_prefix(chosen, rejected)
+    if length == min(len(chosen), len(rejected)):
+        length = max(0, length - 1)  # the end is the response, also where one begins the other or both are alike
+    elif isinstance(chosen, str) and chosen[:length].endswith(" "):
+        length -= 1
+    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}

@@ -1,0 +1,1 @@
+"""Language models: loaded, looked at and prepared for training."""

@@ -1,0 +1,198 @@
+"""Models, tokenizers and processors: from what a user names or passes to objects in memory.
+
+Knows transformers and PEFT's folders; knows no data and no training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from tether.models.origin import Origin
+
+_READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+_CONFIG_OPTIONS = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "code_revision")
+
+
+class Loaded(NamedTuple):
+    """What a run trains and reads with.
+
+    Attributes:
+        policy: The model that is to be trained.
+        ref_model: The reference model, if one is named.
+        processing_class: The tokenizer or the processor.
+        origins: Where the model that the reference is made of can be had from again.
+    """
+
+    policy: PreTrainedModel | PeftModel
+    ref_model: PreTrainedModel | PeftModel | None
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    origins: tuple[Origin, ...]
+
+
+def load(
+    model: str | PreTrainedModel | PeftModel,
+    ref_model: str | PreTrainedModel | PeftModel | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    *,
+    init_kwargs: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Loads what is given by path or name; what is in memory already is passed through."""
+    given = init_kwargs if isinstance(init_kwargs, dict) else None
+    options = loading_options(given, quantization_config)
+    origins = where_from(model if ref_model is None else ref_model, options, trust_remote_code)
+    policy = load_model(model, options, trust_remote_code)
+    reference = load_model(ref_model, options, trust_remote_code) if isinstance(ref_model, str) else ref_model
+    revision = (options or {}).get("revision")
+    return Loaded(
+        policy, reference, load_processing_class(processing_class, policy, trust_remote_code, revision), origins
+    )
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> PreTrainedModel | PeftModel:
+    """A causal language model from a path or name; an instance is passed through.
+
+    As in TRL, the dtype is float32 unless `init_kwargs` says otherwise: weights that train in bf16 lose small steps.
+    The folder of an adapter gives its base with that adapter on it, ready to go on training.
+    """
+    if not isinstance(model, str):
+        return model
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    options["dtype"] = _dtype_of(options)
+    if find_adapter_config_file(model) is None:
+        loaded: PreTrainedModel = _auto_class(model, options).from_pretrained(model, **options)
+        return loaded
+    # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
+    name = PeftConfig.from_pretrained(model).base_model_name_or_path
+    base = _auto_class(name, options).from_pretrained(name, **options)
+    return PeftModel.from_pretrained(base, model, is_trainable=True)
+
+
+def _auto_class(name: str, options: dict[str, Any]) -> Any:
+    """What loads a model: with its images, if it was saved as one that reads them."""
+    passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+    config = AutoConfig.from_pretrained(name, **passed)
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+
+
+def _dtype_of(options: Mapping[str, Any]) -> Any:
+    dtype = options.get("dtype", "float32")
+    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+
+
+def where_from(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> tuple[Origin, ...]:
+    """Where a model can be had from again: what it was loaded from, as far as it says so.
+
+    Whether that is still the same model is not looked at here; a reference proves it by its digest.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        return ()
+    kwargs = dict(init_kwargs or {})
+    if not isinstance(model, str):
+        kwargs["dtype"] = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
+
+
+def loading_options(init_kwargs: dict[str, Any] | None, quantization_config: Any) -> dict[str, Any] | None:
+    """The keyword arguments of `from_pretrained`, with the quantization that the trainer was given."""
+    if quantization_config is None:
+        return init_kwargs
+    return {**(init_kwargs or {}), "quantization_config": quantization_config}
+
+
+def load_processing_class(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    model: PreTrainedModel | PeftModel,
+    trust_remote_code: bool,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or the processor of a model that reads images; from the model's folder if none is given."""
+    if processing_class is None:
+        name = model.config._name_or_path
+        options = {"revision": revision} if revision else {}
+        processing_class = load_processing_class_of(name, trust_remote_code, config=model.config, **options)
+    assert isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin)
+    return processing_class
+
+
+def load_processing_class_of(
+    name: str, trust_remote_code: bool, *, config: Any = None, **options: Any
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The processor beside a model that reads images, or the tokenizer beside any other.
+
+    Args:
+        name: Path or name of the model.
+        trust_remote_code: Whether code that comes with it may run.
+        config: The model's config; read if it is not at hand.
+        options: Further arguments of `from_pretrained`.
+
+    Raises:
+        OSError, ValueError, KeyError: If there is none.
+    """
+    options["trust_remote_code"] = trust_remote_code
+    if config is None:
+        with suppress(OSError, ValueError):  # a tokenizer may stand alone
+            config = AutoConfig.from_pretrained(name, **options)
+    loads = AutoProcessor if reads_images(config) else AutoTokenizer
+    loaded = loads.from_pretrained(name, **options)
+    assert isinstance(loaded, PreTrainedTokenizerBase | ProcessorMixin)
+    return loaded
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer itself, or that of a processor."""
+    return (
+        getattr(processing_class, "tokenizer", None)
+        if isinstance(processing_class, ProcessorMixin)
+        else processing_class
+    )
+
+
+def reads_images(config: Any) -> bool:
+    """Whether a config is that of a vision-language model."""
+    saved_as = set(getattr(config, "architectures", None) or ())
+    return getattr(config, "vision_config", None) is not None and bool(saved_as & _READS_IMAGES)
+
+
+def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
+    """Gives the tokenizer the padding token of the deprecated option, or that of the end where it has none."""
+    if pad_token is not None:
+        tokenizer.pad_token = pad_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def hub_name(model: PreTrainedModel | PeftModel) -> str | None:
+    """The name on the hub that a model was loaded by; None for a local folder or a model made in memory."""
+    name = getattr(model.config, "_name_or_path", "")
+    return None if not name or os.path.isdir(name) else str(name)
+
+
+def default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
+    """The output folder when none is named: after the model."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"

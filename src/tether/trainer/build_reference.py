@@ -1,0 +1,178 @@
+"""From the facts of a run to one reference object: the only place that chooses a kind.
+
+Knows every kind of reference; what does not go together, the rules have refused by now.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tether.config.dpo_config import DPOConfig
+from tether.config.rules.facts import Facts
+from tether.distributed import Sharding, has_shards
+from tether.models.origin import Origin
+from tether.reference.base import Reference
+from tether.reference.bema import BemaReference
+from tether.reference.explicit import ExplicitReference
+from tether.reference.free import FreeReference
+from tether.reference.given import GivenReference
+from tether.reference.identity import check_finite, model_tensors
+from tether.reference.implicit import ImplicitReference, is_adapter_model
+from tether.reference.precomputed import PrecomputedReference
+from tether.reference.synchronized import SynchronizedReference
+from tether.store import LogProbStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a reference needs to know that no option says.
+
+    Attributes:
+        autocast_dtype: Autocast dtype of the policy's forward, and so of the reference's; None for no autocast.
+        shard: Shards a reference with weights of its own as training shards the policy; None where that stays whole.
+        origins: Where a reference that was released can be had from again.
+        decode: Turns token ids into text, for messages.
+        given: The rows bring their own reference log-probs; a digest of them.
+    """
+
+    autocast_dtype: torch.dtype | None = None
+    shard: Sharding | None = None
+    origins: tuple[Origin, ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = None
+    given: str | None = None
+
+
+def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Reference:
+    """The reference of a run, from the policy as it is now.
+
+    Args:
+        policy: The unwrapped policy, with its adapter, before its first optimizer step.
+        facts: What the run is asked to do.
+        around: What no option says.
+
+    Raises:
+        ReferenceModelError: If a weight that makes up the reference is NaN or infinite.
+    """
+    args = facts.args
+    if facts.ref_model is not None:
+        check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
+    if around.given is not None:
+        return GivenReference(around.given)
+    if args.reference_free:
+        return FreeReference()
+    mode = store_mode(facts)
+    source = _source(policy, facts, around, is_released=mode in ("fill", "require"))
+    if mode is not None:
+        return _precomputed(source, mode, facts, around)
+    if facts.follows_average:
+        return BemaReference(source)
+    if args.sync_ref_model:
+        return SynchronizedReference(
+            source,
+            lambda: policy,
+            alpha=args.ref_model_mixup_alpha,
+            every=args.ref_model_sync_steps,
+            max_rank=args.ref_model_sync_rank,
+        )
+    return source
+
+
+def store_mode(facts: Facts) -> Literal["fill", "lazy", "require"] | None:
+    """When the store is filled: `auto` is `fill`, and `lazy` where rows are streamed; None without a store."""
+    if not facts.args.precompute_ref_log_probs:
+        return None
+    asked = facts.args.ref_store_mode
+    return ("lazy" if facts.streams else "fill") if asked == "auto" else asked
+
+
+def _precomputed(
+    source: Reference, mode: Literal["fill", "lazy", "require"], facts: Facts, around: Surroundings
+) -> PrecomputedReference:
+    args = facts.args
+    if facts.streams and args.ref_store_mode == "auto":
+        logger.warning(
+            "precompute_ref_log_probs on a stream: its rows are scored and kept when training first reads them, and "
+            "found by later epochs and runs (ref_store_mode='lazy')."
+        )
+    return PrecomputedReference(
+        LogProbStore(Path(args.ref_store) if args.ref_store else None),
+        source,
+        mode=mode,
+        release_when_filled=mode != "lazy",
+        decode=around.decode,
+        how_to_fill=how_to_fill(args, getattr(facts.policy.config, "_name_or_path", "")),
+    )
+
+
+def _source(
+    policy: nn.Module, facts: Facts, around: Surroundings, *, is_released: bool
+) -> ExplicitReference | ImplicitReference:
+    args, shard, autocast_dtype = facts.args, around.shard, around.autocast_dtype
+    dtype = getattr(torch, args.ref_dtype) if args.ref_dtype else None
+    moves = args.sync_ref_model or facts.follows_average
+    if facts.ref_model is not None:
+        return ExplicitReference.of_other_model(
+            facts.ref_model,
+            policy,
+            moves=moves,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            device=args.device if shard is None else None,  # sharding takes it there, one part for each process
+            origins=(_in_memory(facts.ref_model), *around.origins),
+            shard=shard,
+        )
+    if is_adapter_model(policy):
+        return ImplicitReference(policy, autocast_dtype=autocast_dtype, moves=moves)
+    elsewhere = args.device if shard is None and waits_for_device(policy, args.device) else None
+    can_run = shard is None and elsewhere is None and not has_shards(policy)
+    if is_released and dtype is None and can_run:
+        itself = Origin("the policy in memory", lambda: policy)  # until it has trained
+        return ExplicitReference.before_training(
+            policy, autocast_dtype=autocast_dtype, origins=(itself, *around.origins)
+        )
+    return ExplicitReference.of_policy(
+        policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard
+    )
+
+
+def _in_memory(ref_model: nn.Module) -> Origin:
+    """The given model itself, as long as the caller holds it: it is not kept alive for that."""
+    found = weakref.ref(ref_model)
+
+    def load() -> nn.Module:
+        model = found()
+        if model is None:
+            raise OSError("it was given up")
+        return model
+
+    return Origin("`ref_model` in memory", load)
+
+
+def waits_for_device(policy: nn.Module, device: torch.device | None) -> bool:
+    """Whether the policy is still on the CPU, from where sharding will take it to its device."""
+    kinds = {parameter.device.type for parameter in policy.parameters()}
+    return kinds == {"cpu"} and device is not None and device.type != "cpu"
+
+
+def how_to_fill(args: DPOConfig, model_name: str) -> str:
+    """What to write to have the rows scored that a store lacks, for messages."""
+    options: dict[str, Any] = {
+        "model": model_name or "MODEL",
+        "train_data": "ROWS.jsonl",
+        "ref_store": args.ref_store,
+        "max_length": args.max_length if args.max_length is not None else "none",
+        "truncation_mode": args.truncation_mode if args.truncation_mode != "keep_start" else None,
+    }
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+    return f"Run this once with `ref_store_mode='fill'`; or, from a shell: `tether precompute {words}`."

@@ -1,0 +1,100 @@
+"""A trainer's sets of pairs: tokenized as its options say, and the names that messages and stores give them.
+
+Knows options and datasets; knows no model and no reference.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from tether.config.dpo_config import DPOConfig
+from tether.data.collators import pair_collator
+from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
+from tether.data.image_rows import ImageRows
+from tether.data.rows import RowReader, TextRows, has_image_column
+from tether.data.truncation import Truncation
+from tether.errors import ConfigurationError
+from tether.models.loading import tokenizer_of
+
+# What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
+EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
+
+
+class SetReader:
+    """Makes tokenized sets of what a user passes.
+
+    Args:
+        processing_class: A tokenizer, or the processor of a vision-language model; with a chat template if rows are
+            conversational.
+        args: The run's options.
+        data_collator: What the trainer was given to make batches with, if anything.
+
+    Attributes:
+        collator: What makes its batches.
+        truncation: Where rows are cut, as far as it is known: a collator of another making is taken to follow the
+            options.
+        image_rows: What reads the rows' images; None where only a tokenizer is at hand.
+    """
+
+    def __init__(
+        self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig, data_collator: Any = None
+    ) -> None:
+        self._args = args
+        self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
+        self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
+        self.collator = pair_collator(data_collator, args.max_length, args.truncation_mode, self.image_rows)
+        self.truncation = truncation_of(self.collator) or Truncation(args.max_length, args.truncation_mode)
+
+    def read(self, rows: Rows | None, name: str) -> PairDataset:
+        """One set, tokenized, without the rows that cannot be used; `name` is for messages."""
+        dataset, args = as_dataset(rows), self._args
+        if self.image_rows and self.truncation.mode == "keep_end" and has_image_column(dataset.column_names or ()):
+            _refuse_keep_end(name, self.truncation)
+        quiet = args.disable_tqdm or not sys.stderr.isatty()
+        with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
+            return tokenize_pairs(
+                dataset,
+                self._reader,
+                max_length=self.truncation.max_length,
+                truncation_mode=self.truncation.mode,
+                num_proc=args.dataset_num_proc,
+                name=name,
+                bad_rows=args.bad_rows,
+            )
+
+    def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
+        """The sets to evaluate on, as datasets, in the form in which they were passed."""
+        if sets is None:
+            return None
+        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
+            return {name: as_dataset(rows) for name, rows in sets.items()}
+        return as_dataset(sets)
+
+    def read_all(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
+        """The sets to evaluate on, in the form in which they were passed."""
+        if sets is None:
+            return None
+        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
+            return {name: self.read(rows, name) for name, rows in sets.items()}
+        return self.read(sets, "eval")
+
+
+def _refuse_keep_end(name: str, truncation: Truncation) -> None:
+    if truncation.max_length is not None:
+        raise ConfigurationError(
+            problem=f"Cannot use `truncation_mode='keep_end'` with `max_length={truncation.max_length}` for the "
+            f"{name} set, which has images: it would cut the start of a prompt, and the places of the images with it.",
+            instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
+        )
+
+
+def named_sets(train: PairDataset | None, eval_sets: EvalSets) -> dict[str, PairDataset]:
+    """All sets by the names that they have in messages: `train`, and `eval` or `eval_NAME`."""
+    named = {} if train is None else {"train": train}
+    if isinstance(eval_sets, Mapping):
+        return named | {f"eval_{name}": dataset for name, dataset in eval_sets.items()}
+    return named if eval_sets is None else named | {"eval": eval_sets}

@@ -1,0 +1,32 @@
+"""The values everything else speaks in: a batch of pairs, log-probabilities of its responses, and scores of its pairs.
+
+Knows tensors only: no model, no file, no trainer.
+
+Legend of shapes (used in every annotation of the package):
+
+    pairs       preference pairs of a micro-batch
+    groups      distinct prompts of a micro-batch
+    responses   distinct (prompt, response) combinations of a micro-batch; at most 2 * pairs
+    tokens      response tokens of a micro-batch, one response behind the other
+
+Log-probabilities are natural logarithms (nats), in fp32 unless a caller asks for more.
+"""
+
+from tether.types.batch import PairBatch, Response, TruncationMode
+from tether.types.images import PromptImages, image_inputs
+from tether.types.log_probs import ResponseLogProbs, TokenStatistics, join_log_probs
+from tether.types.ragged import offsets_of
+from tether.types.scores import PairScores
+
+__all__ = [
+    "PairBatch",
+    "PairScores",
+    "PromptImages",
+    "Response",
+    "ResponseLogProbs",
+    "TokenStatistics",
+    "TruncationMode",
+    "image_inputs",
+    "join_log_probs",
+    "offsets_of",
+]

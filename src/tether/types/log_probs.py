@@ -1,0 +1,100 @@
+"""What a model says of the responses of a batch: one log-probability for each token, one response behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tether.types.ragged import offsets_of
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the log, and WPO's weights, need of each response token; detached.
+
+    Attributes:
+        entropy: Entropy of the next-token distribution, in nats.
+        mean_logit: Mean over the vocabulary of the logits.
+        is_top1: Whether the token was the most likely one.
+        log_expected_prob: `log sum_v pi(v)^2`: the log of the probability that a token drawn from the policy has
+            in the mean.
+    """
+
+    entropy: Float[Tensor, " tokens"]
+    mean_logit: Float[Tensor, " tokens"]
+    is_top1: Bool[Tensor, " tokens"]
+    log_expected_prob: Float[Tensor, " tokens"]
+
+
+@dataclass(frozen=True)
+class ResponseLogProbs:
+    """Per-token log-probabilities of the responses of a batch, ragged.
+
+    Attributes:
+        values: `log pi(y_t | x, y_<t)` of every response token, in nats, fp32.
+        offsets: Where each response starts; last entry is the total.
+        statistics: What only logging needs, when it was asked for.
+        auxiliary_loss: The model's own auxiliary loss (router load balancing), when it has one.
+    """
+
+    values: Float[Tensor, " tokens"]
+    offsets: Int[Tensor, " responses_plus_1"]
+    statistics: TokenStatistics | None = None
+    auxiliary_loss: Float[Tensor, ""] | None = None
+
+    @property
+    def num_responses(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def lengths(self) -> Int[Tensor, " responses"]:
+        return self.offsets.diff()
+
+    def sums(self) -> Float[Tensor, " responses"]:
+        """`log pi(y | x)`: the sum over each response's tokens, in nats."""
+        return torch.segment_reduce(self.values, "sum", offsets=self.offsets)
+
+    def means(self) -> Float[Tensor, " responses"]:
+        """The mean log-probability per token of each response, in nats."""
+        return self.sums() / self.lengths()
+
+    def detach(self) -> ResponseLogProbs:
+        return replace(self, values=self.values.detach(), auxiliary_loss=None)
+
+    def split(self) -> list[Float[Tensor, " length"]]:
+        """One tensor per response."""
+        return list(self.values.split(self.lengths().tolist()))
+
+
+def join_log_probs(parts: Sequence[ResponseLogProbs], order: Sequence[int]) -> ResponseLogProbs:
+    """Scores of parts of a batch as those of the whole batch.
+
+    Args:
+        parts: Scores of some responses each.
+        order: For every response of the parts, one part behind the other, its index in the whole batch.
+
+    Returns:
+        All of them in the order of the whole batch; the auxiliary loss is the mean over the parts' responses.
+    """
+    place = {index: position for position, index in enumerate(order)}
+    arranged = [place[index] for index in range(len(order))]
+    lengths = torch.cat([part.lengths() for part in parts])
+
+    def rearranged(values: Sequence[Tensor]) -> Tensor:
+        pieces = torch.cat(list(values)).split(lengths.tolist())
+        return torch.cat([pieces[position] for position in arranged])
+
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    losses = [part.auxiliary_loss * part.num_responses for part in parts if part.auxiliary_loss is not None]
+    names = [field.name for field in fields(TokenStatistics)]
+    return ResponseLogProbs(
+        values=rearranged([part.values for part in parts]),
+        offsets=offsets_of([int(lengths[position]) for position in arranged], parts[0].values.device),
+        statistics=TokenStatistics(*(rearranged([getattr(each, name) for each in statistics]) for name in names))
+        if statistics
+        else None,
+        auxiliary_loss=torch.stack(losses).sum() / len(order) if losses else None,
+    )

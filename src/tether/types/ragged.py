@@ -1,0 +1,19 @@
+"""Rows of different lengths, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:
+    return torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+
+
+def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, " rows_plus_1"]:
+    """Where each of several runs of `lengths` elements starts; the last entry is the total."""
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int64, device=device)
