@@ -32,7 +32,7 @@ test-all: dev ## run all tests, slow ones too; GPU tests are skipped where there
 	$(PYTEST) -m "" $(ARGS)
 
 # What another processor would make of the numbers: other kernels of torch and MKL, more threads, and products that are
-# rounded three times as coarsely as any kernels here (tests/rounding.py). `make test` is the run that is missing.
+# rounded three times as coarsely as any kernels here (tests/support/rounding.py). `make test` is the run that is missing.
 NUMERICS := \
 	OMP_NUM_THREADS=2 \
 	OMP_NUM_THREADS=4 \

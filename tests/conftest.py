@@ -23,8 +23,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
-
-from rounding import OtherRounding
+from support.rounding import OtherRounding
 
 CHECKED_MODULES = [
     "tether.types",

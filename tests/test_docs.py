@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny import tiny_model, tiny_tokenizer
+from support.tiny_vision import tiny_processor, tiny_vision_model
+from support.trl_oracle import trl_tokens
 
 import tether
-from tiny import tiny_model, tiny_tokenizer
-from tiny_vision import tiny_processor, tiny_vision_model
-from trl_oracle import trl_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if "```python" in path.read_text())

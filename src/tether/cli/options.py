@@ -1,6 +1,6 @@
 """What a recipe may say: the list of its options, and how each is read.
 
-`recipe.schema.json` is that list, made of `ScriptOptions` and `DPOConfig` by `tests/test_cli_options.py`
+`recipe.schema.json` is that list, made of `ScriptOptions` and `DPOConfig` by `tests/cli/test_cli_options.py`
 (`TETHER_WRITE_OPTIONS=1` writes it anew), so that neither a help text nor a mistake waits for torch to be imported.
 Knows names and types; reads no file and builds nothing.
 """

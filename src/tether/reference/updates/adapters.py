@@ -30,7 +30,7 @@ from tether.reference.updates.low_rank import (
 from tether.refusals import Refusal, of_option, refuse
 
 # Types whose weights are linear in the tensors they train, so that the average of the tensors is the average of the
-# weights: proven one by one in tests/test_adapter_averaging.py.
+# weights: proven one by one in tests/reference/test_adapter_averaging.py.
 LINEAR_TYPES = frozenset(
     """
     IA3 LN_TUNING FOURIERFT WAVEFT C3A SHIRA MISS TRAINABLE_TOKENS PROMPT_TUNING PREFIX_TUNING

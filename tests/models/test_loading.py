@@ -1,0 +1,98 @@
+"""What reaches `from_pretrained`: quantization, revision, the user's arguments; and adapters on quantized bases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from support.runs import make_trainer, trained
+from support.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from tether.errors import ConfigurationError
+from tether.models.preparing import add_adapter
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> str:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
+    """The keyword arguments of each load; those that need other machines are noted and taken out."""
+    calls: dict[str, list[dict[str, Any]]] = {"model": [], "tokenizer": []}
+    load_model, load_tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+
+    def model(name: str, **options: Any) -> Any:
+        calls["model"].append(dict(options))
+        for option in ("quantization_config", "revision"):
+            options.pop(option, None)
+        return load_model(name, **options)
+
+    def tokenizer(name: str, **options: Any) -> Any:
+        calls["tokenizer"].append(dict(options))
+        options.pop("revision", None)
+        return load_tokenizer(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
+    return calls
+
+
+def test_quantization_is_passed_on_to_the_loader(model_folder: str, asked: Any, tmp_path: Path) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    trained(
+        tmp_path / "run", model_folder, quantization_config=config, peft_config=LoraConfig(target_modules=["q_proj"]),
+        model_init_kwargs={"attn_implementation": "eager"}, max_steps=1,
+    )  # fmt: skip
+    (options,) = asked["model"]
+    assert options["quantization_config"] is config and options["attn_implementation"] == "eager"
+    assert options["dtype"] == torch.float32 and options["trust_remote_code"] is False
+
+
+def test_no_quantization_is_asked_for_unless_it_was(model_folder: str, asked: Any, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", model_folder)
+    assert set(asked["model"][0]) == {"dtype", "trust_remote_code"}
+
+
+def test_an_instance_with_a_quantization_is_refused(tmp_path: Path) -> None:
+    """Whatever its own state: already quantized or not."""
+    model = tiny_model()
+    model.is_loaded_in_4bit = True
+    with pytest.raises(ConfigurationError, match="already an instance") as caught:
+        make_trainer(tmp_path, model, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert "path or name" in caught.value.instead
+
+
+def test_a_quantization_that_is_given_twice_is_refused(model_folder: str, tmp_path: Path) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ConfigurationError, match="model_init_kwargs"):
+        make_trainer(
+            tmp_path, model_folder, quantization_config=config, model_init_kwargs={"quantization_config": config}
+        )
+
+
+def test_the_revision_holds_for_model_and_tokenizer(model_folder: str, asked: Any, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", model_folder, processing_class=None, model_init_kwargs={"revision": "v2"})
+    assert asked["model"][0]["revision"] == "v2" and asked["tokenizer"][0]["revision"] == "v2"
+
+
+@pytest.mark.parametrize("flag", ["is_loaded_in_4bit", "is_loaded_in_8bit", None])
+def test_an_adapter_on_a_quantized_base_trains_in_bfloat16(flag: str | None) -> None:
+    base: Any = tiny_model()
+    if flag:
+        setattr(base, flag, True)
+    model = add_adapter(base, LoraConfig(target_modules=["q_proj"], use_dora=True))
+    dtypes = {
+        "magnitude" if "lora_magnitude_vector" in name else "factor": p.dtype
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert dtypes == {"magnitude": torch.float32, "factor": torch.bfloat16 if flag else torch.float32}
+    assert all(p.dtype == torch.float32 for p in model.parameters() if not p.requires_grad)

@@ -1,0 +1,430 @@
+"""Each protection of the reference, taken away: the fault it is there for is then silent. With it, it is not.
+
+A fault gives a number, 0 where the reference is right. With the protection the number is 0, or the run stops with
+the named error; without it the run goes through, and the number is far from 0. So every test here fails when its
+protection is removed from the package, and when it is no longer needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig
+from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
+from support.observe import bits, same_bits
+from support.runs import as_dataset, curve, make_trainer, trained
+from support.tiny import tiny_model, tiny_pairs
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import tether.config.rules.run
+import tether.reference.base
+import tether.reference.explicit
+import tether.reference.implicit
+import tether.reference.watch
+import tether.trainer.checkpoints
+from tether.errors import ConfigurationError, DriftError, InitialGapError, MissingLogProbsError, ResumeError
+from tether.reference import (
+    ExplicitReference,
+    ImplicitReference,
+    PrecomputedReference,
+    Reference,
+    ReferenceIdentity,
+    SynchronizedReference,
+)
+from tether.scoring import score
+from tether.store import LogProbStore
+from tether.testing import naive_log_probs_of
+
+LOG_2 = 0.6931472
+
+# ------------------------------------------------------------------------------------------------- the faults
+
+
+def distance_from_start(trainer: Any) -> float:
+    """How far the first loss is from log 2."""
+    distance = abs(curve(trainer)[0] - LOG_2)
+    return distance if distance > 1e-6 else 0.0
+
+
+def differs(one: torch.Tensor, other: torch.Tensor) -> float:
+    difference = float((one - other).abs().max())
+    return difference if difference > 5e-6 else 0.0
+
+
+def moves_with_training(build: Callable[[Any], Reference], policy: Any) -> float:
+    """How far the reference's answers are from the initial policy's once the policy has trained."""
+    meant = naive_log_probs_of(policy, BATCH)
+    reference = build(policy)
+    train(policy)
+    return differs(reference.log_probs(BATCH).values, meant)
+
+
+def is_not_the_policy(build: Callable[[Any], Reference], policy: Any) -> float:
+    return differs(build(policy).log_probs(BATCH).values, naive_log_probs_of(policy, BATCH))
+
+
+def changed_in_memory(folder: Path) -> float:
+    """An instance whose memory differs from its folder."""
+    tiny_model().save_pretrained(folder / "model")
+    policy: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
+    train(policy)
+    return distance_from_start(trained(folder, policy, max_steps=1))
+
+
+def changed_in_between(folder: Path) -> float:
+    """A policy that changes between building the trainer and training."""
+    trainer = make_trainer(folder, max_steps=1)
+    train(trainer.model)
+    trainer.train()
+    return distance_from_start(trainer)
+
+
+class Reaches(TrainerCallback):
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        self.parameter = parameter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self.parameter.mul_(1.5)
+
+
+def reached_by_training(folder: Path) -> float:
+    """A weight that is shared because it does not train, and is written to all the same."""
+    policy = partly_frozen()
+    reached = Reaches(policy.transformer.h[0].mlp.c_fc.weight)
+    trainer = make_trainer(folder, policy, callbacks=[reached], save_strategy="steps", save_steps=1)
+    before = trainer.reference.log_probs(BATCH).values
+    trainer.train()
+    return differs(trainer.reference.log_probs(BATCH).values, before)
+
+
+RUN: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.03}
+
+
+def resumed_differs(folder: Path, began: dict[str, Any], resumed: Callable[[], dict[str, Any]]) -> float:
+    """The largest difference of the resumed run's losses to those of the uninterrupted one."""
+    whole = trained(folder, **RUN, **began)
+    again = make_trainer(folder, **RUN, **resumed())
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return float(np.abs(np.subtract(curve(whole)[2:], curve(again)[2:])).max())
+
+
+def resumed_from_its_own_weights(folder: Path) -> float:
+    return resumed_differs(folder, {}, lambda: {"model": str(folder / "checkpoint-2")})
+
+
+def resumed_with_another_adapter(folder: Path) -> float:
+    def continued(seed: int) -> Any:
+        return {"model": adapted(tiny_model(), LoraConfig(r=4, init_lora_weights=False), seed)}
+
+    return resumed_differs(folder, continued(0), lambda: continued(1))
+
+
+def resumed_while_following(folder: Path) -> float:
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    return resumed_differs(folder, sync, lambda: sync)
+
+
+def shares_with_the_policy(folder: Path) -> float:
+    """A `ref_model` around the policy's own parameters."""
+    policy = tiny_model()
+    other = copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
+    return moves_with_training(lambda policy: ExplicitReference.of_other_model(other, policy), policy)
+
+
+def is_the_policy(folder: Path) -> float:
+    """`ref_model=model` as a slip of the pen: a run that does nothing unusual must not hide it."""
+    policy = tiny_model()
+    make_trainer(folder, policy, ref_model=policy)
+    return 1.0
+
+
+def callers_model_moves(folder: Path) -> float:
+    """TR-DPO moves the `ref_model` it was given."""
+    other = tiny_model(seed=1)
+    before = bits(other)
+    trained(folder, ref_model=other, sync_ref_model=True, ref_model_sync_steps=1)
+    return float(not same_bits(bits(other), before))
+
+
+def buffers_move(folder: Path) -> float:
+    """A training forward that writes to a buffer (here: rotary frequencies)."""
+    policy = tiny_model()
+    meant = naive_log_probs_of(policy, BATCH)
+    reference = ExplicitReference.of_policy(policy)
+    policy.model.rotary_emb.inv_freq.mul_(3)
+    return differs(reference.log_probs(BATCH).values, meant)
+
+
+def drops_out(folder: Path) -> float:
+    """A pass of the reference while the policy is in training mode."""
+    policy = lora().train()
+    return differs(ImplicitReference(policy).log_probs(BATCH).values, naive_log_probs_of(policy, BATCH))
+
+
+def trains_a_frozen_factor(folder: Path) -> float:
+    """PEFT makes every tensor of an adapter trainable when it is switched on again."""
+    policy = half_frozen_lora()
+    before = {name: flag.requires_grad for name, flag in policy.named_parameters()}
+    ImplicitReference(policy).log_probs(BATCH)
+    return float(before != {name: flag.requires_grad for name, flag in policy.named_parameters()})
+
+
+def leaves_hooks(folder: Path) -> float:
+    policy = dropping_gpt2()
+
+    def hooks() -> int:
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+        return sum(len(getattr(module, kind)) for module in policy.modules() for kind in kinds)
+
+    before, reference = hooks(), ExplicitReference.before_training(policy)
+    for _ in range(3):
+        score(policy, BATCH)
+        reference.log_probs(BATCH)
+    return float(hooks() - before)
+
+
+def rounds_otherwise_under_autocast(folder: Path) -> float:
+    trainer = make_trainer(folder, bf16=True, use_cpu=True, eval_dataset=as_dataset(tiny_pairs(8)))
+    return abs(trainer.evaluate()["eval_rewards/chosen"])
+
+
+def answers_with_trained_weights(folder: Path) -> float:
+    """New rows, after a run whose reference was the policy itself before training. Rewards are then 0."""
+    trainer = trained(folder, precompute_ref_log_probs=True, learning_rate=0.03)
+    return float(abs(trainer.evaluate(as_dataset(tiny_pairs(8, seed=3)))["eval_rewards/chosen"]) < 1e-5)
+
+
+def reads_another_models_store(folder: Path) -> float:
+    """Two models, one store."""
+    answers = []
+    for seed in (0, 1):
+        source = ExplicitReference.before_training(tiny_model(seed=seed))
+        reference = PrecomputedReference(LogProbStore(folder / "store.sqlite"), source)
+        reference.prepare({"train": lambda: [BATCH]})
+        answers.append(reference.log_probs(BATCH).values)
+    return differs(answers[1], naive_log_probs_of(tiny_model(seed=1), BATCH))
+
+
+def rounds_rotary_frequencies(folder: Path) -> float:
+    """`ref_dtype` casts weights; frequencies stay in fp32."""
+    policy = tiny_model()
+    module: Any = ExplicitReference.of_policy(policy, dtype=torch.bfloat16).module
+    return float((module.model.rotary_emb.inv_freq - policy.model.rotary_emb.inv_freq).abs().max())
+
+
+def layers_of_another_model(folder: Path) -> float:
+    """Packed attention is switched on in the config of the model; this layer reads another one."""
+    model: Any = tiny_model()
+    model.model.layers[0] = tiny_model(seed=1).model.layers[0]
+    return differs(score(model, BATCH).values.detach(), naive_log_probs_of(model, BATCH))
+
+
+# ------------------------------------------------------------------------------- the protections, and their loss
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A fault, how to take away what protects from it, and the error it raises (where it is not put right)."""
+
+    fault: Callable[[Path], float]
+    remove: Callable[[pytest.MonkeyPatch], None]
+    error: type[Exception] | None = None
+    silent: float = 0.01  # what the fault gives, at least, once nothing protects from it
+
+
+def no_gap_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch, "check_initial_gap", lambda *_: None)
+
+
+def reload_by_name(patch: pytest.MonkeyPatch) -> None:
+    """As a leading trainer does."""
+
+    def of_policy(policy: Any, **options: Any) -> ExplicitReference:
+        model: Any = AutoModelForCausalLM.from_pretrained(policy.config._name_or_path)
+        return ExplicitReference(model, means_policy=True)
+
+    patch.setattr(ExplicitReference, "of_policy", of_policy)
+
+
+def copy_nothing(patch: pytest.MonkeyPatch) -> None:
+    twin = tether.reference.explicit.frozen_twin
+    patch.setattr(
+        tether.reference.explicit, "frozen_twin", lambda model, owns, *rest: twin(model, lambda p: False, *rest)
+    )
+
+
+def share_buffers(patch: pytest.MonkeyPatch) -> None:
+    twin = tether.reference.explicit.frozen_twin
+
+    def shared(model: Any, *rest: Any) -> Any:
+        made = twin(model, *rest)
+        for own, theirs in zip(made.modules(), model.modules(), strict=True):
+            for name, buffer in theirs.named_buffers(recurse=False):
+                setattr(own, name, buffer)
+        return made
+
+    patch.setattr(tether.reference.explicit, "frozen_twin", shared)
+
+
+def cast_everything(patch: pytest.MonkeyPatch) -> None:
+    twin = tether.reference.explicit.frozen_twin
+    patch.setattr(
+        tether.reference.explicit, "frozen_twin", lambda model, owns, dtype=None, *rest: twin(model, owns).to(dtype)
+    )
+
+
+def exchange_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ImplicitReference, "_exchanged", lambda self: nullcontext())
+
+
+def always_off(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.implicit, "has_zero_delta", lambda policy: True)
+
+
+def plain_disable(patch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def off(policy: Any) -> Iterator[None]:
+        with policy.disable_adapter():
+            yield
+
+    patch.setattr(tether.reference.implicit, "adapter_off", off)
+
+
+def no_evaluation_mode(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.base, "evaluation_mode", lambda model: nullcontext())
+
+
+def keep_hooks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.utils.hooks.RemovableHandle, "remove", lambda self: None)
+
+
+def no_autocast(patch: pytest.MonkeyPatch) -> None:
+    plain = tether.reference.base.score_without_gradient
+    patch.setattr(
+        tether.reference.explicit, "score_without_gradient", lambda model, batch, _: plain(model, batch, None)
+    )
+    no_gap_check(patch)
+
+
+def one_identity(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ReferenceIdentity, "digest", property(lambda self: "0" * 32))
+
+
+def never_release(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ExplicitReference, "release", lambda self: None)
+
+
+def no_state(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SynchronizedReference, "save", lambda self, folder: None)
+    patch.setattr(SynchronizedReference, "load", lambda self, folder: None)
+
+
+def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
+    build = ExplicitReference.of_other_model.__func__  # type: ignore[attr-defined]
+    patch.setattr(
+        ExplicitReference,
+        "of_other_model",
+        classmethod(lambda cls, *args, moves=False, **options: build(cls, *args, **options)),
+    )
+
+
+def no_identity_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.trainer.checkpoints, "_check_same", lambda *_: None)
+
+
+def no_drift_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda self: None)
+
+
+def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.config.rules.run, "_ref_model", lambda facts: ())
+
+
+def trust_the_family(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tether.scoring.packing._is_proven", lambda base: True)
+
+
+def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    def remove(patch: pytest.MonkeyPatch) -> None:
+        for removal in removals:
+            removal(patch)
+
+    return remove
+
+
+def frozen(policy: Any) -> Reference:
+    return ExplicitReference.of_policy(policy)
+
+
+def prompts() -> Any:
+    return adapted(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+PROTECTIONS: dict[str, Protection] = {
+    # the policy at step 0
+    "copied in memory, not loaded by name": Protection(changed_in_memory, also(reload_by_name, no_gap_check)),
+    "what trains is copied": Protection(lambda _: moves_with_training(frozen, tiny_model()), copy_nothing),
+    "tied weights are copied": Protection(
+        lambda _: moves_with_training(frozen, tiny_model(tie_word_embeddings=True)), copy_nothing
+    ),
+    "buffers are copied": Protection(buffers_move, share_buffers),
+    "buffers keep their dtype": Protection(rounds_rotary_frequencies, cast_everything, silent=1e-5),
+    "trained biases are exchanged": Protection(
+        lambda _: moves_with_training(ImplicitReference, lora(bias="all")), exchange_nothing
+    ),
+    "a continued adapter is kept": Protection(
+        lambda _: moves_with_training(ImplicitReference, lora(init_lora_weights=False)), exchange_nothing
+    ),
+    "an adapter is off only if it changes nothing: continued": Protection(
+        lambda _: is_not_the_policy(ImplicitReference, lora(init_lora_weights=False)), always_off
+    ),
+    "an adapter is off only if it changes nothing: PiSSA": Protection(
+        lambda _: is_not_the_policy(ImplicitReference, llama_lora(init_lora_weights="pissa")), always_off
+    ),
+    "an adapter is off only if it changes nothing: prompts": Protection(
+        lambda _: is_not_the_policy(ImplicitReference, prompts()), always_off
+    ),
+    # no trace
+    "the pass is in evaluation mode": Protection(drops_out, no_evaluation_mode),
+    "the pass is under the policy's autocast": Protection(rounds_otherwise_under_autocast, no_autocast, silent=1e-5),
+    "what trains stays what trains": Protection(trains_a_frozen_factor, plain_disable, silent=1),
+    "hooks are taken off": Protection(leaves_hooks, keep_hooks, silent=3),
+    "packed only where it is proven": Protection(layers_of_another_model, trust_the_family),
+    # a reference model
+    "what is shared and trains is copied": Protection(shares_with_the_policy, copy_nothing),
+    "the policy is no reference model": Protection(is_the_policy, no_sharing_check, ConfigurationError),
+    "what follows is a copy": Protection(callers_model_moves, move_what_was_given, silent=1),
+    # stored
+    "records are found by identity": Protection(reads_another_models_store, one_identity),
+    "released weights do not answer": Protection(
+        answers_with_trained_weights, never_release, MissingLogProbsError, silent=1
+    ),
+    # checks
+    "the gap is checked": Protection(changed_in_between, no_gap_check, InitialGapError),
+    "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
+    "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
+    "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),
+    "a synchronized reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", PROTECTIONS)
+def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    protection = PROTECTIONS[name]
+    if protection.error is None:
+        assert protection.fault(tmp_path / "protected") == 0
+    else:
+        with pytest.raises(protection.error):
+            protection.fault(tmp_path / "protected")
+    with monkeypatch.context() as patch:
+        protection.remove(patch)
+        assert protection.fault(tmp_path / "bare") >= protection.silent

@@ -1,0 +1,231 @@
+"""Which models are scored in packed rows, and that packing survives what training does to a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import FAMILIES, naive_log_probs, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
+
+from tether.scoring import restore_attention, score
+from tether.scoring.packing import PROVEN_FAMILIES, layouts_agree
+from tether.scoring.score import can_pack
+from tether.types import PairBatch, Response
+
+pytestmark = pytest.mark.numerics
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+
+def random_batch(pairs: int = 3, seed: int = 0, longest: int = 12) -> PairBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids() -> tuple[int, ...]:
+        length = int(torch.randint(1, longest, (1,), generator=generator))
+        return tuple(torch.randint(3, 250, (length,), generator=generator).tolist())
+
+    def pair() -> tuple[Response, Response]:
+        prompt = ids()
+        return Response(prompt, ids()), Response(prompt, ids())
+
+    return PairBatch.of_pairs([pair() for _ in range(pairs)])
+
+
+def naive(model: Any, batch: PairBatch) -> torch.Tensor:
+    prompts = batch.prompt_ids.split(list(batch.prompt_lengths))
+    responses = batch.response_ids.split(list(batch.response_lengths))
+    parts = [
+        naive_log_probs(model, prompts[group].tolist(), response.tolist())
+        for group, response in zip(batch.response_group, responses, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def gradients(model: Any, batch: PairBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    values = score(model, batch).values
+    (values * torch.linspace(-1, 1, len(values))).sum().backward()
+    return values.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mamba"])
+def test_proven_families_pack_at_once(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert can_pack(tiny_model(family))
+    assert not caplog.records
+
+
+# --- falling back -------------------------------------------------------------------------------------------------
+
+
+def gpt_oss() -> Any:
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8,
+        initializer_range=0.3, pad_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def qwen3_next() -> Any:
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+        initializer_range=0.3, pad_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_model("mamba"), gpt_oss, qwen3_next], ids=["state space", "attention sinks", "hybrid"]
+)
+def test_models_that_cannot_pack_fall_back_and_say_so_once(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make()
+    batch = random_batch()
+    with caplog.at_level(logging.WARNING, "tether"), torch.no_grad():
+        values = score(model, batch).values
+        score(model, batch)
+        torch.testing.assert_close(values, naive(model, batch), atol=2e-4, rtol=1e-4)
+    assert [record.message for record in caplog.records if "padded layout" in record.message] != []
+    assert sum("padded layout" in record.message for record in caplog.records) == 1
+
+
+def test_comparing_layouts_does_not_trust_a_model_that_ignores_its_context() -> None:
+    padded = torch.randn(50)
+    assert layouts_agree(padded + 1e-7, padded, padded + 1)
+    assert not layouts_agree(padded + 1e-4, padded, padded + 1e-3)
+    assert not layouts_agree(padded * float("nan"), padded, padded + 1)
+
+
+# --- what training does ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_packed_gradients_are_the_same_under_activation_checkpointing(family: str, reentrant: bool) -> None:
+    model, batch = tiny_model(family).train(), random_batch()
+    implementation = model.config._attn_implementation
+    values, expected = gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    checkpointed, found = gradients(model, batch)
+    assert torch.equal(checkpointed, values)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    restore_attention(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_plain_calls_are_the_same_while_packed_attention_stays_on() -> None:
+    model, batch = tiny_model("mistral", sliding_window=4).train(), random_batch()
+    ids = torch.arange(3, 21)[None].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+    model.gradient_checkpointing_enable()
+    gradients(model, batch)
+    assert "tether" in model.config._attn_implementation
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+def test_saved_config_does_not_name_our_attention(tmp_path: Path) -> None:
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable()
+    gradients(model, random_batch())
+    model.save_pretrained(tmp_path)
+    assert "tether" not in (tmp_path / "config.json").read_text()
+    restore_attention(model)
+
+
+def test_compiled_models_compile_once_for_thirty_layouts() -> None:
+    model = tiny_model("qwen2").train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for number in range(30):
+        batch = random_batch(pairs=1 + number % 5, seed=number, longest=20)
+        values, found = gradients(compiled, batch)
+        expected_values, expected = gradients(model, batch)
+        torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=1e-5)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_scoring_under_autocast_is_as_near_as_padded(dtype: torch.dtype) -> None:
+    model, batch = tiny_model("llama"), random_batch(pairs=8)
+    with torch.no_grad():
+        exact = naive(model, batch)
+        with torch.autocast("cpu", dtype):
+            packed, padded = (score(model, batch, layout=layout).values for layout in ("packed", "padded"))
+    error, usual = ((values - exact).square().mean().sqrt() for values in (packed, padded))
+    assert packed.dtype == torch.float32
+    assert error <= 1.5 * usual + 1e-4
+
+
+# --- the table in the documentation ----------------------------------------------------------------------------------
+
+
+def test_table_of_models_is_what_is_measured(request: pytest.FixtureRequest) -> None:
+    """With `TETHER_WRITE_DOCS=1` writes docs/models.md anew; the families named there must be those proven."""
+    if os.environ.get("TETHER_WRITE_DOCS"):
+        TABLE.write_text(_table())
+    text = TABLE.read_text()
+    assert {family for family in PROVEN_FAMILIES if f"| `{family}` |" in text} == PROVEN_FAMILIES
+    assert {family for family in FAMILIES if family != "mamba"} == PROVEN_FAMILIES
+
+
+def _table() -> str:
+    lines = [
+        "# Models",
+        "",
+        "Families that Tether scores in packed rows (each prompt once, no padding), with the largest difference from",
+        "separate naive forwards in fp32, measured on tiny random models by `tests/scoring/test_packing.py`. The tests",
+        "repeat the comparison for every family, forward and gradients, packed and padded, in fp32 and bf16.",
+        "",
+        "| family | largest difference of a token's log-prob | largest relative difference of a gradient |",
+        "| --- | --- | --- |",
+    ]
+    for family in sorted(PROVEN_FAMILIES):
+        model, batch = tiny_model(family), random_batch(pairs=4, longest=24)
+        values, found = gradients(model, batch)
+        model.zero_grad()
+        expected_values = naive(model, batch)
+        (expected_values * torch.linspace(-1, 1, len(values))).sum().backward()
+        # A gradient that is zero in exact arithmetic (the bias of keys) is only rounding on both sides.
+        expected = [p.grad for p in model.parameters() if p.grad is not None]
+        largest = max(gradient.norm() for gradient in expected)
+        relative = max(
+            float((one - other).norm() / other.norm())
+            for one, other in zip(found, expected, strict=True)
+            if other.norm() > 1e-5 * largest
+        )
+        difference = float((values - expected_values.detach()).abs().max())
+        lines.append(f"| `{family}` | {difference:.0e} nats | {relative:.0e} |")
+    return "\n".join([*lines, "", *_FALLBACK, ""])
+
+
+_FALLBACK = [
+    "Any other family is compared with the padded layout when it is first scored, on rows longer than its attention",
+    "window. If the two differ by more than rounding, it is scored in the padded layout, which is right and slower,",
+    "and this is said once. Known to fall back: state-space and hybrid models (Mamba, Qwen3-Next), attention sinks",
+    "(gpt-oss), prompt tuning, prefix tuning and P-tuning.",
+    "",
+    "Softcaps (Gemma 2), sliding and alternating windows (Mistral, Gemma, Cohere 2), logit scales (Granite, Cohere 2),",
+    "head biases and tied embeddings are honoured. A head that does more to its logits than a scale and a softcap is",
+    "noticed at the first forward, and its own logits are used.",
+]

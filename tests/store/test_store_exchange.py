@@ -1,0 +1,172 @@
+"""Parquet files, other stores, copies, pruning: everything arrives, and only where it belongs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.store_cases import ME, OTHER, fill, found, key_of, log_probs_of, start_writer, wait_for
+
+from tether.errors import StoreError
+from tether.store import LogProbStore, export_parquet, import_parquet, merge, prune
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LogProbStore:
+    store = LogProbStore(tmp_path / "store.sqlite")
+    fill(store, range(0, 1300), length=5)
+    store.put(ME, [key_of(9999)], [np.empty(0, np.float32)], description={"kind": "explicit"})
+    fill(store, range(10), identity=OTHER)
+    return store
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> LogProbStore:
+    return LogProbStore(tmp_path / "other.sqlite")
+
+
+def test_store_comes_back_from_parquet_as_it_was(store: LogProbStore, other: LogProbStore) -> None:
+    file = store.path.with_suffix(".parquet")
+    assert export_parquet(store, file, ME) == 1301
+    assert import_parquet(other, file) == 1301
+    assert found(other, range(1400), length=5) == set(range(1300))
+    assert other.get(ME, [key_of(9999)], [0])[0] is not None
+    assert other.describe(ME) == {"kind": "explicit"}
+    assert other.count(OTHER) == 0
+    assert import_parquet(other, file) == 0
+    again = file.with_name("again.parquet")
+    assert export_parquet(other, again, ME) == 1301
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_store_exports_columns_that_anyone_can_read(store: LogProbStore) -> None:
+    file = store.path.with_suffix(".parquet")
+    export_parquet(store, file, OTHER)
+    table = pq.read_table(file)
+    assert table.schema.names == ["key", "log_probs"]
+    values = dict(zip(table["key"].to_pylist(), table["log_probs"].to_pylist(), strict=True))
+    np.testing.assert_array_equal(np.float32(values[key_of(3)]), log_probs_of(3, 8, OTHER))
+    assert table["key"].to_pylist() == sorted(values)
+
+
+def test_store_imports_files_of_others_under_the_identity_that_is_named(other: LogProbStore) -> None:
+    file = other.path.with_suffix(".parquet")
+    columns = {
+        "key": [key_of(i) for i in range(3)],
+        "log_probs": [list(log_probs_of(i, 5)) for i in range(3)],
+    }
+    pq.write_table(pa.table({**columns, "note": ["a", "b", "c"]}), file)
+    with pytest.raises(StoreError, match="identity"):
+        import_parquet(other, file)
+    assert import_parquet(other, file, ME) == 3
+    assert found(other, range(4), length=5) == {0, 1, 2}
+
+
+def test_store_does_not_import_under_another_reference(store: LogProbStore, other: LogProbStore) -> None:
+    file = store.path.with_suffix(".parquet")
+    export_parquet(store, file, ME)
+    with pytest.raises(StoreError, match=rf"{ME}, not of {OTHER}"):
+        import_parquet(other, file, OTHER)
+    assert other.count() == 0
+
+
+@pytest.mark.parametrize("bad", [[[-1.0, float("nan")]], [None], [[-1.0, None]]])
+def test_store_refuses_imports_with_holes(other: LogProbStore, bad: list[object]) -> None:
+    file = other.path.with_suffix(".parquet")
+    pq.write_table(pa.table({"key": [key_of(0)], "log_probs": pa.array(bad, pa.list_(pa.float64()))}), file)
+    with pytest.raises(StoreError, match=r"nan|empty cells"):
+        import_parquet(other, file, ME)
+    assert other.count() == 0
+
+
+def test_store_says_what_is_wrong_with_a_file(store: LogProbStore) -> None:
+    file = store.path.with_suffix(".parquet")
+    pq.write_table(pa.table({"prompt": ["x"]}), file)
+    with pytest.raises(StoreError, match="prompt"):
+        import_parquet(store, file)
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(StoreError, match="Parquet"):
+        import_parquet(store, file)
+    with pytest.raises(StoreError, match="Parquet"):
+        import_parquet(store, file.with_name("absent.parquet"))
+    with pytest.raises(StoreError, match="Parquet"):
+        export_parquet(store, file.parent / "no folder" / "x.parquet", ME)
+    with pytest.raises(StoreError, match=rf"nobody(.|\n)*Choose one of {ME}, {OTHER}"):
+        export_parquet(store, file, "nobody")
+
+
+def test_store_merges_what_it_lacks(store: LogProbStore, other: LogProbStore) -> None:
+    fill(other, range(1290, 1310), length=5)  # ten of them known
+    fill(other, range(5), length=8)  # longer than what is known
+    fill(other, range(20), identity=OTHER, length=3)  # ten known, and longer
+    assert merge(store, other.path) == 10 + 5 + 10
+    assert found(store, range(1400), length=5) == set(range(1310))
+    assert found(store, range(10), length=8) == set(range(5))
+    assert found(store, range(20), length=3, identity=OTHER) == set(range(20))
+    assert found(store, range(20), length=8, identity=OTHER) == set(range(10))
+    assert other.count() == 45
+    assert merge(store, other.path) == 0
+
+
+def test_store_merges_another_that_is_being_written(other: LogProbStore) -> None:
+    busy = other.path.with_name("busy.sqlite")
+    writer = start_writer(busy, 0, 2000, batch_size=8)
+    wait_for(busy.exists)
+    wait_for(lambda: LogProbStore(busy).count() > 0)
+    while writer.poll() is None:
+        merge(other, busy)
+        found(other, range(2000))
+    merge(other, busy)
+    assert found(other, range(2000)) == set(range(2000))
+
+
+def test_store_does_not_merge_itself_or_nothing(store: LogProbStore) -> None:
+    with pytest.raises(StoreError, match="itself"):
+        merge(store, store.path)
+    with pytest.raises(StoreError, match="there is no store"):
+        merge(store, store.path.with_name("absent.sqlite"))
+
+
+def test_store_is_copied_whole_while_in_use(store: LogProbStore) -> None:
+    copy = store.path.with_name("copy.sqlite")
+    writer = start_writer(store.path, 2000, 4000, batch_size=8, length=5)
+    assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    acknowledged = int(writer.stdout.readline())
+    store.copy_to(copy)
+    with LogProbStore(copy) as copied:
+        assert found(copied, range(acknowledged), length=5) >= {*range(1300), *range(2000, acknowledged)}
+    assert writer.communicate(timeout=60) and writer.returncode == 0
+    assert not list(copy.parent.glob("*.tmp"))
+
+
+def test_store_prunes_one_reference_and_gets_smaller(store: LogProbStore) -> None:
+    fill(store, range(25_000), length=20)
+    store.close()
+    size = store.path.stat().st_size
+    store = LogProbStore(store.path)
+    num_records = store.count(ME)
+    assert prune(store, identity=ME) == num_records
+    assert list(store.digests()) == [OTHER]
+    assert found(store, range(20), identity=OTHER) == set(range(10))
+    store.close()
+    assert store.path.stat().st_size < size / 10
+
+
+def test_store_prunes_by_age(store: LogProbStore) -> None:
+    month_ago = datetime.now(UTC) - timedelta(days=30)
+    with store._file.write() as db:
+        db.execute("UPDATE identities SET last_used = ? WHERE digest = ?", (month_ago.timestamp(), OTHER))
+    assert prune(store, older_than=timedelta(days=31)) == 0
+    assert prune(store, identity=ME, older_than=timedelta(days=29)) == 0
+    assert prune(store, older_than=timedelta(days=29)) == 10
+    assert list(store.digests()) == [ME]
+
+
+def test_store_is_not_pruned_of_everything_by_a_slip(store: LogProbStore) -> None:
+    with pytest.raises(StoreError, match="everything"):
+        prune(store)
+    assert store.count() == 1311

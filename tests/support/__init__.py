@@ -1,0 +1,1 @@
+"""What the tests share: tiny models and pairs, runs of them, kinds of references, oracles."""
