@@ -23,6 +23,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+
 from support.rounding import OtherRounding
 
 CHECKED_MODULES = [

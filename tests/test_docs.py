@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import tether
 from support.tiny import tiny_model, tiny_tokenizer
 from support.tiny_vision import tiny_processor, tiny_vision_model
 from support.trl_oracle import trl_tokens
-
-import tether
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if "```python" in path.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from support.tiny import EOS, FAMILIES, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 
 PROMPT, RESPONSE = list(range(5, 25)), list(range(40, 57))

@@ -24,9 +24,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether.cli import main, progress
 from tether.cli.library_errors import library_errors_told
 from tether.cli.pairs import hold_out, load_pairs

@@ -13,8 +13,8 @@ from typing import Any
 
 import datasets
 import pytest
-from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether.cli import main
 
 SNAPSHOTS = Path(__file__).with_name("cli_mistakes.txt")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from support.tiny import tiny_model, tiny_tokenizer
 
+from support.tiny import tiny_model, tiny_tokenizer
 from tether.cli import launch, main
 from tether.cli.recipe import read_recipe
 

@@ -19,7 +19,6 @@ import datasets
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -32,6 +31,7 @@ from trl import (
 )
 from trl.scripts import dpo as trl_script
 
+from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 from tether.cli import launch, main, pairs, quantization
 from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
 from tether.cli.launch import PRESETS, typed_words

@@ -16,13 +16,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, VeraConfig, get_peft_model
-from support.observe import bits, same_bits, traces
-from support.runs import DEFAULTS, make_trainer, stream
-from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import TrainingArguments
 from trl import DPOConfig as TRLConfig
 
+from support.observe import bits, same_bits, traces
+from support.runs import DEFAULTS, make_trainer, stream
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback, DPOConfig, DPOTrainer
 from tether.config.former_options import FORMER
 from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError

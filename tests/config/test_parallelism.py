@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
-from support.runs import make_trainer
-from support.tiny import tiny_model
 from transformers.distributed import DistributedConfig
 
+from support.runs import make_trainer
+from support.tiny import tiny_model
 from tether import DPOConfig
 from tether.config.rules.launch import refused_launch
 from tether.errors import ConfigurationError

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import trl
-from support.runs import DEFAULTS, make_trainer, trained
-from support.tiny import tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 
+from support.runs import DEFAULTS, make_trainer, trained
+from support.tiny import tiny_model, tiny_tokenizer
 from tether import DPOConfig
 from tether.errors import ConfigurationError
 

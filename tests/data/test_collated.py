@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_pairs
-
 from tether.data.collators import DataCollatorForPreference, PairsOfPadded
 from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError

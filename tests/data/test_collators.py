@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import curve, make_trainer, trained
-from support.tiny import tiny_pairs
 from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 
+from support.runs import curve, make_trainer, trained
+from support.tiny import tiny_pairs
 from tether import DataCollatorForPreference
 from tether.data.collators import PairsOfPadded, pair_collator
 from tether.data.datasets import PairCollator, batch_of

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
-from support.tiny import CHAT_TEMPLATE, EOS, tiny_pairs, tiny_tokenizer
-from support.trl_oracle import trl_batch, trl_tokens
 from transformers import PreTrainedTokenizerFast
 
+from support.tiny import CHAT_TEMPLATE, EOS, tiny_pairs, tiny_tokenizer
+from support.trl_oracle import trl_batch, trl_tokens
 from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
 from tether.errors import DataError
 from tether.store import content_key

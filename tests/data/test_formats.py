@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from support.tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
-from support.trl_oracle import trl_tokens
 from transformers import PreTrainedTokenizerFast
 
+from support.tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
+from support.trl_oracle import trl_tokens
 from tether.data.datasets import as_dataset, tokenize_pairs
 from tether.errors import DataError
 

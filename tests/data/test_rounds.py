@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from support.runs import make_trainer, stream
 
+from support.runs import make_trainer, stream
 from tether import DataCollatorForPreference
 from tether.data.collators import PairsOfPadded
 from tether.data.datasets import PairCollator, batch_of

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.runs import as_dataset, make_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 
+from support.runs import as_dataset, make_trainer
 from tether import DataCollatorForPreference
 from tether.data.datasets import PairCollator, batch_of, truncation_of
 from tether.data.truncation import Truncation

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import naive_log_probs
 
 import tether.demo.run
+from support.tiny import naive_log_probs
 from tether.demo.pretrain import ModelSize, new_model, pretrain
 from tether.demo.result import DemoResult
 from tether.demo.run import run_demo

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import facts_of
 from torch import nn
 
+from support.runs import facts_of
 from tether.config.rules.run import refused_reference
 from tether.distributed import (
     any_process,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.runs import says_rounding
 from support.tiny import tiny_pairs
 

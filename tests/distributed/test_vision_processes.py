@@ -6,9 +6,9 @@ import importlib.util
 from typing import Any
 
 import pytest
+
 from support.launch import launch
 from support.runs import says_rounding
-
 from support.scripts.vision_processes import KINDS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.numerics]

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+
 from support.launch import launch
 
 KINDS = (

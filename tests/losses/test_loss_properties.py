@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.loss_equations import Pair
 
+from support.loss_equations import Pair
 from tether.losses import DIVERGENCES, LOSSES, LossOptions
 from tether.types import PairScores
 

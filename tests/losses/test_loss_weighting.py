@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.loss_equations import Numbers, Pair, loss_by_hand
-from support.trl_oracle import trl_loss_of_tokens
 from torch import Tensor
 
+from support.loss_equations import Numbers, Pair, loss_by_hand
+from support.trl_oracle import trl_loss_of_tokens
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions, Objective
 from tether.losses.weighting import RewardShift, pair_scores, policy_weights

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.loss_equations import F, Numbers, Pair, aot_by_hand, loss_by_hand, mean_by_hand, worth
-from support.trl_oracle import trl_loss
 from torch import Tensor
 
+from support.loss_equations import F, Numbers, Pair, aot_by_hand, loss_by_hand, mean_by_hand, worth
+from support.trl_oracle import trl_loss
 from tether.losses import DIVERGENCES, LOSSES, LossOptions
 from tether.types import PairScores
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from support.observe import bits, same_bits
-from support.runs import as_dataset, make_trainer, trained
-from support.tiny import tiny_pairs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from support.observe import bits, same_bits
+from support.runs import as_dataset, make_trainer, trained
+from support.tiny import tiny_pairs
 from tether import BEMACallback, LossOptions, PairScores
 from tether.errors import NotFiniteError
 from tether.losses import LOSSES

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from support.runs import make_trainer, trained
-from support.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from support.runs import make_trainer, trained
+from support.tiny import tiny_model, tiny_tokenizer
 from tether.errors import ConfigurationError
 from tether.models.preparing import add_adapter
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.observe import bits, same_bits
 from support.runs import curve, make_trainer, trained
 from support.tiny import tiny_model
-
 from tether.errors import ConfigurationError
 from tether.models.offloading import OffloadedActivations
 

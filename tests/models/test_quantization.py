@@ -11,11 +11,11 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from support.observe import bits, same_bits
 from support.runs import curve, make_trainer, steps, trained
 from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
 from tether.errors import ConfigurationError
 
 pytestmark = pytest.mark.numerics

@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.observe import bits, same_bits, traces
-from support.tiny import tiny_model
 from torch import Tensor, nn
 
+from support.observe import bits, same_bits, traces
+from support.tiny import tiny_model
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference import ImplicitReference, SynchronizedReference
 from tether.reference.updates.adapters import LINEAR_TYPES, adapter_parts, refused_followers

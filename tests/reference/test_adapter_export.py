@@ -13,10 +13,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from support.observe import bits, same_bits, traces
-from support.tiny import naive_log_probs, tiny_model
 from transformers import AutoModelForCausalLM
 
+from support.observe import bits, same_bits, traces
+from support.tiny import naive_log_probs, tiny_model
 from tether.reference import ImplicitReference
 
 K: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.tiny import tiny_model
 
+from support.tiny import tiny_model
 from tether.errors import ReferenceModelError
 from tether.reference import ExplicitReference, ImplicitReference, ReferenceIdentity
 

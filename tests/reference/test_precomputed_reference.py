@@ -12,10 +12,10 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
-from support.runs import as_dataset, curve, make_trainer, stream, trained
-from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from support.runs import as_dataset, curve, make_trainer, stream, trained
+from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tether import DPOConfig, DPOTrainer
 from tether.data.datasets import PairCollator
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError

@@ -18,10 +18,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
-from support.observe import bits, same_bits
-from support.runs import as_dataset, curve, make_trainer, trained
-from support.tiny import tiny_model, tiny_pairs
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tether.config.rules.run
@@ -30,6 +26,10 @@ import tether.reference.explicit
 import tether.reference.implicit
 import tether.reference.watch
 import tether.trainer.checkpoints
+from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
+from support.observe import bits, same_bits
+from support.runs import as_dataset, curve, make_trainer, trained
+from support.tiny import tiny_model, tiny_pairs
 from tether.errors import ConfigurationError, DriftError, InitialGapError, MissingLogProbsError, ResumeError
 from tether.reference import (
     ExplicitReference,

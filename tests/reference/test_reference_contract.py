@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.kinds import KINDS, Kind, dropping_gpt2, lora, synchronized
 
+from support.kinds import KINDS, Kind, dropping_gpt2, lora, synchronized
 from tether.errors import MissingPackageError
 from tether.reference import ExplicitReference, ImplicitReference, Reference
 from tether.reference.base import BatchSource

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from torch import nn
+
 from support.kinds import (
     BATCH,
     CLOSE,
@@ -28,8 +30,6 @@ from support.kinds import (
 )
 from support.observe import bits, same_bits, traces
 from support.tiny import tiny_model
-from torch import nn
-
 from tether.errors import MissingLogProbsError
 from tether.reference import (
     ExplicitReference,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
+
 from support.kinds import BATCH
 from support.observe import bits, same_bits, traces
 from support.runs import curve, make_trainer, trained
 from support.tiny import tiny_model
-from torch import nn
-
 from tether.data.datasets import batch_of
 from tether.errors import ConfigurationError
 from tether.scoring import score

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.observe import bits, same_bits
-from support.tiny import tiny_model
 from torch import Tensor, nn
 
+from support.observe import bits, same_bits
+from support.tiny import tiny_model
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference import ExplicitReference, SynchronizedReference
 from tether.reference.updates.averaging import soft_update, soft_update_with_residual

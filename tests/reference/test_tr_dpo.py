@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from support.observe import bits, same_bits
-from support.runs import curve, make_trainer, steps, trained
-from support.tiny import naive_log_probs, tiny_model, tiny_pairs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from support.observe import bits, same_bits
+from support.runs import curve, make_trainer, steps, trained
+from support.tiny import naive_log_probs, tiny_model, tiny_pairs
 from tether import DPOTrainer
 from tether.errors import ReferenceModelError, ResumeError
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.kinds import BATCH, dropping_gpt2, lora, partly_frozen
-from support.runs import as_dataset, curve, make_trainer, steps, trained
-from support.tiny import tiny_model, tiny_pairs
 from torch import Tensor
 from transformers import TrainerCallback
 
+from support.kinds import BATCH, dropping_gpt2, lora, partly_frozen
+from support.runs import as_dataset, curve, make_trainer, steps, trained
+from support.tiny import tiny_model, tiny_pairs
 from tether.errors import DriftError, InitialGapError
 from tether.reference import (
     ExplicitReference,

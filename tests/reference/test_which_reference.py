@@ -23,10 +23,10 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from support.observe import bits, same_bits
-from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from torch import nn
 
+from support.observe import bits, same_bits
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether import DPOConfig, DPOTrainer
 from tether.data.datasets import batch_of
 
@@ -401,8 +401,8 @@ def _table() -> str:
     lines = [
         "# Which reference",
         "",
-        "For every model and adapter below, measured by `tests/reference/test_which_reference.py` on tiny random models:",
-        "the reference, the first loss (log 2 = 0.6931 where the policy has no dropout), the largest gap to the policy",
+        "For every model and adapter below, measured by `tests/reference/test_which_reference.py` on tiny random",
+        "models: the reference, the first loss (log 2 = 0.6931 where the policy has no dropout), the largest gap to the policy",
         "before the first step, and how far the reference moved over three steps at a large learning rate, in nats.",
         "Which of them can follow the policy instead (TR-DPO), and how: [tr-dpo.md](tr-dpo.md).",
         "",

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import FAMILIES, naive_log_probs, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
 
+from support.tiny import FAMILIES, naive_log_probs, tiny_model
 from tether.scoring import restore_attention, score
 from tether.scoring.packing import PROVEN_FAMILIES, layouts_agree
 from tether.scoring.score import can_pack

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.ropes import LIMIT, ROPES
 from support.runs import curve, facts_of, make_trainer, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs
-
 from tether import DPOConfig
 from tether.config.rules.run import refused_run
 from tether.models.preparing import broadcasts_buffers

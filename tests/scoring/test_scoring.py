@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from support.observe import LargestTensor, traces
-from support.tiny import FAMILIES, naive_log_probs, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from support.observe import LargestTensor, traces
+from support.tiny import FAMILIES, naive_log_probs, tiny_model
 from tether.errors import ConfigurationError
 from tether.scoring import score
 from tether.types import PairBatch, Response

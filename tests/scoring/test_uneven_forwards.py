@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from support.launch import launch
 from support.ropes import ROPES
 from support.runs import says_rounding

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from support.launch import launch
 
 pytestmark = pytest.mark.distributed

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.store_cases import ME, OTHER, SOURCE, fill, found, in_fork, key_of, log_probs_of
 
+from support.store_cases import ME, OTHER, SOURCE, fill, found, in_fork, key_of, log_probs_of
 from tether.errors import StoreError
 from tether.store import LogProbStore, default_store_path
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.store_cases import ME, SOURCE, fill
 
 import tether.store.key
+from support.store_cases import ME, SOURCE, fill
 from tether.store import LogProbStore, schema
 
 ROOT = SOURCE.parent

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.store_cases import ME, OTHER, fill, found, key_of, log_probs_of, start_writer, wait_for
 
+from support.store_cases import ME, OTHER, fill, found, key_of, log_probs_of, start_writer, wait_for
 from tether.errors import StoreError
 from tether.store import LogProbStore, export_parquet, import_parquet, merge, prune
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.store_cases import ME, fill, found, in_fork, key_of, log_probs_of
 
+from support.store_cases import ME, fill, found, in_fork, key_of, log_probs_of
 from tether.errors import StoreError
 from tether.store import LogProbStore, opening, salvage, schema
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.store_cases import OTHER, fill, found, kill, start_writer, wait_for
 
+from support.store_cases import OTHER, fill, found, kill, start_writer, wait_for
 from tether.errors import StoreError
 from tether.store import LogProbStore
 

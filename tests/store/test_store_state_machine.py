@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support.store_cases import ME, OTHER, in_fork, key_of, log_probs_of
 
+from support.store_cases import ME, OTHER, in_fork, key_of, log_probs_of
 from tether.errors import StoreError
 from tether.store import LogProbStore, salvage
 

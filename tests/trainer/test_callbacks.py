@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
 from support.observe import bits, same_bits
 from support.runs import curve, facts_of, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
 from tether import BEMACallback
 from tether.config.rules.run import refused_reference
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError

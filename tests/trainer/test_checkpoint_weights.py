@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
 from support.observe import bits, same_bits
 from support.runs import as_dataset, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
-from transformers import TrainerCallback
-
 from tether import BEMACallback
 from tether.errors import ConfigurationError, ResumeError
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from support.observe import bits, same_bits
-from support.runs import says_rounding
-from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import TrainerCallback
 
 import tether
+from support.observe import bits, same_bits
+from support.runs import says_rounding
+from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 from tether.trainer.trl_attributes import ELSEWHERE
 
 pytestmark = pytest.mark.numerics

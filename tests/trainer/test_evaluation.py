@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PromptTuningConfig
+from transformers import EvalPrediction, TrainerCallback
+
 from support.observe import LargestTensor
 from support.runs import as_dataset, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
-from transformers import EvalPrediction, TrainerCallback
-
 from tether.errors import ConfigurationError
 from tether.trainer.evaluation import PairGather
 

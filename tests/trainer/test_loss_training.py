@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from torch import Tensor
+
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, differences, make_trainer, shared_names, steps, stream, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from support.trl_oracle import trl_curve
-from torch import Tensor
-
 from tether import DataCollatorForPreference, DPOConfig, LossOptions, PairScores
 from tether.errors import ConfigurationError, DataError, ResumeError
 from tether.losses import LOSSES

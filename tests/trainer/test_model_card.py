@@ -14,9 +14,9 @@ import torch
 import transformers.trainer
 import yaml
 from peft import LoraConfig
+
 from support.runs import make_trainer, trained
 from support.tiny import tiny_model, tiny_tokenizer
-
 from tether import BEMACallback, LossOptions, PairScores
 
 REFERENCES: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {

@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from peft import LoraConfig
-from support.observe import bits, same_bits
-from support.runs import as_dataset, curve, make_trainer, steps, trained
-from support.tiny import tiny_model, tiny_pairs
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from support.observe import bits, same_bits
+from support.runs import as_dataset, curve, make_trainer, steps, trained
+from support.tiny import tiny_model, tiny_pairs
 from tether import DPOConfig, DPOTrainer
 from tether.distributed import autocast_dtype
 from tether.errors import ConfigurationError, DriftError

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from support.runs import as_dataset, curve, make_trainer, steps, stream, trained
-from support.tiny import ADAM_EPSILON, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
+from support.runs import as_dataset, curve, make_trainer, steps, stream, trained
+from support.tiny import ADAM_EPSILON, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback
 from tether.data.datasets import REFERENCE_COLUMNS
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError

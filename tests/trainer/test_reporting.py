@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from support.runs import as_dataset, steps, trained
 from support.tiny import tiny_pairs
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
 from support.observe import bits, same_bits
 from support.runs import as_dataset, make_trainer, steps, trained
 from support.tiny import tiny_model, tiny_pairs
-
 from tether import DPOTrainer
 from tether.errors import ResumeError
 

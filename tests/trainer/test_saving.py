@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from support.observe import bits, same_bits
-from support.runs import as_dataset, curve, make_trainer, trained
-from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from support.observe import bits, same_bits
+from support.runs import as_dataset, curve, make_trainer, trained
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback, DPOTrainer
 from tether.config.rules.run import refused_metric
 from tether.errors import ConfigurationError

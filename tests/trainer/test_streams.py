@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+
 from support.observe import bits, same_bits
 from support.runs import as_dataset, make_trainer, steps, stream, trained
 from support.tiny import tiny_model, tiny_pairs
-
 from tether import DPOTrainer
 from tether.errors import ResumeError
 

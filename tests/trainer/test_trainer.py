@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
 from support.observe import bits, same_bits, tensor_bytes_alive, traces
 from support.runs import as_dataset, curve, differences, make_trainer, shared_names, steps, stream, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from support.trl_oracle import trl_curve, trl_evaluation
-from transformers import AutoModelForCausalLM, TrainerCallback
-
 from tether import DPOConfig
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.losses.metrics import MetricSums, pair_metrics

@@ -12,16 +12,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from support.observe import bits, same_bits
-from support.runs import curve, differences, make_trainer, shared_names, steps, stream, trained
-from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
-from support.tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
-from support.trl_oracle import trl_curve
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference as TheirCollator
 
 import tether
+from support.observe import bits, same_bits
+from support.runs import curve, differences, make_trainer, shared_names, steps, stream, trained
+from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
+from support.tiny_vision import FAMILIES, PLACEHOLDERS, tiny_image, tiny_image_pairs, tiny_processor, tiny_vision_model
+from support.trl_oracle import trl_curve
 from tether import DataCollatorForVisionPreference
 from tether.data.datasets import PairCollator, as_dataset, batch_of
 from tether.data.image_rows import ImageRows

@@ -13,11 +13,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor
+
 from support.observe import bits
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
-from torch import Tensor
-
 from tether.errors import ConfigurationError
 from tether.trainer.trainable import checkpoints_activations
 

@@ -242,7 +242,7 @@ def _tokenize_next(
 
 
 def _check_numbers(row: Mapping[str, Any], where: str, brought: frozenset[str]) -> None:
-    """Of a stream, row by row; the columns of a set in memory are looked at as a whole (`trainer.reference_columns`)."""
+    """Of a stream; the columns of a set in memory are looked at as a whole (`trainer.reference_columns`)."""
     if MARGIN_COLUMN in brought:
         check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, where)
     if not brought.isdisjoint(REFERENCE_COLUMNS):

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.launch import leave
-from support.observe import same_bits
-from support.runs import as_dataset
-from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from support.launch import leave
+from support.observe import same_bits
+from support.runs import as_dataset
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
 from tether.distributed import forget_gathered, has_shards, whole
 from tether.errors import ConfigurationError

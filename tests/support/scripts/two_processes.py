@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from datasets import IterableDataset, load_from_disk
 from peft import LoraConfig
+from transformers import EvalPrediction
+
 from support.launch import leave
 from support.observe import bits, same_bits
 from support.runs import as_dataset, make_trainer, steps, stream
 from support.tiny import tiny_pairs
-from transformers import EvalPrediction
-
 from tether import DPOTrainer, PrecomputedReference
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from support.launch import leave
 from support.ropes import ROPES
 from support.runs import make_trainer, steps

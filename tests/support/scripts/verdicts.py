@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.launch import leave
-from support.runs import make_trainer
-from support.tiny import tiny_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from support.launch import leave
+from support.runs import make_trainer
+from support.tiny import tiny_model
 from tether import DPOTrainer, LossOptions, PairScores
 from tether.errors import TetherError
 from tether.losses import LOSSES

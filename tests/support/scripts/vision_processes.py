@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+
 from support.launch import leave
 from support.runs import make_trainer, steps
 from support.tiny_vision import tiny_image_pairs, tiny_processor, tiny_vision_model

@@ -16,13 +16,13 @@ import deepspeed
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 from support.launch import leave
 from support.observe import same_bits
 from support.runs import as_dataset, make_trainer, steps
 from support.tiny import tiny_model, tiny_pairs
-from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
 from tether import DPOTrainer
 from tether.distributed import forget_gathered, has_shards, whole
 from tether.errors import ConfigurationError
