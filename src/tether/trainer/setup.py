@@ -168,7 +168,7 @@ class Prepared:
 
 
 def prepare(checked: Checked, asked: Asked) -> Prepared:
-    """Changes what training needs changed: the tokenizer's padding, the models, and what follows from them in `args`."""
+    """Changes what training needs changed: the padding token, the models, and the options that follow from them."""
     facts, args = checked.facts, checked.facts.args
     use_pad_token(facts.tokenizer, args.pad_token)
     warn_of_optimizer(facts)
