@@ -52,14 +52,14 @@ def of_option(name: str, value: Any, why: str, instead: str, beside: str = "", d
 
 
 def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = ConfigurationError) -> None:
-    """Raises one error for everything that was found, once for each subject; does nothing if there is nothing.
+    """Raises one error for everything that was found, once for each option; does nothing if there is nothing.
 
     Raises:
         ConfigurationError: Its `refusals` are what was found.
     """
     first: dict[str, Refusal] = {}
     for refusal in found:
-        first.setdefault(refusal.subject, refusal)
+        first.setdefault(refusal.option or refusal.subject, refusal)
     refusals = tuple(first.values())
     if not refusals:
         return
@@ -68,7 +68,7 @@ def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = Configura
         raised = error(one.problem, one.instead, one.details)
     else:
         raised = error(
-            f"Cannot use {listed(list(first))}, each for the reason below.",
+            f"Cannot use {listed([one.subject for one in refusals])}, each for the reason below.",
             "Change each of them; nothing was done yet.",
             "\n  ".join(f"{one.subject}: {one.why}. {one.instead}" for one in refusals),
         )

@@ -47,7 +47,11 @@ MISTAKES: dict[str, tuple[str | None, list[str]]] = {
     "two at once": ("bta: 0.2\nmax_steps: many", []),
     "recipe and flags at once": ("bta: 0.2", ["--lora_r", "two", "--ouput_dir", "x"]),
     "two contradictions at once": ("lora_alpha: 8\neval_data: a.jsonl\neval_fraction: 0.1", []),
+    "an option of tokens": ("label_smoothing_factor: 0.1", []),
+    "a row cut over processes": ("model_init_kwargs: {tp_size: 2}", []),
     # YAML and words
+    "a control character": ("beta: \x01", []),
+    "a folder as the recipe": (None, ["model"]),
     "YAML that is none": ("beta: [0.1", []),
     "a colon without a space": ("beta:0.1\nseed: 1", []),
     "a recipe that is a list": ("- beta: 0.1", []),
@@ -77,6 +81,10 @@ MISTAKES: dict[str, tuple[str | None, list[str]]] = {
     "a misspelt verb of the store": (None, ["store", "inof"]),
     "a misspelt option of the demo": (None, ["demo", "--sede", "1"]),
     "a store that is not there": (None, ["store", "info", "--store", "nowhere.sqlite"]),
+    "precompute without a reference": (
+        None,
+        ["precompute", "--model", "m", "--train_data", "x.jsonl", "--reference_free", "--beta", "-1"],
+    ),
     "a part of no whole": (None, ["precompute", "--shard", "3/2"]),
 }
 OTHER_VERBS = ("trian", "store", "demo", "precompute")

@@ -39,7 +39,7 @@ from tether.cli.mistakes import as_written
 from tether.cli.options import ALIASES, OPTIONS
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
-from tether.cli.trl_options import REFUSED
+from tether.cli.trl_options import IN_A_RECIPE, REFUSED
 from tether.config.former_options import FORMER
 from tether.errors import ConfigurationError, DataError, MissingPackageError
 from tether.trainer.dpo_trainer import DPOTrainer
@@ -143,7 +143,7 @@ def test_an_option_of_earlier_versions_is_refused_with_todays(name: str) -> None
     for words in (("train_data: d.jsonl\n" + f"{name}: 1",), ("train_data: d.jsonl", f"--{name}", "1")):
         with pytest.raises(ConfigurationError, match="no such option any more") as caught:
             read(*words)
-        assert caught.value.instead == as_written(f"Write {FORMER[name]}.", in_recipe=True)
+        assert caught.value.instead == as_written(f"Write {IN_A_RECIPE.get(name) or FORMER[name]}.", in_recipe=True)
     named = re.findall(r"`(\w+)", FORMER[name])
     assert set(named) <= {*OPTIONS, *ALIASES, "env"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import re
@@ -173,6 +174,23 @@ def test_all_that_is_wrong_with_a_run_is_told_at_once(tmp_path: Path) -> None:
         assert named in subject
 
 
+def test_options_that_changed_since_they_were_made_are_looked_at_again(tmp_path: Path) -> None:
+    args = DPOConfig(str(tmp_path), **DEFAULTS, precompute_ref_log_probs=True)
+    args.sync_ref_model, args.beta = True, -1.0
+    with pytest.raises(ConfigurationError) as caught:
+        DPOTrainer(tiny_model(), args=args, train_dataset=PAIRS, processing_class=tiny_tokenizer())
+    assert {refusal.option for refusal in caught.value.refusals} == {"beta", "sync_ref_model"}
+
+
+def test_a_wrapped_constructor_may_take_other_names(tmp_path: Path) -> None:
+    class Config(DPOConfig):
+        @functools.wraps(DPOConfig.__init__)
+        def __init__(self, *args: Any, extra: int = 0, **options: Any) -> None:
+            super().__init__(*args, **options)
+
+    assert Config(str(tmp_path), extra=3, beta=0.2).beta == 0.2
+
+
 @pytest.mark.parametrize("name", sorted(FORMER))
 def test_a_former_option_is_refused_with_what_it_is_called_today(name: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentTypeError) as caught:
@@ -283,6 +301,7 @@ ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a reference without head": ("`ref_model` of type LlamaModel", lambda: {"ref_model": tiny_model().model}),
     "True as reference": ("`ref_model` of type bool", lambda: {"ref_model": True}),
     "one callback": ("`callbacks`", lambda: {"callbacks": BEMACallback()}),
+    "a number as callback": ("3 in `callbacks`", lambda: {"callbacks": [3]}),
     "a tuple of callbacks": ("`callbacks` of type tuple", lambda: {"callbacks": (BEMACallback(),)}),
     "dtype that is none": ("bf61", lambda: {"model": "nowhere", "args": args_of(model_init_kwargs={"dtype": "bf61"})}),
     "the old name of dtype": (
@@ -441,6 +460,22 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sync over another size": ("sync_ref_model", lambda: {"ref_model": tiny_model(hidden=48), "sync_ref_model": True}),
     "peft_config of another type": ("peft_config", lambda: {"peft_config": {"r": 2}}),
     "peft_config with an adapter": ("peft_config", lambda: LORA | {"model": adapted()}),
+    "an adapter for inference": (
+        "inference_mode",
+        lambda: {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True)},
+    ),
+    "evaluation of no set": (
+        "eval_strategy",
+        lambda: {"eval_strategy": "steps", "metric_for_best_model": "loss", "eval_dataset": {}},
+    ),
+    "a stream without an end": ("max_steps", lambda: {"rows": stream(PAIRS), "max_steps": -1}),
+    "a half that an adapter copies": (
+        "lm_head",
+        lambda: {
+            "model": tiny_model(dtype=torch.float16),
+            "peft_config": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        },
+    ),
     "no tokenizer for an instance": ("processing_class", lambda: {"processing_class": None}),
     "a tokenizer that is none": ("processing_class", lambda: {"processing_class": str}),
     "a quantization for an instance": ("quantization_config", lambda: {"quantization_config": object()}),
@@ -474,8 +509,8 @@ def test_a_copy_that_an_adapter_trains_in_float16_is_refused(tmp_path: Path) -> 
     """PEFT makes LoRA's own factors float32, and leaves what `modules_to_save` copies in the dtype of the base."""
     whole_head = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ConfigurationError, match="float16") as caught:
-        make_trainer(tmp_path, tiny_model(dtype=torch.float16), peft_config=whole_head)
-    assert_told(caught.value, "lm_head.modules_to_save")
+        refused(tmp_path, tiny_model(dtype=torch.float16), peft_config=whole_head)
+    assert_told(caught.value, "`lm_head.weight`")
 
 
 def test_float16_of_a_model_given_by_name_is_refused(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tether: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except KeyboardInterrupt as stop:
         if traceback:
             raise

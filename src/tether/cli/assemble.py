@@ -21,7 +21,7 @@ from tether.cli.options import ScriptOptions
 from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
 from tether.cli.quantization import quantization_of
 from tether.cli.quiet import quiet_deepspeed
-from tether.cli.recipe import Recipe
+from tether.cli.recipe import Recipe, refuse_as_written
 from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
 from tether.models.loading import load_processing_class_of
@@ -54,17 +54,21 @@ def build_trainer(
         train_pairs, eval_pairs = take_shard(train_pairs, *shard), eval_pairs and take_shard(eval_pairs, *shard)
         eval_pairs = eval_pairs or None
     assert script.model is not None
-    trainer = DPOTrainer(
-        script.model,
-        ref_model=script.ref_model,
-        args=config,
-        train_dataset=train_pairs,
-        eval_dataset=eval_pairs,
-        processing_class=processing_class,
-        callbacks=list(callbacks),
-        quantization_config=quantization,
-        peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
-    )
+    try:
+        trainer = DPOTrainer(
+            script.model,
+            ref_model=script.ref_model,
+            args=config,
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+            quantization_config=quantization,
+            peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
+        )
+    except ConfigurationError as error:
+        refuse_as_written(error, recipe.request)
+        raise
     for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at
         trainer.remove_callback(theirs)
     return trainer

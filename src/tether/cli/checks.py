@@ -72,6 +72,13 @@ def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -
         yield _together("model_revision", "ref_model", why, "Download one of the two, and name its folder.")
     if given.get("resume") is not None and given.get("resume_from_checkpoint") is not None:
         yield _together("resume", "resume_from_checkpoint", "they are the same option", "Keep `resume`.")
+    if prog.endswith(" precompute"):
+        for name in ("reference_free", "sync_ref_model"):
+            if given.get(name):
+                why = "there is no reference to score" if name == "reference_free" else "its answers change as it moves"
+                yield Mistake(
+                    f"`{prog}` with `{name}`", why, "Take it out: this verb is for references that stand still."
+                )
     if script.dry_run and not prog.endswith(" train"):
         yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Take it out.")
 

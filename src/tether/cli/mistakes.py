@@ -40,7 +40,7 @@ def as_written(text: str, *, in_recipe: bool) -> str:
     def respelled(found: re.Match[str]) -> str:
         try:
             value = yaml.safe_dump(ast.literal_eval(found[2]), default_flow_style=True).split("\n")[0]
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, yaml.YAMLError):
             return found[0]
         return f"`{found[1]}: {value}`" if in_recipe else f"`--{found[1]} {value}`"
 

@@ -61,11 +61,13 @@ class Recipe:
         script: Model, data, adapter.
         config: The trainer's options.
         given: The options that the recipe or a flag named, as they were read; all others have their defaults.
+        request: How it was written.
     """
 
     script: ScriptOptions
     config: DPOConfig
     given: Mapping[str, Any]
+    request: Request
 
 
 def read_recipe(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Recipe:
@@ -100,7 +102,8 @@ def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), 
     script = completed(ScriptOptions(**{name: given[name] for name in given if name in SCRIPT_NAMES}), given)
     found = list(contradictions(script, given, prog))
     if found:  # and the others with them, so that all are told at once
-        refuse([*found, *_of_config({**_config_values(script, given), **forced}, reading.written)], prog, path)
+        others = _of_config({**_config_values(script, given), **forced}, reading.written, path)
+        refuse([*found, *(other for other in others if other.option not in forced)], prog, path)
     os.environ.update(reading.environment)
     own = [word for flag in flags if flag.key not in LAUNCHER for word in flag.words]
     words = own if recipe is None else [recipe, *own]
@@ -183,7 +186,7 @@ def make_recipe(request: Request) -> Recipe:
     try:
         config = DPOConfig(**values)
     except ConfigurationError as error:
-        refuse(_as_mistakes(error, request.written), prog, request.path)
+        refuse_as_written(error, request)
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
         said = " ".join(str(error).split())
@@ -197,7 +200,7 @@ def make_recipe(request: Request) -> Recipe:
         # Only now, so that a mistake is told once, and not by every process.
         launch(request.launch, prog, request.words, request.typed, environment)
     _add_model_options(config, script)
-    return Recipe(script, config, request.given)
+    return Recipe(script, config, request.given, request)
 
 
 def _config_values(script: ScriptOptions, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +215,7 @@ def _config_values(script: ScriptOptions, given: Mapping[str, Any]) -> dict[str,
     return values
 
 
-def _of_config(values: Mapping[str, Any], written: Mapping[str, Written]) -> list[Mistake]:
+def _of_config(values: Mapping[str, Any], written: Mapping[str, Written], path: Path | None) -> list[Mistake]:
     """What `DPOConfig` would refuse of options that were written."""
     if not written.keys() - SCRIPT_NAMES:
         return []
@@ -221,19 +224,25 @@ def _of_config(values: Mapping[str, Any], written: Mapping[str, Written]) -> lis
     try:
         DPOConfig(**values)
     except ConfigurationError as error:
-        return _as_mistakes(error, written)
+        return _as_mistakes(error, written, path)
     except (ValueError, TypeError, ImportError, OSError):  # TrainingArguments' own checks, told when the rest is right
         pass
     return []
 
 
-def _as_mistakes(error: ConfigurationError, written: Mapping[str, Written]) -> list[Mistake]:
+def refuse_as_written(error: ConfigurationError, request: Request) -> None:
+    """Raises the refusals of an error again, each with its line, and with options spelled as they were written."""
+    refuse(_as_mistakes(error, request.written, request.path), f"tether {request.verb}", request.path)
+
+
+def _as_mistakes(error: ConfigurationError, written: Mapping[str, Written], path: Path | None) -> list[Mistake]:
     """The refusals of `DPOConfig`, each with its line, and with options spelled as they were."""
     found = []
     for refusal in error.refusals:
         one = written.get(refusal.option)
         line = one.line if one else None
-        subject, instead = (as_written(text, in_recipe=line is not None) for text in (refusal.subject, refusal.instead))
+        in_recipe = path is not None if one is None else line is not None
+        subject, instead = (as_written(text, in_recipe=in_recipe) for text in (refusal.subject, refusal.instead))
         if one and (own := re.match(r"`[^`]*`", subject)):
             subject = one.subject + subject[own.end() :]
         found.append(Mistake(subject, refusal.why, instead, refusal.details, refusal.option, line))
@@ -244,6 +253,8 @@ def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
     """A recipe that is not there, or more than one."""
     if len(names) > 1:
         return [Mistake(f"two recipes, {' and '.join(names)}", "a run has one", "Name one of them.")]
+    if path is not None and path.is_dir():
+        return [Mistake(f"the recipe {names[0]}", "it is a folder", "Name a YAML file.")]
     if path is None or path.is_file():
         return []
     instead = "Name a YAML file (examples/real_pairs/recipe.yaml is one), or give every option as a flag."

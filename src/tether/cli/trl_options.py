@@ -43,6 +43,10 @@ REFUSED: Mapping[str, RefusedOption] = {
 }
 
 
+# What recipes have an option for, and `DPOConfig` has not.
+IN_A_RECIPE = {"torch_dtype": "`dtype`"}
+
+
 def former_or_refused(key: str, value: Any) -> tuple[str, str] | None:
     """Why an option of TRL's cannot be, and what to write instead; None if it can, or says what is done anyway.
 
@@ -51,9 +55,9 @@ def former_or_refused(key: str, value: Any) -> tuple[str, str] | None:
         value: What it was given: text, or None.
     """
     if key in FORMER:
-        return "TRL 1.16 and transformers 5 have no such option any more", as_written(
-            f"Write {FORMER[key]}.", in_recipe=True
-        )
+        instead = IN_A_RECIPE.get(key) or FORMER[key]
+        why = "TRL 1.16 and transformers 5 have no such option any more"
+        return why, as_written(f"Write {instead}.", in_recipe=True)
     option = REFUSED[key]
     is_default = str(value).lower() == str(option.default).lower()
     return None if is_default else (option.why.rstrip("."), option.instead)

@@ -91,8 +91,9 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
     Raises:
         ConfigurationError: If it is no YAML, or no mapping.
     """
-    loader = _Loader(_text_of(path))
+    text = _text_of(path)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise yaml.MarkedYAMLError(None, None, "options with names are expected", node.start_mark)

@@ -181,11 +181,12 @@ class DPOConfig(TrainingArguments):
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuses names that are no options, all of them, with what each is called today."""
-        refuse(refused_names(options, inspect.signature(cls.__init__)), ArgumentTypeError)
+        refuse(refused_names(options, inspect.signature(cls.__init__, follow_wrapped=False)), ArgumentTypeError)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if isinstance(self.loss_type, str | tuple):
+            self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         # The options of TrainingArguments are transformers' to check.
         refuse(refused_types(self, DPOConfig, TrainingArguments), ArgumentTypeError)
         refuse(refused_options(self))

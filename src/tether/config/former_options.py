@@ -22,11 +22,11 @@ FORMER: Mapping[str, str] = {
     "overwrite_output_dir": "nothing: a run writes to its folder, and goes on from there when it is resumed",
     "padding_value": "nothing: rows have no padding",
     "ref_adapter_name": "nothing: the reference of a continued adapter is the adapter as it was",
-    "ref_model_sync_rule": "`ref_model_mixup_alpha=1` for hard, or in Python BEMACallback(update_ref_model=True) for "
-    "bema; soft is what a sync does",
+    "ref_model_sync_rule": "`ref_model_mixup_alpha=1` for hard, and in Python BEMACallback(update_ref_model=True) "
+    "for bema; soft is what a sync does",
     "rpo_alpha": "`loss_type=['sigmoid', 'sft']`, with the alpha as the second of `loss_weights`",
     "save_safetensors": "nothing: weights are saved as safetensors",
-    "torch_dtype": "`dtype`",
+    "torch_dtype": "`model_init_kwargs={'dtype': 'bfloat16'}`",
     "use_logits_to_keep": "nothing: only the logits of responses are made, and never all at once",
     "warmup_ratio": "`warmup_steps`: below 1, it is a share of all steps",
 }

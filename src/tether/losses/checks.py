@@ -42,7 +42,9 @@ def refused_losses(
     yield from _ranges(options)
     unknown = [name for name in losses if name not in LOSSES]
     if unknown or not losses:
-        why = f"there is no loss named {unknown[0]!r}" if unknown else "a policy needs a loss to train"
+        why = (
+            f"there is no loss named {' or '.join(map(repr, unknown))}" if unknown else "a policy needs a loss to train"
+        )
         nearest = nearest_to(unknown[0], LOSSES) if unknown else ""
         meant = f"Did you mean `{nearest}`? " if nearest else ""
         yield of_option("loss_type", list(losses), why, f"{meant}The losses are {', '.join(LOSSES)}.")

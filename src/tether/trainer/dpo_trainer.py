@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalPrediction
 
 from tether.config.dpo_config import DPOConfig
-from tether.config.rules.run import refused_reference, router_coefficient
+from tether.config.rules.run import refused_run, router_coefficient
 from tether.data.collators import Collator
 from tether.data.datasets import Rows, batch_of
 from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
@@ -177,7 +177,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     def _run_of_reference(self, checked: Checked) -> ReferenceRun:
         facts, shard = checked.facts, sharding_of(self.accelerator)
         if (shard is not None) != facts.is_sharded:  # the launcher knew more than the options
-            refuse(refused_reference(replace(facts, is_sharded=shard is not None)))
+            refuse(refused_run(replace(facts, is_sharded=shard is not None)))
         cast_as_training_will(self.model, self.accelerator)
         around = replace(checked.around, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
         with together():

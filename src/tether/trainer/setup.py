@@ -21,6 +21,7 @@ from tether.config.rules.arguments import (
     refused_loss,
 )
 from tether.config.rules.facts import Facts, will_shard
+from tether.config.rules.options import refused_options
 from tether.config.rules.run import adds_figures, refused_float16, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
 from tether.errors import ArgumentTypeError
@@ -97,6 +98,7 @@ def check(asked: Asked) -> Checked:
     args = asked.args or DPOConfig(default_output_dir(asked.model))
     refuse(
         (
+            *refused_options(args),  # which may have changed since they were made
             *refused_data_parallel(args),
             *refused_loss(args, asked.loss),
             *refused_door(args, asked.reference, asked.ref_model),
@@ -131,7 +133,7 @@ def check(asked: Asked) -> Checked:
         leaders=[c for c in asked.callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model],
         is_sharded=will_shard(args),
     )
-    for loaded in filter(None, (policy, ref_model)):
+    for loaded in (policy, *([] if ref_model is None else [ref_model])):
         keep_differentiable(loaded)  # first, because a rule may make a forward
     refuse(refused_run(facts))
     if ref_model is not None:
@@ -172,8 +174,9 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
     facts, args = checked.facts, checked.facts.args
     use_pad_token(facts.tokenizer, args.pad_token)
     warn_of_optimizer(facts)
-    for loaded in filter(None, (facts.policy, facts.ref_model)):
-        keep_savable(loaded)
+    keep_savable(facts.policy)
+    if facts.ref_model is not None:
+        keep_savable(facts.ref_model)
     args.ddp_broadcast_buffers = broadcasts_buffers(
         facts.policy, checked.reader.truncation.max_length, args.ddp_broadcast_buffers
     )

@@ -42,11 +42,14 @@ class _Forwarded(Generic[T]):
     def __init__(self, read: Callable[[Any], T]) -> None:
         self._read = read
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
     def __get__(self, trainer: Any, owner: type | None = None) -> T:
         return self if trainer is None else self._read(trainer)  # type: ignore[return-value]
 
     def __set__(self, trainer: Any, value: Any) -> NoReturn:
-        raise AttributeError("it is read only: the option is one of `trainer.args`, and is settled by now")
+        raise AttributeError(f"Cannot set `trainer.{self._name}`: it is read only, and settled by `trainer.args`.")
 
 
 class OptionsAsAttributes:

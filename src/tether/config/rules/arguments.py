@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
 from tether.models.loading import tokenizer_of
@@ -42,7 +42,7 @@ def refused_arguments(
             yield Refusal(
                 f"a `{name}` of type {type(value).__name__}",
                 "it is scored as a language model of transformers is",
-                "Pass a path or name, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
+                "Pass a path or name as text, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
             )
     if callbacks is not None and not isinstance(callbacks, list):
         yield Refusal(
@@ -50,6 +50,14 @@ def refused_arguments(
             "those of transformers are added to the list of them",
             "Write a list: `callbacks=[...]`.",
         )
+    for callback in callbacks if isinstance(callbacks, list) else ():
+        own = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(own, TrainerCallback):
+            yield Refusal(
+                f"{callback!r} in `callbacks`",
+                "it is not a `transformers.TrainerCallback`",
+                "Pass callbacks, or classes of them.",
+            )
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         yield Refusal(
             f"a `peft_config` of type {type(peft_config).__name__}",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import parse_flag_from_env
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ def will_shard(args: DPOConfig) -> bool:
     plugin = args.deepspeed_plugin
     if plugin is not None:
         return bool(plugin.zero_stage == 3)
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    launched = parse_flag_from_env("ACCELERATE_USE_FSDP")
     return args.world_size > 1 and (bool(args.fsdp) or launched)
 
 

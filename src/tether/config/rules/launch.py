@@ -84,7 +84,7 @@ def _loading(options: Mapping[str, Any]) -> Iterator[Refusal]:
     for option, size in _OF_LOADING.items():
         value = options.get(option)
         if value is not None and value != 1:
-            yield _cut(f"`{option}={value!r}` in `model_init_kwargs`", size)
+            yield _cut(f"`{option}={value!r}` in `model_init_kwargs`", size, "model_init_kwargs")
     inner: Any = options.get("distributed_config")
     if inner is not None:
         yield from _sizes(inner, "`{}={}` in the `distributed_config` of `model_init_kwargs`")
@@ -104,10 +104,11 @@ def _value(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
-def _cut(subject: str, size: str) -> Refusal:
+def _cut(subject: str, size: str, option: str = "") -> Refusal:
     kind, why = _KINDS[size]
     return Refusal(
         subject,
         f"{kind} parallelism is not supported, because {why}",
         "Leave it out. Data parallelism, FSDP2 and DeepSpeed ZeRO are supported (docs/distributed.md).",
+        option=option,
     )

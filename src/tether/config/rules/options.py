@@ -36,7 +36,7 @@ def refused_names(given: Iterable[str], signature: inspect.Signature) -> Iterato
         given: The names that were written.
         signature: Of the constructor they were written to, which may take others for itself.
     """
-    known = signature.parameters
+    known = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     for name in (name for name in given if name not in known):
@@ -79,9 +79,11 @@ def _ranges(args: DPOConfig) -> Iterator[Refusal]:
         ("eval_accumulation_steps", 1, "it is a number of batches"),
         ("precompute_ref_batch_size", 1, "it is a number of pairs"),
         ("ref_model_sync_steps", 1, "it is a number of optimizer steps"),
+        ("per_device_train_batch_size", 1, "it is a number of pairs"),
+        ("gradient_accumulation_steps", 1, "it is a number of micro-batches"),
     ):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if isinstance(value, int | float) and value < least:
             or_none = ", or None" if name in ("max_length", "max_tokens_per_micro_batch") else ""
             yield of_option(name, value, why, f"Write a whole number of at least {least}{or_none}.")
     if args.router_aux_loss_coef is not None and not math.isfinite(args.router_aux_loss_coef):
@@ -145,7 +147,7 @@ def _reference(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def _store(args: DPOConfig) -> Iterator[Refusal]:
-    if not args.precompute_ref_log_probs:
+    if not (args.precompute_ref_log_probs or args.reference_free):
         for name, default in (("ref_store", None), ("ref_store_mode", "auto"), ("precompute_ref_batch_size", None)):
             value = getattr(args, name)
             if value != default:
@@ -166,7 +168,7 @@ def _sync(args: DPOConfig) -> Iterator[Refusal]:
     elif args.precompute_ref_log_probs:
         why = "log-probs computed before training are stale once the reference has moved"
         beside = "with `precompute_ref_log_probs=True`"
-        yield of_option("sync_ref_model", True, why, "Set one of the two to False.", beside)
+        yield of_option("sync_ref_model", True, why, "Leave one of the two out.", beside)
 
 
 def _precision(args: DPOConfig) -> Iterator[Refusal]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -99,6 +100,14 @@ def _training(facts: Facts) -> Iterator[Refusal]:
                 "Leave `peft_config` out to go on training the adapter, or merge it first "
                 "(`model = model.merge_and_unload()`) to start a new one on top.",
             )
+        elif facts.new_adapter.inference_mode:
+            yield Refusal(
+                "a `peft_config` with `inference_mode=True`",
+                "PEFT freezes such an adapter, so nothing would train",
+                "Leave `inference_mode` out of it.",
+            )
+        elif facts.args.deepspeed_plugin is None:
+            yield from _copied_in_float16(policy, facts.new_adapter)
         return
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         yield Refusal(
@@ -119,24 +128,39 @@ def _training(facts: Facts) -> Iterator[Refusal]:
         yield from refused_float16(policy)
 
 
+def _copied_in_float16(base: nn.Module, adapter: PeftConfig) -> Iterator[Refusal]:
+    """Modules of a base in float16 that an adapter would train; PEFT makes its own tensors float32."""
+    trains = set(getattr(adapter, "modules_to_save", None) or ())
+    biases = getattr(adapter, "bias", "none") != "none"
+    for name, parameter in base.named_parameters():
+        path = set(name.split("."))
+        if parameter.dtype == torch.float16 and (path & trains or (biases and "bias" in path)):
+            yield _float16(name)
+            return
+
+
 def refused_float16(policy: nn.Module) -> Iterator[Refusal]:
     """Weights that would train in float16."""
     halves = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if halves:
-        yield Refusal(
-            f"weights in `float16` for training, such as `{halves[0]}`",
-            "most steps are too small for it, and gradients overflow",
-            'Load the model in float32, `model_init_kwargs={"dtype": "float32"}` or `model.float()`, and write '
-            "`bf16=True` or `fp16=True` for products in 16 bits; or train in `bfloat16`.",
-            "`fp16=True` alone does not help: it scales the gradients of weights in `float32` only. An adapter in "
-            "float32 on a base in float16 is fine.",
-        )
+        yield _float16(halves[0])
+
+
+def _float16(name: str) -> Refusal:
+    return Refusal(
+        f"weights in `float16` for training, such as `{name}`",
+        "most steps are too small for it, and gradients overflow",
+        'Load the model in float32, `model_init_kwargs={"dtype": "float32"}` or `model.float()`, and write '
+        "`bf16=True` or `fp16=True` for products in 16 bits; or train in `bfloat16`.",
+        "`fp16=True` alone does not help: it scales the gradients of weights in `float32` only. An adapter in "
+        "float32 on a base in float16 is fine.",
+    )
 
 
 def _optimizer(facts: Facts) -> Iterator[Refusal]:
     """An optimizer that would move nothing of the policy."""
     trained, held = held_by(facts.optimizer, facts.policy, has_new_adapter=facts.new_adapter is not None)
-    if held is None or held & trained:
+    if held is None or held & trained or (facts.new_adapter is not None and is_adapter_model(facts.policy)):
         return
     on_base = facts.new_adapter is not None
     yield Refusal(
@@ -296,7 +320,9 @@ def _layout(facts: Facts) -> Iterator[Refusal]:
         elif facts.sets_with_images and not can_pack_images(policy):
             why = "without padding its images are not proven to give the log-probs of each sequence alone"
             yield of_option("padding_free", True, why, instead, f"with a {name} and images")
-    for model in filter(None, (policy, facts.ref_model)):
+    for model in (policy, facts.ref_model):
+        if model is None:
+            continue
         limit, longest = rotary_limit(model), facts.truncation.max_length
         if limit is None or (longest is not None and longest <= limit):
             continue
@@ -359,6 +385,15 @@ def _rows(facts: Facts) -> Iterator[Refusal]:
             )
             instead = "Pass a `datasets.Dataset` or a list of dicts as `train_dataset`, or leave it out."
             yield of_option(name, getattr(args, name), why, instead, "with a stream (`IterableDataset`)")
+        if args.max_steps <= 0:
+            yield Refusal(
+                "a stream (`IterableDataset`) without `max_steps`",
+                "the end of a stream is not known ahead, and the learning rate follows a schedule",
+                "Set `max_steps`, or pass a `datasets.Dataset`.",
+            )
+    if args.eval_strategy != "no" and facts.sets.keys() == {"train"}:
+        why = "there is no set to evaluate on"
+        yield of_option("eval_strategy", args.eval_strategy, why, "Pass `eval_dataset`, or leave `eval_strategy` out.")
     if any(MARGIN_COLUMN in names for names in facts.columns.values()):
         yield from facts.objective.refused_margin()
 
