@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.kinds import KINDS, Kind, dropping_gpt2, lora, synchronized
+from support.kinds import KINDS, Kind, OfKind, dropping_gpt2, lora, synchronized
 from tether.errors import MissingPackageError
 from tether.reference import ExplicitReference, ImplicitReference, Reference
 from tether.reference.base import BatchSource
@@ -21,28 +21,6 @@ from tether.testing import ReferenceContract
 from tether.types import PairBatch, ResponseLogProbs
 
 pytestmark = pytest.mark.numerics
-
-
-class OfKind(ReferenceContract):
-    """The contract for one of the kinds of tests/support/kinds.py."""
-
-    kind: Kind
-
-    def make_policy(self) -> Any:
-        return self.kind.policy()
-
-    def make_reference(self, policy: Any, folder: Path) -> Reference:
-        return self.kind.reference(policy, folder)
-
-    def meant_model(self, policy: Any) -> Any:
-        return self.kind.meant(policy)
-
-    def make_batch(self, policy: Any) -> PairBatch:
-        return self.kind.batch
-
-    @property
-    def tolerance(self) -> tuple[float, float]:  # type: ignore[override]
-        return self.kind.tolerance
 
 
 class TestEveryKind(OfKind):

@@ -25,6 +25,7 @@ from tether.reference import (
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
 from tether.store import LogProbStore, content_key
+from tether.testing import ReferenceContract
 from tether.types import PairBatch, Response
 
 CLOSE = {"atol": 5e-6, "rtol": 1e-6}
@@ -269,6 +270,28 @@ KINDS: dict[str, Kind] = {
         Kind(dropping_gpt2, lambda policy, folder: ExplicitReference.before_training(policy))
     ),
 }
+
+
+class OfKind(ReferenceContract):
+    """The contract for one of the kinds above."""
+
+    kind: Kind
+
+    def make_policy(self) -> Any:
+        return self.kind.policy()
+
+    def make_reference(self, policy: Any, folder: Path) -> Reference:
+        return self.kind.reference(policy, folder)
+
+    def meant_model(self, policy: Any) -> Any:
+        return self.kind.meant(policy)
+
+    def make_batch(self, policy: Any) -> PairBatch:
+        return self.kind.batch
+
+    @property
+    def tolerance(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.kind.tolerance
 
 
 def train(policy: nn.Module) -> None:

@@ -9,6 +9,7 @@ from tether.reference.identity import ReferenceIdentity
 from tether.reference.implicit import ImplicitReference
 from tether.reference.precomputed import PrecomputedReference
 from tether.reference.synchronized import SynchronizedReference
+from tether.reference.wrapping import WrappingReference
 
 __all__ = [
     "BemaReference",
@@ -20,4 +21,5 @@ __all__ = [
     "Reference",
     "ReferenceIdentity",
     "SynchronizedReference",
+    "WrappingReference",
 ]

@@ -75,3 +75,6 @@ class BemaReference(WrappingReference[MovableReference]):
                 "new run.",
             )
         self.take(load_file(folder / _TENSORS))
+
+    def release(self) -> None:
+        """Nothing: the weights it was given are held here alone."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tether.distributed import any_process
-from tether.errors import DataError, MissingLogProbsError
+from tether.errors import ConfigurationError, DataError, MissingLogProbsError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
@@ -45,6 +45,9 @@ class PrecomputedReference(WrappingReference[Reference]):
         decode: Turns token ids into text, for messages that show the start of a prompt.
         how_to_fill: What to write to have missing rows scored, for messages.
 
+    Raises:
+        ConfigurationError: If the source moves during training.
+
     Example:
         >>> reference = PrecomputedReference(LogProbStore(path), ExplicitReference(model))   # doctest: +SKIP
         >>> reference.prepare({"train": lambda: batches})                             # doctest: +SKIP
@@ -66,6 +69,12 @@ class PrecomputedReference(WrappingReference[Reference]):
             if source is None:
                 raise ValueError("Cannot build a `PrecomputedReference` without a source or the identity of one.")
             identity = source.identity
+        if source is not None and source.moves:
+            raise ConfigurationError(
+                problem=f"Cannot precompute the log-probs of a {source.identity.kind} reference: it moves during "
+                "training, so stored answers would go stale.",
+                instead="Use it without a store, or store the log-probs of a reference that does not move.",
+            )
         super().__init__(source if source is not None else _Nobody(identity))
         self._store, self._identity = store, identity
         self._mode, self._release_when_filled = mode, release_when_filled
