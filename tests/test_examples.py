@@ -74,7 +74,7 @@ def test_every_script_is_covered() -> None:
 
 def test_example_scripts_stay_short() -> None:
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 45 for name in STRATEGIES)
-    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 55 for name in OWN)
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60 for name in OWN)
 
 
 def test_the_recipe_trains_the_model_that_its_script_makes(
