@@ -19,10 +19,12 @@ if _typing.TYPE_CHECKING:
     from tether.reference import FreeReference as FreeReference
     from tether.reference import GivenReference as GivenReference
     from tether.reference import ImplicitReference as ImplicitReference
+    from tether.reference import Placement as Placement
     from tether.reference import PrecomputedReference as PrecomputedReference
     from tether.reference import Reference as Reference
     from tether.reference import ReferenceIdentity as ReferenceIdentity
     from tether.reference import SynchronizedReference as SynchronizedReference
+    from tether.reference import Traits as Traits
     from tether.reference import WrappingReference as WrappingReference
     from tether.scoring import score as score
     from tether.store import LogProbStore as LogProbStore
@@ -50,10 +52,12 @@ _HOMES = {
     "FreeReference": "tether.reference",
     "GivenReference": "tether.reference",
     "ImplicitReference": "tether.reference",
+    "Placement": "tether.reference",
     "PrecomputedReference": "tether.reference",
     "Reference": "tether.reference",
     "ReferenceIdentity": "tether.reference",
     "SynchronizedReference": "tether.reference",
+    "Traits": "tether.reference",
     "WrappingReference": "tether.reference",
     "score": "tether.scoring",
     "LogProbStore": "tether.store",

@@ -14,7 +14,7 @@ import torch
 
 from support.kinds import KINDS, Kind, OfKind, dropping_gpt2, lora, synchronized
 from tether.errors import MissingPackageError
-from tether.reference import ExplicitReference, ImplicitReference, Reference
+from tether.reference import ExplicitReference, ImplicitReference, Reference, Traits
 from tether.reference.base import BatchSource
 from tether.scoring import score
 from tether.testing import ReferenceContract
@@ -50,7 +50,7 @@ class Wrapper(Reference):
 
     identity = property(lambda self: self.source.identity)
     num_passes = property(lambda self: self.source.num_passes)
-    means_policy = property(lambda self: True)
+    traits = property(lambda self: Traits(means_policy=True))
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         return self.source.log_probs(batch)
@@ -146,7 +146,7 @@ class MovesInSilence(Wrapper):
 
 
 class ForgetsItsState(Wrapper):
-    moves = property(lambda self: True)
+    traits = property(lambda self: Traits(means_policy=True, moves=True))
 
     def __init__(self, policy: Any) -> None:
         self.policy, self.source = policy, synchronized(1.0)(policy, Path())

@@ -23,6 +23,7 @@ from tether.errors import DriftError, InitialGapError
 from tether.reference import (
     ExplicitReference,
     ImplicitReference,
+    Placement,
     PrecomputedReference,
     Reference,
     SynchronizedReference,
@@ -152,14 +153,14 @@ def test_log_probs_that_were_stored_for_other_weights_are_refused(tmp_path: Path
     store.put(source.identity.digest, BATCH.keys, [np.asarray(values) for values in wrong], description={})
     reference = PrecomputedReference(store, source)
     reference.prepare({"train": lambda: [BATCH]})
-    assert reference.num_computed == 0 and reference.means_policy
+    assert reference.num_computed == 0 and reference.traits.means_policy
     with pytest.raises(InitialGapError, match="stored for other weights"):
         check_initial_gap(gap_of(policy, reference), reference, "float32")
 
 
 def test_another_dtype_is_tolerated_where_it_is_the_reference_s_own() -> None:
     policy = tiny_model()
-    reference = ExplicitReference.of_policy(policy, dtype=torch.bfloat16)
+    reference = ExplicitReference.of_policy(policy, Placement(dtype=torch.bfloat16))
     gap = gap_of(policy, reference)
     assert gap.mean > ALIKE["float32"][0]
     check_initial_gap(gap, reference, "float32")  # bfloat16 explains it

@@ -78,7 +78,7 @@ def test_a_wrapper_around_a_synchronized_reference_moves_with_it() -> None:
     policy = dropping_gpt2()
     source = synchronized()(policy, Path())
     reference = WrappingReference(source)
-    assert reference.moves and not reference.advance(1) and reference.advance(2)
+    assert reference.traits.moves and not reference.advance(1) and reference.advance(2)
     assert reference.figures() == {"reference/syncs": 1.0}
 
 

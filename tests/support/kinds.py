@@ -18,6 +18,7 @@ from tether.reference import (
     BemaReference,
     ExplicitReference,
     ImplicitReference,
+    Placement,
     PrecomputedReference,
     Reference,
     SynchronizedReference,
@@ -119,6 +120,9 @@ class Kind:
     batch: PairBatch = BATCH
 
 
+HALF = Placement(dtype=torch.bfloat16)
+
+
 def explicit(policy: Any, folder: Path | None = None) -> Reference:
     return ExplicitReference.of_policy(policy)
 
@@ -202,12 +206,12 @@ SOURCES: dict[str, Kind] = {
     ),
     "explicit, in `ref_dtype` bfloat16": Kind(
         dropping_gpt2,
-        lambda policy, folder: ExplicitReference.of_policy(policy, dtype=torch.bfloat16),
+        lambda policy, folder: ExplicitReference.of_policy(policy, HALF),
         tolerance=(0.05, 0.5),
     ),
     "explicit, under autocast": Kind(
         dropping_gpt2,
-        lambda policy, folder: ExplicitReference.of_policy(policy, autocast_dtype=torch.bfloat16),
+        lambda policy, folder: ExplicitReference.of_policy(policy, Placement(autocast_dtype=torch.bfloat16)),
         tolerance=(0.05, 0.5),
     ),
     "explicit, other model": Kind(
@@ -236,7 +240,7 @@ SOURCES: dict[str, Kind] = {
     ),
     "synchronized, DoRA": Kind(lambda: llama_lora(use_dora=True), synchronized_adapter()),
     "synchronized, IA3": Kind(ia3, synchronized_adapter()),
-    "synchronized, in bfloat16": Kind(dropping_gpt2, synchronized(dtype=torch.bfloat16), tolerance=(0.05, 0.5)),
+    "synchronized, in bfloat16": Kind(dropping_gpt2, synchronized(placement=HALF), tolerance=(0.05, 0.5)),
     "bema": Kind(dropping_gpt2, followed),
     "bema, after taking weights": Kind(dropping_gpt2, after_taking, meant=lambda policy: other_model()),
     "none": Kind(dropping_gpt2, lambda policy, folder: FreeReference(), meant=lambda policy: Certain()),

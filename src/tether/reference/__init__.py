@@ -1,8 +1,8 @@
 """References: where `pi_ref` comes from. One contract, one file per kind."""
 
-from tether.reference.base import Reference
+from tether.reference.base import Kind, Reference, Traits
 from tether.reference.bema import BemaReference
-from tether.reference.explicit import ExplicitReference
+from tether.reference.explicit import ExplicitReference, Placement
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
 from tether.reference.identity import ReferenceIdentity
@@ -17,9 +17,12 @@ __all__ = [
     "FreeReference",
     "GivenReference",
     "ImplicitReference",
+    "Kind",
+    "Placement",
     "PrecomputedReference",
     "Reference",
     "ReferenceIdentity",
     "SynchronizedReference",
+    "Traits",
     "WrappingReference",
 ]

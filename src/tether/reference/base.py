@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,41 @@ from tether.scoring import score
 from tether.types import PairBatch, ResponseLogProbs
 
 BatchSource = Callable[[], Iterable[PairBatch]]
+
+
+class Kind(NamedTuple):
+    """A kind of reference, as it appears in the model card.
+
+    Attributes:
+        name: One word; the `kind` of its identity.
+        description: What the reference is, to follow "the reference:".
+        paper: The arXiv number of the paper it comes from, if not DPO's.
+    """
+
+    name: str
+    description: str = ""
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the trainer must take into account when it uses a reference.
+
+    Attributes:
+        means_policy: It is meant to be the initial policy, so both must score alike before the first step.
+        moves: Training moves it on purpose.
+        is_collective: A pass gathers sharded weights, so every process must make it at the same time.
+        runs_in_policy: A pass runs through the policy's own modules, and needs them where training puts them.
+        answers_are_stored: Answers may come from an earlier pass, made in other batches or on another machine.
+        knows_tokens: The log-prob of each token is known; if not, only the sum is, and stands at the first token.
+    """
+
+    means_policy: bool = False
+    moves: bool = False
+    is_collective: bool = False
+    runs_in_policy: bool = False
+    answers_are_stored: bool = False
+    knows_tokens: bool = True
 
 
 class Reference(ABC):
@@ -56,38 +92,18 @@ class Reference(ABC):
         return 0
 
     @property
-    def is_collective(self) -> bool:
-        """Whether a pass gathers sharded weights, so that every process must make it at the same time."""
-        return False
+    def kind(self) -> Kind:
+        """What the reference is called and described as; set it on the class."""
+        return Kind(self.identity.kind)
 
     @property
-    def runs_in_policy(self) -> bool:
-        """Whether a pass goes through the policy's own modules, and needs them where training puts them."""
-        return False
-
-    @property
-    def means_policy(self) -> bool:
-        """Whether this is meant to be the initial policy, so that both must score alike before the first step."""
-        return False
-
-    @property
-    def moves(self) -> bool:
-        """Whether training moves this reference on purpose."""
-        return False
-
-    @property
-    def answers_are_stored(self) -> bool:
-        """Whether answers may come from an earlier pass, made in other batches or on another machine."""
-        return False
+    def traits(self) -> Traits:
+        """What the trainer must take into account when it uses the reference."""
+        return Traits()
 
     def changed_tensors(self) -> list[str]:
         """Names of tensors that differ from what they were when the reference was made."""
         return []
-
-    @property
-    def knows_tokens(self) -> bool:
-        """Whether the log-prob of each token is known; else only the sum is, and stands at the first token."""
-        return True
 
     @property
     def length_limit(self) -> int | None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tether.errors import ReferenceModelError, ResumeError
+from tether.reference.base import Kind, Traits
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.updates.groups import MovableReference
 from tether.reference.wrapping import WrappingReference
@@ -28,6 +29,8 @@ class BemaReference(WrappingReference[MovableReference]):
         source: A reference that owns a copy of every weight that will be set.
     """
 
+    kind = Kind("bema", "weights that follow an average of the policy's (BEMA)", paper="2508.00180")
+
     def __init__(self, source: MovableReference) -> None:
         super().__init__(source)
         self._taken: set[str] = set()
@@ -35,11 +38,11 @@ class BemaReference(WrappingReference[MovableReference]):
     @property
     def identity(self) -> ReferenceIdentity:
         """The source's, as it was at the start: what has changed since is in the checkpoint."""
-        return replace(self._source.identity, kind="bema")
+        return replace(self._source.identity, kind=self.kind.name)
 
     @property
-    def moves(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(self._source.traits, moves=True)
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:

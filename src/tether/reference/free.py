@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tether.reference.base import Reference
+from tether.reference.base import Kind, Reference
 from tether.reference.identity import ReferenceIdentity
 from tether.types import PairBatch, ResponseLogProbs, offsets_of
 
@@ -25,9 +25,11 @@ class FreeReference(Reference):
         tensor([0., 0.])
     """
 
+    kind = Kind("free", "none, so that every response is as likely as any other")
+
     @property
     def identity(self) -> ReferenceIdentity:
-        return ReferenceIdentity("free", "none", "float32", 0)
+        return ReferenceIdentity(self.kind.name, weights="none", compute_dtype="float32", scoring_version=0)
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         zeros = torch.zeros(sum(batch.response_lengths), device=batch.device)

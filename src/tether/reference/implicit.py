@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
 from tether.errors import ConfigurationError, ReferenceModelError
-from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.reference.base import Kind, Traits, compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
 from tether.reference.updates.adapters import adapter_parts, refused_shards
@@ -60,6 +60,8 @@ class ImplicitReference(MovableReference):
         moves: The reference will follow the policy: the adapter is kept as a copy even if it changes nothing yet.
     """
 
+    kind = Kind("implicit", "the policy's own base, with its adapter off or as it started")
+
     def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None, moves: bool = False) -> None:
         self._policy = policy
         self._autocast_dtype = autocast_dtype
@@ -75,7 +77,7 @@ class ImplicitReference(MovableReference):
         of_adapter = self._digests.keys() - base_tensors(base).keys()
         adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
-            kind="implicit",
+            kind=self.kind.name,
             **digest_parts(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
@@ -96,10 +98,6 @@ class ImplicitReference(MovableReference):
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
     @property
-    def means_policy(self) -> bool:
-        return True
-
-    @property
     def length_limit(self) -> int | None:
         return rotary_limit(self._policy)
 
@@ -112,21 +110,12 @@ class ImplicitReference(MovableReference):
         return self._num_passes
 
     @property
-    def adapter_is_off(self) -> bool:
-        """Whether the reference is the base with its adapter off (else: the adapter as it was at the start)."""
-        return self._adapter_off
-
-    @property
     def extra_bytes(self) -> int:
         return num_bytes(self._copies.values())
 
     @property
-    def is_collective(self) -> bool:
-        return has_shards(self._policy)
-
-    @property
-    def runs_in_policy(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(means_policy=True, is_collective=has_shards(self._policy), runs_in_policy=True)
 
     @contextmanager
     def in_policy(self) -> Iterator[None]:

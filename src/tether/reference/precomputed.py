@@ -6,6 +6,7 @@ Knows the store's keys, and when a source may be asked; knows no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tether.distributed import any_process
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError
-from tether.reference.base import BatchSource, Reference
+from tether.reference.base import BatchSource, Reference, Traits
 from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.wrapping import WrappingReference
@@ -69,7 +70,7 @@ class PrecomputedReference(WrappingReference[Reference]):
             if source is None:
                 raise ValueError("Cannot build a `PrecomputedReference` without a source or the identity of one.")
             identity = source.identity
-        if source is not None and source.moves:
+        if source is not None and source.traits.moves:
             raise ConfigurationError(
                 problem=f"Cannot precompute the log-probs of a {source.identity.kind} reference: it moves during "
                 "training, so stored answers would go stale.",
@@ -114,20 +115,14 @@ class PrecomputedReference(WrappingReference[Reference]):
         return self._length_limit
 
     @property
-    def answers_are_stored(self) -> bool:
-        return True
-
-    @property
-    def is_collective(self) -> bool:
-        return self._may_score and super().is_collective
-
-    @property
-    def runs_in_policy(self) -> bool:
-        return self._may_score and super().runs_in_policy
-
-    @property
-    def _may_score(self) -> bool:
-        return self._mode != "require"
+    def traits(self) -> Traits:
+        own, may_score = self._source.traits, self._mode != "require"
+        return replace(
+            own,
+            answers_are_stored=True,
+            is_collective=may_score and own.is_collective,
+            runs_in_policy=may_score and own.runs_in_policy,
+        )
 
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
         """Has the store hold what the sets need, as the mode says, and then (by default) releases the source.
@@ -175,7 +170,7 @@ class PrecomputedReference(WrappingReference[Reference]):
             self._lacking,
             self._compute,
             show_progress=show_progress,
-            halves=not self.is_collective,  # the other processes are in the midst of the same forward
+            halves=not self.traits.is_collective,  # the other processes are in the midst of the same forward
         )
         try:
             filling.run()
@@ -190,7 +185,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         Every pass is announced by `any_process(True)`; whoever needs none answers with this. Returns whether there
         was one.
         """
-        if not (self.is_collective and any_process(False)):
+        if not (self.traits.is_collective and any_process(False)):
             return False
         self._source.log_probs(_IDLE)
         return True
@@ -219,7 +214,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         """Has the source score a batch, and keeps the answers."""
         if self.source is None:
             raise self._missing(self._named(batch, 0, name_of(0)))
-        if self.is_collective:
+        if self.traits.is_collective:
             any_process(True)
         computed = self._source.log_probs(batch)
         values = [value.cpu().numpy() for value in computed.split()]

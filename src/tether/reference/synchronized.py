@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tether.distributed import forget_gathered
 from tether.errors import ResumeError
 from tether.models.finite import check_weights
+from tether.reference.base import Kind, Traits
 from tether.reference.identity import ReferenceIdentity, num_bytes
 from tether.reference.updates.groups import MovableReference, Tensors, UpdateRule
 from tether.reference.updates.low_rank import truncation_error
@@ -45,6 +46,8 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         ConfigurationError: If what the policy trains has no average, or the rank no meaning for it; names it.
     """
 
+    kind = Kind("synchronized", "weights that follow the policy (TR-DPO)", paper="2404.09656")
+
     def __init__(
         self,
         source: MovableReference,
@@ -67,7 +70,7 @@ class SynchronizedReference(WrappingReference[MovableReference]):
     @property
     def identity(self) -> ReferenceIdentity:
         """The source's, as it was at the start: what has moved since is in the checkpoint."""
-        return replace(self._source.identity, kind="synchronized")
+        return replace(self._source.identity, kind=self.kind.name)
 
     @property
     def num_syncs(self) -> int:
@@ -75,8 +78,8 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         return self._num_syncs
 
     @property
-    def moves(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(self._source.traits, moves=True)
 
     @property
     def extra_bytes(self) -> int:

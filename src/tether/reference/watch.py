@@ -111,7 +111,7 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
     Raises:
         InitialGapError: With the gap's size and its likely causes.
     """
-    own, alike = reference.identity.compute_dtype, not reference.answers_are_stored
+    own, alike = reference.identity.compute_dtype, not reference.traits.answers_are_stored
     mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
     if gap.within(allowed):
         return
@@ -181,20 +181,21 @@ class ReferenceWatch:
         if self._knows_gap or has_trained:
             return {}
         self._knows_gap = True
-        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, self._reference.knows_tokens)
-        if self._reference.means_policy:
+        traits = self._reference.traits
+        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, traits.knows_tokens)
+        if traits.means_policy:
             check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype))
         return {"reference/initial_gap": gap.mean}
 
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps what the reference says of these pairs now. Collective."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
-        if self._reference.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
+        if self._reference.traits.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
             self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
 
     def set_start(self, policy: nn.Module) -> None:
         """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves; on every process."""
-        if self._reference.moves and self._sentinel is not None and not self._knows_start:
+        if self._reference.traits.moves and self._sentinel is not None and not self._knows_start:
             log_probs = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values.tolist()
             self.start, self._knows_start = Start(_keys(self._sentinel), log_probs), True
 
@@ -204,7 +205,7 @@ class ReferenceWatch:
         The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still; nothing of
         the start where a resumed run has other rows.
         """
-        if not self._reference.moves or self._sentinel is None:
+        if not self._reference.traits.moves or self._sentinel is None:
             return {}
         reference = self._reference.log_probs(self._sentinel).values
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
@@ -221,13 +222,13 @@ class ReferenceWatch:
         Raises:
             DriftError: If a reference that stands still moved by more than rounding; names the tensors that changed.
         """
-        if self._sentinel is None or self._before is None or self._reference.moves:
+        if self._sentinel is None or self._before is None or self._reference.traits.moves:
             return
         gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, self._reduce)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        allowed = tolerance(own, own, alike=not self._reference.answers_are_stored)
+        allowed = tolerance(own, own, alike=not self._reference.traits.answers_are_stored)
         names = union(self._reference.changed_tensors())  # reads every weight, so only when something is amiss
         if gap.within(allowed) and not names:
             return

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from tether.reference.base import BatchSource, Reference
+from tether.reference.base import BatchSource, Kind, Reference, Traits
 from tether.reference.identity import ReferenceIdentity
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -51,31 +51,15 @@ class WrappingReference(Reference, Generic[Source]):
         return self._source.num_passes
 
     @property
-    def is_collective(self) -> bool:
-        return self._source.is_collective
+    def kind(self) -> Kind:
+        return self._source.kind
 
     @property
-    def runs_in_policy(self) -> bool:
-        return self._source.runs_in_policy
-
-    @property
-    def means_policy(self) -> bool:
-        return self._source.means_policy
-
-    @property
-    def moves(self) -> bool:
-        return self._source.moves
-
-    @property
-    def answers_are_stored(self) -> bool:
-        return self._source.answers_are_stored
+    def traits(self) -> Traits:
+        return self._source.traits
 
     def changed_tensors(self) -> list[str]:
         return self._source.changed_tensors()
-
-    @property
-    def knows_tokens(self) -> bool:
-        return self._source.knows_tokens
 
     @property
     def length_limit(self) -> int | None:

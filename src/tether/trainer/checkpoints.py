@@ -108,7 +108,7 @@ def load_companions(checkpoint: Path, reference: Reference, shift: RewardShift |
 
     Every process calls it. A reference that stands still has nothing to restore.
     """
-    if reference.moves:
+    if reference.traits.moves:
         load_reference(checkpoint, reference)
     load_reward_shift(checkpoint, shift)
 

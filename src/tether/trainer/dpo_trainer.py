@@ -297,10 +297,10 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         self._watch = ReferenceWatch(self.reference, around.autocast_dtype)
         # A pass through the policy's own modules must wait until training has sharded them and put them in place.
         is_early = shard is not None or waits_for_device(self.model, self.args.device)
-        self._prepares_late = is_early and self.reference.runs_in_policy
+        self._prepares_late = is_early and self.reference.traits.runs_in_policy
         if not self._prepares_late:
             self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
-        if self.reference.moves:
+        if self.reference.traits.moves:
             warn_of_weights_alone(self.args)
         self.add_callback(FollowTraining(self.reference, self._watch, self._begin_training, self._begin_epoch))
 
@@ -329,7 +329,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         pairs: Any = self.train_dataset
         # Where answers are stored, each process watches pairs of its own share: none is scored by two. Elsewhere all
         # watch the same, which a resumed run finds again in the checkpoint that one of them wrote.
-        share = self.args.process_index if self.reference.answers_are_stored else 0
+        share = self.args.process_index if self.reference.traits.answers_are_stored else 0
         own = share * self.args.per_device_train_batch_size
         rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
         rows = rows or list(pairs.take(_SENTINEL_PAIRS))
@@ -358,7 +358,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         }
         show_progress = not self.args.disable_tqdm and self.is_local_process_zero()
         # A row that one process cannot use stops them all; where scoring is collective they are in step already.
-        with nullcontext() if self.reference.is_collective else together():
+        with nullcontext() if self.reference.traits.is_collective else together():
             self.reference.prepare(batches, show_progress=show_progress)
         self.accelerator.wait_for_everyone()
 

@@ -237,7 +237,7 @@ def compared(folder: Path, case: str) -> dict[str, Any]:
             "losses": two["losses"],
             "gradient_error": max(errors),
             "same_identity": loop.reference.identity == expected.reference.identity,
-            "changed": [] if loop.reference.moves else loop.reference.changed_tensors(),
+            "changed": [] if loop.reference.traits.moves else loop.reference.changed_tensors(),
             "reference_is_sharded": None if module is None else has_shards(module),
             "survives_checkpoint": loop.survives_checkpoint(),
             "exports_itself": loop.exports_itself(),

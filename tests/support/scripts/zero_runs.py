@@ -106,7 +106,7 @@ def observed(folder: Path, case: str) -> dict[str, Any]:
     trainer = trainer_of(folder, case)
     partitioned_at_birth = has_shards(trainer.model)
     batch = sentinel(trainer)
-    before = trainer.reference.log_probs(batch).values if not trainer.reference.runs_in_policy else None
+    before = trainer.reference.log_probs(batch).values if not trainer.reference.traits.runs_in_policy else None
     trainer.train()
     after = trainer.reference.log_probs(batch).values
     module = trainer.ref_model
