@@ -249,7 +249,7 @@ def no_gap_check(patch: pytest.MonkeyPatch) -> None:
 def reload_by_name(patch: pytest.MonkeyPatch) -> None:
     """As a leading trainer does."""
 
-    def of_policy(policy: Any, **options: Any) -> ExplicitReference:
+    def of_policy(policy: Any, *_: Any) -> ExplicitReference:
         model: Any = AutoModelForCausalLM.from_pretrained(policy.config._name_or_path)
         return ExplicitReference(model, means_policy=True)
 

@@ -118,7 +118,7 @@ def test_explicit_reference_in_another_dtype_scores_in_it_and_says_so() -> None:
     reference = ExplicitReference.of_policy(policy, Placement(dtype=torch.bfloat16))
     assert reference.module is not None
     assert {parameter.dtype for parameter in reference.module.parameters()} == {torch.bfloat16}
-    expected = naive_log_probs_of(tiny_model("gpt2", Placement(dtype=torch.bfloat16)), BATCH)
+    expected = naive_log_probs_of(tiny_model("gpt2", dtype=torch.bfloat16), BATCH)
     assert reference.log_probs(BATCH).values.dtype == torch.float32
     torch.testing.assert_close(reference.log_probs(BATCH).values, expected, atol=0.05, rtol=0.05)
     assert reference.identity.compute_dtype == "bfloat16"

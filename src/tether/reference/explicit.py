@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from tether.distributed import (
     Sharding,
     forget_gathered,
+    full_shape,
+    gather,
+    gather_shard,
     has_shards,
-    local_part,
-    part_like,
-    whole,
-    whole_of_part,
-    whole_shape,
+    local_shard,
+    shard_like,
 )
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.models.origin import Origin
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.identity import (
     ReferenceIdentity,
-    digest_parts,
     digest_tensors,
     digest_weights,
+    identity_digests,
     model_tensors,
     num_bytes,
 )
 from tether.reference.twin import frozen_twin, refuse_lost_hooks
-from tether.reference.updates.groups import DensePart, MovableReference, Part, Tensors, UpdateRule
+from tether.reference.updates.groups import DenseGroup, MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -115,7 +115,7 @@ class ExplicitReference(MovableReference):
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind=self.kind.name,
-            **digest_parts(self._digests, self._module.config),
+            **identity_digests(self._digests, self._module.config),
             compute_dtype=compute_dtype_name(self._module, placement.autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
@@ -214,7 +214,7 @@ class ExplicitReference(MovableReference):
         gathered: dict[int, Tensor] = {}  # tied tensors are saved once
         for name, tensor in self._module.state_dict(keep_vars=True).items():
             if id(tensor) not in gathered:  # one at a time, and kept by the process that writes
-                full = whole(tensor)
+                full = gather(tensor)
                 gathered[id(tensor)] = full.cpu() if folder is not None else full.new_empty(0)
             state[name] = gathered[id(tensor)]
         if folder is not None:
@@ -224,16 +224,16 @@ class ExplicitReference(MovableReference):
         assert self._module is not None, "released"
         forget_gathered(self._module)
         named = (*self._module.named_parameters(), *self._module.named_buffers())
-        return {name: local_part(tensor) for name, tensor in named}
+        return {name: local_shard(tensor) for name, tensor in named}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        local_part(self._own(name)).copy_(tensor)
+        local_shard(self._own(name)).copy_(tensor)
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        return part_like(tensor, self._own(name))
+    def shard(self, name: str, tensor: Tensor) -> Tensor:
+        return shard_like(tensor, self._own(name))
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        return whole_of_part(part, self._own(name))
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        return gather_shard(shard, self._own(name))
 
     def _own(self, name: str) -> Tensor:
         """The tensor of that name as the module has it now: sharding puts other objects there."""
@@ -242,7 +242,7 @@ class ExplicitReference(MovableReference):
         tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
         return tensor
 
-    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
+    def update_groups(self, policy: nn.Module, rule: UpdateRule) -> list[UpdateGroup]:
         """Every parameter that the policy trains, and every buffer, each on its own."""
         assert self._module is not None, "released"
         _check_same_parameters(policy, self._module)
@@ -254,7 +254,7 @@ class ExplicitReference(MovableReference):
             )
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
-        return [DensePart(name, rule.alpha) for name in (*trained, *buffers)]
+        return [DenseGroup(name, rule.alpha) for name in (*trained, *buffers)]
 
     def _bring_back(self) -> nn.Module:
         """The weights again, from where they came, proven by their digest."""
@@ -288,7 +288,7 @@ class ExplicitReference(MovableReference):
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
-    own, other = ({name: whole_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
+    own, other = ({name: full_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differing:
         raise ReferenceModelError(
@@ -300,7 +300,7 @@ def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def _storage(parameter: torch.Tensor) -> int:
-    parameter = local_part(parameter)  # all partitioned ones have the same, empty storage
+    parameter = local_shard(parameter)  # all partitioned ones have the same, empty storage
     return parameter.untyped_storage().data_ptr()
 
 

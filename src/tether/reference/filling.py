@@ -50,7 +50,7 @@ class StorePass:
         lacking: Says which responses of a batch have to be scored.
         score: Scores a batch of them and keeps the answers.
         halves: Halve what does not fit into memory. False where other processes make the same forward at the same
-            time, each with a part of the weights: one alone cannot begin again.
+            time, each with a shard of the weights: one alone cannot begin again.
         show_progress: Show a bar with tokens a second and the time left, where standard error is a terminal.
 
     Attributes:
@@ -120,34 +120,34 @@ class StorePass:
 
     def _score_waiting(self, keep_rest: bool = False) -> None:
         """Scores what waits, budget by budget; `keep_rest` leaves the last, unfilled one."""
-        parts = list(_cut(self._waiting, self._max_tokens))
-        for part in parts[:-1] if keep_rest else parts:
-            self._score_part(part)
-            for response in part:
+        batches = list(_cut(self._waiting, self._max_tokens))
+        for responses in batches[:-1] if keep_rest else batches:
+            self._score_once(responses)
+            for response in responses:
                 del self._waiting[response]
-            self.num_computed += len(part)
+            self.num_computed += len(responses)
             self._count_kept()
             if self._bar.total is not None:  # a prompt whose responses did not fit together is fed twice
-                self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(part))
-            self._bar.update(_num_tokens(part))
+                self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(responses))
+            self._bar.update(_num_tokens(responses))
             self._bar.set_postfix(found=self.num_found, computed=self.num_computed, refresh=False)
 
-    def _score_part(self, part: Sequence[Response]) -> None:
-        batch = PairBatch.of_pairs([(response, response) for response in part])
+    def _score_once(self, responses: Sequence[Response]) -> None:
+        batch = PairBatch.of_pairs([(response, response) for response in responses])
         members, names = batch.responses(), dict(self._waiting)  # the batch has an order of its own
         try:
             self._score(batch, lambda index: names[members[index]])
         except torch.OutOfMemoryError as error:
             if not self._halves:
-                raise _too_much(self._name, part) from error
-            if len(part) == 1:
+                raise _too_much(self._name, responses) from error
+            if len(responses) == 1:
                 raise
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-            self._max_tokens = _num_tokens(part) // 2
-            middle = len(part) // 2
-            self._score_part(part[:middle])
-            self._score_part(part[middle:])
+            self._max_tokens = _num_tokens(responses) // 2
+            middle = len(responses) // 2
+            self._score_once(responses[:middle])
+            self._score_once(responses[middle:])
 
     def _count_kept(self) -> None:
         waiting = [pair for pair in self._rows if pair[0] in self._waiting or pair[1] in self._waiting]
@@ -157,25 +157,25 @@ class StorePass:
 
 def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list[Response]]:
     """Consecutive responses within a budget of tokens; a single one may exceed it."""
-    part: list[Response] = []
+    taken: list[Response] = []
     tokens, prompts = 0, set[object]()
     for response in responses:
         added = len(response.token_ids) + (0 if response.prompt in prompts else len(response.prompt_ids))
-        if part and max_tokens is not None and tokens + added > max_tokens:
-            yield part
-            part, tokens, prompts = [], 0, set()
+        if taken and max_tokens is not None and tokens + added > max_tokens:
+            yield taken
+            taken, tokens, prompts = [], 0, set()
             added = len(response.token_ids) + len(response.prompt_ids)
-        part.append(response)
+        taken.append(response)
         prompts.add(response.prompt)
         tokens += added
-    if part:
-        yield part
+    if taken:
+        yield taken
 
 
-def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
+def _too_much(name: str, responses: Sequence[Response]) -> ConfigurationError:
     return ConfigurationError(
-        problem=f"Cannot score {len(part)} responses of the {name} set at once ({_num_tokens(part)} tokens): they do "
-        "not fit into the accelerator's memory.",
+        problem=f"Cannot score {len(responses)} responses of the {name} set at once ({_num_tokens(responses)} tokens): "
+        "they do not fit into the accelerator's memory.",
         details="The reference is sharded, so all processes make this forward together, and none can split it alone.",
         instead="Set a smaller `precompute_ref_batch_size` (it counts longest pairs; the least is 1) or `max_length`.",
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import is_sharded, local_part, on_main_process, whole
+from tether.distributed import gather, is_sharded, local_shard, on_main_process
 from tether.errors import ReferenceModelError
 
 # Entries of a model config that do not change what the model computes.
@@ -70,17 +70,17 @@ class ReferenceIdentity:
     @property
     def digest(self) -> str:
         """By this a store files log-probs: equal exactly when the same numbers would be computed."""
-        parts = (self.weights, self.compute_dtype, self.scoring_version)
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        fields = (self.weights, self.compute_dtype, self.scoring_version)
+        return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def digest_parts(
+def identity_digests(
     digests: Mapping[str, bytes], config: Any, adapter: Collection[str] = (), adapter_config: Any = None
 ) -> dict[str, str]:
-    """The digests of an identity: `weights` of everything, and its parts.
+    """The digests of an identity: `weights` of everything, and those of base, config and adapter.
 
     Args:
         digests: Of all tensors that shape the answers (`digest_tensors`).
@@ -156,8 +156,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors, or behind this process's parts of them."""
-    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    """Bytes of the distinct storages behind some tensors, or behind this process's shards of them."""
+    storages = [local_shard(tensor).untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -171,7 +171,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
-    tensor = whole(tensor)
+    tensor = gather(tensor)
     _check_finite(name, tensor)
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)

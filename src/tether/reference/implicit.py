@@ -19,13 +19,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
+from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference.base import Kind, Traits, compute_dtype_name, evaluation_mode, score_without_gradient
 from tether.reference.export import export_adapter
-from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
-from tether.reference.updates.adapters import adapter_parts, refused_shards
-from tether.reference.updates.groups import MovableReference, Part, Tensors, UpdateRule
+from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
+from tether.reference.updates.adapters import adapter_groups, refused_shards
+from tether.reference.updates.groups import MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.refusals import refuse
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
@@ -71,14 +71,14 @@ class ImplicitReference(MovableReference):
         self._adapter_off = self._starts_at_zero and not moves
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
         # By name: FSDP2 puts other parameter objects into the modules when it shards them.
-        self._copies = {name: local_part(parameter).clone() for name, parameter in kept.items()}
+        self._copies = {name: local_shard(parameter).clone() for name, parameter in kept.items()}
         self._digests = digest_tensors(self._tensors())
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
         adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
             kind=self.kind.name,
-            **digest_parts(self._digests, base.config, of_adapter, adapter_config),
+            **identity_digests(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
@@ -135,7 +135,7 @@ class ImplicitReference(MovableReference):
             return
         forget_gathered(self._policy)
         parameters = dict(self._policy.named_parameters())
-        self._copies = {name: part_like(values, parameters[name]) for name, values in self._copies.items()}
+        self._copies = {name: shard_like(values, parameters[name]) for name, values in self._copies.items()}
         with exchanged(self._policy, self._copies):
             yield
 
@@ -147,8 +147,8 @@ class ImplicitReference(MovableReference):
         assert tensor.dtype == self._copies[name].dtype, "another dtype would cut the parameter off from its hooks"
         self._copies[name] = tensor.detach().to(self._copies[name].device).contiguous()
 
-    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
-        """See `adapter_parts`."""
+    def update_groups(self, policy: nn.Module, rule: UpdateRule) -> list[UpdateGroup]:
+        """See `adapter_groups`."""
         if self._adapter_off:
             raise ConfigurationError(
                 problem="Cannot synchronize a reference whose adapter is switched off: it has no adapter of its own to "
@@ -156,7 +156,7 @@ class ImplicitReference(MovableReference):
                 instead="Build it with `ImplicitReference(policy, moves=True)`.",
             )
         refuse(refused_shards(self._policy))
-        return adapter_parts(self._policy, rule)
+        return adapter_groups(self._policy, rule)
 
     def export(self, folder: Path | None, *, merged: bool = False) -> None:
         if self._adapter_off:
@@ -168,7 +168,7 @@ class ImplicitReference(MovableReference):
         if has_shards(self._policy):
             raise ReferenceModelError(
                 problem="Cannot save the implicit reference of a sharded policy (ZeRO-3 or FSDP2): it is a state of "
-                "the policy's own tensors, and each process holds only a part of them.",
+                "the policy's own tensors, and each process holds only a shard of each.",
                 instead="Save it in a run that starts from the same weights without sharding, or with DDP or ZeRO-2.",
             )
         if folder is None:
@@ -283,7 +283,7 @@ def _changes_nothing(module: nn.Module) -> bool:
         original = module.original_module.state_dict(keep_vars=True)
         copies = [module.modules_to_save[name].state_dict(keep_vars=True) for name in module.active_adapters]
         return all(
-            [torch.equal(whole(original[name]), whole(value)) for copy in copies for name, value in copy.items()]
+            [torch.equal(gather(original[name]), gather(value)) for copy in copies for name, value in copy.items()]
         )
     return not isinstance(module, BaseTunerLayer) or _is_zero_pair(module)
 
@@ -305,7 +305,7 @@ def _is_zero_pair(layer: BaseTunerLayer) -> bool:
             factors = [getattr(layer, name, {}) for name in (first, second)]
             if all(adapter in factor for factor in factors):
                 weights = [getattr(factor[adapter], "weight", factor[adapter]) for factor in factors]
-                if all(bool(whole(weight).any()) for weight in weights):
+                if all(bool(gather(weight).any()) for weight in weights):
                     return False
     return True
 
@@ -327,7 +327,7 @@ def _reaching_forward(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) 
 
 def _probe_ids(policy: PeftModel) -> Tensor:
     embeddings: Any = policy.get_base_model().get_input_embeddings()  # type: ignore[operator]
-    vocab_size = int(whole_shape(embeddings.weight)[0])
+    vocab_size = int(full_shape(embeddings.weight)[0])
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     ids = torch.randint(vocab_size, (2, 16), generator=generator)
     return ids.to(next(policy.parameters()).device)

@@ -26,7 +26,7 @@ from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 
-# What a process has scored that needs no answer itself, while others need its part of the weights.
+# What a process scores that needs no answer itself, while others need its shards of the weights.
 _IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
 
 
@@ -180,10 +180,10 @@ class PrecomputedReference(WrappingReference[Reference]):
             pass
 
     def _take_part(self) -> bool:
-        """Makes a pass for nothing where another process needs one, to which this one has a part of the weights.
+        """Makes an idle pass if another process needs this one's shards for a pass of its own.
 
-        Every pass is announced by `any_process(True)`; whoever needs none answers with this. Returns whether there
-        was one.
+        Every pass is announced by `any_process(True)`; a process that needs none answers with this. Returns whether
+        there was one.
         """
         if not (self.traits.is_collective and any_process(False)):
             return False

@@ -1,7 +1,7 @@
 """`SynchronizedReference`: TR-DPO, a reference that follows the policy.
 
-Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint. What moves, and
-how, is in the source's `parts`.
+Wraps a source that owns its weights; knows the schedule and what belongs in a checkpoint. What moves, and how, is in
+the source's `update_groups`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         super().__init__(source)
         self._policy = policy
         self._rule, self._every = UpdateRule(alpha, max_rank), every
-        self._parts = source.parts(policy(), self._rule)
+        self._groups = source.update_groups(policy(), self._rule)
         self._state: dict[str, Tensor] = {}
         own = source.tensors()
-        for part in self._parts:
-            self._state |= part.start(own)
+        for group in self._groups:
+            self._state |= group.start(own)
         self._num_syncs = 0
 
     @property
@@ -97,24 +97,24 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         policy = _tensors_of(self._policy())
         own = self._source.tensors()
         with torch.no_grad():
-            for part in self._parts:  # one at a time, so that no second set of weights is ever alive
-                moved = part.move(self._cut(part.names, policy), own, self._state)
+            for group in self._groups:  # one at a time, so that no second set of weights is ever alive
+                moved = group.move(self._shards(group.names, policy), own, self._state)
                 self._state |= moved.state
                 for name, tensor in moved.tensors.items():
                     self._source.write(name, tensor)
         self._num_syncs += 1
         return True
 
-    def _cut(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
-        """What this process holds of some tensors, cut as the reference's own are."""
-        return {name: self._source.cut(name, tensors[name]) for name in names}
+    def _shards(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
+        """This process's shards of some tensors, sharded as the reference's own."""
+        return {name: self._source.shard(name, tensors[name]) for name in names}
 
     def save(self, folder: Path | None) -> None:
         own = self._source.tensors()
-        held = {f"weight.{name}": own[name] for part in self._parts for name in part.names} | self._state
+        held = {f"weight.{name}": own[name] for group in self._groups for name in group.names} | self._state
         state: dict[str, Tensor] = {}
-        for key, part_of_it in held.items():  # gathered one at a time, and kept by the process that writes
-            tensor = self._source.whole(_name(key), part_of_it)
+        for key, shard in held.items():  # gathered one at a time, and kept by the process that writes
+            tensor = self._source.gather(_name(key), shard)
             if folder is not None:
                 state[key] = tensor.detach().cpu().contiguous()
         if folder is None:
@@ -140,11 +140,12 @@ class SynchronizedReference(WrappingReference[MovableReference]):
             )
         tensors = load_file(folder / _TENSORS)
         with torch.no_grad():
-            for part in self._parts:
-                for name in part.names:
-                    self._source.write(name, self._source.cut(name, tensors[f"weight.{name}"]))
+            for group in self._groups:
+                for name in group.names:
+                    self._source.write(name, self._source.shard(name, tensors[f"weight.{name}"]))
             self._state = {
-                key: self._source.cut(_name(key), tensors[key]).to(tensor.device) for key, tensor in self._state.items()
+                key: self._source.shard(_name(key), tensors[key]).to(tensor.device)
+                for key, tensor in self._state.items()
             }
         self._num_syncs = int(saved["num_syncs"])
 
@@ -156,7 +157,7 @@ class SynchronizedReference(WrappingReference[MovableReference]):
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    forget_gathered(model)  # before names are looked up: FSDP2 puts other objects there while it holds them whole
+    forget_gathered(model)  # before names are looked up: FSDP2 puts other objects there while they are gathered
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 

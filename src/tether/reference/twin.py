@@ -25,7 +25,7 @@ def frozen_twin(
 
     Buffers are copied (they are small, and a training forward may write to them). Parameters that must change dtype
     or device are copied too, so that the given model never does; buffers keep their dtype, as rotary frequencies
-    must. The copy of a sharded parameter is sharded alike, and is never whole for longer than it takes to cut it.
+    must. The copy of a sharded parameter is sharded alike.
     """
     if is_fsdp(model):
         return twin_of_fsdp(model, dtype)

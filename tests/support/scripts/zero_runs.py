@@ -24,7 +24,7 @@ from support.observe import same_bits
 from support.runs import as_dataset, make_trainer, steps
 from support.tiny import tiny_model, tiny_pairs
 from tether import DPOTrainer
-from tether.distributed import forget_gathered, has_shards, whole
+from tether.distributed import forget_gathered, gather, has_shards
 from tether.errors import ConfigurationError
 from tether.types import PairBatch
 
@@ -175,7 +175,7 @@ def best(folder: Path, case: str) -> list[float]:
 
 def whole_bits(model: nn.Module) -> dict[str, Tensor]:
     forget_gathered(model)
-    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
+    return {name: gather(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 def make_models(folder: Path) -> None:
