@@ -27,7 +27,7 @@ from tether.reference.base import Kind
 from tether.reference.implicit import is_adapter_model
 
 if TYPE_CHECKING:
-    from tether.trainer.dpo_trainer import DPOTrainer
+    pass
 
 DPO_PAPER = "2305.18290"
 _TITLES = {
@@ -52,7 +52,7 @@ _TITLES = {
 
 
 def write_model_card(
-    trainer: DPOTrainer,
+    trainer: Any,
     folder: Path,
     model_name: str | None = None,
     dataset_name: str | None = None,
