@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tether.reference import ExplicitReference, ImplicitReference, Placement
-from tether.reference.base import evaluation_mode
 from tether.scoring import score
+from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, Response
 from tiny import tiny_model
 

@@ -7,8 +7,8 @@ final; behaviour is added by wrapping (`PrecomputedReference`, `SynchronizedRefe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import nn
 from tether.errors import ReferenceModelError
 from tether.reference.identity import ReferenceIdentity
 from tether.scoring import score
+from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 BatchSource = Callable[[], Iterable[PairBatch]]
@@ -175,25 +176,6 @@ class Reference(ABC):
     def release(self) -> None:
         """Gives up weights that are not needed, or not true, once training starts."""
         return None
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()`, and every module's own mode back afterwards.
-
-    Layers in 8 bits keep theirs: they have no dropout, and on a CPU bitsandbytes (0.50) computes another product in
-    training than in evaluation, so that reference and policy would differ from the first step on.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, mode in modes:
-        if hasattr(getattr(module, "state", None), "is_training"):
-            module.training = mode
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def score_without_gradient(model: nn.Module, batch: PairBatch, autocast_dtype: torch.dtype | None) -> ResponseLogProbs:

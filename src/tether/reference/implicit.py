@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ConfigurationError, ReferenceModelError
-from tether.reference.base import Kind, Traits, compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
 from tether.reference.updates.adapters import adapter_groups, refused_shards
 from tether.reference.updates.groups import MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.refusals import refuse
 from tether.scoring import SCORING_VERSION, rotary_limit
+from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 
