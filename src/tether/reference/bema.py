@@ -1,6 +1,6 @@
-"""`BemaReference`: a reference whose weights somebody else sets, an averaging callback for one.
+"""`BemaReference`: a reference whose weights are set from outside, by an averaging callback.
 
-Knows how to take weights and what of them belongs into a checkpoint; knows no rule and no schedule.
+Knows how to take weights and which of them belong in a checkpoint; knows no rule and no schedule.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TENSORS = "bema_reference.safetensors"
 
 
 class BemaReference(WrappingReference[MovableReference]):
-    """`pi_ref` is what `take` was last given; before that, the source as it was.
+    """`pi_ref` has the weights that `take` was last given; before that, the source's.
 
     Args:
-        source: A reference that owns a copy of every weight that will be set.
+        source: A reference with its own copy of every weight that will be set.
     """
 
     kind = Kind("bema", "weights that follow an average of the policy's (BEMA)", paper="2508.00180")
@@ -37,7 +37,7 @@ class BemaReference(WrappingReference[MovableReference]):
 
     @property
     def identity(self) -> ReferenceIdentity:
-        """The source's, as it was at the start: what has changed since is in the checkpoint."""
+        """The source's, as it was at the start; later weights are in the checkpoint."""
         return replace(self._source.identity, kind=self.kind.name)
 
     @property
@@ -46,7 +46,7 @@ class BemaReference(WrappingReference[MovableReference]):
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        """Sets some of the parameters, by their names in the policy; they are cast to the reference's dtype.
+        """Sets some of the parameters, by their names in the policy, cast to the reference's dtype.
 
         Raises:
             ReferenceModelError: If the reference has no such parameter.
@@ -63,7 +63,7 @@ class BemaReference(WrappingReference[MovableReference]):
         self._taken |= weights.keys()
 
     def save(self, folder: Path | None) -> None:
-        if folder is None:  # never sharded, so there is nothing to take part in
+        if folder is None:  # never sharded, so this process has nothing to contribute
             return
         own = self._source.tensors()
         taken = {name: own[name].detach().cpu().contiguous() for name in sorted(self._taken)}
@@ -80,4 +80,4 @@ class BemaReference(WrappingReference[MovableReference]):
         self.take(load_file(folder / _TENSORS))
 
     def release(self) -> None:
-        """Nothing: the weights it was given are held here alone."""
+        """Does nothing: no one else holds the weights it was given."""

@@ -63,21 +63,21 @@ _AS_GIVEN = Placement()
 class ExplicitReference(MovableReference):
     """The reference whose weights stand still: `pi_ref = pi_0`, or another model.
 
-    Built from a model, it is a second tree of modules over that model's own tensors: nothing is copied, and the
-    caller's model keeps its mode, hooks and device. `of_policy` copies what training changes.
+    Built from a model, it is a second tree of modules over that model's tensors: nothing is copied, and the caller's
+    model keeps its mode, hooks and device. `of_policy` copies the weights that training changes.
 
     Args:
-        model: The model to answer with. Weights that are not copied must not change while the reference lives.
+        model: The model that scores. Weights that are not copied must not change while the reference lives.
         placement: How and where the weights are held; by default as the model's own.
         copies: Which parameters to copy; by default none.
         policy: The policy; what it shares with `model` is not counted as extra bytes.
-        means_policy: The model is meant to be the initial policy, not another one.
-        origins: Where to get the weights again when an answer is needed after `release`; the first whose digest is
-            this reference's is taken. Not where the weights are sharded.
+        means_policy: The model is meant to be the initial policy.
+        origins: Where to load the weights again if a response must be scored after `release`; the first one with this
+            reference's digest is used. Not for sharded weights.
 
     Raises:
-        ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed and `shard` is
-            missing, or comes too late.
+        ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed already and
+            `placement` has no `shard`.
 
     Example:
         >>> reference = ExplicitReference(model)                       # doctest: +SKIP
@@ -124,7 +124,7 @@ class ExplicitReference(MovableReference):
 
     @classmethod
     def of_policy(cls, policy: nn.Module, placement: Placement = _AS_GIVEN) -> ExplicitReference:
-        """The policy as it is now: parameters that train are copied, those that do not are shared."""
+        """The policy as it is now: parameters that train are copied, the others are shared."""
         return cls(
             policy,
             placement,
@@ -143,10 +143,10 @@ class ExplicitReference(MovableReference):
         moves: bool = False,
         origins: Sequence[Origin] = (),
     ) -> ExplicitReference:
-        """Another model, shared with its owner; tensors that the policy will train are copied.
+        """Another model, whose tensors are shared; those that the policy will train are copied.
 
         With `moves`, all floating-point tensors are copied: the reference will follow the policy, and the caller's
-        model must stay what it is.
+        model must not change.
         """
         training = _storages(p for p in policy.parameters() if p.requires_grad)
         return cls(
@@ -161,7 +161,7 @@ class ExplicitReference(MovableReference):
     def before_training(
         cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None, origins: Sequence[Origin] = ()
     ) -> ExplicitReference:
-        """The policy itself, for use before its first optimizer step only; `release` it then. Costs no memory."""
+        """The policy itself, only for use before its first optimizer step; call `release` then. Costs no memory."""
         return cls(policy, Placement(autocast_dtype=autocast_dtype), policy=policy, means_policy=True, origins=origins)
 
     @property
@@ -213,7 +213,7 @@ class ExplicitReference(MovableReference):
         state: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied tensors are saved once
         for name, tensor in self._module.state_dict(keep_vars=True).items():
-            if id(tensor) not in gathered:  # one at a time, and kept by the process that writes
+            if id(tensor) not in gathered:  # one at a time, kept by the process that writes
                 full = gather(tensor)
                 gathered[id(tensor)] = full.cpu() if folder is not None else full.new_empty(0)
             state[name] = gathered[id(tensor)]
@@ -236,7 +236,7 @@ class ExplicitReference(MovableReference):
         return gather_shard(shard, self._own(name))
 
     def _own(self, name: str) -> Tensor:
-        """The tensor of that name as the module has it now: sharding puts other objects there."""
+        """The tensor of that name as the module has it now: sharding replaces the objects."""
         assert self._module is not None, "released"
         path, _, leaf = name.rpartition(".")
         tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
@@ -257,7 +257,7 @@ class ExplicitReference(MovableReference):
         return [DenseGroup(name, rule.alpha) for name in (*trained, *buffers)]
 
     def _bring_back(self) -> nn.Module:
-        """The weights again, from where they came, proven by their digest."""
+        """Loads the weights again from an origin, checked by their digest."""
         refused = []
         for origin in self._origins:
             try:

@@ -15,8 +15,8 @@ from tether.types import PairBatch, ResponseLogProbs, offsets_of
 class FreeReference(Reference):
     """The reference of reference-free training: `log pi_ref(y|x) = 0` for every response.
 
-    Any other constant would do as well, for losses that see the difference of two responses alone. A reward is then
-    `beta log pi_theta(y|x)`. Nothing pulls the policy back to where it started.
+    Any other constant gives the same loss if the loss uses only the difference of two responses. A reward is
+    `beta log pi_theta(y|x)`, and nothing pulls the policy back to where it started.
 
     Example:
         >>> from tether.types import Response

@@ -1,4 +1,4 @@
-"""`GivenReference`: rows that bring their own answers, in the columns `ref_chosen_logps` and `ref_rejected_logps`.
+"""`GivenReference`: rows that bring their own log-probs, in the columns `ref_chosen_logps` and `ref_rejected_logps`.
 
 Knows sums only; knows no model, no store and no column.
 """
@@ -14,14 +14,14 @@ from tether.types import PairBatch, ResponseLogProbs, offsets_of
 
 
 class GivenReference(Reference):
-    """The reference is what the rows say it is: the sum of each response's log-probs, computed elsewhere.
+    """The rows bring the reference: the sum of each response's log-probs, computed elsewhere.
 
-    No model is run and no weight is held. Which model the sums come from, and whether it was fed the same tokens,
-    cannot be checked here. How a sum is spread over the response's tokens is not known (`Traits.knows_tokens`): all of
-    it stands at the first token.
+    No model runs and no weights are held. Which model the sums come from, and whether it saw the same tokens, cannot
+    be checked here. How a sum is spread over the response's tokens is not known (`Traits.knows_tokens` is False), so
+    all of it stands at the first token.
 
     Args:
-        digest: Of the given numbers, where they can be known in advance; tells one set of them from another.
+        digest: Of the given numbers, if they can be known in advance; distinguishes one set of them from another.
     """
 
     kind = Kind("given", "log-probs that the rows brought along")

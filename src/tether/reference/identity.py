@@ -1,7 +1,7 @@
-"""Who a reference is: a digest of everything that changes its answers.
+"""The identity of a reference: a digest of everything that changes its answers.
 
-Knows tensors and configs, no kind of reference. Weights are digested by name, shape, dtype and content; a name is
-the one that the plain model uses, so that a base under an adapter and the same base alone are one identity.
+Knows tensors and configs, no kind of reference. Weights are digested by name, shape, dtype and content, under the
+plain model's names, so that a base under an adapter has the same identity as the base alone.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _COSMETIC = frozenset(
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What tells one reference from another.
+    """What distinguishes one reference from another.
 
     Attributes:
-        kind: How the reference is had, in a word (`explicit`, `implicit`, ...); for people, not part of `digest`.
+        kind: Its kind in one word (`explicit`, `implicit`, ...); for people, not in `digest`.
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
-        base: Digest of the base weights alone; like the next two, it only says where two `weights` differ.
+        base: Digest of the base weights alone; like the next two, it only shows where two `weights` differ.
         config: Digest of the config alone.
-        adapter: Digest of the adapter's tensors and configuration; empty where none shapes the answers.
+        adapter: Digest of the adapter's tensors and configuration; empty without one that shapes the answers.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class ReferenceIdentity:
     def named(cls, name: str) -> ReferenceIdentity:
         """Of a reference without weights to digest (a server, an ensemble): by its name alone.
 
-        Whoever changes what answers under that name must change the name.
+        If the model behind the name changes, the name must change too.
 
         Example:
             >>> ReferenceIdentity.named("reward-team/dpo-v3").kind
@@ -69,7 +69,7 @@ class ReferenceIdentity:
 
     @property
     def digest(self) -> str:
-        """By this a store files log-probs: equal exactly when the same numbers would be computed."""
+        """The key of stored log-probs: equal exactly when the same numbers would be computed."""
         fields = (self.weights, self.compute_dtype, self.scoring_version)
         return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
 
@@ -152,7 +152,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
-    return {name: state[name] for name in first.values()}  # not detached: a sharded one would not say so any more
+    return {name: state[name] for name in first.values()}  # not detached: a detached shard does not look sharded
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

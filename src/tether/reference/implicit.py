@@ -1,4 +1,4 @@
-"""`ImplicitReference`: the policy's own base, seen with its adapter off, or with the adapter it started from.
+"""`ImplicitReference`: the policy's own base, with its adapter off or with the adapter it started from.
 
 The one home of PEFT's adapter mechanics. Holds no second set of base weights.
 """
@@ -47,7 +47,7 @@ class ImplicitReference(MovableReference):
 
     A *fresh* adapter, whose initial delta is exactly zero, is simply switched off. An adapter that already changes
     the base (a continued one, PiSSA, random prompts) is kept as a frozen copy of its tensors. Either way, tensors
-    that train and still reach the forward (trained biases, say) are swapped for frozen copies around the pass, in
+    that train and still reach the forward (such as trained biases) are swapped for frozen copies around the pass, in
     place and by pointer: no weight is moved, and PEFT never has to hold a second adapter. A copy may have another
     rank than the policy's adapter, as an average has, but not another dtype: that would cut the tensor off from the
     hooks that reduce its gradient.
@@ -58,7 +58,7 @@ class ImplicitReference(MovableReference):
     Args:
         policy: The PEFT model that trains.
         autocast_dtype: Run under autocast with this dtype, as the policy does.
-        moves: The reference will follow the policy: the adapter is kept as a copy even if it changes nothing yet.
+        moves: The reference will follow the policy, so the adapter is copied even if it changes nothing yet.
     """
 
     kind = Kind("implicit", "the policy's own base, with its adapter off or as it started")
@@ -85,7 +85,7 @@ class ImplicitReference(MovableReference):
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor that shapes the reference's answers; the kept ones are right while exchanged."""
+        """Every tensor that shapes the reference's answers; the kept ones only while exchanged."""
         forget_gathered(self._policy)
         tensors = base_tensors(self._policy.get_base_model())
         if not self._starts_at_zero:
@@ -179,7 +179,7 @@ class ImplicitReference(MovableReference):
 
 
 def _adapter_config(policy: PeftModel) -> Any:
-    """The configuration of every adapter and which are active, without what does not change the answer."""
+    """The configurations of all adapters, and which are active, without fields that do not change the answer."""
     cosmetic = ("base_model_name_or_path", "inference_mode")
     configs = {
         name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
@@ -208,9 +208,8 @@ def adapter_off(policy: PeftModel) -> Iterator[None]:
 def has_zero_delta(policy: PeftModel) -> bool:
     """Whether the adapter, as it is now, changes nothing: its logits equal the base's, bit for bit.
 
-    Looked at from two sides, because a probe may miss what it does not touch (an unrouted expert, a token's
-    embedding): the tensors themselves, where a type's can be told to change nothing, and a forward with the adapter
-    on against one with it off.
+    Checked in two ways, because a probe may miss what it does not touch (an unrouted expert, a token's embedding): by
+    the tensors, for types whose tensors show it, and by a forward with the adapter on against one with it off.
     """
     if any(config.is_prompt_learning for config in policy.peft_config.values()):
         return False
@@ -254,7 +253,7 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
 
 
 def beside_base(model: nn.Module, base: Tensors) -> dict[str, Tensor]:
-    """What a model's state has besides the given tensors of its base."""
+    """The tensors of a model's state that are not among the given ones of its base."""
     of_base = {id(tensor) for tensor in base.values()}
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
@@ -292,9 +291,9 @@ def _changes_nothing(module: nn.Module) -> bool:
 def _trains_only_what_is_switched_off(policy: PeftModel) -> bool:
     """Whether only LoRA factors and `modules_to_save` train.
 
-    By themselves they say whether they change anything, and none reaches a forward with the adapter off. That is all
-    there is to go by where a sharded base can't be probed with a forward and a backward. Any other adapter is then
-    kept as it was, which is as right and only costs its tensors.
+    These tensors alone show whether they change anything, and none reaches a forward with the adapter off. A sharded
+    base can't be probed with a forward and a backward, so this is all there is to go by. Any other adapter is then
+    kept as it was, which is also right and only costs its tensors.
     """
     known = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
     return all(known & set(name.split(".")) for name, parameter in policy.named_parameters() if parameter.requires_grad)

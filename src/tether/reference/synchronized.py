@@ -1,7 +1,7 @@
 """`SynchronizedReference`: TR-DPO, a reference that follows the policy.
 
-Wraps a source that owns its weights; knows the schedule and what belongs in a checkpoint. What moves, and how, is in
-the source's `update_groups`.
+Wraps a source that owns its weights; knows the schedule and what belongs in a checkpoint. The source's
+`update_groups` define what moves, and how.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _TENSORS, _SCHEDULE = "synchronized_reference.safetensors", "synchronized_refere
 class SynchronizedReference(WrappingReference[MovableReference]):
     """`pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref` every `every` optimizer steps.
 
-    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. The step counted is the optimizer's, and the update comes
-    after it. Tensors are matched by name; what the policy does not train is shared with it and needs no update.
+    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. Steps are the optimizer's, and the update comes after the
+    step. Tensors are matched by name; those that the policy does not train are shared with it and need no update.
 
     Args:
-        source: A reference that owns a copy of every weight the policy trains.
-        policy: Gives the unwrapped policy when a sync is due.
+        source: A reference with its own copy of every weight that the policy trains.
+        policy: Returns the unwrapped policy when a sync is due.
         alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
         every: Optimizer steps between syncs.
         max_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
 
     Raises:
         ReferenceModelError: If the source's tensors do not match the policy's, by name and shape.
-        ConfigurationError: If what the policy trains has no average, or the rank no meaning for it; names it.
+        ConfigurationError: If something that the policy trains has no average, or no rank to limit; names it.
     """
 
     kind = Kind("synchronized", "weights that follow the policy (TR-DPO)", paper="2404.09656")
@@ -69,7 +69,7 @@ class SynchronizedReference(WrappingReference[MovableReference]):
 
     @property
     def identity(self) -> ReferenceIdentity:
-        """The source's, as it was at the start: what has moved since is in the checkpoint."""
+        """The source's, as it was at the start; later weights are in the checkpoint."""
         return replace(self._source.identity, kind=self.kind.name)
 
     @property
@@ -97,7 +97,7 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         policy = _tensors_of(self._policy())
         own = self._source.tensors()
         with torch.no_grad():
-            for group in self._groups:  # one at a time, so that no second set of weights is ever alive
+            for group in self._groups:  # one at a time, so that no second set of weights is ever held
                 moved = group.move(self._shards(group.names, policy), own, self._state)
                 self._state |= moved.state
                 for name, tensor in moved.tensors.items():
@@ -153,7 +153,7 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         return {"alpha": self._rule.alpha, "rank": self._rule.max_rank, "every": self._every}
 
     def release(self) -> None:
-        """Nothing: a synchronized reference is needed to the end."""
+        """Does nothing: a synchronized reference is needed to the end."""
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -162,5 +162,5 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _name(key: str) -> str:
-    """The tensor that an entry of the state belongs to: `residual.lm_head.weight` to `lm_head.weight`."""
+    """The tensor that an entry of the state belongs to: `lm_head.weight` for `residual.lm_head.weight`."""
     return key.partition(".")[2]

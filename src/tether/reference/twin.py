@@ -21,10 +21,10 @@ def frozen_twin(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """A second tree of modules: parameters that `owns` picks are copied, all others are the very same tensors.
+    """A second tree of modules: parameters that `owns` picks are copied, all others are the same tensors.
 
-    Buffers are copied (they are small, and a training forward may write to them). Parameters that must change dtype
-    or device are copied too, so that the given model never does; buffers keep their dtype, as rotary frequencies
+    Buffers are copied: they are small, and a training forward may write to them. Parameters that change dtype or
+    device are copied too, so that the given model does not change; buffers keep their dtype, as rotary frequencies
     must. The copy of a sharded parameter is sharded alike.
     """
     if is_fsdp(model):

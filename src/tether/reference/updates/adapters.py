@@ -41,11 +41,11 @@ _QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
 def refused_followers(configs: Iterable[Any], rule: UpdateRule | None = None) -> Iterator[Refusal]:
-    """Adapters that have no average, and ranks without a meaning for them.
+    """Adapters that have no average, and ranks that do not apply to them.
 
     Args:
         configs: PEFT configurations, of adapters that exist or that will be made.
-        rule: How they are to follow; None to look at the adapters alone.
+        rule: How they follow; None to check the adapters alone.
     """
     configs = list(configs)
     for config in configs:
@@ -100,7 +100,7 @@ def adapter_groups(policy: PeftModel, rule: UpdateRule) -> list[UpdateGroup]:
     whole modules, token rows, prompts, and types linear in what they train) tensor by tensor.
 
     Raises:
-        ConfigurationError: If an adapter has no average, or the rank no meaning for it; names it.
+        ConfigurationError: If an adapter has no average, or the rank does not apply to it; names it.
     """
     refuse(refused_followers((policy.peft_config[name] for name in policy.active_adapters), rule))
     names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}

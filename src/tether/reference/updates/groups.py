@@ -41,7 +41,7 @@ class UpdateRule:
 
 
 def refused_rule(alpha: float, max_rank: int | None) -> Iterator[Refusal]:
-    """What no update rule can be."""
+    """Values out of range."""
     if not 0 <= alpha <= 1:
         why = "it is the policy's weight in an average with the reference"
         yield of_option("ref_model_mixup_alpha", alpha, why, "Write a value in [0, 1].")
@@ -88,7 +88,7 @@ class UpdateGroup(ABC):
 
 
 class MovableReference(Reference):
-    """A reference with weights of its own that can follow the policy."""
+    """A reference with weights of its own, which can follow the policy."""
 
     @abstractmethod
     def tensors(self) -> Tensors:
@@ -112,7 +112,7 @@ class MovableReference(Reference):
 
         Raises:
             ReferenceModelError: If policy and reference do not have the same tensors.
-            ConfigurationError: If the rule has no meaning for something that trains; names it.
+            ConfigurationError: If the rule does not apply to something that trains; names it.
         """
 
 
