@@ -22,9 +22,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tether.reference import ExplicitReference, ImplicitReference
-from tether.reference.base import evaluation_mode
+from tether.reference import ExplicitReference, ImplicitReference, Placement
 from tether.scoring import score
+from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, Response
 from tiny import tiny_model
 
@@ -74,7 +74,11 @@ class Scorer(NamedTuple):
 
 
 def copy_of(model: Any, scorer: Scorer) -> Tensor:
-    return ExplicitReference.of_policy(model, autocast_dtype=scorer.autocast_dtype).log_probs(scorer.batch).values
+    return (
+        ExplicitReference.of_policy(model, Placement(autocast_dtype=scorer.autocast_dtype))
+        .log_probs(scorer.batch)
+        .values
+    )
 
 
 def adapter_off(model: Any, scorer: Scorer) -> Tensor:
@@ -99,7 +103,7 @@ def eager_attention(model: Any, scorer: Scorer) -> Tensor:
 
 def in_bfloat16(model: Any, scorer: Scorer) -> Tensor:
     """A reference held in bfloat16 (`ref_dtype`), beside a policy in another dtype."""
-    return ExplicitReference.of_policy(model, dtype=torch.bfloat16).log_probs(scorer.batch).values
+    return ExplicitReference.of_policy(model, Placement(dtype=torch.bfloat16)).log_probs(scorer.batch).values
 
 
 ROUNDING: dict[str, Callable[[Any, Scorer], Tensor]] = {

@@ -19,8 +19,8 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-def toy_model() -> PreTrainedModel:
-    """A Qwen2 of 70 thousand random weights, the same ones each time."""
+def toy_model(seed: int = 0) -> PreTrainedModel:
+    """A Qwen2 of 70 thousand random weights, the same ones for each seed."""
     config = Qwen2Config(
         vocab_size=23,
         hidden_size=64,
@@ -33,7 +33,7 @@ def toy_model() -> PreTrainedModel:
         bos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return Qwen2ForCausalLM(config)
 
 

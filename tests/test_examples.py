@@ -11,10 +11,13 @@ from types import ModuleType
 import datasets
 import pytest
 
+from support.scoring_server import scoring_server
 from tether.cli import main
+from tether.reference import ExplicitReference
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STRATEGIES = ("explicit", "implicit", "precomputed", "synchronized", "vision")
+OWN = ("own_reference", "http_reference", "ensemble_reference", "own_loop")
 TOYS = ("toy", "toy_vision")
 
 
@@ -34,9 +37,14 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, *OWN])
 def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    load(EXAMPLES / f"{name}.py").main(max_steps=4)
+    example = load(EXAMPLES / f"{name}.py")
+    if name == "http_reference":
+        with scoring_server(ExplicitReference(load(EXAMPLES / "toy.py").toy_model())) as url:
+            example.main(url, max_steps=4)
+    else:
+        example.main(max_steps=4)
     out = capsys.readouterr().out
     said = {
         "explicit": r"holds 30\d,\d{3} bytes and made \d+ passes",
@@ -44,6 +52,10 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         "precomputed": r"beta 0.1: [1-9]\d* reference passes, 0 bytes\n(.*\n)*beta 0.5: 0 reference passes",
         "synchronized": r"moved 2 times",
         "vision": r"held-out rewards/accuracies: \d",
+        "own_reference": r"wrote down [1-9]\d* pairs",
+        "http_reference": r"the server scored [1-9]\d* responses",
+        "ensemble_reference": r"two models made [1-9]\d* passes",
+        "own_loop": r"step 4: loss 0\.\d+, rewards/margins .*\nthe reference moved 0 times",
     }
     assert re.search(said[name], out), out
     weights = {path.relative_to(f"out/{name}").as_posix() for path in Path(f"out/{name}").rglob("*.safetensors")}
@@ -57,11 +69,12 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_script_is_covered() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*STRATEGIES, *TOYS}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*STRATEGIES, *OWN, *TOYS}
 
 
 def test_example_scripts_stay_short() -> None:
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 45 for name in STRATEGIES)
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60 for name in OWN)
 
 
 def test_the_recipe_trains_the_model_that_its_script_makes(

@@ -7,43 +7,65 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from tether.config.dpo_config import DPOConfig as DPOConfig
-    from tether.data.collators import DataCollatorForPreference as DataCollatorForPreference
-    from tether.data.collators import DataCollatorForVisionPreference as DataCollatorForVisionPreference
+    from tether.data import DataCollatorForPreference as DataCollatorForPreference
+    from tether.data import DataCollatorForVisionPreference as DataCollatorForVisionPreference
+    from tether.data import PairCollator as PairCollator
+    from tether.data import batch_of as batch_of
+    from tether.data import tokenize_pairs as tokenize_pairs
+    from tether.losses import LOSSES as LOSSES
     from tether.losses import LossOptions as LossOptions
+    from tether.reference import BemaReference as BemaReference
     from tether.reference import ExplicitReference as ExplicitReference
+    from tether.reference import FreeReference as FreeReference
+    from tether.reference import GivenReference as GivenReference
     from tether.reference import ImplicitReference as ImplicitReference
+    from tether.reference import Placement as Placement
     from tether.reference import PrecomputedReference as PrecomputedReference
     from tether.reference import Reference as Reference
     from tether.reference import ReferenceIdentity as ReferenceIdentity
     from tether.reference import SynchronizedReference as SynchronizedReference
+    from tether.reference import Traits as Traits
+    from tether.reference import WrappingReference as WrappingReference
     from tether.scoring import score as score
     from tether.store import LogProbStore as LogProbStore
     from tether.trainer.callbacks import BEMACallback as BEMACallback
     from tether.trainer.dpo_trainer import DPOTrainer as DPOTrainer
     from tether.types import PairBatch as PairBatch
     from tether.types import PairScores as PairScores
+    from tether.types import Response as Response
     from tether.types import ResponseLogProbs as ResponseLogProbs
 
 __version__ = "0.1.0"
 
 # Loaded when first used: `tether --help` should not wait for torch and transformers.
 _HOMES = {
-    "BEMACallback": "tether.trainer.callbacks",
-    "DataCollatorForPreference": "tether.data.collators",
-    "DataCollatorForVisionPreference": "tether.data.collators",
     "DPOConfig": "tether.config.dpo_config",
-    "DPOTrainer": "tether.trainer.dpo_trainer",
+    "DataCollatorForPreference": "tether.data",
+    "DataCollatorForVisionPreference": "tether.data",
+    "PairCollator": "tether.data",
+    "batch_of": "tether.data",
+    "tokenize_pairs": "tether.data",
+    "LOSSES": "tether.losses",
     "LossOptions": "tether.losses",
-    "ImplicitReference": "tether.reference",
+    "BemaReference": "tether.reference",
     "ExplicitReference": "tether.reference",
-    "SynchronizedReference": "tether.reference",
+    "FreeReference": "tether.reference",
+    "GivenReference": "tether.reference",
+    "ImplicitReference": "tether.reference",
+    "Placement": "tether.reference",
+    "PrecomputedReference": "tether.reference",
     "Reference": "tether.reference",
     "ReferenceIdentity": "tether.reference",
-    "PrecomputedReference": "tether.reference",
+    "SynchronizedReference": "tether.reference",
+    "Traits": "tether.reference",
+    "WrappingReference": "tether.reference",
     "score": "tether.scoring",
     "LogProbStore": "tether.store",
+    "BEMACallback": "tether.trainer.callbacks",
+    "DPOTrainer": "tether.trainer.dpo_trainer",
     "PairBatch": "tether.types",
     "PairScores": "tether.types",
+    "Response": "tether.types",
     "ResponseLogProbs": "tether.types",
 }
 

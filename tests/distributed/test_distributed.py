@@ -16,16 +16,16 @@ from tether.distributed import (
     cast_as_training_will,
     check_alike,
     exchanged,
-    local_part,
+    full_shape,
+    gather,
+    local_shard,
     num_processes,
     on_main_process,
-    part_like,
     reduced,
+    shard_like,
     sharding_of,
     together,
     union,
-    whole,
-    whole_shape,
 )
 from tether.errors import ConfigurationError, DataError, ReferenceModelError
 from tether.reference.identity import digest_tensors
@@ -65,15 +65,15 @@ def test_a_failure_in_a_joint_block_is_raised_as_it_is() -> None:
 
 def test_a_whole_tensor_is_its_own_part() -> None:
     weight = nn.Parameter(torch.arange(6.0).view(2, 3))
-    assert whole_shape(weight) == (2, 3)
-    for view in (whole(weight), local_part(weight), part_like(weight, weight)):
+    assert full_shape(weight) == (2, 3)
+    for view in (gather(weight), local_shard(weight), shard_like(weight, weight)):
         assert view.data_ptr() == weight.data_ptr() and not view.requires_grad
 
 
 def test_a_tensor_without_content_is_refused_and_not_digested() -> None:
     empty = torch.empty(3, device="meta")
     with pytest.raises(ReferenceModelError, match="meta device"):
-        whole(empty)
+        gather(empty)
     with pytest.raises(ReferenceModelError, match="meta device"):
         digest_tensors({"weight": empty})
 

@@ -19,10 +19,10 @@ from support.observe import bits, same_bits, traces
 from support.tiny import tiny_model
 from tether.errors import ConfigurationError, ReferenceModelError
 from tether.reference import ImplicitReference, SynchronizedReference
-from tether.reference.updates.adapters import LINEAR_TYPES, adapter_parts, refused_followers
+from tether.reference.updates.adapters import LINEAR_TYPES, adapter_groups, refused_followers
 from tether.reference.updates.averaging import LowRank
-from tether.reference.updates.groups import DensePart, UpdateRule
-from tether.reference.updates.low_rank import LowRankPart, convolution, experts
+from tether.reference.updates.groups import DenseGroup, UpdateRule
+from tether.reference.updates.low_rank import LowRankGroup, convolution, experts
 from tether.refusals import refuse
 
 pytestmark = pytest.mark.numerics
@@ -227,7 +227,7 @@ def test_prompts_are_averaged_as_they_are(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_200_syncs_follow_the_oracle_within_the_logged_truncation(alpha: float, dtype: torch.dtype) -> None:
-    part = LowRankPart("B", "A", scaling=2.0, alpha=alpha, max_rank=4)
+    part = LowRankGroup("B", "A", scaling=2.0, alpha=alpha, max_rank=4)
     reference = {"B": torch.zeros(10, 2, dtype=dtype), "A": normal(2, 8, seed=0).to(dtype)}
     state = part.start(reference)
     exact = torch.zeros(10, 8, dtype=torch.float64)
@@ -253,7 +253,7 @@ def test_200_syncs_follow_the_oracle_within_the_logged_truncation(alpha: float, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alpha", [0.005, 0.01, 0.05, 0.6])
 def test_a_fixed_gap_closes_in_any_precision(alpha: float, dtype: torch.dtype) -> None:
-    part = LowRankPart("B", "A", scaling=1.0, alpha=alpha, max_rank=4)
+    part = LowRankGroup("B", "A", scaling=1.0, alpha=alpha, max_rank=4)
     reference = {"B": normal(10, 2, seed=3).to(dtype), "A": normal(2, 8, seed=4).to(dtype)}
     policy = {"B": normal(10, 2, seed=5).to(dtype), "A": normal(2, 8, seed=6).to(dtype)}
     gap = (product(policy) - product(reference)).norm()
@@ -387,7 +387,7 @@ class Net(nn.Module):
 def test_lora_on_a_convolution_follows() -> None:
     torch.manual_seed(0)
     policy: Any = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False))
-    (part,) = adapter_parts(policy, UpdateRule(alpha=0.3))
+    (part,) = adapter_groups(policy, UpdateRule(alpha=0.3))
     layer = policy.base_model.model.conv
     old = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
     before = layer.get_delta_weight("default").detach().double()
@@ -409,7 +409,7 @@ def test_lora_on_a_convolution_follows() -> None:
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 50), syncs=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_a_part_is_the_average_of_products(alpha: float, seed: int, syncs: int) -> None:
-    part = LowRankPart("B", "A", scaling=-1.5, alpha=alpha, max_rank=2 * (syncs + 1))
+    part = LowRankGroup("B", "A", scaling=-1.5, alpha=alpha, max_rank=2 * (syncs + 1))
     reference = {"B": normal(7, 2, seed=seed), "A": normal(2, 9, seed=seed + 1)}
     state, exact = part.start(reference), product(reference)
     for sync in range(syncs):
@@ -424,7 +424,7 @@ def test_a_part_is_the_average_of_products(alpha: float, seed: int, syncs: int) 
 @settings(max_examples=40, deadline=None)
 def test_a_dense_part_of_equal_weights_changes_no_bit(alpha: float, seed: int, low: bool) -> None:
     weight = {"w": normal(40, seed=seed).to(torch.bfloat16 if low else torch.float32)}
-    part = DensePart("w", alpha)
+    part = DenseGroup("w", alpha)
     moved = part.move(weight, weight, part.start(weight))
     assert torch.equal(moved.tensors["w"], weight["w"]) and all(not bool(t.any()) for t in moved.state.values())
 
@@ -481,7 +481,7 @@ def test_layers_that_no_average_is_known_for_are_refused_by_name() -> None:
         Net(groups=2), peft.LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False)
     )
     with pytest.raises(ConfigurationError, match=r"`base_model\.model\.conv` \(Conv1d\)"):
-        adapter_parts(grouped, UpdateRule())
+        adapter_groups(grouped, UpdateRule())
     half = CASES["DoRA"]()
     next(p for n, p in half.named_parameters() if "lora_magnitude" in n).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="DoRA"):
@@ -581,9 +581,9 @@ def test_low_rank_is_what_the_layers_hold() -> None:
     """The factors found are the layer's own, so that what is averaged is what computes."""
     policy = CASES["LoRA, experts"](continued=True)
     num = 0
-    for part in ImplicitReference(policy, moves=True).parts(policy, UpdateRule()):
-        if isinstance(part, LowRankPart):
-            pair: LowRank = part.layout.read(policy.get_parameter(part.b), policy.get_parameter(part.a))
+    for group in ImplicitReference(policy, moves=True).update_groups(policy, UpdateRule()):
+        if isinstance(group, LowRankGroup):
+            pair: LowRank = group.layout.read(policy.get_parameter(group.b), policy.get_parameter(group.a))
             assert pair.A.shape[-2] == pair.B.shape[-1] == 4
             num += 1
     assert num == 2 * (2 + 2)

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from support.tiny import tiny_model
 from tether.errors import ReferenceModelError
-from tether.reference import ExplicitReference, ImplicitReference, ReferenceIdentity
+from tether.reference import ExplicitReference, ImplicitReference, Placement, ReferenceIdentity
 
 TESTS = Path(__file__).parents[1]
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # PEFT keeps them as a set
@@ -79,7 +79,7 @@ def test_identity_depends_on_the_dtype_of_the_weights_and_of_the_products() -> N
     digests = [
         digest_of(tiny_model()),
         digest_of(tiny_model(dtype=torch.bfloat16)),
-        digest_of(tiny_model(), autocast_dtype=torch.bfloat16),
+        digest_of(tiny_model(), placement=Placement(autocast_dtype=torch.bfloat16)),
     ]
     assert len(set(digests)) == 3
 
@@ -125,7 +125,7 @@ def test_identity_of_a_trained_adapter_knows_a_frozen_one_beside_it() -> None:
 def test_identity_is_the_same_in_every_process() -> None:
     """Whatever the process's hash seed, by which sets of names are ordered."""
     script = "import test_identity as t; print(t.digest_of(t.tiny_model()), t.adapter_digest(init_lora_weights=False))"
-    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), str(TESTS / "reference")])
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": path}
     output = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=120)
     assert output.split() == [digest_of(tiny_model()), adapter_digest(init_lora_weights=False)]

@@ -34,6 +34,7 @@ from tether.errors import ConfigurationError, DriftError, InitialGapError, Missi
 from tether.reference import (
     ExplicitReference,
     ImplicitReference,
+    Placement,
     PrecomputedReference,
     Reference,
     ReferenceIdentity,
@@ -217,7 +218,7 @@ def reads_another_models_store(folder: Path) -> float:
 def rounds_rotary_frequencies(folder: Path) -> float:
     """`ref_dtype` casts weights; frequencies stay in fp32."""
     policy = tiny_model()
-    module: Any = ExplicitReference.of_policy(policy, dtype=torch.bfloat16).module
+    module: Any = ExplicitReference.of_policy(policy, Placement(dtype=torch.bfloat16)).module
     return float((module.model.rotary_emb.inv_freq - policy.model.rotary_emb.inv_freq).abs().max())
 
 
@@ -248,7 +249,7 @@ def no_gap_check(patch: pytest.MonkeyPatch) -> None:
 def reload_by_name(patch: pytest.MonkeyPatch) -> None:
     """As a leading trainer does."""
 
-    def of_policy(policy: Any, **options: Any) -> ExplicitReference:
+    def of_policy(policy: Any, *_: Any) -> ExplicitReference:
         model: Any = AutoModelForCausalLM.from_pretrained(policy.config._name_or_path)
         return ExplicitReference(model, means_policy=True)
 

@@ -12,37 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from support.kinds import KINDS, Kind, dropping_gpt2, lora, synchronized
+from support.kinds import KINDS, Kind, OfKind, dropping_gpt2, lora, synchronized
 from tether.errors import MissingPackageError
-from tether.reference import ExplicitReference, ImplicitReference, Reference
+from tether.reference import ExplicitReference, ImplicitReference, Reference, Traits
 from tether.reference.base import BatchSource
 from tether.scoring import score
 from tether.testing import ReferenceContract
 from tether.types import PairBatch, ResponseLogProbs
 
 pytestmark = pytest.mark.numerics
-
-
-class OfKind(ReferenceContract):
-    """The contract for one of the kinds of tests/support/kinds.py."""
-
-    kind: Kind
-
-    def make_policy(self) -> Any:
-        return self.kind.policy()
-
-    def make_reference(self, policy: Any, folder: Path) -> Reference:
-        return self.kind.reference(policy, folder)
-
-    def meant_model(self, policy: Any) -> Any:
-        return self.kind.meant(policy)
-
-    def make_batch(self, policy: Any) -> PairBatch:
-        return self.kind.batch
-
-    @property
-    def tolerance(self) -> tuple[float, float]:  # type: ignore[override]
-        return self.kind.tolerance
 
 
 class TestEveryKind(OfKind):
@@ -72,7 +50,7 @@ class Wrapper(Reference):
 
     identity = property(lambda self: self.source.identity)
     num_passes = property(lambda self: self.source.num_passes)
-    means_policy = property(lambda self: True)
+    traits = property(lambda self: Traits(means_policy=True))
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         return self.source.log_probs(batch)
@@ -168,7 +146,7 @@ class MovesInSilence(Wrapper):
 
 
 class ForgetsItsState(Wrapper):
-    moves = property(lambda self: True)
+    traits = property(lambda self: Traits(means_policy=True, moves=True))
 
     def __init__(self, policy: Any) -> None:
         self.policy, self.source = policy, synchronized(1.0)(policy, Path())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from support.observe import bits, same_bits
 from support.tiny import tiny_model
 from tether.errors import ReferenceModelError, ResumeError
-from tether.reference import ExplicitReference, SynchronizedReference
+from tether.reference import ExplicitReference, Placement, SynchronizedReference
 from tether.reference.updates.averaging import soft_update, soft_update_with_residual
 
 pytestmark = pytest.mark.numerics
@@ -31,7 +31,7 @@ def synchronized(
     policy: nn.Module, *, alpha: float = 0.5, every: int = 1, dtype: torch.dtype | None = None
 ) -> SynchronizedReference:
     return SynchronizedReference(
-        ExplicitReference.of_policy(policy, dtype=dtype), lambda: policy, alpha=alpha, every=every
+        ExplicitReference.of_policy(policy, Placement(dtype=dtype)), lambda: policy, alpha=alpha, every=every
     )
 
 

@@ -18,6 +18,7 @@ from tether.reference import (
     BemaReference,
     ExplicitReference,
     ImplicitReference,
+    Placement,
     PrecomputedReference,
     Reference,
     SynchronizedReference,
@@ -25,6 +26,7 @@ from tether.reference import (
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
 from tether.store import LogProbStore, content_key
+from tether.testing import ReferenceContract
 from tether.types import PairBatch, Response
 
 CLOSE = {"atol": 5e-6, "rtol": 1e-6}
@@ -118,6 +120,9 @@ class Kind:
     batch: PairBatch = BATCH
 
 
+HALF = Placement(dtype=torch.bfloat16)
+
+
 def explicit(policy: Any, folder: Path | None = None) -> Reference:
     return ExplicitReference.of_policy(policy)
 
@@ -201,12 +206,12 @@ SOURCES: dict[str, Kind] = {
     ),
     "explicit, in `ref_dtype` bfloat16": Kind(
         dropping_gpt2,
-        lambda policy, folder: ExplicitReference.of_policy(policy, dtype=torch.bfloat16),
+        lambda policy, folder: ExplicitReference.of_policy(policy, HALF),
         tolerance=(0.05, 0.5),
     ),
     "explicit, under autocast": Kind(
         dropping_gpt2,
-        lambda policy, folder: ExplicitReference.of_policy(policy, autocast_dtype=torch.bfloat16),
+        lambda policy, folder: ExplicitReference.of_policy(policy, Placement(autocast_dtype=torch.bfloat16)),
         tolerance=(0.05, 0.5),
     ),
     "explicit, other model": Kind(
@@ -235,7 +240,7 @@ SOURCES: dict[str, Kind] = {
     ),
     "synchronized, DoRA": Kind(lambda: llama_lora(use_dora=True), synchronized_adapter()),
     "synchronized, IA3": Kind(ia3, synchronized_adapter()),
-    "synchronized, in bfloat16": Kind(dropping_gpt2, synchronized(dtype=torch.bfloat16), tolerance=(0.05, 0.5)),
+    "synchronized, in bfloat16": Kind(dropping_gpt2, synchronized(placement=HALF), tolerance=(0.05, 0.5)),
     "bema": Kind(dropping_gpt2, followed),
     "bema, after taking weights": Kind(dropping_gpt2, after_taking, meant=lambda policy: other_model()),
     "none": Kind(dropping_gpt2, lambda policy, folder: FreeReference(), meant=lambda policy: Certain()),
@@ -269,6 +274,28 @@ KINDS: dict[str, Kind] = {
         Kind(dropping_gpt2, lambda policy, folder: ExplicitReference.before_training(policy))
     ),
 }
+
+
+class OfKind(ReferenceContract):
+    """The contract for one of the kinds above."""
+
+    kind: Kind
+
+    def make_policy(self) -> Any:
+        return self.kind.policy()
+
+    def make_reference(self, policy: Any, folder: Path) -> Reference:
+        return self.kind.reference(policy, folder)
+
+    def meant_model(self, policy: Any) -> Any:
+        return self.kind.meant(policy)
+
+    def make_batch(self, policy: Any) -> PairBatch:
+        return self.kind.batch
+
+    @property
+    def tolerance(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.kind.tolerance
 
 
 def train(policy: nn.Module) -> None:

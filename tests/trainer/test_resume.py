@@ -86,7 +86,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_p
     module, expected = resumed.reference.module, whole.reference.module
     if module is not None and expected is not None:
         assert same_bits(bits(module), bits(expected))
-    if whole.reference.moves and module is None:
+    if whole.reference.traits.moves and module is None:
         with resumed.reference.in_policy(), whole.reference.in_policy():
             assert same_bits(bits(resumed.model), bits(whole.model))
     assert resumed.reference.figures() == whole.reference.figures()

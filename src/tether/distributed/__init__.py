@@ -1,7 +1,7 @@
 """Several processes, and weights that none of them holds whole: the only place that knows DDP, FSDP2 and DeepSpeed.
 
-`processes` reduces sums and verdicts, `shards` reads tensors of which each process holds a part, `models` shards a
-second model as the policy is sharded. Everything is also right in one process and for whole tensors.
+`processes` reduces sums and verdicts, `shards` reads sharded tensors, `models` shards a second model as the policy is
+sharded. Everything also works in one process and with full tensors.
 """
 
 from tether.distributed.models import (
@@ -25,16 +25,16 @@ from tether.distributed.processes import (
 from tether.distributed.shards import (
     exchanged,
     forget_gathered,
+    full_shape,
+    gather,
+    gather_shard,
     has_shards,
     is_fsdp,
     is_sharded,
-    local_part,
+    local_shard,
     on_main_process,
-    part_like,
     plain_class,
-    whole,
-    whole_of_part,
-    whole_shape,
+    shard_like,
 )
 
 __all__ = [
@@ -46,22 +46,22 @@ __all__ = [
     "copy_of_sharded",
     "exchanged",
     "forget_gathered",
+    "full_shape",
+    "gather",
+    "gather_shard",
     "has_shards",
     "is_distributed",
     "is_fsdp",
     "is_main_process",
     "is_sharded",
-    "local_part",
+    "local_shard",
     "num_processes",
     "on_main_process",
-    "part_like",
     "plain_class",
     "reduced",
+    "shard_like",
     "sharding_of",
     "together",
     "twin_of_fsdp",
     "union",
-    "whole",
-    "whole_of_part",
-    "whole_shape",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from tether.distributed.shards import deepspeed, forget_gathered, is_sharded, local_part, plain_class, whole
+from tether.distributed.shards import deepspeed, forget_gathered, gather, is_sharded, local_shard, plain_class
 from tether.errors import ConfigurationError
 
 
@@ -93,10 +93,10 @@ def _deepspeed_dtype(accelerator: Any) -> torch.dtype | None:
 def copy_of_sharded(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
     """A frozen parameter with the content of a partitioned one, partitioned the same way. Collective.
 
-    Never whole for longer than it takes to cut it again.
+    Never gathered for longer than it takes to partition it again.
     """
     holder = nn.Module()
-    values = whole(parameter)
+    values = gather(parameter)
     holder.copied = nn.Parameter(values.to(dtype if values.is_floating_point() else None), requires_grad=False)
     group = parameter.ds_process_group  # type: ignore[attr-defined]
     deepspeed().zero.Init(module=holder, data_parallel_group=group, dtype=holder.copied.dtype)
@@ -148,9 +148,9 @@ def _refuse_untested_fsdp(plugin: Any) -> None:
 
 
 def twin_of_fsdp(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A second tree of modules with parts of its own, sharded by `fully_shard` exactly as the given model is.
+    """A second tree of modules with shards of its own, sharded by `fully_shard` exactly as the given model is.
 
-    No weight is gathered: the tree is made without content, sharded, and given each process's part.
+    No weight is gathered: the tree is made without content, sharded, and given each process's shard.
 
     Args:
         model: A model that `fully_shard` was applied to.
@@ -171,7 +171,7 @@ def twin_of_fsdp(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     twin._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     contents = dict(model.named_parameters())
     for name, parameter in twin.named_parameters():
-        local_part(parameter).copy_(local_part(contents[name]))
+        local_shard(parameter).copy_(local_shard(contents[name]))
     return twin.eval()
 
 

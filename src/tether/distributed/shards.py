@@ -1,7 +1,7 @@
-"""Tensors of which each process holds a part: a `DTensor` of FSDP2, a partitioned parameter of ZeRO-3.
+"""Tensors of which each process holds a shard: a `DTensor` of FSDP2, a partitioned parameter of ZeRO-3.
 
-Reads them whole one at a time, and lets parts be compared, written and exchanged. Right for whole tensors too. Knows no
-reference. A *collective* call must be made by every process, in the same order.
+Gathers them one at a time, and writes and exchanges shards. Works with full tensors too. Knows no reference.
+A *collective* call must be made by every process, in the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of the tensor."""
+    """Whether this process holds only a shard of the tensor."""
     return isinstance(tensor, DTensor) or _partitioned(tensor) is not None
 
 
@@ -33,7 +33,7 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model, or to a part of it."""
+    """Whether `fully_shard` was applied to the model or to some of its modules."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
@@ -44,14 +44,14 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return plain
 
 
-def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor; a partitioned parameter says of itself that it is empty."""
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the full tensor; a partitioned parameter's own `shape` is empty."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, without gradient; a copy where it had to be gathered. Collective for a sharded tensor.
+def gather(tensor: Tensor) -> Tensor:
+    """The full tensor, without gradient; a copy where it had to be gathered. Collective for a sharded tensor.
 
     Raises:
         ReferenceModelError: If the tensor has no content (it is on the meta device).
@@ -72,9 +72,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, Tensor]) -> dict[str, T]:
-    """`function(name, whole tensor)` for each tensor, on the main process alone; its answers on all. Collective.
+    """`function(name, full tensor)` of each tensor, called on the main process; the results on all. Collective.
 
-    Tensors are gathered one at a time, in the order of their names, so that none is held longer than it is looked at.
+    Tensors are gathered one at a time, in the order of their names, and none is kept.
 
     Raises:
         TetherError: What the function raised, on every process.
@@ -82,7 +82,7 @@ def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, 
     answers: dict[str, T] = {}
     error: TetherError | None = None
     for name in sorted(tensors):
-        tensor = whole(tensors[name])
+        tensor = gather(tensors[name])
         if is_main_process() and error is None:
             try:
                 answers[name] = function(name, tensor)
@@ -97,50 +97,50 @@ def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, 
     return answers
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor, without gradient and to be written to; the tensor itself if whole.
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of the tensor, without gradient and writable; the tensor itself if it is not sharded.
 
-    `forget_gathered` the model it belongs to before and after writing.
+    Call `forget_gathered` on its model before and after writing.
     """
-    part: Tensor
+    shard: Tensor
     if (partitioned := _partitioned(tensor)) is not None:
-        part = partitioned.ds_tensor.data
+        shard = partitioned.ds_tensor.data
     elif isinstance(tensor, DTensor):
-        part = tensor.detach().to_local()  # type: ignore[attr-defined]
+        shard = tensor.detach().to_local()  # type: ignore[attr-defined]
     else:
-        part = tensor.detach()
-    return part
+        shard = tensor.detach()
+    return shard
 
 
-def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process would hold of `tensor`, were it sharded as `like` is. Collective unless both are held alike.
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of `tensor`, sharded as `like` is. Collective unless both are sharded alike.
 
     Args:
-        tensor: A tensor, whole or sharded, or a part that is already cut so.
-        like: A tensor of the same whole shape.
+        tensor: A tensor, full or sharded, or already the shard.
+        like: A tensor of the same full shape.
     """
-    if _are_cut_alike(tensor, like):
-        return local_part(tensor)
-    if not is_sharded(tensor) and tensor.shape == local_part(like).shape:
+    if _are_sharded_alike(tensor, like):
+        return local_shard(tensor)
+    if not is_sharded(tensor) and tensor.shape == local_shard(like).shape:
         return tensor.detach()
-    full = whole(tensor)
+    full = gather(tensor)
     if (partitioned := _partitioned(like)) is not None:
-        part = torch.zeros_like(partitioned.ds_tensor, dtype=full.dtype)  # the last part is padded
-        start = part.numel() * dist.get_rank(partitioned.ds_process_group)
-        own = full.flatten()[start : start + part.numel()]
-        part[: own.numel()] = own
-        return part
+        shard = torch.zeros_like(partitioned.ds_tensor, dtype=full.dtype)  # the last one is padded
+        start = shard.numel() * dist.get_rank(partitioned.ds_process_group)
+        own = full.flatten()[start : start + shard.numel()]
+        shard[: own.numel()] = own
+        return shard
     if isinstance(like, DTensor):
-        # Each process cuts its own; none is sent.
-        return local_part(distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None))
+        # Each process takes its own; none is sent.
+        return local_shard(distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None))
     return full
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Gives up whole copies of sharded parameters that earlier passes left behind; the next pass gathers them anew.
+    """Frees gathered parameters that earlier passes left behind; the next pass gathers them again.
 
-    The root of FSDP2 keeps its parameters whole after a forward, and ZeRO-3 keeps small ones whole for ever. Either
-    would hide the part from whoever reads or writes it.
+    The root of FSDP2 keeps its parameters gathered after a forward, and ZeRO-3 keeps small ones gathered forever.
+    Either would hide the shard from whoever reads or writes it.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -156,7 +156,7 @@ def _partitioned(tensor: Tensor) -> Any:
     return tensor if hasattr(tensor, "ds_id") else None
 
 
-def _are_cut_alike(one: Tensor, other: Tensor) -> bool:
+def _are_sharded_alike(one: Tensor, other: Tensor) -> bool:
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         return one.device_mesh == other.device_mesh and one.placements == other.placements
     ours, theirs = _partitioned(one), _partitioned(other)
@@ -166,31 +166,31 @@ def _are_cut_alike(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, the named parameters have the given values: whole ones, or this process's parts.
+def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, the named parameters have the given values: full ones, or this process's shards.
 
-    Whole parameters are exchanged by pointer, so no weight moves. A part of ZeRO-3 too; FSDP2 gathers from memory that
-    it holds itself, so there the values are copied in and out. Must not be open while a graph of the policy is alive.
+    Full parameters are exchanged by pointer, so no weight moves. A shard of ZeRO-3 too; FSDP2 gathers from memory of
+    its own, so there the values are copied in and out. Must not be open while a graph of the policy is alive.
     """
-    if not parts:
+    if not values:
         yield
         return
     forget_gathered(model)
     parameters = dict(model.named_parameters())
     with ExitStack() as restored:
-        for name, part in parts.items():
-            restored.callback(_put(parameters[name], part))
+        for name, value in values.items():
+            restored.callback(_put(parameters[name], value))
         # Last in, first out: what was gathered of the exchanged values goes first.
         restored.callback(forget_gathered, model)
         yield
 
 
-def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
-    """Gives a parameter other values; returns what undoes it."""
+def _put(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
+    """Gives a parameter another value; returns what undoes it."""
     if isinstance(parameter, DTensor):
-        local = local_part(parameter)
+        local = local_shard(parameter)
         before = local.clone()
-        local.copy_(part)
+        local.copy_(value)
 
         def copy_back() -> None:
             local.copy_(before)
@@ -199,7 +199,7 @@ def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
     partitioned = _partitioned(parameter)
     holder: Any = parameter if partitioned is None else partitioned.ds_tensor
     held = holder.data
-    holder.data = part.to(held.device)
+    holder.data = value.to(held.device)
 
     def point_back() -> None:
         holder.data = held
@@ -207,25 +207,25 @@ def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
     return point_back
 
 
-def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which `part` is what this process holds, cut as `like` is. Collective if `like` is sharded.
+def gather_shard(shard: Tensor, like: Tensor) -> Tensor:
+    """The full tensor of this process's `shard`, sharded as `like` is. Collective if `like` is sharded.
 
-    The part may have another dtype than `like`, as an average in fp32 of bf16 weights has.
+    The shard may have another dtype than `like`, as an average in fp32 of bf16 weights has.
     """
     if isinstance(like, DTensor):
         placed: Any = DTensor.from_local(
-            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
         full: Tensor = placed.full_tensor()
         return full
     if (partitioned := _partitioned(like)) is None:
-        return part
+        return shard
     group = partitioned.ds_process_group
-    # Parts may be offloaded to the CPU, where not every backend gathers.
-    sent = part.to(deepspeed().accelerator.get_accelerator().current_device_name()).contiguous()
+    # Shards may be offloaded to the CPU, where not every backend gathers.
+    sent = shard.to(deepspeed().accelerator.get_accelerator().current_device_name()).contiguous()
     received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, sent, group=group)
-    shape = whole_shape(like)
+    shape = full_shape(like)
     return torch.cat(received)[: shape.numel()].view(shape)
 
 

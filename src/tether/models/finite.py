@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import forget_gathered, has_shards, local_part, reduced, union
+from tether.distributed import forget_gathered, has_shards, local_shard, reduced, union
 from tether.errors import NotFiniteError
 
 _INSTEAD = (
@@ -60,7 +60,7 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
         NotFiniteError: Names the first such weight.
     """
     forget_gathered(model)  # FSDP2 has other objects under these names while it holds them whole
-    parts = {name: local_part(p) for name, p in model.named_parameters() if p.requires_grad}
+    parts = {name: local_shard(p) for name, p in model.named_parameters() if p.requires_grad}
     broken = [name for name, part in parts.items() if not _is_finite(part)]
     if has_shards(model):
         broken = union(broken)

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tether.distributed import whole_shape
+from tether.distributed import full_shape
 from tether.errors import ConfigurationError
 from tether.scoring import rotary_limit
 
@@ -116,7 +116,7 @@ def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -
         ConfigurationError: If the model embeds fewer tokens.
     """
     embeddings: Any = model.get_input_embeddings()
-    rows = whole_shape(embeddings.weight)[0]
+    rows = full_shape(embeddings.weight)[0]
     if largest >= rows:
         raise ConfigurationError(
             problem=f"{where} has the token id {largest}, but the model embeds only {rows} tokens.",
@@ -133,7 +133,7 @@ def differing_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreT
     """
     largest = max(tokenizer.get_vocab().values())
     embeddings: Any = ref_model.get_input_embeddings()
-    rows = whole_shape(embeddings.weight)[0]
+    rows = full_shape(embeddings.weight)[0]
     if largest >= rows:
         return f"The tokenizer's largest id is {largest}, and the reference embeds {rows} tokens."
     own = _own_vocabulary(ref_model)

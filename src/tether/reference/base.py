@@ -1,16 +1,17 @@
-"""The contract of every reference: who it is, what it says of a batch, and its life around training.
+"""The contract of every reference: its identity, its log-probs of a batch, and its life around training.
 
-The trainer calls these methods on whatever reference it holds and never asks which kind it is. Implementations are
-final; behaviour is added by wrapping (`PrecomputedReference`, `SynchronizedReference`), not by overriding.
+The trainer calls these methods on whatever reference it holds and never checks which kind it is. Implementations are
+final; behaviour is added by wrapping (`WrappingReference`), not by overriding.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,23 +19,59 @@ from torch import nn
 from tether.errors import ReferenceModelError
 from tether.reference.identity import ReferenceIdentity
 from tether.scoring import score
+from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 BatchSource = Callable[[], Iterable[PairBatch]]
 
 
-class Reference(ABC):
-    """What `pi_ref` says of a batch.
+class Kind(NamedTuple):
+    """A kind of reference, as it appears in the model card.
 
-    The one question is `log_probs`. Around it: `prepare` runs before training with the batches that will be asked
-    for, `advance` after every optimizer step, `save` and `load` with every checkpoint, `release` when the weights
-    are no longer needed. Each does nothing unless the reference has something to do.
+    Attributes:
+        name: One word; the `kind` of its identity.
+        description: What the reference is, to follow "the reference:".
+        paper: The arXiv number of the paper it comes from, if not DPO's.
+    """
+
+    name: str
+    description: str = ""
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the trainer must take into account when it uses a reference.
+
+    Attributes:
+        means_policy: It is meant to be the initial policy, so both must score alike before the first step.
+        moves: Training moves it on purpose.
+        is_collective: A pass gathers sharded weights, so every process must make it at the same time.
+        runs_in_policy: A pass runs through the policy's own modules, and needs them where training puts them.
+        answers_are_stored: Answers may come from an earlier pass, made in other batches or on another machine.
+        knows_tokens: The log-prob of each token is known; if not, only the sum is, and stands at the first token.
+    """
+
+    means_policy: bool = False
+    moves: bool = False
+    is_collective: bool = False
+    runs_in_policy: bool = False
+    answers_are_stored: bool = False
+    knows_tokens: bool = True
+
+
+class Reference(ABC):
+    """`pi_ref`: gives the log-probs of the responses in a batch.
+
+    `log_probs` is the core. Around it, `prepare` runs before training with the batches to come, `advance` after every
+    optimizer step, `save` and `load` with every checkpoint, `release` when the weights are no longer needed. By
+    default each of these does nothing.
     """
 
     @property
     @abstractmethod
     def identity(self) -> ReferenceIdentity:
-        """Who this reference is; constant over its life."""
+        """What distinguishes this reference from others; constant over its life."""
 
     @abstractmethod
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
@@ -52,56 +89,36 @@ class Reference(ABC):
 
     @property
     def num_passes(self) -> int:
-        """Forward passes made so far; stored answers are not counted."""
+        """Forward passes made; stored answers are not counted."""
         return 0
 
     @property
-    def is_collective(self) -> bool:
-        """Whether a pass gathers sharded weights, so that every process must make it at the same time."""
-        return False
+    def kind(self) -> Kind:
+        """What the reference is called and described as; set it on the class."""
+        return Kind(self.identity.kind)
 
     @property
-    def runs_in_policy(self) -> bool:
-        """Whether a pass goes through the policy's own modules, and needs them where training puts them."""
-        return False
-
-    @property
-    def means_policy(self) -> bool:
-        """Whether this is meant to be the initial policy, so that both must score alike before the first step."""
-        return False
-
-    @property
-    def moves(self) -> bool:
-        """Whether training moves this reference on purpose."""
-        return False
-
-    @property
-    def answers_are_stored(self) -> bool:
-        """Whether answers may come from an earlier pass, made in other batches or on another machine."""
-        return False
+    def traits(self) -> Traits:
+        """What the trainer must take into account when it uses the reference."""
+        return Traits()
 
     def changed_tensors(self) -> list[str]:
-        """Names of tensors that differ from what they were when the reference was made."""
+        """Names of tensors that have changed since the reference was made."""
         return []
 
     @property
-    def knows_tokens(self) -> bool:
-        """Whether the log-prob of each token is known; else only the sum is, and stands at the first token."""
-        return True
-
-    @property
     def length_limit(self) -> int | None:
-        """Tokens of prompt and response above which an answer depends on how much was fed; None if it never does."""
+        """Tokens of prompt and response above which an answer depends on the length fed; None if it never does."""
         return None
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of weights held beyond the policy's own."""
+        """Bytes of weights held in addition to the policy's."""
         return 0
 
     @property
     def module(self) -> nn.Module | None:
-        """The reference's own model, if it has one apart from the policy."""
+        """The reference's own model, if it has one that is not the policy."""
         return None
 
     def in_policy(self) -> AbstractContextManager[None]:
@@ -117,20 +134,20 @@ class Reference(ABC):
         )
 
     def figures(self) -> dict[str, float]:
-        """What it has to say of itself in the log, the same on every process."""
+        """Metrics it adds to the log, the same on every process."""
         return {}
 
     def export(self, folder: Path | None, *, merged: bool = False) -> None:
         """Saves the reference as a model or adapter that transformers and PEFT load.
 
-        Called on every process, because sharded tensors are gathered; one of them is given the folder.
+        Called on every process, because sharded tensors are gathered; only the one that writes gets the folder.
 
         Args:
-            folder: Where to; None to take part only.
-            merged: Save a plain model, with the adapter in its weights.
+            folder: Where to save; None on a process that only takes part.
+            merged: Save a plain model, with the adapter merged into its weights.
 
         Raises:
-            ReferenceModelError: If the reference holds no weights that could be saved.
+            ReferenceModelError: If the reference holds no weights to save.
         """
         raise ReferenceModelError(
             problem=f"Cannot save the {self.identity.kind} reference as a model: it has no weights of its own.",
@@ -138,17 +155,17 @@ class Reference(ABC):
         )
 
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
-        """Called before training (and before evaluating a new set) with the batches that will be asked for."""
+        """Called before training (and before evaluating a new set) with the batches to come."""
         return None
 
     def advance(self, step: int) -> bool:
-        """Called after optimizer step `step` (counted from 1). Returns whether the reference moved."""
+        """Called after optimizer step `step`, counted from 1. Returns whether the reference moved."""
         return False
 
     def save(self, folder: Path | None) -> None:
-        """Writes the state that the user's own inputs do not determine; without a folder, only takes part in it.
+        """Writes the state that cannot be rebuilt from the user's inputs.
 
-        Called on every process, because sharded tensors are gathered; one of them is given the folder.
+        Called on every process, because sharded tensors are gathered; only the one that writes gets the folder.
         """
         return None
 
@@ -157,27 +174,8 @@ class Reference(ABC):
         return None
 
     def release(self) -> None:
-        """Gives up weights that are not needed, or not true, once training starts."""
+        """Frees weights that are not needed, or no longer right, once training starts."""
         return None
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()`, and every module's own mode back afterwards.
-
-    Layers in 8 bits keep theirs: they have no dropout, and on a CPU bitsandbytes (0.50) computes another product in
-    training than in evaluation, so that reference and policy would differ from the first step on.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, mode in modes:
-        if hasattr(getattr(module, "state", None), "is_training"):
-            module.training = mode
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def score_without_gradient(model: nn.Module, batch: PairBatch, autocast_dtype: torch.dtype | None) -> ResponseLogProbs:
@@ -193,6 +191,6 @@ def score_without_gradient(model: nn.Module, batch: PairBatch, autocast_dtype: t
 
 
 def compute_dtype_name(model: nn.Module, autocast_dtype: torch.dtype | None) -> str:
-    """Dtype in which the model's products run, as identity records it."""
+    """Dtype of the model's matrix products, as the identity records it."""
     dtype = autocast_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     return str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
-"""`BemaReference`: a reference whose weights somebody else sets, an averaging callback for one.
+"""`BemaReference`: a reference whose weights are set from outside, by an averaging callback.
 
-Knows how to take weights and what of them belongs into a checkpoint; knows no rule and no schedule.
+Knows how to take weights and which of them belong in a checkpoint; knows no rule and no schedule.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tether.errors import ReferenceModelError, ResumeError
+from tether.reference.base import Kind, Traits
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.updates.groups import MovableReference
 from tether.reference.wrapping import WrappingReference
@@ -22,11 +23,13 @@ _TENSORS = "bema_reference.safetensors"
 
 
 class BemaReference(WrappingReference[MovableReference]):
-    """`pi_ref` is what `take` was last given; before that, the source as it was.
+    """`pi_ref` has the weights that `take` was last given; before that, the source's.
 
     Args:
-        source: A reference that owns a copy of every weight that will be set.
+        source: A reference with its own copy of every weight that will be set.
     """
+
+    kind = Kind("bema", "weights that follow an average of the policy's (BEMA)", paper="2508.00180")
 
     def __init__(self, source: MovableReference) -> None:
         super().__init__(source)
@@ -34,16 +37,16 @@ class BemaReference(WrappingReference[MovableReference]):
 
     @property
     def identity(self) -> ReferenceIdentity:
-        """The source's, as it was at the start: what has changed since is in the checkpoint."""
-        return replace(self._source.identity, kind="bema")
+        """The source's, as it was at the start; later weights are in the checkpoint."""
+        return replace(self._source.identity, kind=self.kind.name)
 
     @property
-    def moves(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(self._source.traits, moves=True)
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        """Sets some of the parameters, by their names in the policy; they are cast to the reference's dtype.
+        """Sets some of the parameters, by their names in the policy, cast to the reference's dtype.
 
         Raises:
             ReferenceModelError: If the reference has no such parameter.
@@ -60,7 +63,7 @@ class BemaReference(WrappingReference[MovableReference]):
         self._taken |= weights.keys()
 
     def save(self, folder: Path | None) -> None:
-        if folder is None:  # never sharded, so there is nothing to take part in
+        if folder is None:  # never sharded, so this process has nothing to contribute
             return
         own = self._source.tensors()
         taken = {name: own[name].detach().cpu().contiguous() for name in sorted(self._taken)}
@@ -75,3 +78,6 @@ class BemaReference(WrappingReference[MovableReference]):
                 "new run.",
             )
         self.take(load_file(folder / _TENSORS))
+
+    def release(self) -> None:
+        """Does nothing: no one else holds the weights it was given."""

@@ -1,12 +1,12 @@
 """`ExplicitReference`: a frozen copy of the initial policy, or any other model.
 
-Knows how to copy a model without copying what never changes. Never writes to a model it was given.
+Never writes to a model it was given.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,118 +14,123 @@ from torch import Tensor, nn
 
 from tether.distributed import (
     Sharding,
-    copy_of_sharded,
     forget_gathered,
+    full_shape,
+    gather,
+    gather_shard,
     has_shards,
-    is_fsdp,
-    is_sharded,
-    local_part,
-    part_like,
-    twin_of_fsdp,
-    whole,
-    whole_of_part,
-    whole_shape,
+    local_shard,
+    shard_like,
 )
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.models.origin import Origin
-from tether.reference.base import compute_dtype_name, score_without_gradient
+from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.identity import (
     ReferenceIdentity,
-    digest_parts,
     digest_tensors,
     digest_weights,
+    identity_digests,
     model_tensors,
     num_bytes,
 )
-from tether.reference.updates.groups import DensePart, MovableReference, Part, Tensors, UpdateRule
+from tether.reference.twin import frozen_twin, refuse_lost_hooks
+from tether.reference.updates.groups import DenseGroup, MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How and where a reference holds weights of its own, and in which dtype it computes with them.
+
+    Attributes:
+        dtype: Hold the weights in this dtype instead of the model's own; with `shard`, the sharding decides.
+        autocast_dtype: Run under autocast with this dtype, as the policy does.
+        device: Hold the weights on this device instead of where they are.
+        shard: Shards the module as training shards the policy; it then shares no tensor with any other. A model to
+            which `fully_shard` was applied needs none: its copy is sharded the same way.
+    """
+
+    dtype: torch.dtype | None = None
+    autocast_dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    shard: Sharding | None = None
+
+
+_AS_GIVEN = Placement()
 
 
 class ExplicitReference(MovableReference):
     """The reference whose weights stand still: `pi_ref = pi_0`, or another model.
 
-    Built from a model, it is a second tree of modules over that model's own tensors: nothing is copied, and the
-    caller's model keeps its mode, hooks and device. `of_policy` copies what training changes.
+    Built from a model, it is a second tree of modules over that model's tensors: nothing is copied, and the caller's
+    model keeps its mode, hooks and device. `of_policy` copies the weights that training changes.
 
     Args:
-        model: The model to answer with. Weights that are not copied must not change while the reference lives.
+        model: The model that scores. Weights that are not copied must not change while the reference lives.
+        placement: How and where the weights are held; by default as the model's own.
         copies: Which parameters to copy; by default none.
-        dtype: Hold the weights in this dtype instead of the model's own; where `shard` is given, it decides.
-        autocast_dtype: Run under autocast with this dtype, as the policy does.
-        device: Hold the weights there instead of where they are.
         policy: The policy; what it shares with `model` is not counted as extra bytes.
-        means_policy: The model is meant to be the initial policy, not another one.
-        shard: Shards the reference's module as training shards the policy; it then shares no tensor with any other.
-            A model to which `fully_shard` was applied needs none: its copy is sharded the same way.
-        origins: Where to get the weights again when an answer is needed after `release`; the first whose digest is
-            this reference's is taken. Not where the weights are sharded.
+        means_policy: The model is meant to be the initial policy.
+        origins: Where to load the weights again if a response must be scored after `release`; the first one with this
+            reference's digest is used. Not for sharded weights.
 
     Raises:
-        ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed and `shard` is
-            missing, or comes too late.
+        ReferenceModelError: If a weight is NaN or infinite; or if the model is sharded by DeepSpeed already and
+            `placement` has no `shard`.
 
     Example:
         >>> reference = ExplicitReference(model)                       # doctest: +SKIP
         >>> reference.log_probs(batch).sums()                        # doctest: +SKIP
     """
 
+    kind = Kind("explicit", "weights that stand still")
+
     def __init__(
         self,
         model: nn.Module,
+        placement: Placement = _AS_GIVEN,
         *,
         copies: Callable[[nn.Parameter], bool] = lambda parameter: False,
-        dtype: torch.dtype | None = None,
-        autocast_dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
         policy: nn.Module | None = None,
         means_policy: bool = False,
         origins: Sequence[Origin] = (),
-        shard: Sharding | None = None,
     ) -> None:
-        # Two roots of FSDP2 can't share a block, and parts that ZeRO-3 gathers for one would be freed by the other.
+        shard = placement.shard
+        # Two roots of FSDP2 can't share a block, and shards that ZeRO-3 gathers for one would be freed by the other.
         apart = shard is not None or has_shards(model)
-        _refuse_lost_hooks(model, shard)
-        dtype = shard.dtype if shard is not None else dtype
-        self._module: nn.Module | None = frozen_twin(model, (lambda p: True) if apart else copies, dtype, device)
+        refuse_lost_hooks(model, shard)
+        if shard is not None:
+            placement = replace(placement, dtype=shard.dtype)
+        copied = (lambda p: True) if apart else copies
+        self._module: nn.Module | None = frozen_twin(model, copied, placement.dtype, placement.device)
         self._length_limit = rotary_limit(self._module)
         # Reading weights again would be collective, and one process alone may need an answer.
         self._origins = () if apart else tuple(origins)
-        self._is_apart, self._dtype, self._device = apart, dtype, next(self._module.parameters()).device
-        self._autocast_dtype = autocast_dtype
+        self._is_apart = apart
+        self._placement = replace(placement, device=next(self._module.parameters()).device)
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._num_passes = 0
         self._means_policy = means_policy
         self._digests = digest_tensors(model_tensors(self._module))
         self._identity = ReferenceIdentity(
-            kind="explicit",
-            **digest_parts(self._digests, self._module.config),
-            compute_dtype=compute_dtype_name(self._module, autocast_dtype),
+            kind=self.kind.name,
+            **identity_digests(self._digests, self._module.config),
+            compute_dtype=compute_dtype_name(self._module, placement.autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
         if shard is not None:
             shard.apply(self._module)
 
     @classmethod
-    def of_policy(
-        cls,
-        policy: nn.Module,
-        *,
-        dtype: torch.dtype | None = None,
-        autocast_dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        shard: Sharding | None = None,
-    ) -> ExplicitReference:
-        """The policy as it is now: parameters that train are copied, those that do not are shared."""
+    def of_policy(cls, policy: nn.Module, placement: Placement = _AS_GIVEN) -> ExplicitReference:
+        """The policy as it is now: parameters that train are copied, the others are shared."""
         return cls(
             policy,
+            placement,
             copies=lambda p: p.requires_grad,
-            dtype=dtype,
-            autocast_dtype=autocast_dtype,
-            device=device,
             policy=policy,
             means_policy=True,
-            shard=shard,
         )
 
     @classmethod
@@ -133,37 +138,31 @@ class ExplicitReference(MovableReference):
         cls,
         model: nn.Module,
         policy: nn.Module,
+        placement: Placement = _AS_GIVEN,
         *,
         moves: bool = False,
-        dtype: torch.dtype | None = None,
-        autocast_dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
         origins: Sequence[Origin] = (),
-        shard: Sharding | None = None,
     ) -> ExplicitReference:
-        """Another model, shared with its owner; tensors that the policy will train are copied.
+        """Another model, whose tensors are shared; those that the policy will train are copied.
 
         With `moves`, all floating-point tensors are copied: the reference will follow the policy, and the caller's
-        model must stay what it is.
+        model must not change.
         """
         training = _storages(p for p in policy.parameters() if p.requires_grad)
         return cls(
             model,
+            placement,
             copies=lambda p: (moves and p.is_floating_point()) or _storage(p) in training,
-            dtype=dtype,
-            autocast_dtype=autocast_dtype,
-            device=device,
             policy=policy,
             origins=origins,
-            shard=shard,
         )
 
     @classmethod
     def before_training(
         cls, policy: nn.Module, *, autocast_dtype: torch.dtype | None = None, origins: Sequence[Origin] = ()
     ) -> ExplicitReference:
-        """The policy itself, for use before its first optimizer step only; `release` it then. Costs no memory."""
-        return cls(policy, autocast_dtype=autocast_dtype, policy=policy, means_policy=True, origins=origins)
+        """The policy itself, only for use before its first optimizer step; call `release` then. Costs no memory."""
+        return cls(policy, Placement(autocast_dtype=autocast_dtype), policy=policy, means_policy=True, origins=origins)
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -174,12 +173,9 @@ class ExplicitReference(MovableReference):
         return self._num_passes
 
     @property
-    def means_policy(self) -> bool:
-        return self._means_policy
-
-    @property
-    def is_collective(self) -> bool:
-        return self._module is not None and has_shards(self._module)
+    def traits(self) -> Traits:
+        is_collective = self._module is not None and has_shards(self._module)
+        return Traits(means_policy=self._means_policy, is_collective=is_collective)
 
     @property
     def module(self) -> nn.Module | None:
@@ -205,7 +201,7 @@ class ExplicitReference(MovableReference):
         if self._module is None:
             self._module = self._bring_back()
         self._num_passes += 1
-        return score_without_gradient(self._module, batch, self._autocast_dtype)
+        return score_without_gradient(self._module, batch, self._placement.autocast_dtype)
 
     def release(self) -> None:
         self._module = None
@@ -217,8 +213,8 @@ class ExplicitReference(MovableReference):
         state: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied tensors are saved once
         for name, tensor in self._module.state_dict(keep_vars=True).items():
-            if id(tensor) not in gathered:  # one at a time, and kept by the process that writes
-                full = whole(tensor)
+            if id(tensor) not in gathered:  # one at a time, kept by the process that writes
+                full = gather(tensor)
                 gathered[id(tensor)] = full.cpu() if folder is not None else full.new_empty(0)
             state[name] = gathered[id(tensor)]
         if folder is not None:
@@ -228,25 +224,25 @@ class ExplicitReference(MovableReference):
         assert self._module is not None, "released"
         forget_gathered(self._module)
         named = (*self._module.named_parameters(), *self._module.named_buffers())
-        return {name: local_part(tensor) for name, tensor in named}
+        return {name: local_shard(tensor) for name, tensor in named}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        local_part(self._own(name)).copy_(tensor)
+        local_shard(self._own(name)).copy_(tensor)
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        return part_like(tensor, self._own(name))
+    def shard(self, name: str, tensor: Tensor) -> Tensor:
+        return shard_like(tensor, self._own(name))
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        return whole_of_part(part, self._own(name))
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        return gather_shard(shard, self._own(name))
 
     def _own(self, name: str) -> Tensor:
-        """The tensor of that name as the module has it now: sharding puts other objects there."""
+        """The tensor of that name as the module has it now: sharding replaces the objects."""
         assert self._module is not None, "released"
         path, _, leaf = name.rpartition(".")
         tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
         return tensor
 
-    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
+    def update_groups(self, policy: nn.Module, rule: UpdateRule) -> list[UpdateGroup]:
         """Every parameter that the policy trains, and every buffer, each on its own."""
         assert self._module is not None, "released"
         _check_same_parameters(policy, self._module)
@@ -258,15 +254,15 @@ class ExplicitReference(MovableReference):
             )
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
-        return [DensePart(name, rule.alpha) for name in (*trained, *buffers)]
+        return [DenseGroup(name, rule.alpha) for name in (*trained, *buffers)]
 
     def _bring_back(self) -> nn.Module:
-        """The weights again, from where they came, proven by their digest."""
+        """Loads the weights again from an origin, checked by their digest."""
         refused = []
         for origin in self._origins:
             try:
                 model = origin.load()
-                twin = frozen_twin(model, lambda parameter: False, self._dtype, self._device)
+                twin = frozen_twin(model, lambda parameter: False, self._placement.dtype, self._placement.device)
                 found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
             except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
                 refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")
@@ -291,44 +287,8 @@ class ExplicitReference(MovableReference):
         )
 
 
-def frozen_twin(
-    model: nn.Module,
-    owns: Callable[[nn.Parameter], bool],
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> nn.Module:
-    """A second tree of modules: parameters that `owns` picks are copied, all others are the very same tensors.
-
-    Buffers are copied (they are small, and a training forward may write to them). Parameters that must change dtype
-    or device are copied too, so that the given model never does; buffers keep their dtype, as rotary frequencies
-    must. The copy of a sharded parameter is sharded alike, and is never whole for longer than it takes to cut it.
-    """
-    if is_fsdp(model):
-        return twin_of_fsdp(model, dtype)
-
-    def copies(parameter: nn.Parameter) -> bool:
-        casts = dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
-        return casts or owns(parameter) or (device is not None and parameter.device != device)
-
-    kept = {id(parameter): parameter for parameter in model.parameters() if not copies(parameter)}
-    kept |= {id(p): copy_of_sharded(p, dtype) for p in model.parameters() if id(p) not in kept and is_sharded(p)}
-    twin = copy.deepcopy(model, dict(kept))
-    for module in twin.modules():
-        if "_original_forward" in vars(module):  # accelerate's autocast wrapper still points to the original
-            vars(module).pop("_original_forward")
-            vars(module).pop("forward", None)
-    for parameter in twin.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
-    for module in twin.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return twin.eval()
-
-
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
-    own, other = ({name: whole_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
+    own, other = ({name: full_shape(p) for name, p in model.named_parameters()} for model in (policy, reference))
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differing:
         raise ReferenceModelError(
@@ -339,19 +299,8 @@ def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
         )
 
 
-def _refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:
-    """Refuses a model of ZeRO-3 whose copy could not gather its own weights."""
-    if shard is None and has_shards(model) and not is_fsdp(model):
-        raise ReferenceModelError(
-            problem="Cannot copy a model whose parameters are partitioned (ZeRO-3, or another sharding): the copy "
-            "could not gather its weights for a forward.",
-            instead="Train with `DPOTrainer(deepspeed=...)`, pass `shard`, or build the reference before the model is "
-            "sharded.",
-        )
-
-
 def _storage(parameter: torch.Tensor) -> int:
-    parameter = local_part(parameter)  # all partitioned ones have the same, empty storage
+    parameter = local_shard(parameter)  # all partitioned ones have the same, empty storage
     return parameter.untyped_storage().data_ptr()
 
 

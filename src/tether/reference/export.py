@@ -1,4 +1,4 @@
-"""An adapter as it is now, saved to be loaded as any other: by itself, or merged into its base.
+"""Saves an adapter as it is now, by itself or merged into its base, to be loaded like any other.
 
 Knows PEFT's layers and configurations; knows no reference.
 """
@@ -31,11 +31,11 @@ def export_adapter(policy: PeftModel, folder: Path, *, merged: bool) -> None:
 
     Args:
         policy: The PEFT model; it is left as it is.
-        folder: Where to.
-        merged: Save a plain model, with the adapters in its weights. Makes a copy of the whole model.
+        folder: Where to save.
+        merged: Save a plain model, with the adapters merged into its weights. Copies the whole model.
 
     Raises:
-        ReferenceModelError: If the adapter can not be saved in that form.
+        ReferenceModelError: If the adapter cannot be saved in that form.
     """
     configs = [policy.peft_config[name] for name in policy.active_adapters]
     if merged and any(config.is_prompt_learning for config in configs):
@@ -84,7 +84,7 @@ def _merged(policy: PeftModel) -> Any:
 
 
 def _untie(model: nn.Module) -> None:
-    """Gives every module a parameter of its own in the place of one that it shares."""
+    """Gives every module its own copy of a parameter that it shares."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -101,9 +101,9 @@ def _changes_base(config: Any) -> bool:
 
 @contextmanager
 def _with_its_ranks(policy: PeftModel) -> Iterator[None]:
-    """While open, the adapters' configurations say the ranks that their layers have now.
+    """While open, the adapters' configurations have the ranks that their layers have now.
 
-    The scaling of a layer stays what it is: its alpha grows with its rank.
+    The scaling of a layer does not change: its alpha grows with its rank.
     """
     before = dict(policy.peft_config)
     try:

@@ -1,6 +1,6 @@
-"""One pass over a set of rows: what a store lacks is scored, each response once, a budget of tokens at a time.
+"""One pass over a set of rows that scores what a store lacks: each response once, a budget of tokens at a time.
 
-Knows batches, what is lacking and whom to ask; knows no store, no model and no process but its own.
+Knows batches and two functions, one that names what is missing and one that scores; knows no store and no model.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tqdm import tqdm
 from tether.errors import ConfigurationError
 from tether.types import PairBatch, Response
 
-# Whether a response has to be scored is asked of a batch; the answer is the indices of those that do.
+# The indices of the responses in a batch that have to be scored.
 Lacking = Callable[[PairBatch], Sequence[int]]
-# Scores a batch and keeps the answers; the second argument names a response by its index, for messages.
+# Scores a batch and stores the results; the second argument names a response by its index, for messages.
 Scoring = Callable[[PairBatch, Callable[[int], str]], object]
 
 
@@ -38,24 +38,24 @@ class RowSet(Protocol):
 
 
 class StorePass:
-    """Scores what is lacking of one set, longest first, and says how far it got.
+    """Scores what is missing of one set, longest first, and reports its progress.
 
-    Responses that are lacking wait until together they fill the budget, so that a few new rows among many old ones
-    make few forwards. A response that waits already is not taken twice, and a prompt counts once. Where a batch does
-    not fit into an accelerator's memory, it is halved, and so is the budget from then on.
+    Missing responses wait until together they fill the budget, so that a few new rows among many old ones need few
+    forwards. A response that already waits is not added twice, and a prompt counts once. A batch that does not fit
+    into an accelerator's memory is halved, and so is the budget from then on.
 
     Args:
         name: The set's name.
         batches: Its batches: a `RowSet`, or any iterable (each batch is then scored as it comes).
-        lacking: Says which responses of a batch have to be scored.
-        score: Scores a batch of them and keeps the answers.
-        halves: Halve what does not fit into memory. False where other processes make the same forward at the same
-            time, each with a part of the weights: one alone cannot begin again.
+        lacking: Which responses of a batch have to be scored.
+        score: Scores a batch of them and stores the results.
+        halves: Halve what does not fit into memory. False if other processes make the same forward at the same time,
+            each with a shard of the weights: one alone cannot start again.
         show_progress: Show a bar with tokens a second and the time left, where standard error is a terminal.
 
     Attributes:
-        num_found: Responses that were not lacking.
-        num_computed: Responses that were scored.
+        num_found: Responses that were stored already.
+        num_computed: Responses scored.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class StorePass:
         """Makes the pass.
 
         Raises:
-            KeyboardInterrupt: After Ctrl-C, saying how many rows are kept; what was in flight is lost.
+            KeyboardInterrupt: After Ctrl-C, with the number of rows kept; a batch in flight is lost.
         """
         try:
             for batch in self._batches:
@@ -106,7 +106,7 @@ class StorePass:
         return f"{self._num_kept} of {total} rows of the {self._name} set are kept"
 
     def _take(self, batch: PairBatch) -> None:
-        """Puts what is lacking of a batch among what waits."""
+        """Adds the missing responses of a batch to those that wait."""
         responses, lacking, names = batch.responses(), self._lacking(batch), names_of(batch, self._name)
         self._num_seen += batch.num_pairs
         self.num_found += batch.num_responses - len(lacking)
@@ -119,35 +119,35 @@ class StorePass:
             self._bar.total = max(self._bar.total - batch.num_row_tokens() + _num_tokens(new), self._bar.n)
 
     def _score_waiting(self, keep_rest: bool = False) -> None:
-        """Scores what waits, budget by budget; `keep_rest` leaves the last, unfilled one."""
-        parts = list(_cut(self._waiting, self._max_tokens))
-        for part in parts[:-1] if keep_rest else parts:
-            self._score_part(part)
-            for response in part:
+        """Scores the waiting responses, one budget at a time; `keep_rest` leaves the last, unfilled one."""
+        batches = list(_cut(self._waiting, self._max_tokens))
+        for responses in batches[:-1] if keep_rest else batches:
+            self._score_once(responses)
+            for response in responses:
                 del self._waiting[response]
-            self.num_computed += len(part)
+            self.num_computed += len(responses)
             self._count_kept()
             if self._bar.total is not None:  # a prompt whose responses did not fit together is fed twice
-                self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(part))
-            self._bar.update(_num_tokens(part))
+                self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(responses))
+            self._bar.update(_num_tokens(responses))
             self._bar.set_postfix(found=self.num_found, computed=self.num_computed, refresh=False)
 
-    def _score_part(self, part: Sequence[Response]) -> None:
-        batch = PairBatch.of_pairs([(response, response) for response in part])
+    def _score_once(self, responses: Sequence[Response]) -> None:
+        batch = PairBatch.of_pairs([(response, response) for response in responses])
         members, names = batch.responses(), dict(self._waiting)  # the batch has an order of its own
         try:
             self._score(batch, lambda index: names[members[index]])
         except torch.OutOfMemoryError as error:
             if not self._halves:
-                raise _too_much(self._name, part) from error
-            if len(part) == 1:
+                raise _too_much(self._name, responses) from error
+            if len(responses) == 1:
                 raise
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
-            self._max_tokens = _num_tokens(part) // 2
-            middle = len(part) // 2
-            self._score_part(part[:middle])
-            self._score_part(part[middle:])
+            self._max_tokens = _num_tokens(responses) // 2
+            middle = len(responses) // 2
+            self._score_once(responses[:middle])
+            self._score_once(responses[middle:])
 
     def _count_kept(self) -> None:
         waiting = [pair for pair in self._rows if pair[0] in self._waiting or pair[1] in self._waiting]
@@ -157,25 +157,25 @@ class StorePass:
 
 def _cut(responses: Iterable[Response], max_tokens: int | None) -> Iterator[list[Response]]:
     """Consecutive responses within a budget of tokens; a single one may exceed it."""
-    part: list[Response] = []
+    taken: list[Response] = []
     tokens, prompts = 0, set[object]()
     for response in responses:
         added = len(response.token_ids) + (0 if response.prompt in prompts else len(response.prompt_ids))
-        if part and max_tokens is not None and tokens + added > max_tokens:
-            yield part
-            part, tokens, prompts = [], 0, set()
+        if taken and max_tokens is not None and tokens + added > max_tokens:
+            yield taken
+            taken, tokens, prompts = [], 0, set()
             added = len(response.token_ids) + len(response.prompt_ids)
-        part.append(response)
+        taken.append(response)
         prompts.add(response.prompt)
         tokens += added
-    if part:
-        yield part
+    if taken:
+        yield taken
 
 
-def _too_much(name: str, part: Sequence[Response]) -> ConfigurationError:
+def _too_much(name: str, responses: Sequence[Response]) -> ConfigurationError:
     return ConfigurationError(
-        problem=f"Cannot score {len(part)} responses of the {name} set at once ({_num_tokens(part)} tokens): they do "
-        "not fit into the accelerator's memory.",
+        problem=f"Cannot score {len(responses)} responses of the {name} set at once ({_num_tokens(responses)} tokens): "
+        "they do not fit into the accelerator's memory.",
         details="The reference is sharded, so all processes make this forward together, and none can split it alone.",
         instead="Set a smaller `precompute_ref_batch_size` (it counts longest pairs; the least is 1) or `max_length`.",
     )
@@ -189,7 +189,7 @@ def _num_tokens(responses: Iterable[Response]) -> int:
 
 
 def names_of(batch: PairBatch, name: str = "") -> Callable[[int], str]:
-    """How to name the responses of a batch: by row and side where the batch knows its rows."""
+    """Names the responses of a batch, by row and side if the batch knows its rows."""
 
     def name_of(index: int) -> str:
         for pair, (chosen, rejected) in enumerate(zip(batch.chosen, batch.rejected, strict=True)):

@@ -1,4 +1,4 @@
-"""`GivenReference`: rows that bring their own answers, in the columns `ref_chosen_logps` and `ref_rejected_logps`.
+"""`GivenReference`: rows that bring their own log-probs, in the columns `ref_chosen_logps` and `ref_rejected_logps`.
 
 Knows sums only; knows no model, no store and no column.
 """
@@ -8,36 +8,34 @@ from __future__ import annotations
 import torch
 
 from tether.errors import MissingLogProbsError
-from tether.reference.base import Reference
+from tether.reference.base import Kind, Reference, Traits
 from tether.reference.identity import ReferenceIdentity
 from tether.types import PairBatch, ResponseLogProbs, offsets_of
 
 
 class GivenReference(Reference):
-    """The reference is what the rows say it is: the sum of each response's log-probs, computed elsewhere.
+    """The rows bring the reference: the sum of each response's log-probs, computed elsewhere.
 
-    No model is run and no weight is held. Which model the sums come from, and whether it was fed the same tokens,
-    cannot be checked here. How a sum is spread over the response's tokens is not known: `knows_tokens` is False, and
-    the whole of it stands at the first token.
+    No model runs and no weights are held. Which model the sums come from, and whether it saw the same tokens, cannot
+    be checked here. How a sum is spread over the response's tokens is not known (`Traits.knows_tokens` is False), so
+    all of it stands at the first token.
 
     Args:
-        digest: Of the given numbers, where they can be known in advance; tells one set of them from another.
+        digest: Of the given numbers, if they can be known in advance; distinguishes one set of them from another.
     """
 
+    kind = Kind("given", "log-probs that the rows brought along")
+
     def __init__(self, digest: str) -> None:
-        self._identity = ReferenceIdentity(kind="given", weights=digest, compute_dtype="float32", scoring_version=0)
+        self._identity = ReferenceIdentity(self.kind.name, weights=digest, compute_dtype="float32", scoring_version=0)
 
     @property
     def identity(self) -> ReferenceIdentity:
         return self._identity
 
     @property
-    def knows_tokens(self) -> bool:
-        return False
-
-    @property
-    def answers_are_stored(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(answers_are_stored=True, knows_tokens=False)
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         sums = [known for known in batch.reference_sums if known is not None]

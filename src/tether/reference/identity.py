@@ -1,7 +1,7 @@
-"""Who a reference is: a digest of everything that changes its answers.
+"""The identity of a reference: a digest of everything that changes its answers.
 
-Knows tensors and configs, no kind of reference. Weights are digested by name, shape, dtype and content; a name is
-the one that the plain model uses, so that a base under an adapter and the same base alone are one identity.
+Knows tensors and configs, no kind of reference. Weights are digested by name, shape, dtype and content, under the
+plain model's names, so that a base under an adapter has the same identity as the base alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import is_sharded, local_part, on_main_process, whole
+from tether.distributed import gather, is_sharded, local_shard, on_main_process
 from tether.errors import ReferenceModelError
 
 # Entries of a model config that do not change what the model computes.
@@ -35,16 +35,16 @@ _COSMETIC = frozenset(
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What tells one reference from another.
+    """What distinguishes one reference from another.
 
     Attributes:
-        kind: How the reference is had, in a word (`explicit`, `implicit`, ...); for people, not part of `digest`.
+        kind: Its kind in one word (`explicit`, `implicit`, ...); for people, not in `digest`.
         weights: Digest of the weights that matter and of the config that shapes the forward.
         compute_dtype: Dtype the products run in (the autocast dtype where autocast is on).
         scoring_version: Version of the scoring engine.
-        base: Digest of the base weights alone; like the next two, it only says where two `weights` differ.
+        base: Digest of the base weights alone; like the next two, it only shows where two `weights` differ.
         config: Digest of the config alone.
-        adapter: Digest of the adapter's tensors and configuration; empty where none shapes the answers.
+        adapter: Digest of the adapter's tensors and configuration; empty without one that shapes the answers.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class ReferenceIdentity:
     def named(cls, name: str) -> ReferenceIdentity:
         """Of a reference without weights to digest (a server, an ensemble): by its name alone.
 
-        Whoever changes what answers under that name must change the name.
+        If the model behind the name changes, the name must change too.
 
         Example:
             >>> ReferenceIdentity.named("reward-team/dpo-v3").kind
@@ -69,18 +69,18 @@ class ReferenceIdentity:
 
     @property
     def digest(self) -> str:
-        """By this a store files log-probs: equal exactly when the same numbers would be computed."""
-        parts = (self.weights, self.compute_dtype, self.scoring_version)
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        """The key of stored log-probs: equal exactly when the same numbers would be computed."""
+        fields = (self.weights, self.compute_dtype, self.scoring_version)
+        return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def digest_parts(
+def identity_digests(
     digests: Mapping[str, bytes], config: Any, adapter: Collection[str] = (), adapter_config: Any = None
 ) -> dict[str, str]:
-    """The digests of an identity: `weights` of everything, and its parts.
+    """The digests of an identity: `weights` of everything, and those of base, config and adapter.
 
     Args:
         digests: Of all tensors that shape the answers (`digest_tensors`).
@@ -152,12 +152,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
-    return {name: state[name] for name in first.values()}  # not detached: a sharded one would not say so any more
+    return {name: state[name] for name in first.values()}  # not detached: a detached shard does not look sharded
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors, or behind this process's parts of them."""
-    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    """Bytes of the distinct storages behind some tensors, or behind this process's shards of them."""
+    storages = [local_shard(tensor).untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -171,7 +171,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
-    tensor = whole(tensor)
+    tensor = gather(tensor)
     _check_finite(name, tensor)
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""`ImplicitReference`: the policy's own base, seen with its adapter off, or with the adapter it started from.
+"""`ImplicitReference`: the policy's own base, with its adapter off or with the adapter it started from.
 
 The one home of PEFT's adapter mechanics. Holds no second set of base weights.
 """
@@ -19,15 +19,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tether.distributed import exchanged, forget_gathered, has_shards, local_part, part_like, whole, whole_shape
+from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ConfigurationError, ReferenceModelError
-from tether.reference.base import compute_dtype_name, evaluation_mode, score_without_gradient
+from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
-from tether.reference.identity import ReferenceIdentity, digest_parts, digest_tensors, num_bytes
-from tether.reference.updates.adapters import adapter_parts, refused_shards
-from tether.reference.updates.groups import MovableReference, Part, Tensors, UpdateRule
+from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
+from tether.reference.updates.adapters import adapter_groups, refused_shards
+from tether.reference.updates.groups import MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.refusals import refuse
 from tether.scoring import SCORING_VERSION, rotary_limit
+from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 
@@ -46,7 +47,7 @@ class ImplicitReference(MovableReference):
 
     A *fresh* adapter, whose initial delta is exactly zero, is simply switched off. An adapter that already changes
     the base (a continued one, PiSSA, random prompts) is kept as a frozen copy of its tensors. Either way, tensors
-    that train and still reach the forward (trained biases, say) are swapped for frozen copies around the pass, in
+    that train and still reach the forward (such as trained biases) are swapped for frozen copies around the pass, in
     place and by pointer: no weight is moved, and PEFT never has to hold a second adapter. A copy may have another
     rank than the policy's adapter, as an average has, but not another dtype: that would cut the tensor off from the
     hooks that reduce its gradient.
@@ -57,8 +58,10 @@ class ImplicitReference(MovableReference):
     Args:
         policy: The PEFT model that trains.
         autocast_dtype: Run under autocast with this dtype, as the policy does.
-        moves: The reference will follow the policy: the adapter is kept as a copy even if it changes nothing yet.
+        moves: The reference will follow the policy, so the adapter is copied even if it changes nothing yet.
     """
+
+    kind = Kind("implicit", "the policy's own base, with its adapter off or as it started")
 
     def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None, moves: bool = False) -> None:
         self._policy = policy
@@ -69,20 +72,20 @@ class ImplicitReference(MovableReference):
         self._adapter_off = self._starts_at_zero and not moves
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
         # By name: FSDP2 puts other parameter objects into the modules when it shards them.
-        self._copies = {name: local_part(parameter).clone() for name, parameter in kept.items()}
+        self._copies = {name: local_shard(parameter).clone() for name, parameter in kept.items()}
         self._digests = digest_tensors(self._tensors())
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
         adapter_config = None if self._adapter_off else _adapter_config(policy)
         self._identity = ReferenceIdentity(
-            kind="implicit",
-            **digest_parts(self._digests, base.config, of_adapter, adapter_config),
+            kind=self.kind.name,
+            **identity_digests(self._digests, base.config, of_adapter, adapter_config),
             compute_dtype=compute_dtype_name(policy, autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor that shapes the reference's answers; the kept ones are right while exchanged."""
+        """Every tensor that shapes the reference's answers; the kept ones only while exchanged."""
         forget_gathered(self._policy)
         tensors = base_tensors(self._policy.get_base_model())
         if not self._starts_at_zero:
@@ -94,10 +97,6 @@ class ImplicitReference(MovableReference):
         with self._exchanged():
             now = digest_tensors(self._tensors())
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
-
-    @property
-    def means_policy(self) -> bool:
-        return True
 
     @property
     def length_limit(self) -> int | None:
@@ -112,21 +111,12 @@ class ImplicitReference(MovableReference):
         return self._num_passes
 
     @property
-    def adapter_is_off(self) -> bool:
-        """Whether the reference is the base with its adapter off (else: the adapter as it was at the start)."""
-        return self._adapter_off
-
-    @property
     def extra_bytes(self) -> int:
         return num_bytes(self._copies.values())
 
     @property
-    def is_collective(self) -> bool:
-        return has_shards(self._policy)
-
-    @property
-    def runs_in_policy(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(means_policy=True, is_collective=has_shards(self._policy), runs_in_policy=True)
 
     @contextmanager
     def in_policy(self) -> Iterator[None]:
@@ -146,7 +136,7 @@ class ImplicitReference(MovableReference):
             return
         forget_gathered(self._policy)
         parameters = dict(self._policy.named_parameters())
-        self._copies = {name: part_like(values, parameters[name]) for name, values in self._copies.items()}
+        self._copies = {name: shard_like(values, parameters[name]) for name, values in self._copies.items()}
         with exchanged(self._policy, self._copies):
             yield
 
@@ -158,8 +148,8 @@ class ImplicitReference(MovableReference):
         assert tensor.dtype == self._copies[name].dtype, "another dtype would cut the parameter off from its hooks"
         self._copies[name] = tensor.detach().to(self._copies[name].device).contiguous()
 
-    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
-        """See `adapter_parts`."""
+    def update_groups(self, policy: nn.Module, rule: UpdateRule) -> list[UpdateGroup]:
+        """See `adapter_groups`."""
         if self._adapter_off:
             raise ConfigurationError(
                 problem="Cannot synchronize a reference whose adapter is switched off: it has no adapter of its own to "
@@ -167,7 +157,7 @@ class ImplicitReference(MovableReference):
                 instead="Build it with `ImplicitReference(policy, moves=True)`.",
             )
         refuse(refused_shards(self._policy))
-        return adapter_parts(self._policy, rule)
+        return adapter_groups(self._policy, rule)
 
     def export(self, folder: Path | None, *, merged: bool = False) -> None:
         if self._adapter_off:
@@ -179,7 +169,7 @@ class ImplicitReference(MovableReference):
         if has_shards(self._policy):
             raise ReferenceModelError(
                 problem="Cannot save the implicit reference of a sharded policy (ZeRO-3 or FSDP2): it is a state of "
-                "the policy's own tensors, and each process holds only a part of them.",
+                "the policy's own tensors, and each process holds only a shard of each.",
                 instead="Save it in a run that starts from the same weights without sharding, or with DDP or ZeRO-2.",
             )
         if folder is None:
@@ -189,7 +179,7 @@ class ImplicitReference(MovableReference):
 
 
 def _adapter_config(policy: PeftModel) -> Any:
-    """The configuration of every adapter and which are active, without what does not change the answer."""
+    """The configurations of all adapters, and which are active, without fields that do not change the answer."""
     cosmetic = ("base_model_name_or_path", "inference_mode")
     configs = {
         name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
@@ -218,9 +208,8 @@ def adapter_off(policy: PeftModel) -> Iterator[None]:
 def has_zero_delta(policy: PeftModel) -> bool:
     """Whether the adapter, as it is now, changes nothing: its logits equal the base's, bit for bit.
 
-    Looked at from two sides, because a probe may miss what it does not touch (an unrouted expert, a token's
-    embedding): the tensors themselves, where a type's can be told to change nothing, and a forward with the adapter
-    on against one with it off.
+    Checked in two ways, because a probe may miss what it does not touch (an unrouted expert, a token's embedding): by
+    the tensors, for types whose tensors show it, and by a forward with the adapter on against one with it off.
     """
     if any(config.is_prompt_learning for config in policy.peft_config.values()):
         return False
@@ -264,7 +253,7 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
 
 
 def beside_base(model: nn.Module, base: Tensors) -> dict[str, Tensor]:
-    """What a model's state has besides the given tensors of its base."""
+    """The tensors of a model's state that are not among the given ones of its base."""
     of_base = {id(tensor) for tensor in base.values()}
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
@@ -294,7 +283,7 @@ def _changes_nothing(module: nn.Module) -> bool:
         original = module.original_module.state_dict(keep_vars=True)
         copies = [module.modules_to_save[name].state_dict(keep_vars=True) for name in module.active_adapters]
         return all(
-            [torch.equal(whole(original[name]), whole(value)) for copy in copies for name, value in copy.items()]
+            [torch.equal(gather(original[name]), gather(value)) for copy in copies for name, value in copy.items()]
         )
     return not isinstance(module, BaseTunerLayer) or _is_zero_pair(module)
 
@@ -302,9 +291,9 @@ def _changes_nothing(module: nn.Module) -> bool:
 def _trains_only_what_is_switched_off(policy: PeftModel) -> bool:
     """Whether only LoRA factors and `modules_to_save` train.
 
-    By themselves they say whether they change anything, and none reaches a forward with the adapter off. That is all
-    there is to go by where a sharded base can't be probed with a forward and a backward. Any other adapter is then
-    kept as it was, which is as right and only costs its tensors.
+    These tensors alone show whether they change anything, and none reaches a forward with the adapter off. A sharded
+    base can't be probed with a forward and a backward, so this is all there is to go by. Any other adapter is then
+    kept as it was, which is also right and only costs its tensors.
     """
     known = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
     return all(known & set(name.split(".")) for name, parameter in policy.named_parameters() if parameter.requires_grad)
@@ -316,7 +305,7 @@ def _is_zero_pair(layer: BaseTunerLayer) -> bool:
             factors = [getattr(layer, name, {}) for name in (first, second)]
             if all(adapter in factor for factor in factors):
                 weights = [getattr(factor[adapter], "weight", factor[adapter]) for factor in factors]
-                if all(bool(whole(weight).any()) for weight in weights):
+                if all(bool(gather(weight).any()) for weight in weights):
                     return False
     return True
 
@@ -338,7 +327,7 @@ def _reaching_forward(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) 
 
 def _probe_ids(policy: PeftModel) -> Tensor:
     embeddings: Any = policy.get_base_model().get_input_embeddings()  # type: ignore[operator]
-    vocab_size = int(whole_shape(embeddings.weight)[0])
+    vocab_size = int(full_shape(embeddings.weight)[0])
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     ids = torch.randint(vocab_size, (2, 16), generator=generator)
     return ids.to(next(policy.parameters()).device)

@@ -1,11 +1,12 @@
-"""`PrecomputedReference`: answers kept on disk, missing ones computed by a source.
+"""`PrecomputedReference`: log-probs kept on disk, missing ones computed by a source.
 
-Knows the store's keys, and when a source may be asked; knows no model.
+Knows the store's keys and when the source may run; knows no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tether.distributed import any_process
-from tether.errors import DataError, MissingLogProbsError
-from tether.reference.base import BatchSource, Reference
+from tether.errors import ConfigurationError, DataError, MissingLogProbsError
+from tether.reference.base import BatchSource, Reference, Traits
 from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.wrapping import WrappingReference
@@ -25,25 +26,28 @@ from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 
-# What a process has scored that needs no answer itself, while others need its part of the weights.
+# What a process scores that needs no answer itself, while others need its shards of the weights.
 _IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
 
 
 class PrecomputedReference(WrappingReference[Reference]):
-    """A reference that reads what was computed before, by content, under the identity of who computed it.
+    """A reference that reads log-probs computed before, by content and by the identity of the source.
 
     Args:
         store: The store.
-        source: Computes what is missing. Without a source, or once it was released, a missing record is an error.
+        source: Computes what is missing. Without a source, or after its release, a missing record is an error.
         identity: Whose records to read; by default the source's.
-        mode: `fill`: `prepare` scores what the sets lack. `lazy`: `prepare` does nothing, and rows are scored and
-            kept when they are first asked for. `require`: nothing is ever scored, and `prepare` refuses sets of which
-            a row is missing.
-        release_when_filled: In mode `fill`, release the source at the end of `prepare`. False where later rows cannot
-            be known in advance (streams).
+        mode: `fill`: `prepare` scores what the store lacks of the sets. `lazy`: `prepare` does nothing, and rows are
+            scored and stored when first used. `require`: nothing is ever scored, and `prepare` refuses a set with a
+            missing row.
+        release_when_filled: In mode `fill`, release the source at the end of `prepare`. False if later rows cannot be
+            known in advance (streams).
         length_limit: As `Reference.length_limit`; by default the source's.
-        decode: Turns token ids into text, for messages that show the start of a prompt.
-        how_to_fill: What to write to have missing rows scored, for messages.
+        decode: Turns token ids into text, to show the start of a prompt in messages.
+        how_to_fill: How to have missing rows scored, for messages.
+
+    Raises:
+        ConfigurationError: If the source moves during training.
 
     Example:
         >>> reference = PrecomputedReference(LogProbStore(path), ExplicitReference(model))   # doctest: +SKIP
@@ -66,7 +70,13 @@ class PrecomputedReference(WrappingReference[Reference]):
             if source is None:
                 raise ValueError("Cannot build a `PrecomputedReference` without a source or the identity of one.")
             identity = source.identity
-        super().__init__(source if source is not None else _Nobody(identity))
+        if source is not None and source.traits.moves:
+            raise ConfigurationError(
+                problem=f"Cannot precompute the log-probs of a {source.identity.kind} reference: it moves during "
+                "training, so stored answers would go stale.",
+                instead="Use it without a store, or store the log-probs of a reference that does not move.",
+            )
+        super().__init__(source if source is not None else _NoSource(identity))
         self._store, self._identity = store, identity
         self._mode, self._release_when_filled = mode, release_when_filled
         self._length_limit = source.length_limit if source is not None else length_limit
@@ -78,22 +88,22 @@ class PrecomputedReference(WrappingReference[Reference]):
 
     @property
     def store(self) -> LogProbStore:
-        """The store that is read."""
+        """The store that it reads."""
         return self._store
 
     @property
     def source(self) -> Reference | None:
-        """Who computes what is missing, if anybody."""
-        return None if isinstance(self._source, _Nobody) else self._source
+        """The reference that computes what is missing, if any."""
+        return None if isinstance(self._source, _NoSource) else self._source
 
     @property
     def num_found(self) -> int:
-        """Responses that `prepare` was asked for and found in the store."""
+        """Responses that `prepare` found in the store."""
         return self._num_found
 
     @property
     def num_computed(self) -> int:
-        """Responses that the source computed and the store took."""
+        """Responses that the source scored and the store keeps."""
         return self._num_computed
 
     @property
@@ -105,28 +115,22 @@ class PrecomputedReference(WrappingReference[Reference]):
         return self._length_limit
 
     @property
-    def answers_are_stored(self) -> bool:
-        return True
-
-    @property
-    def is_collective(self) -> bool:
-        return self._may_score and super().is_collective
-
-    @property
-    def runs_in_policy(self) -> bool:
-        return self._may_score and super().runs_in_policy
-
-    @property
-    def _may_score(self) -> bool:
-        return self._mode != "require"
+    def traits(self) -> Traits:
+        own, may_score = self._source.traits, self._mode != "require"
+        return replace(
+            own,
+            answers_are_stored=True,
+            is_collective=may_score and own.is_collective,
+            runs_in_policy=may_score and own.runs_in_policy,
+        )
 
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
-        """Has the store hold what the sets need, as the mode says, and then (by default) releases the source.
+        """Fills or checks the store for these sets, by the mode, and then (by default) releases the source.
 
         Raises:
-            MissingLogProbsError: In mode `require`, for a set of which a row is missing; names one.
-            DataError: For a row to which the source gives a log-prob that is not finite; names it.
-            KeyboardInterrupt: After Ctrl-C, saying how many rows are kept.
+            MissingLogProbsError: In mode `require`, for a set with a missing row; names one.
+            DataError: If the source gives a log-prob that is not finite; names the row.
+            KeyboardInterrupt: After Ctrl-C, with the number of rows kept.
         """
         for name, batches in sets.items():
             if self._mode == "fill":
@@ -148,12 +152,12 @@ class PrecomputedReference(WrappingReference[Reference]):
         return ResponseLogProbs(joined, offsets_of(batch.response_lengths, batch.device))
 
     def stored(self, batch: PairBatch) -> list[Float[Tensor, " length"] | None]:
-        """What the store holds of each response, on the host; None for what it lacks. Scores nothing."""
+        """The stored log-probs of each response, on the CPU; None if the store lacks them. Scores nothing."""
         values = self._store.get(self._identity.digest, self._keys(batch), batch.response_lengths)
         return [None if value is None else torch.from_numpy(value) for value in values]
 
     def release(self) -> None:
-        """Releases the source; an adapter's base, which costs nothing and stays true, goes on answering new rows."""
+        """Releases the source. An adapter's base costs nothing and stays right, so it still scores new rows."""
         self._source.release()
 
     def _lacking(self, batch: PairBatch) -> list[int]:
@@ -166,7 +170,7 @@ class PrecomputedReference(WrappingReference[Reference]):
             self._lacking,
             self._compute,
             show_progress=show_progress,
-            halves=not self.is_collective,  # the other processes are in the midst of the same forward
+            halves=not self.traits.is_collective,  # the other processes are in the middle of the same forward
         )
         try:
             filling.run()
@@ -176,12 +180,12 @@ class PrecomputedReference(WrappingReference[Reference]):
             pass
 
     def _take_part(self) -> bool:
-        """Makes a pass for nothing where another process needs one, to which this one has a part of the weights.
+        """Makes an idle pass if another process needs this one's shards for a pass of its own.
 
-        Every pass is announced by `any_process(True)`; whoever needs none answers with this. Returns whether there
-        was one.
+        Every pass is announced by `any_process(True)`; a process that needs none answers with this. Returns whether
+        there was one.
         """
-        if not (self.is_collective and any_process(False)):
+        if not (self.traits.is_collective and any_process(False)):
             return False
         self._source.log_probs(_IDLE)
         return True
@@ -198,7 +202,7 @@ class PrecomputedReference(WrappingReference[Reference]):
             raise self._missing(f"{num_missing} responses, one of them {first}")
 
     def _compute_some(self, batch: PairBatch, lacking: Sequence[int]) -> list[Float[Tensor, " length"]]:
-        """The answers for some responses of a batch, scored now."""
+        """The log-probs of some responses of a batch, scored now."""
         names = names_of(batch)
         if self._mode == "require" or self.source is None:
             raise self._missing(self._named(batch, lacking[0], names(lacking[0])))
@@ -207,10 +211,10 @@ class PrecomputedReference(WrappingReference[Reference]):
         return self._compute(batch.only(lacking), lambda index: names(lacking[index])).split()
 
     def _compute(self, batch: PairBatch, name_of: Callable[[int], str]) -> ResponseLogProbs:
-        """Has the source score a batch, and keeps the answers."""
+        """Lets the source score a batch, and stores the log-probs."""
         if self.source is None:
             raise self._missing(self._named(batch, 0, name_of(0)))
-        if self.is_collective:
+        if self.traits.is_collective:
             any_process(True)
         computed = self._source.log_probs(batch)
         values = [value.cpu().numpy() for value in computed.split()]
@@ -222,7 +226,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         return computed
 
     def _keys(self, batch: PairBatch) -> Sequence[bytes]:
-        """The content keys, joined with the length that is fed where the answer depends on it."""
+        """The content keys, with the length fed where the answer depends on it."""
         limit = self._length_limit
         if limit is None:
             return batch.keys
@@ -230,7 +234,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         return [key if length <= limit else key_at_length(key, length) for key, length in fed]
 
     def _named(self, batch: PairBatch, index: int, name: str) -> str:
-        """A response's name, with the start of its prompt where it can be read."""
+        """A response's name, with the start of its prompt if it can be decoded."""
         if self._decode is None:
             return name
         response: Response = batch.responses()[index]
@@ -258,8 +262,8 @@ class PrecomputedReference(WrappingReference[Reference]):
         )
 
 
-class _Nobody(Reference):
-    """In the place of a source that is not there: it has a name, and no weights."""
+class _NoSource(Reference):
+    """Stands in for a missing source: an identity without weights."""
 
     def __init__(self, identity: ReferenceIdentity) -> None:
         self._identity = identity

@@ -1,7 +1,7 @@
 """`SynchronizedReference`: TR-DPO, a reference that follows the policy.
 
-Wraps a source that owns its weights; knows the schedule and what of it belongs into a checkpoint. What moves, and
-how, is in the source's `parts`.
+Wraps a source that owns its weights; knows the schedule and what belongs in a checkpoint. The source's
+`update_groups` define what moves, and how.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tether.distributed import forget_gathered
 from tether.errors import ResumeError
 from tether.models.finite import check_weights
+from tether.reference.base import Kind, Traits
 from tether.reference.identity import ReferenceIdentity, num_bytes
 from tether.reference.updates.groups import MovableReference, Tensors, UpdateRule
 from tether.reference.updates.low_rank import truncation_error
@@ -30,20 +31,22 @@ _TENSORS, _SCHEDULE = "synchronized_reference.safetensors", "synchronized_refere
 class SynchronizedReference(WrappingReference[MovableReference]):
     """`pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref` every `every` optimizer steps.
 
-    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. The step counted is the optimizer's, and the update comes
-    after it. Tensors are matched by name; what the policy does not train is shared with it and needs no update.
+    Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656. Steps are the optimizer's, and the update comes after the
+    step. Tensors are matched by name; those that the policy does not train are shared with it and need no update.
 
     Args:
-        source: A reference that owns a copy of every weight the policy trains.
-        policy: Gives the unwrapped policy when a sync is due.
+        source: A reference with its own copy of every weight that the policy trains.
+        policy: Returns the unwrapped policy when a sync is due.
         alpha: Weight of the policy in each sync, in [0, 1]; 1 is the hard update.
         every: Optimizer steps between syncs.
         max_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
 
     Raises:
         ReferenceModelError: If the source's tensors do not match the policy's, by name and shape.
-        ConfigurationError: If what the policy trains has no average, or the rank no meaning for it; names it.
+        ConfigurationError: If something that the policy trains has no average, or no rank to limit; names it.
     """
+
+    kind = Kind("synchronized", "weights that follow the policy (TR-DPO)", paper="2404.09656")
 
     def __init__(
         self,
@@ -57,17 +60,17 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         super().__init__(source)
         self._policy = policy
         self._rule, self._every = UpdateRule(alpha, max_rank), every
-        self._parts = source.parts(policy(), self._rule)
+        self._groups = source.update_groups(policy(), self._rule)
         self._state: dict[str, Tensor] = {}
         own = source.tensors()
-        for part in self._parts:
-            self._state |= part.start(own)
+        for group in self._groups:
+            self._state |= group.start(own)
         self._num_syncs = 0
 
     @property
     def identity(self) -> ReferenceIdentity:
-        """The source's, as it was at the start: what has moved since is in the checkpoint."""
-        return replace(self._source.identity, kind="synchronized")
+        """The source's, as it was at the start; later weights are in the checkpoint."""
+        return replace(self._source.identity, kind=self.kind.name)
 
     @property
     def num_syncs(self) -> int:
@@ -75,8 +78,8 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         return self._num_syncs
 
     @property
-    def moves(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(self._source.traits, moves=True)
 
     @property
     def extra_bytes(self) -> int:
@@ -94,24 +97,24 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         policy = _tensors_of(self._policy())
         own = self._source.tensors()
         with torch.no_grad():
-            for part in self._parts:  # one at a time, so that no second set of weights is ever alive
-                moved = part.move(self._cut(part.names, policy), own, self._state)
+            for group in self._groups:  # one at a time, so that no second set of weights is ever held
+                moved = group.move(self._shards(group.names, policy), own, self._state)
                 self._state |= moved.state
                 for name, tensor in moved.tensors.items():
                     self._source.write(name, tensor)
         self._num_syncs += 1
         return True
 
-    def _cut(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
-        """What this process holds of some tensors, cut as the reference's own are."""
-        return {name: self._source.cut(name, tensors[name]) for name in names}
+    def _shards(self, names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
+        """This process's shards of some tensors, sharded as the reference's own."""
+        return {name: self._source.shard(name, tensors[name]) for name in names}
 
     def save(self, folder: Path | None) -> None:
         own = self._source.tensors()
-        held = {f"weight.{name}": own[name] for part in self._parts for name in part.names} | self._state
+        held = {f"weight.{name}": own[name] for group in self._groups for name in group.names} | self._state
         state: dict[str, Tensor] = {}
-        for key, part_of_it in held.items():  # gathered one at a time, and kept by the process that writes
-            tensor = self._source.whole(_name(key), part_of_it)
+        for key, shard in held.items():  # gathered one at a time, and kept by the process that writes
+            tensor = self._source.gather(_name(key), shard)
             if folder is not None:
                 state[key] = tensor.detach().cpu().contiguous()
         if folder is None:
@@ -137,11 +140,12 @@ class SynchronizedReference(WrappingReference[MovableReference]):
             )
         tensors = load_file(folder / _TENSORS)
         with torch.no_grad():
-            for part in self._parts:
-                for name in part.names:
-                    self._source.write(name, self._source.cut(name, tensors[f"weight.{name}"]))
+            for group in self._groups:
+                for name in group.names:
+                    self._source.write(name, self._source.shard(name, tensors[f"weight.{name}"]))
             self._state = {
-                key: self._source.cut(_name(key), tensors[key]).to(tensor.device) for key, tensor in self._state.items()
+                key: self._source.shard(_name(key), tensors[key]).to(tensor.device)
+                for key, tensor in self._state.items()
             }
         self._num_syncs = int(saved["num_syncs"])
 
@@ -149,14 +153,14 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         return {"alpha": self._rule.alpha, "rank": self._rule.max_rank, "every": self._every}
 
     def release(self) -> None:
-        """Nothing: a synchronized reference is needed to the end."""
+        """Does nothing: a synchronized reference is needed to the end."""
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    forget_gathered(model)  # before names are looked up: FSDP2 puts other objects there while it holds them whole
+    forget_gathered(model)  # before names are looked up: FSDP2 puts other objects there while they are gathered
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _name(key: str) -> str:
-    """The tensor that an entry of the state belongs to: `residual.lm_head.weight` to `lm_head.weight`."""
+    """The tensor that an entry of the state belongs to: `lm_head.weight` for `residual.lm_head.weight`."""
     return key.partition(".")[2]

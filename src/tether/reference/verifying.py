@@ -1,4 +1,4 @@
-"""Is what a store holds still what the reference says? Scores some responses again and compares.
+"""Checks that stored log-probs are still the reference's: scores some responses again and compares.
 
 Knows precomputed references; knows no file and no command.
 """
@@ -17,15 +17,15 @@ from tether.types import PairBatch
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of scoring stored responses again.
+    """The result of scoring stored responses again.
 
     Attributes:
-        num_responses: Responses that were compared.
-        num_missing: Responses that the store does not hold.
-        num_tokens: Tokens of those that were compared.
+        num_responses: Responses compared.
+        num_missing: Responses that the store lacks.
+        num_tokens: Tokens compared.
         mean: Mean absolute difference per token, in nats.
-        largest: The largest, in nats.
-        where: The response that has it.
+        largest: Largest difference of a token, in nats.
+        where: The response with the largest difference.
     """
 
     num_responses: int
@@ -37,12 +37,12 @@ class Verification:
 
 
 def verify(reference: PrecomputedReference, batches: Iterable[PairBatch], name: str = "train") -> Verification:
-    """Scores the responses of some batches again, by the reference's source, and compares with what is stored.
+    """Scores the responses of some batches again with the source, and compares them with the stored log-probs.
 
     Args:
-        reference: Still with its source.
-        batches: The rows to look at; those that the store lacks are counted and left alone.
-        name: Their set's name.
+        reference: One that still has its source.
+        batches: The rows to check; those that the store lacks are only counted.
+        name: The set's name.
     """
     if reference.source is None:
         raise ConfigurationError(
@@ -80,8 +80,8 @@ def check(found: Verification, reference: PrecomputedReference) -> None:
         return
     raise StoreError(
         problem=f"Cannot use the log-prob store {reference.store.path}: it differs from what the reference computes "
-        f"now by {found.largest:.3g} nats at most ({found.where}) and {found.mean:.3g} per token in the mean.",
-        details=f"Rounding in {reference.identity.compute_dtype} explains {largest:g} at most and {mean:g} in the "
-        "mean. The identity is the same, so the stored log-probs were imported, or computed by other kernels.",
+        f"now (mean gap {found.mean:.3g} nats per token, largest {found.largest:.3g} in {found.where}).",
+        details=f"Rounding in {reference.identity.compute_dtype} explains a mean of {mean:g} and a largest of "
+        f"{largest:g}. The identity is the same, so the stored log-probs were imported, or computed by other kernels.",
         instead=f"Remove them and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
     )

@@ -1,6 +1,6 @@
-"""Is the reference who it should be? The gap to the policy at step 0, and drift during training.
+"""Checks that the reference is the right one: by its gap to the policy at step 0, and by its drift during training.
 
-Training against a wrong reference is silent: the loss goes down all the same. Knows references and scoring; knows no
+Training against a wrong reference is silent: the loss goes down anyway. Knows references and scoring; knows no
 trainer.
 """
 
@@ -20,8 +20,8 @@ from tether.types import PairBatch, ResponseLogProbs
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
 
-# What rounding explains, by how the two answers came about; how the numbers were set: docs/numerics.md.
-# Computed alike: the same dtype, batch, layout and kernels, which mostly gives the same bits.
+# What rounding explains, by how both were computed; docs/numerics.md shows how the numbers were set.
+# Computed alike: same dtype, batch, layout and kernels, which mostly gives the same bits.
 ALIKE: dict[str, Tolerance] = {
     "float64": (1e-6, 1e-5),
     "float32": (1e-4, 1e-3),
@@ -45,10 +45,10 @@ OTHER_DTYPE: dict[str, Tolerance] = {
 
 
 def tolerance(one: str, other: str, *, alike: bool) -> Tolerance:
-    """How far two scorings of the same tokens under the same weights may be apart by rounding alone.
+    """How far two scorings of the same tokens with the same weights may differ by rounding alone.
 
     Args:
-        one, other: Their compute dtypes, as `compute_dtype_name` says them.
+        one, other: Their compute dtypes, named as by `compute_dtype_name`.
         alike: Whether batch, layout and kernels are the same too.
     """
     if one != other:
@@ -59,21 +59,21 @@ def tolerance(one: str, other: str, *, alike: bool) -> Tolerance:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two scorings of the same tokens are apart, in nats per token."""
+    """The difference of two scorings of the same tokens, in nats per token."""
 
     mean: float
     largest: float
 
     @classmethod
     def between(cls, one: Tensor, other: Tensor, reduce: Callable[[Tensor, str], Tensor]) -> Gap:
-        """Of the tokens of all processes, so that each comes to the same verdict.
+        """Over the tokens of all processes, so that each reaches the same verdict.
 
         Args:
             one, other: Log-probs of the same tokens.
             reduce: Reduces a tensor over the processes by `"sum"` or `"max"`.
         """
         difference = (one - other).abs().double()
-        # NaN compares as no gap at all; it is the largest there is.
+        # NaN would compare as no gap at all; it counts as the largest.
         difference = torch.where(difference.isnan(), torch.inf, difference)
         total, count = reduce(
             torch.stack([difference.sum(), difference.new_tensor(difference.numel())]), "sum"
@@ -82,7 +82,7 @@ class Gap:
         return cls(total / count, float(largest))
 
     def within(self, allowed: Tolerance) -> bool:
-        """Whether rounding explains it; NaN it never does."""
+        """Whether rounding explains it; never for NaN."""
         mean, largest = allowed
         return self.mean <= mean and self.largest <= largest
 
@@ -95,9 +95,9 @@ def initial_gap(
     reduce: Callable[[Tensor, str], Tensor],
     knows_tokens: bool = True,
 ) -> Gap:
-    """Gap between the policy, in evaluation mode and under training's autocast, and what its reference said.
+    """Gap between the policy, in evaluation mode and under training's autocast, and its reference.
 
-    Per token; where the reference knows sums only, the mean over each response's tokens stands for each of them.
+    Per token; if the reference only knows sums, per response, as the mean over its tokens.
     """
     scores = score_without_gradient(policy, batch, autocast_dtype)
     if not knows_tokens:
@@ -111,14 +111,14 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
     Raises:
         InitialGapError: With the gap's size and its likely causes.
     """
-    own, alike = reference.identity.compute_dtype, not reference.answers_are_stored
+    own, alike = reference.identity.compute_dtype, not reference.traits.answers_are_stored
     mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
     if gap.within(allowed):
         return
     raise InitialGapError(
         problem=f"Cannot train against the {reference.identity.kind} reference: it should be the initial policy, but "
-        f"scores the first batch differently ({gap.mean:.3g} nats per token in the mean, {gap.largest:.3g} at most).",
-        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains {mean:g} in the mean and {largest:g} at most. "
+        f"scores the first batch differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
+        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains a mean of {mean:g} and a largest of {largest:g}. "
         "Likely causes: the policy was changed between building the trainer and training; an adapter whose initial "
         "delta is not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another "
         "dtype; log-probs stored for other weights.",
@@ -132,7 +132,7 @@ def _dtypes(policy: str, reference: str) -> str:
 
 
 class Start(NamedTuple):
-    """What the initial policy said of some responses.
+    """The log-probs of some responses under the initial policy.
 
     Attributes:
         responses: Their content keys, in hexadecimal.
@@ -146,16 +146,16 @@ class Start(NamedTuple):
 class ReferenceWatch:
     """Watches one reference through a run: the gap at step 0, and a few fixed pairs from then on.
 
-    A reference that stands still says the same of the fixed pairs (the sentinel) at every evaluation and every save.
+    A reference that stands still scores the fixed pairs (the sentinel) the same at every evaluation and every save.
 
     Attributes:
-        start: What the initial policy said of the fixed pairs, once that is known; a resumed run is given it before
+        start: The initial policy's log-probs of the fixed pairs, once known; a resumed run sets it before
             `set_sentinel`.
 
     Args:
         reference: The reference to watch.
         autocast_dtype: Training's autocast dtype.
-        reduce: Reduces a tensor over the processes by `"sum"` or `"max"`, so that all come to the same verdict.
+        reduce: Reduces a tensor over the processes by `"sum"` or `"max"`, so that all reach the same verdict.
     """
 
     def __init__(
@@ -181,30 +181,31 @@ class ReferenceWatch:
         if self._knows_gap or has_trained:
             return {}
         self._knows_gap = True
-        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, self._reference.knows_tokens)
-        if self._reference.means_policy:
+        traits = self._reference.traits
+        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, traits.knows_tokens)
+        if traits.means_policy:
             check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype))
         return {"reference/initial_gap": gap.mean}
 
     def set_sentinel(self, batch: PairBatch) -> None:
-        """Keeps what the reference says of these pairs now. Collective."""
+        """Keeps the reference's log-probs of these pairs. Collective."""
         self._sentinel, self._before = batch, self._reference.log_probs(batch).values
-        if self._reference.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
+        if self._reference.traits.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
             self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
 
     def set_start(self, policy: nn.Module) -> None:
-        """Keeps what the initial policy says of the sentinel's pairs, for a reference that moves; on every process."""
-        if self._reference.moves and self._sentinel is not None and not self._knows_start:
+        """Keeps the initial policy's log-probs of the sentinel, for a reference that moves; on every process."""
+        if self._reference.traits.moves and self._sentinel is not None and not self._knows_start:
             log_probs = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values.tolist()
             self.start, self._knows_start = Start(_keys(self._sentinel), log_probs), True
 
     def distances(self, policy: nn.Module) -> dict[str, float]:
         """How far a synchronized reference is from the policy and from the initial policy, on the sentinel's pairs.
 
-        The mean over the tokens of `|log p - log q|`, in nats. Nothing for a reference that stands still; nothing of
-        the start where a resumed run has other rows.
+        The mean over the tokens of `|log p - log q|`, in nats. Empty for a reference that stands still; without the
+        distance from the start if a resumed run has other rows.
         """
-        if not self._reference.moves or self._sentinel is None:
+        if not self._reference.traits.moves or self._sentinel is None:
             return {}
         reference = self._reference.log_probs(self._sentinel).values
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
@@ -221,20 +222,20 @@ class ReferenceWatch:
         Raises:
             DriftError: If a reference that stands still moved by more than rounding; names the tensors that changed.
         """
-        if self._sentinel is None or self._before is None or self._reference.moves:
+        if self._sentinel is None or self._before is None or self._reference.traits.moves:
             return
         gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, self._reduce)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        allowed = tolerance(own, own, alike=not self._reference.answers_are_stored)
-        names = union(self._reference.changed_tensors())  # reads every weight, so only when something is amiss
+        allowed = tolerance(own, own, alike=not self._reference.traits.answers_are_stored)
+        names = union(self._reference.changed_tensors())  # reads every weight, so only when something is wrong
         if gap.within(allowed) and not names:
             return
         raise DriftError(
             problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
-            f"scores fixed pairs differently than before training ({gap.mean:.3g} nats per token in the mean, "
-            f"{gap.largest:.3g} at most).",
+            f"scores fixed pairs differently than before training (mean gap {gap.mean:.3g} nats per token, largest "
+            f"{gap.largest:.3g}).",
             details=f"These of its tensors changed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
             if names
             else "None of its weights changed, so a buffer, a mode or the stored values did.",

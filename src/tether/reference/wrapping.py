@@ -1,50 +1,65 @@
-"""`WrappingReference`: what every reference around another one has in common.
+"""`WrappingReference`: a reference around another one, which forwards the whole contract.
 
-Hands on what concerns the source's weights; knows no kind of source and no kind of wrapper.
+Knows no kind of source and no kind of wrapper.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from torch import nn
 
-from tether.reference.base import Reference
+from tether.reference.base import BatchSource, Kind, Reference, Traits
+from tether.reference.identity import ReferenceIdentity
 from tether.types import PairBatch, ResponseLogProbs
 
 Source = TypeVar("Source", bound=Reference)
 
 
 class WrappingReference(Reference, Generic[Source]):
-    """A reference that changes how long another one's answers are good, and leaves the rest to that one.
+    """A reference that is its source in everything that a subclass does not override.
 
-    A wrapper says itself who it is (`identity`), whether it moves, and what of it belongs into a checkpoint.
+    A wrapper that changes the answers overrides `identity` too: stored log-probs are filed under it.
 
     Args:
-        source: Whose weights they are.
+        source: The reference to forward to.
+
+    Example:
+        >>> class CountingReference(WrappingReference):
+        ...     num_pairs = 0
+        ...
+        ...     def log_probs(self, batch):
+        ...         self.num_pairs += batch.num_pairs
+        ...         return super().log_probs(batch)
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
     @property
+    def identity(self) -> ReferenceIdentity:
+        return self._source.identity
+
+    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        return self._source.log_probs(batch)
+
+    @property
     def num_passes(self) -> int:
         return self._source.num_passes
 
     @property
-    def is_collective(self) -> bool:
-        return self._source.is_collective
+    def kind(self) -> Kind:
+        return self._source.kind
 
     @property
-    def runs_in_policy(self) -> bool:
-        return self._source.runs_in_policy
+    def traits(self) -> Traits:
+        return self._source.traits
 
-    @property
-    def means_policy(self) -> bool:
-        """At the start; a reference that moves is another one later."""
-        return self._source.means_policy
+    def changed_tensors(self) -> list[str]:
+        return self._source.changed_tensors()
 
     @property
     def length_limit(self) -> int | None:
@@ -58,14 +73,26 @@ class WrappingReference(Reference, Generic[Source]):
     def module(self) -> nn.Module | None:
         return self._source.module
 
-    def changed_tensors(self) -> list[str]:
-        return self._source.changed_tensors()
-
     def in_policy(self) -> AbstractContextManager[None]:
         return self._source.in_policy()
+
+    def figures(self) -> dict[str, float]:
+        return self._source.figures()
 
     def export(self, folder: Path | None, *, merged: bool = False) -> None:
         self._source.export(folder, merged=merged)
 
-    def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        return self._source.log_probs(batch)
+    def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
+        self._source.prepare(sets, show_progress=show_progress)
+
+    def advance(self, step: int) -> bool:
+        return self._source.advance(step)
+
+    def save(self, folder: Path | None) -> None:
+        self._source.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._source.load(folder)
+
+    def release(self) -> None:
+        self._source.release()

@@ -199,7 +199,7 @@ def _attend_at_end(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
         )
     if grouped:
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        key, value = (shared.repeat_interleave(query.shape[1] // shared.shape[1], 1) for shared in (key, value))
     scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
@@ -215,45 +215,45 @@ def _allowed(
     return allowed if window is None else allowed & (keys > queries - window)
 
 
-# --- CPU: flash attention in parts, as one opaque operator ----------------------------------------------------------
+# --- CPU: flash attention in blocks, as one opaque operator ---------------------------------------------------------
 #
-# A row is covered by square causal parts (prompt + first response; each further response by itself) and by
-# rectangles (a further response's queries over its prompt's keys). The two parts of a further response are merged by
+# A row is covered by square causal blocks (prompt + first response; each further response by itself) and by
+# rectangles (a further response's queries over its prompt's keys). The two blocks of a further response are merged by
 # their log-sum-exps: out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse), lse = logaddexp(lse_a, lse_b). The flash
-# backward needs only the merged out and lse to be exact for each part.
+# backward needs only the merged out and lse to be exact for each block.
 
 
-class _Part(NamedTuple):
+class _Block(NamedTuple):
     queries: slice
     keys: slice
     causal: bool
     mask: Tensor | None
-    merges: bool  # adds to what an earlier part gave these queries
+    merges: bool  # adds to what an earlier block gave these queries
 
 
-def _parts(lengths: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Part]:
+def _blocks(lengths: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Block]:
     for start, prompt_length, response_lengths in groups_of(lengths):
         end = start + prompt_length
         for number, length in enumerate(response_lengths):
             if number == 0:
                 whole = slice(start, end + length)
-                yield _part(whole, whole, 0, 0, window, dtype)
+                yield _block(whole, whole, 0, 0, window, dtype)
             else:
                 queries = slice(end, end + length)
-                yield _part(queries, queries, prompt_length, prompt_length, window, dtype)
+                yield _block(queries, queries, prompt_length, prompt_length, window, dtype)
                 prompt = slice(start, start + prompt_length)
-                yield _part(queries, prompt, prompt_length, 0, window, dtype)._replace(merges=True)
+                yield _block(queries, prompt, prompt_length, 0, window, dtype)._replace(merges=True)
             end += length
 
 
-def _part(queries: slice, keys: slice, first_query: int, first_key: int, window: int, dtype: torch.dtype) -> _Part:
+def _block(queries: slice, keys: slice, first_query: int, first_key: int, window: int, dtype: torch.dtype) -> _Block:
     num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
     if not window or first_query + num_queries - first_key <= window:
-        return _Part(queries, keys, first_query == first_key, None, False)
+        return _Block(queries, keys, first_query == first_key, None, False)
     allowed = _allowed(first_query, num_queries, first_key, num_keys, window, torch.device("cpu"))
-    # Finite, so that a query that sees nothing of a part has a (vanishing) log-sum-exp rather than NaN.
+    # Finite, so that a query that sees nothing of a block has a (vanishing) log-sum-exp rather than NaN.
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min / 2)
-    return _Part(queries, keys, False, mask[None, None], False)
+    return _Block(queries, keys, False, mask[None, None], False)
 
 
 @torch.library.custom_op("tether::packed_attention", mutates_args=(), device_types="cpu")
@@ -264,24 +264,24 @@ def _packed_flash(
     _, heads, row, size = query.shape
     output = query.new_empty(1, row, heads, size)
     normalizer = query.new_empty(1, row, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-    for part in _parts(lengths, window, query.dtype):
+    for block in _blocks(lengths, window, query.dtype):
         out, lse = _flash(
-            query[:, :, part.queries],
-            key[:, :, part.keys],
-            value[:, :, part.keys],
+            query[:, :, block.queries],
+            key[:, :, block.keys],
+            value[:, :, block.keys],
             0.0,
-            part.causal,
-            attn_mask=part.mask,
+            block.causal,
+            attn_mask=block.mask,
             scale=scale,
         )
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
-        if part.merges:
-            before_out, before = output[:, part.queries], normalizer[:, part.queries]
+        if block.merges:
+            before_out, before = output[:, block.queries], normalizer[:, block.queries]
             total = torch.logaddexp(before, lse)
             out = before_out * (before - total).exp()[..., None] + out * (lse - total).exp()[..., None]
             lse = total
-        output[:, part.queries] = out
-        normalizer[:, part.queries] = lse
+        output[:, block.queries] = out
+        normalizer[:, block.queries] = lse
     return output, normalizer
 
 
@@ -300,23 +300,23 @@ def _packed_flash_backward(
     # Laid out as transformers lays out its projections, so that what follows needs no copy.
     grads = _like_projections(query, key, value)
     grad, output, normalizer = (tensor.transpose(1, 2) for tensor in (grad, output, normalizer))
-    for part in _parts(lengths, window, query.dtype):
+    for block in _blocks(lengths, window, query.dtype):
         pieces = _flash_backward(
-            grad[:, :, part.queries],
-            query[:, :, part.queries],
-            key[:, :, part.keys],
-            value[:, :, part.keys],
-            output[:, :, part.queries],
-            normalizer[:, :, part.queries],
+            grad[:, :, block.queries],
+            query[:, :, block.queries],
+            key[:, :, block.keys],
+            value[:, :, block.keys],
+            output[:, :, block.queries],
+            normalizer[:, :, block.queries],
             0.0,
-            part.causal,
-            attn_mask=part.mask,
+            block.causal,
+            attn_mask=block.mask,
             scale=scale,
         )
-        for total, piece, place in zip(grads, pieces, (part.queries, part.keys, part.keys), strict=True):
-            if part.merges:
+        for total, piece, place in zip(grads, pieces, (block.queries, block.keys, block.keys), strict=True):
+            if block.merges:
                 total[:, place] += piece.transpose(1, 2)
-            else:  # the one causal part that covers these positions comes first
+            else:  # the one causal block that covers these positions comes first
                 total[:, place] = piece.transpose(1, 2)
     query_grad, key_grad, value_grad = (total.transpose(1, 2) for total in grads)
     return query_grad, key_grad, value_grad
@@ -324,7 +324,8 @@ def _packed_flash_backward(
 
 def _like_projections(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     return [
-        torch.empty_like(part.transpose(1, 2), memory_format=torch.contiguous_format) for part in (query, key, value)
+        torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format)
+        for tensor in (query, key, value)
     ]
 
 

@@ -130,19 +130,19 @@ class _TokenLogProbs(torch.autograd.Function):
         # `needs_input_grad` does not know of `no_grad`.
         ctx.kept = _Kept(_room_to_keep(head) if has_backward and not ctx.head_is_frozen else 0)
         tiles = list(head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)))
-        parts = [
+        scanned = [
             _scan(
                 head,
                 tiles,
-                hidden[part],
-                targets[part],
+                hidden[run],
+                targets[run],
                 gradient=ctx.head_is_frozen,
                 statistics=statistics,
-                keep=partial(ctx.kept.offer, part),
+                keep=partial(ctx.kept.offer, run),
             )
-            for part in _runs(hidden.shape[0], TOKENS_AT_A_TIME)
+            for run in _runs(hidden.shape[0], TOKENS_AT_A_TIME)
         ]
-        log_probs, normalizer, gradient, *found = (torch.cat(column) for column in zip(*parts, strict=True))
+        log_probs, normalizer, gradient, *found = (torch.cat(column) for column in zip(*scanned, strict=True))
         ctx.transform, ctx.dtype = transform, head.weight.dtype
         if ctx.head_is_frozen:
             ctx.save_for_backward(gradient.to(hidden.dtype))
@@ -164,26 +164,26 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden, dtype=normalizer.dtype) if wants_hidden else None
         weight_grad = torch.empty_like(weight) if wants_weight else None
         bias_grad = torch.empty_like(bias) if wants_bias else None
-        parts = list(_runs(hidden.shape[0], TOKENS_AT_A_TIME))
+        runs = list(_runs(hidden.shape[0], TOKENS_AT_A_TIME))
         for tile in head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)):
-            for number, part in enumerate(parts):
-                factor = -upstream[part, None]
-                if (place := ctx.kept.places.get((part.start, tile.start))) is not None:
+            for number, run in enumerate(runs):
+                factor = -upstream[run, None]
+                if (place := ctx.kept.places.get((run.start, tile.start))) is not None:
                     shares, largest = kept[place : place + 2]
                     slope = head.transform.slope(shares)
-                    grad = shares * (factor * (largest - normalizer[part, None]).exp_())
+                    grad = shares * (factor * (largest - normalizer[run, None]).exp_())
                 else:
-                    logits = head.logits(inputs[part], tile)
+                    logits = head.logits(inputs[run], tile)
                     slope = head.transform.slope(logits)
-                    grad = logits.sub_(normalizer[part, None]).exp_().mul_(factor)
-                _add_at_targets(grad, targets[part], tile, upstream[part])
+                    grad = logits.sub_(normalizer[run, None]).exp_().mul_(factor)
+                _add_at_targets(grad, targets[run], tile, upstream[run])
                 if slope is not None:
                     grad *= slope
                 product_grad = grad.to(ctx.dtype)
                 if hidden_grad is not None:
-                    _add_product(hidden_grad[part], product_grad, head.weight[tile])
+                    _add_product(hidden_grad[run], product_grad, head.weight[tile])
                 if weight_grad is not None:
-                    _set_or_add_product(weight_grad[tile], product_grad.T, inputs[part], first=number == 0)
+                    _set_or_add_product(weight_grad[tile], product_grad.T, inputs[run], first=number == 0)
                 if bias_grad is not None:
                     _set_or_add(bias_grad[tile], grad.sum(0), first=number == 0)
         return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, *[None] * 4
@@ -215,10 +215,10 @@ class _Kept:
         self.places: dict[tuple[int, int], int] = {}  # by first token and first vocabulary entry
         self._room, self._tensors = room, list[Tensor]()
 
-    def offer(self, part: slice, tile: slice, shares: Tensor, largest: Tensor) -> None:
+    def offer(self, run: slice, tile: slice, shares: Tensor, largest: Tensor) -> None:
         if shares.numel() <= self._room:
             self._room -= shares.numel()
-            self.places[part.start, tile.start] = len(self._tensors)
+            self.places[run.start, tile.start] = len(self._tensors)
             self._tensors += [shares, largest[:, None]]
 
     def give(self) -> list[Tensor]:
@@ -242,7 +242,7 @@ def _scan(
     statistics: bool,
     keep: Callable[[slice, Tensor, Tensor], None],
 ) -> tuple[Tensor, ...]:
-    """One sweep over the vocabulary with a running maximum, as flash attention has it; offers its tiles to `keep`.
+    """One sweep over the vocabulary with a running maximum, as in flash attention; offers its tiles to `keep`.
 
     Returns log-probs, normalizers (log-sum-exps), the gradient with respect to `hidden` (empty unless asked for),
     and the four statistics if asked for.
@@ -250,29 +250,25 @@ def _scan(
     inputs = hidden.to(head.weight.dtype)
     wide, num_tokens = _wide(inputs.dtype), hidden.shape[0]
     largest = hidden.new_full((num_tokens,), float("-inf"), dtype=wide)
-    total, target, weighted, plain, squares = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(5))
+    total, target = (hidden.new_zeros(num_tokens, dtype=wide) for _ in range(2))
     expectation = hidden.new_zeros(hidden.shape if gradient else (0, 0), dtype=wide)
     target_slope = hidden.new_ones(num_tokens, dtype=wide)
-    top = torch.zeros_like(targets)
+    sums = _Sums(targets, wide) if statistics else None
     for tile in tiles:
         logits = head.logits(inputs, tile)
         slope = head.transform.slope(logits) if gradient else None
         here, column = _places(targets, tile)
         target = torch.where(here, logits.gather(-1, column)[:, 0], target)
-        tile_largest, tile_top = logits.max(-1) if statistics else (logits.amax(-1), top)
-        if statistics:
-            top = torch.where(tile_largest > largest, tile_top + tile.start, top)
-            plain += logits.sum(-1)
+        tile_largest = logits.amax(-1) if sums is None else sums.see(logits, tile, largest)
         before, largest = largest, torch.maximum(largest, tile_largest)
         shrink = (before - largest).exp_()
         below = logits.sub_(largest[:, None])
-        shares = below.exp() if statistics else below.exp_()
+        shares = below.exp_() if sums is None else below.exp()
         tile_total = shares.sum(-1)
         total = total * shrink + tile_total
         keep(tile, shares, largest)
-        if statistics:
-            weighted = weighted * shrink + torch.linalg.vecdot(below, shares) + largest * tile_total
-            squares = squares * shrink.square() + torch.linalg.vecdot(shares, shares)
+        if sums is not None:
+            sums.add(below, shares, shrink, largest * tile_total)
         if gradient:
             if slope is not None:
                 target_slope = torch.where(here, slope.gather(-1, column)[:, 0], target_slope)
@@ -282,11 +278,34 @@ def _scan(
     normalizer = largest + total.log()
     if gradient:
         expectation = target_slope[:, None] * head.weight[targets] - expectation / total[:, None]
-    found: tuple[Tensor, ...] = ()
-    if statistics:
-        log_expected_prob = squares.log() - 2 * total.log()
-        found = (normalizer - weighted / total, plain / head.weight.shape[0], top == targets, log_expected_prob)
+    found = () if sums is None else sums.statistics(targets, total, normalizer, head.weight.shape[0])
     return (target - normalizer, normalizer, expectation, *found)
+
+
+class _Sums:
+    """What the sweep of `_scan` adds up for the statistics, tile by tile."""
+
+    def __init__(self, targets: Tensor, dtype: torch.dtype) -> None:
+        self._weighted, self._plain, self._squares = (torch.zeros_like(targets, dtype=dtype) for _ in range(3))
+        self._top = torch.zeros_like(targets)
+
+    def see(self, logits: Tensor, tile: slice, largest: Tensor) -> Tensor:
+        """Takes in a tile's logits, with the largest of the tiles before; returns the largest of this one."""
+        tile_largest, tile_top = logits.max(-1)
+        self._top = torch.where(tile_largest > largest, tile_top + tile.start, self._top)
+        self._plain += logits.sum(-1)
+        return tile_largest
+
+    def add(self, below: Tensor, shares: Tensor, shrink: Tensor, offset: Tensor) -> None:
+        """Takes in `logits - largest` and their exponentials; `offset` is `largest` times the sum of these."""
+        self._weighted = self._weighted * shrink + torch.linalg.vecdot(below, shares) + offset
+        self._squares = self._squares * shrink.square() + torch.linalg.vecdot(shares, shares)
+
+    def statistics(self, targets: Tensor, total: Tensor, normalizer: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
+        """Entropy, mean logit, top-1 hits and `log sum_v p_v^2`."""
+        log_expected_prob = self._squares.log() - 2 * total.log()
+        entropy = normalizer - self._weighted / total
+        return entropy, self._plain / vocab_size, self._top == targets, log_expected_prob
 
 
 def logits_scores(
@@ -315,19 +334,20 @@ def checkpointed_scores(
 ) -> TokenScores:
     """The same for a projection that has a forward of its own (an adapter, a quantized head), some rows at a time."""
 
-    def score_part(part_hidden: Tensor, part_targets: Tensor) -> TokenScores:
-        logits = project(part_hidden)
-        return logits_scores(transform(logits.to(_wide(logits.dtype))), part_targets, statistics)
+    def score_run(run_hidden: Tensor, run_targets: Tensor) -> TokenScores:
+        logits = project(run_hidden)
+        return logits_scores(transform(logits.to(_wide(logits.dtype))), run_targets, statistics)
 
     size = max(1, LOGITS_AT_A_TIME["cuda"] // vocab_size)
-    parts = [
-        checkpoint(score_part, hidden[part], targets[part], use_reentrant=False)
-        for part in _runs(hidden.shape[0], size)
+    scores = [
+        checkpoint(score_run, hidden[run], targets[run], use_reentrant=False) for run in _runs(hidden.shape[0], size)
     ]
-    log_probs = torch.cat([part.log_probs for part in parts])
+    log_probs = torch.cat([score.log_probs for score in scores])
     if not statistics:
         return TokenScores(log_probs, None)
-    found = (torch.cat([getattr(part.statistics, entry.name) for part in parts]) for entry in fields(TokenStatistics))
+    found = (
+        torch.cat([getattr(score.statistics, entry.name) for score in scores]) for entry in fields(TokenStatistics)
+    )
     return TokenScores(log_probs, TokenStatistics(*found))
 
 

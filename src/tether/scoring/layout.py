@@ -101,31 +101,28 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
     """
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
-    lengths = [
-        batch.prompt_lengths[group] + length
-        for group, length in zip(batch.response_group, batch.response_lengths, strict=True)
-    ]
-    gather: _Places = np.zeros((batch.num_responses, max(lengths)), dtype=np.int64)
-    mask: _Places = np.zeros_like(gather)
+    width = max(batch.fed_lengths())
+    source: _Places = np.zeros((batch.num_responses, width), dtype=np.int64)
+    mask: _Places = np.zeros_like(source)
     rows: list[_Places] = []
     columns: list[_Places] = []
     for response, (group, length) in enumerate(zip(batch.response_group, batch.response_lengths, strict=True)):
         prompt_length = batch.prompt_lengths[group]
-        gather[response, :prompt_length] = _run(prompt_starts[group], prompt_length)
-        gather[response, prompt_length : prompt_length + length] = _run(response_starts[response], length)
+        source[response, :prompt_length] = _run(prompt_starts[group], prompt_length)
+        source[response, prompt_length : prompt_length + length] = _run(response_starts[response], length)
         mask[response, : prompt_length + length] = 1
         rows.append(np.full(length, response))
         columns.append(_run(prompt_length - 1, length))
     device = batch.device
     attention_mask = torch.from_numpy(mask).to(device)
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[torch.from_numpy(gather).to(device)]
+    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[torch.from_numpy(source).to(device)]
     return ScoringRows(
         inputs={
             "input_ids": tokens.where(attention_mask.bool(), pad_token_id),
             "attention_mask": attention_mask,
-            **image_inputs([batch.images[group] for group in batch.response_group if batch.images], max(lengths)),
+            **image_inputs([batch.images[group] for group in batch.response_group if batch.images], width),
         },
-        width=max(lengths),
+        width=width,
         row=_tensor(rows, device),
         column=_tensor(columns, device),
         targets=batch.response_ids,

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tether.distributed import whole_shape
+from tether.distributed import full_shape
 from tether.types import PairBatch, Response
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def probe_batch(base: nn.Module) -> PairBatch:
     embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
 
     def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(whole_shape(embeddings.weight)[0], (count,), generator=generator).tolist())
+        return tuple(torch.randint(full_shape(embeddings.weight)[0], (count,), generator=generator).tolist())
 
     first, second = ids(length), ids(7)
     pairs = [(first, 9, 5), (first, 9, 3), (second, 4, 8)]

@@ -32,7 +32,7 @@ class HeadRequest:
         rows: The positions to score and their targets.
         statistics_wanted: Also compute what only logging needs.
         head: The projection.
-        plain_forward: What it does when nobody asks.
+        plain_forward: What it does without a request.
         transform: What the model does to its logits afterwards.
         log_probs: The answer, as it left the module's forward hooks.
         statistics: The statistics, if wanted.
@@ -51,9 +51,8 @@ _open: ContextVar[HeadRequest] = ContextVar("open_head_request")
 
 
 @contextmanager
-def scoring_head(model: nn.Module, rows: ScoringRows, statistics: bool) -> Iterator[HeadRequest]:
-    """While open, the model's output projection answers `rows` instead of projecting every position."""
-    base = base_model_of(model)
+def scoring_head(base: nn.Module, rows: ScoringRows, statistics: bool) -> Iterator[HeadRequest]:
+    """While open, the base model's output projection answers `rows` instead of projecting every position."""
     head: Any = base.get_output_embeddings()  # type: ignore[operator]
     request = HeadRequest(rows, statistics, head, head.forward, LogitTransform.of(base))
     had_own_forward = "forward" in vars(head)
@@ -97,7 +96,7 @@ def _answer(hidden: Tensor) -> Tensor:
 def _capture(_module: nn.Module, _args: Any, output: Tensor) -> None:
     """Takes the answer from behind any hook that a sharding library put on the module.
 
-    The gradient then passes through theirs, and the weight is whole when the backward needs it.
+    The gradient then passes through theirs, and the weight is gathered when the backward needs it.
     """
     _open.get().log_probs = output
 
@@ -106,22 +105,20 @@ def _capture(_module: nn.Module, _args: Any, output: Tensor) -> None:
 _VERDICTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def has_known_head(model: nn.Module) -> bool | None:
-    """Whether the model's head is a projection and a `LogitTransform`; None while nobody has looked."""
-    base = base_model_of(model)
+def has_known_head(base: nn.Module) -> bool | None:
+    """Whether the model's head is a projection and a `LogitTransform`; None until `judge_head` has looked."""
     head = base.get_output_embeddings()  # type: ignore[operator]
     if head is None or not hasattr(head, "out_features"):
         return False
     return _VERDICTS.get(base)
 
 
-def judge_head(model: nn.Module, captured: Tensor, outputs: Any) -> bool:
+def judge_head(base: nn.Module, captured: Tensor, outputs: Any) -> bool:
     """Compares what the model made of the captured values with what `LogitTransform` would.
 
     The values that left the projection (log-probabilities, but the model cannot know) went through the model's
     remaining code: had that code done anything beyond the transform, the two would differ.
     """
-    base = base_model_of(model)
     logits = getattr(outputs, "logits", None)
     known = False
     if logits is not None and logits.numel() == captured.numel():

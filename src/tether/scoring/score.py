@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tether.distributed import has_shards, num_processes
 from tether.refusals import refuse
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
+from tether.scoring.evaluation import evaluation_mode
 from tether.scoring.head import logits_scores
 from tether.scoring.images import check_even_images
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
@@ -53,8 +54,7 @@ def score(
         auxiliary_loss: Also return the load-balancing loss of a mixture of experts (`router.load_balancing_loss`), its
             model's own where that has one.
         layout: `packed` (one row, each prompt once) and `padded` (one row per response) give the same numbers;
-            `auto` packs where the model's family is proven, or proves it first, and packs
-            prompts with images only where that is proven.
+            `auto` packs where the model's family is proven, or proves it first; prompts with images only where proven.
 
     Returns:
         Values in nats, fp32, in the batch's order of responses; with gradient if the caller's mode records one.
@@ -71,11 +71,11 @@ def score(
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
     base = base_model_of(model)
     check_even_images(base, batch)
-    packed = layout == "packed" or (layout == "auto" and _packs(model, batch, auxiliary_loss))
+    packed = layout == "packed" or (layout == "auto" and _packs(model, base, batch, auxiliary_loss))
     rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
-    answer = _run(model, rows, statistics, auxiliary_loss)
+    answer = _run(model, base, rows, statistics, auxiliary_loss)
     return ResponseLogProbs(
         values=answer.values,
         offsets=offsets_of(batch.response_lengths, batch.device),
@@ -102,11 +102,11 @@ def _score_apart(
     return join_log_probs(scores, order)
 
 
-def _packs(model: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> bool:
-    if batch.images:
-        says_more = any(images is not None and images.token_inputs for images in batch.images)
-        return not says_more and not auxiliary_loss and can_pack_images(model)
-    return can_pack(model)
+def _packs(model: nn.Module, base: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> bool:
+    if not batch.images:
+        return can_pack(model)
+    says_more = any(images is not None and images.token_inputs for images in batch.images)
+    return not says_more and not auxiliary_loss and packs_images(model, base)
 
 
 def can_pack_images(model: nn.Module) -> bool:
@@ -123,19 +123,14 @@ def can_pack(model: nn.Module) -> bool:
     batch = probe_batch(base)
     generator = torch.Generator().manual_seed(1)
     shuffled = torch.randperm(len(batch.prompt_ids), generator=generator).to(batch.device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             padded = score(model, batch, layout="padded").values
             elsewhere = replace(batch, prompt_ids=batch.prompt_ids[shuffled])
             other_context = score(model, elsewhere, layout="padded").values
             packed = score(model, batch, layout="packed").values
     except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError) as error:
         return remember(base, False, f"its attention cannot be packed ({error})")
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return remember(
         base, layouts_agree(packed, padded, other_context), "its attention gives other numbers on packed rows"
     )
@@ -152,20 +147,19 @@ class _Answer(NamedTuple):
     outputs: Any
 
 
-def _run(model: nn.Module, rows: ScoringRows, statistics: bool, auxiliary_loss: bool) -> _Answer:
+def _run(model: nn.Module, base: nn.Module, rows: ScoringRows, statistics: bool, auxiliary_loss: bool) -> _Answer:
     options: dict[str, Any] = {"use_cache": False}
     if auxiliary_loss:
         options["output_router_logits"] = True
-    base = base_model_of(model)
     is_packed = "packed_lengths" in rows.inputs
     attention = packed_attention_of(base, keep=_replays_forward(model)) if is_packed else nullcontext()
     with attention:
-        verdict = has_known_head(model)
+        verdict = has_known_head(base)
         if verdict is not False:
-            with scoring_head(model, rows, statistics) as request:
+            with scoring_head(base, rows, statistics) as request:
                 outputs = model(**rows.inputs, **options)
             answered = request.log_probs is not None
-            if answered and (verdict or judge_head(model, request.log_probs, outputs)):  # type: ignore[arg-type]
+            if answered and (verdict or judge_head(base, request.log_probs, outputs)):  # type: ignore[arg-type]
                 return _Answer(request.log_probs.flatten(), request.statistics, outputs)  # type: ignore[union-attr]
         outputs = model(**rows.inputs, **options)
     return _answer_of_logits(outputs, rows, statistics)

@@ -194,8 +194,8 @@ class ReferenceContract:
             said = subject.reference.advance(step)
             assert said is (not torch.equal(_answer(subject), before))
             moved |= said
-        assert moved <= subject.reference.moves, "a reference with `moves=False` moved"
-        assert subject.reference.moves or subject.reference.changed_tensors() == []
+        assert moved <= subject.reference.traits.moves, "a reference with `Traits(moves=False)` moved"
+        assert subject.reference.traits.moves or subject.reference.changed_tensors() == []
 
     def test_its_state_goes_on_in_another_one_of_the_same_policy(self, subject: Subject, tmp_path: Path) -> None:
         """Saved with a checkpoint and loaded by the trainer that resumes, which built its own."""
@@ -223,7 +223,7 @@ class ReferenceContract:
     def test_identity_is_that_of_the_weights_it_answers_with(self, subject: Subject, tmp_path: Path) -> None:
         again = self.make_subject(tmp_path / "again")
         assert again.reference.identity == subject.reference.identity
-        if not subject.reference.means_policy:
+        if not subject.reference.traits.means_policy:
             return
         policy = self.make_policy()
         with torch.no_grad():

@@ -23,7 +23,7 @@ from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelE
 from tether.models.origin import Origin
 from tether.reference.base import Reference
 from tether.reference.bema import BemaReference
-from tether.reference.explicit import ExplicitReference
+from tether.reference.explicit import ExplicitReference, Placement
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
 from tether.reference.implicit import ImplicitReference, is_adapter_model
@@ -109,7 +109,7 @@ def check_own(reference: Reference, policy: nn.Module) -> None:
         ReferenceModelError: Names the weight.
     """
     trained = {p.untyped_storage().data_ptr() for p in policy.parameters() if p.requires_grad} - {0}
-    module = None if reference.runs_in_policy else reference.module
+    module = None if reference.traits.runs_in_policy else reference.module
     for name, parameter in () if module is None else module.named_parameters():
         if parameter.untyped_storage().data_ptr() in trained:
             raise ReferenceModelError(
@@ -167,31 +167,33 @@ def _precomputed(
 def _source(
     policy: nn.Module, facts: Facts, around: Surroundings, *, is_released: bool
 ) -> ExplicitReference | ImplicitReference:
-    args, shard, autocast_dtype = facts.args, around.shard, around.autocast_dtype
-    dtype = getattr(torch, args.ref_dtype) if args.ref_dtype else None
+    args = facts.args
     moves = args.sync_ref_model or facts.follows_average
+    placement = _placement(policy, facts, around)
     if facts.ref_model is not None:
         return ExplicitReference.of_other_model(
-            facts.ref_model,
-            policy,
-            moves=moves,
-            dtype=dtype,
-            autocast_dtype=autocast_dtype,
-            device=args.device if shard is None else None,  # sharding takes it there, one part for each process
-            origins=(_in_memory(facts.ref_model), *around.origins),
-            shard=shard,
+            facts.ref_model, policy, placement, moves=moves, origins=(_in_memory(facts.ref_model), *around.origins)
         )
     if is_adapter_model(policy):
-        return ImplicitReference(policy, autocast_dtype=autocast_dtype, moves=moves)
-    elsewhere = args.device if shard is None and waits_for_device(policy, args.device) else None
-    can_run = shard is None and elsewhere is None and not has_shards(policy)
-    if is_released and dtype is None and can_run:
+        return ImplicitReference(policy, autocast_dtype=around.autocast_dtype, moves=moves)
+    stays = placement == Placement(autocast_dtype=around.autocast_dtype) and not has_shards(policy)
+    if is_released and stays:
         itself = Origin("the policy in memory", lambda: policy)  # until it has trained
         return ExplicitReference.before_training(
-            policy, autocast_dtype=autocast_dtype, origins=(itself, *around.origins)
+            policy, autocast_dtype=around.autocast_dtype, origins=(itself, *around.origins)
         )
-    return ExplicitReference.of_policy(
-        policy, dtype=dtype, autocast_dtype=autocast_dtype, device=elsewhere, shard=shard
+    return ExplicitReference.of_policy(policy, placement)
+
+
+def _placement(policy: nn.Module, facts: Facts, around: Surroundings) -> Placement:
+    args = facts.args
+    # Sharding takes a model to its device, one shard on each process.
+    waits = around.shard is None and (facts.ref_model is not None or waits_for_device(policy, args.device))
+    return Placement(
+        dtype=getattr(torch, args.ref_dtype) if args.ref_dtype else None,
+        autocast_dtype=around.autocast_dtype,
+        device=args.device if waits else None,
+        shard=around.shard,
     )
 
 

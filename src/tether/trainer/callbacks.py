@@ -20,7 +20,7 @@ from tether.distributed import is_sharded
 from tether.errors import ConfigurationError, ResumeError
 from tether.models.finite import check_weights
 from tether.reference.bema import BemaReference
-from tether.reference.explicit import frozen_twin
+from tether.reference.twin import frozen_twin
 from tether.reference.updates.averaging import BemaSchedule, bema
 
 logger = logging.getLogger(__name__)

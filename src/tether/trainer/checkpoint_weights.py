@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from tether.distributed import has_shards, local_part, part_like, together, whole, whole_shape
+from tether.distributed import full_shape, gather, has_shards, local_shard, shard_like, together
 from tether.errors import ResumeError
 from tether.reference.implicit import adapter_tensors, saves_adapter_alone
 
@@ -42,7 +42,7 @@ def save_adapters(model: nn.Module, checkpoint: Path, *, writes: bool) -> None:
         return
     kept: dict[str, Tensor] = {}
     for name, tensor in sorted(adapter_tensors(model).items()):
-        gathered = whole(tensor)
+        gathered = gather(tensor)
         if writes:
             kept[name] = gathered.to("cpu", copy=True).contiguous()  # a file can't hold two views of one storage
     if writes:
@@ -77,19 +77,19 @@ def _load_adapters(model: nn.Module, checkpoint: Path) -> None:
         saved = _read_adapters(own, model, checkpoint)
     with torch.no_grad():
         for name in sorted(own):
-            local_part(own[name]).copy_(part_like(saved[name], own[name]))
+            local_shard(own[name]).copy_(shard_like(saved[name], own[name]))
 
 
 def _read_adapters(own: Mapping[str, Tensor], model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:
     path = checkpoint / _ADAPTERS
     saved = load_file(path) if path.is_file() else {}
     _refuse_missing(own.keys() - saved.keys(), model, checkpoint)
-    other = [name for name in sorted(own) if saved[name].shape != whole_shape(own[name])]
+    other = [name for name in sorted(own) if saved[name].shape != full_shape(own[name])]
     if other or saved.keys() - own.keys():
         name = (other or sorted(saved.keys() - own.keys()))[0]
         raise ResumeError(
             problem=f"Cannot load the adapters of {checkpoint}: `{name}` has the shape {tuple(saved[name].shape)} "
-            "there, and this model has " + (f"{tuple(whole_shape(own[name]))}." if name in own else "no such tensor."),
+            "there, and this model has " + (f"{tuple(full_shape(own[name]))}." if name in own else "no such tensor."),
             instead="Build the model with the adapters that the run began with: the same names, types and ranks.",
         )
     return saved

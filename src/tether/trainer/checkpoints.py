@@ -92,7 +92,7 @@ def load_companions(checkpoint: Path, kept: Kept) -> None:
 
     Every process calls it. A reference that stands still has nothing to restore.
     """
-    if kept.reference.moves:
+    if kept.reference.traits.moves:
         load_reference(checkpoint, kept.reference)
     _load_reward_shift(checkpoint, kept.reward_shift)
 

@@ -23,21 +23,13 @@ from transformers import ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
 from tether.models.loading import hub_name
+from tether.reference.base import Kind
 from tether.reference.implicit import is_adapter_model
 
 if TYPE_CHECKING:
     pass
 
 DPO_PAPER = "2305.18290"
-_REFERENCE_PAPERS = {"synchronized": "2404.09656", "bema": "2508.00180"}
-_REFERENCES = {
-    "explicit": "weights that stand still",
-    "implicit": "the policy's own base, with its adapter off or as it started",
-    "synchronized": "weights that follow the policy (TR-DPO)",
-    "bema": "weights that follow an average of the policy's (BEMA)",
-    "given": "log-probs that the rows brought along",
-    "free": "none, so that every response is as likely as any other",
-}
 _TITLES = {
     DPO_PAPER: (
         "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
@@ -101,12 +93,12 @@ def write_model_card(
         dpo=_links([DPO_PAPER]),
         losses="; ".join(f"{_code(name)} ({_links(_papers_of(loss)) or 'own'})" for name, loss in losses.items()),
         links=", ".join(f"[{name}]({quote(url, safe=_OF_ADDRESSES)})" for name, url in _tracker_links().items()),
-        about_reference=_REFERENCES.get(identity.kind),
+        about_reference=trainer.reference.kind.description,
         reference=_cells({**identity.describe(), "digest": identity.digest}),
         options=_cells(_options_of_run(trainer.args)),
         adapter=_cells(_options_of_adapter(trainer.model)),
         versions=_cells({library: _version(library) for library in _LIBRARIES}),
-        citations=[_citation(paper) for paper in _papers(identity.kind, losses)],
+        citations=[_citation(paper) for paper in _papers(trainer.reference.kind, losses)],
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
@@ -207,9 +199,9 @@ def _cells(values: Mapping[str, Any]) -> dict[str, str]:
     return {_text(name): _code(value) for name, value in values.items() if value != ""}
 
 
-def _papers(kind: str, losses: Mapping[str, Callable[..., Any]]) -> list[str]:
+def _papers(kind: Kind, losses: Mapping[str, Callable[..., Any]]) -> list[str]:
     papers = [DPO_PAPER, *(paper for loss in losses.values() for paper in _papers_of(loss))]
-    papers.append(_REFERENCE_PAPERS.get(kind, DPO_PAPER))
+    papers.append(kind.paper or DPO_PAPER)
     return list(dict.fromkeys(papers))
 
 

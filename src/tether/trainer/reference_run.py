@@ -57,9 +57,9 @@ class ReferenceRun(TrainerCallback):
     ) -> None:
         self.reference, self.watch = reference, ReferenceWatch(reference, autocast_dtype)
         self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
-        self._waits = waits and reference.runs_in_policy
+        self._waits = waits and reference.traits.runs_in_policy
         self.prepare(sets())
-        if reference.moves:
+        if reference.traits.moves:
             warn_of_weights_alone(args)
 
     def prepare(self, sets: Mapping[str, PairDataset]) -> None:
@@ -73,7 +73,7 @@ class ReferenceRun(TrainerCallback):
         }
         show_progress = not self._args.disable_tqdm and self._accelerator.is_local_main_process
         # A row that one process cannot use stops them all; where scoring is collective they are in step already.
-        with nullcontext() if self.reference.is_collective else together():
+        with nullcontext() if self.reference.traits.is_collective else together():
             self.reference.prepare(batches, show_progress=show_progress)
         self._accelerator.wait_for_everyone()
 
@@ -98,7 +98,7 @@ class ReferenceRun(TrainerCallback):
         pairs: Any = self._sets()["train"]
         # Where answers are stored, each process watches pairs of its own share: none is scored by two. Elsewhere all
         # watch the same, which a resumed run finds again in the checkpoint that one of them wrote.
-        share = self._args.process_index if self.reference.answers_are_stored else 0
+        share = self._args.process_index if self.reference.traits.answers_are_stored else 0
         own = share * self._args.per_device_train_batch_size
         rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
         rows = rows or list(pairs.take(_SENTINEL_PAIRS))

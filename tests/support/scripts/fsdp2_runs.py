@@ -25,7 +25,7 @@ from support.observe import same_bits
 from support.runs import as_dataset
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
-from tether.distributed import forget_gathered, has_shards, whole
+from tether.distributed import forget_gathered, gather, has_shards
 from tether.errors import ConfigurationError
 from tether.losses import LOSSES, LossOptions
 from tether.reference import (
@@ -149,7 +149,7 @@ class Loop:
             loss = self._loss(batch)
             loss.backward()
             if step == 2:  # the first at which policy and reference differ
-                gradients = {n: whole(p.grad).clone() for n, p in self.policy.named_parameters() if p.grad is not None}
+                gradients = {n: gather(p.grad).clone() for n, p in self.policy.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
             self.reference.advance(step)
@@ -194,7 +194,7 @@ class Loop:
         if self.sharded != "no":
             shard(again, self.case)
         loads = load_weights(again, checkpoint)
-        own, other = ({name: whole(p) for name, p in adapter_tensors(m).items()} for m in (self.policy, again))
+        own, other = ({name: gather(p) for name, p in adapter_tensors(m).items()} for m in (self.policy, again))
         return loads and same_bits(own, other)
 
     def exports_itself(self) -> bool | None:
@@ -205,7 +205,7 @@ class Loop:
         folder = self.folder / "exported"
         self.reference.export(folder if dist.get_rank() == 0 else None)
         forget_gathered(module)
-        own = {name: whole(parameter) for name, parameter in module.named_parameters()}
+        own = {name: gather(parameter) for name, parameter in module.named_parameters()}
         dist.barrier()
         return same_bits(load_file(folder / "model.safetensors"), own)
 
@@ -237,7 +237,7 @@ def compared(folder: Path, case: str) -> dict[str, Any]:
             "losses": two["losses"],
             "gradient_error": max(errors),
             "same_identity": loop.reference.identity == expected.reference.identity,
-            "changed": [] if loop.reference.moves else loop.reference.changed_tensors(),
+            "changed": [] if loop.reference.traits.moves else loop.reference.changed_tensors(),
             "reference_is_sharded": None if module is None else has_shards(module),
             "survives_checkpoint": loop.survives_checkpoint(),
             "exports_itself": loop.exports_itself(),

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from scripts.vision_processes import KINDS, PAIRS_PER_STEP, rows
-from scripts.zero_runs import deepspeed_config
 from support.launch import leave
 from support.runs import make_trainer, steps
+from support.scripts.vision_processes import KINDS, PAIRS_PER_STEP, rows
+from support.scripts.zero_runs import deepspeed_config
 from support.tiny_vision import tiny_image_pairs, tiny_processor, tiny_vision_model
 from tether.distributed import has_shards
 from tether.errors import DataError

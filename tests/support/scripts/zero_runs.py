@@ -24,7 +24,7 @@ from support.observe import same_bits
 from support.runs import as_dataset, make_trainer, steps
 from support.tiny import tiny_model, tiny_pairs
 from tether import DPOTrainer
-from tether.distributed import forget_gathered, has_shards, whole
+from tether.distributed import forget_gathered, gather, has_shards
 from tether.errors import ConfigurationError
 from tether.types import PairBatch
 
@@ -106,7 +106,7 @@ def observed(folder: Path, case: str) -> dict[str, Any]:
     trainer = trainer_of(folder, case)
     partitioned_at_birth = has_shards(trainer.model)
     batch = sentinel(trainer)
-    before = trainer.reference.log_probs(batch).values if not trainer.reference.runs_in_policy else None
+    before = trainer.reference.log_probs(batch).values if not trainer.reference.traits.runs_in_policy else None
     trainer.train()
     after = trainer.reference.log_probs(batch).values
     module = trainer.ref_model
@@ -175,7 +175,7 @@ def best(folder: Path, case: str) -> list[float]:
 
 def whole_bits(model: nn.Module) -> dict[str, Tensor]:
     forget_gathered(model)
-    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
+    return {name: gather(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 def make_models(folder: Path) -> None:

@@ -94,7 +94,7 @@ def refused_door(args: DPOConfig, reference: Any, ref_model: Any) -> Iterator[Re
             _wrapped("SynchronizedReference(source, lambda: policy, every=steps)"),
         ),
         "reference_free": (args.reference_free, "Leave `reference` out, or set `reference_free=False`."),
-        "ref_dtype": (args.ref_dtype is not None, "Write `ExplicitReference(model, dtype=...)`."),
+        "ref_dtype": (args.ref_dtype is not None, "Write `ExplicitReference(model, Placement(dtype=...))`."),
         "ref_store": (args.ref_store is not None, _wrapped("PrecomputedReference(LogProbStore(path), source)")),
         "ref_store_mode": (args.ref_store_mode != "auto", _wrapped("PrecomputedReference(store, source, mode=...)")),
     }

@@ -1,1 +1,1 @@
-"""How a synchronized reference moves: update rules, tensors that move together, and an adapter's share of them."""
+"""How a synchronized reference moves: update rules, groups of tensors that move together, and an adapter's groups."""

@@ -1,6 +1,6 @@
 """How an adapter follows the policy: which of its tensors move together, by which rule.
 
-Reads PEFT's layers and configurations; does no arithmetic (`parts`, `averaging`) and holds no tensors.
+Reads PEFT's layers and configurations; does no arithmetic (`groups`, `averaging`) and holds no tensors.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from tether.distributed import has_shards
 from tether.errors import ConfigurationError
-from tether.reference.updates.groups import DensePart, Part, UpdateRule
+from tether.reference.updates.groups import DenseGroup, UpdateGroup, UpdateRule
 from tether.reference.updates.low_rank import (
     MATRIX,
-    DoraPart,
+    DoraGroup,
     Layout,
-    LowRankPart,
+    LowRankGroup,
     convolution,
     experts,
 )
@@ -41,11 +41,11 @@ _QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
 def refused_followers(configs: Iterable[Any], rule: UpdateRule | None = None) -> Iterator[Refusal]:
-    """Adapters that have no average, and ranks without a meaning for them.
+    """Adapters that have no average, and ranks that do not apply to them.
 
     Args:
         configs: PEFT configurations, of adapters that exist or that will be made.
-        rule: How they are to follow; None to look at the adapters alone.
+        rule: How they follow; None to check the adapters alone.
     """
     configs = list(configs)
     for config in configs:
@@ -87,29 +87,29 @@ def refused_shards(policy: nn.Module | None = None) -> Iterator[Refusal]:
     if policy is None or has_shards(policy):
         yield _refusal(
             "a PEFT model under ZeRO-3 or FSDP2",
-            "each process holds a part of an adapter's factors, and their average is made of whole matrices",
+            "each process holds a shard of an adapter's factors, and their average is made of whole matrices",
             "Train with DDP or ZeRO-2, where adapters stay whole, or train the full model, or set "
             "`sync_ref_model=False`.",
         )
 
 
-def adapter_parts(policy: PeftModel, rule: UpdateRule) -> list[Part]:
-    """All that an adapter policy trains, in parts.
+def adapter_groups(policy: PeftModel, rule: UpdateRule) -> list[UpdateGroup]:
+    """Everything that an adapter policy trains, in groups.
 
     LoRA's factors are averaged as the weights they make, DoRA's exactly; everything else (biases, norms, copies of
     whole modules, token rows, prompts, and types linear in what they train) tensor by tensor.
 
     Raises:
-        ConfigurationError: If an adapter has no average, or the rank no meaning for it; names it.
+        ConfigurationError: If an adapter has no average, or the rank does not apply to it; names it.
     """
     refuse(refused_followers((policy.peft_config[name] for name in policy.active_adapters), rule))
     names = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
     low_rank = [
-        part for path, layer, adapter in lora_layers(policy) for part in _parts(path, layer, adapter, names, rule)
+        group for path, layer, adapter in lora_layers(policy) for group in _groups(path, layer, adapter, names, rule)
     ]
     refuse(_unused_rank(rule, bool(low_rank)))
-    claimed = {name for part in low_rank for name in part.names}
-    return [*low_rank, *(DensePart(name, rule.alpha) for name in names.values() if name not in claimed)]
+    claimed = {name for group in low_rank for name in group.names}
+    return [*low_rank, *(DenseGroup(name, rule.alpha) for name in names.values() if name not in claimed)]
 
 
 def _rank(rule: UpdateRule, configs: Sequence[Any]) -> Iterator[Refusal]:
@@ -143,7 +143,7 @@ def factors_of(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
 
-def _parts(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: UpdateRule) -> list[Part]:
+def _groups(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: UpdateRule) -> list[UpdateGroup]:
     """The update of one layer; nothing where only one factor trains, since the update is linear in that one."""
     b, a = factors_of(layer, adapter)
     is_dora = adapter in layer.lora_magnitude_vector
@@ -157,11 +157,11 @@ def _parts(path: str, layer: Any, adapter: str, names: Mapping[int, str], rule: 
         "max_rank": rule.max_rank or 2 * rank,
     }
     if is_dora:
-        return [_dora_part(path, layer, adapter, names, options)]
+        return [_dora_group(path, layer, adapter, names, options)]
     layout = _layout(path, layer, a)
     bias = getattr(layer.lora_B[adapter], "bias", None) if adapter in layer.lora_B else None
     bias_name = None if bias is None else names.get(id(bias))
-    return [LowRankPart(names[id(b)], names[id(a)], layout=layout, bias=bias_name, **options)]
+    return [LowRankGroup(names[id(b)], names[id(a)], layout=layout, bias=bias_name, **options)]
 
 
 def _layout(path: str, layer: Any, a: Tensor) -> Layout:
@@ -178,7 +178,7 @@ def _layout(path: str, layer: Any, a: Tensor) -> Layout:
     )
 
 
-def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], options: dict[str, Any]) -> DoraPart:
+def _dora_group(path: str, layer: Any, adapter: str, names: Mapping[int, str], options: dict[str, Any]) -> DoraGroup:
     tensors = (*factors_of(layer, adapter), layer.lora_magnitude_vector[adapter].weight)
     base = layer.get_base_layer()
     if not all(id(tensor) in names for tensor in tensors) or id(base.weight) in names:
@@ -199,7 +199,7 @@ def _dora_part(path: str, layer: Any, adapter: str, names: Mapping[int, str], op
             "Write a `target_modules` without that layer, or `use_dora=False`.",
         )
     b, a, magnitude = (names[id(tensor)] for tensor in tensors)
-    return DoraPart(b, a, magnitude, weight, **options)
+    return DoraGroup(b, a, magnitude, weight, **options)
 
 
 def _refusal(beside: str, why: str, instead: str = "") -> Refusal:

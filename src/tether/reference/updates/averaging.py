@@ -39,7 +39,7 @@ def soft_update_with_residual(
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """`soft_update` for weights in low precision, whose rounding error is carried along.
 
-    In bf16 a step of `alpha * (policy - reference)` below 2^-9 of a weight would round away for ever; the average
+    In bf16 a step of `alpha * (policy - reference)` below 2^-9 of a weight would round away forever; the average
     is kept as `reference + residual`, which has twice the significant bits.
 
     Returns:
@@ -149,11 +149,11 @@ def add_low_rank(terms: Sequence[tuple[float, LowRank]], max_rank: int) -> tuple
     """
     first = terms[0][1]
     dtype = first.A.dtype
-    parts = [(weight, pair) for weight, pair in terms if weight and bool(pair.B.any()) and bool(pair.A.any())]
-    if not parts:
+    nonzero = [(weight, pair) for weight, pair in terms if weight and bool(pair.B.any()) and bool(pair.A.any())]
+    if not nonzero:
         return LowRank(torch.zeros_like(first.B), first.A.clone()), 0.0
-    stacked_b = torch.cat([weight * pair.B.double() for weight, pair in parts], -1)
-    stacked_a = torch.cat([pair.A.double() for _, pair in parts], -2)
+    stacked_b = torch.cat([weight * pair.B.double() for weight, pair in nonzero], -1)
+    stacked_a = torch.cat([pair.A.double() for _, pair in nonzero], -2)
     if stacked_a.shape[-2] <= max_rank:
         return LowRank(stacked_b.to(dtype), stacked_a.to(dtype)), 0.0
     left, left_core = torch.linalg.qr(stacked_b)

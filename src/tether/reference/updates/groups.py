@@ -1,6 +1,6 @@
-"""The parts of a reference that follows the policy: tensors that move together, by which rule, and what they keep.
+"""The update groups of a reference that follows the policy: tensors that move together, by which rule.
 
-The contract, and the dense parts. Names and tensors only: knows no PEFT and no schedule. The arithmetic is in
+The contract, and the dense groups. Names and tensors only: knows no PEFT and no schedule. The arithmetic is in
 `averaging`.
 """
 
@@ -41,7 +41,7 @@ class UpdateRule:
 
 
 def refused_rule(alpha: float, max_rank: int | None) -> Iterator[Refusal]:
-    """What no update rule can be."""
+    """Values out of range."""
     if not 0 <= alpha <= 1:
         why = "it is the policy's weight in an average with the reference"
         yield of_option("ref_model_mixup_alpha", alpha, why, "Write a value in [0, 1].")
@@ -55,23 +55,23 @@ def refused_rule(alpha: float, max_rank: int | None) -> Iterator[Refusal]:
 
 
 class Move(NamedTuple):
-    """What a sync makes of a part: its tensors, and its state where that changed."""
+    """The result of one sync of a group: its new tensors, and its state where that changed."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Tensor]
 
 
-class Part(ABC):
+class UpdateGroup(ABC):
     """Tensors of the reference that move together.
 
-    A part holds no tensors. What it needs beside the reference's (`state`) is handed in and out, so that one owner
-    keeps, saves and restores it.
+    A group holds no tensors. What it keeps beside the reference's (`state`) is passed in and returned, so that one
+    owner keeps, saves and restores it.
     """
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """The tensors it moves."""
+        """The names of its tensors."""
 
     @abstractmethod
     def start(self, reference: Tensors) -> dict[str, Tensor]:
@@ -88,36 +88,36 @@ class Part(ABC):
 
 
 class MovableReference(Reference):
-    """A reference with weights of its own that can follow the policy."""
+    """A reference with weights of its own, which can follow the policy."""
 
     @abstractmethod
     def tensors(self) -> Tensors:
-        """Its own tensors by name, as they are now; of sharded ones the parts that this process holds."""
+        """Its own tensors by name, as they are now; of sharded ones this process's shards."""
 
     @abstractmethod
     def write(self, name: str, tensor: Tensor) -> None:
-        """Replaces one of them, or this process's part of it."""
+        """Replaces one of them, or this process's shard of it."""
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What this process would hold of `tensor`, cut as its own tensor of that name is. Collective if one is cut."""
+    def shard(self, name: str, tensor: Tensor) -> Tensor:
+        """This process's shard of `tensor`, sharded as its own of that name. Collective if either is sharded."""
         return tensor.detach()
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The whole tensor of which `part` is what this process holds, cut as its own of that name. Collective so."""
-        return part
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """The full tensor of a shard, sharded as its own of that name. Collective if that is sharded."""
+        return shard
 
     @abstractmethod
-    def parts(self, policy: nn.Module, rule: UpdateRule) -> list[Part]:
-        """All that the policy trains, in parts, each with its way to follow.
+    def update_groups(self, policy: nn.Module, rule: UpdateRule) -> list[UpdateGroup]:
+        """Everything that the policy trains, in groups, each with its own update.
 
         Raises:
             ReferenceModelError: If policy and reference do not have the same tensors.
-            ConfigurationError: If the rule has no meaning for something that trains; names it.
+            ConfigurationError: If the rule does not apply to something that trains; names it.
         """
 
 
 @dataclass(frozen=True)
-class DensePart(Part):
+class DenseGroup(UpdateGroup):
     """A tensor that is averaged element by element, in the reference's dtype.
 
     In low precision the rounding error is carried along in a residual, so that a small alpha is not lost.

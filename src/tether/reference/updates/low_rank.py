@@ -1,4 +1,4 @@
-"""Parts of a synchronized reference that are low-rank updates: LoRA's and DoRA's, averaged as the weights they make.
+"""Update groups of low rank: LoRA's and DoRA's updates, averaged as the weights they make.
 
 Names and tensors only: knows no PEFT. The arithmetic is in `averaging`.
 """
@@ -19,7 +19,7 @@ from tether.reference.updates.averaging import (
     low_rank_norm,
     soft_update,
 )
-from tether.reference.updates.groups import Move, Part, Tensors
+from tether.reference.updates.groups import Move, Tensors, UpdateGroup
 
 
 class Layout(NamedTuple):
@@ -53,7 +53,7 @@ def experts(num: int) -> Layout:
 
 
 @dataclass(frozen=True)
-class LowRankPart(Part):
+class LowRankGroup(UpdateGroup):
     """A LoRA update `s B A`, averaged as the matrix it is, at up to `max_rank`.
 
     `truncation` in the state is a bound on how far the update is from the exact average, and the update's norm (both
@@ -102,7 +102,7 @@ class LowRankPart(Part):
 
 
 @dataclass(frozen=True)
-class DoraPart(Part):
+class DoraGroup(UpdateGroup):
     """A DoRA update, averaged as the weight it makes: `m (W + s B A) / ||W + s B A||`, row by row.
 
     Attributes:
@@ -154,7 +154,7 @@ def truncation_error(state: Tensors) -> float | None:
 
 
 def _started(key: str, names: tuple[str, ...], reference: Tensors) -> dict[str, Tensor]:
-    """The state of a low-rank part before its first sync: no error yet, and masters where fp32 is not what is held."""
+    """The state of a low-rank group before its first sync: no error yet, and masters where less than fp32 is held."""
     masters = {f"master.{n}": _wide(reference[n]) for n in names if _wide(reference[n]).dtype != reference[n].dtype}
     return {f"truncation.{key}": torch.zeros(2, dtype=torch.float64)} | masters
 

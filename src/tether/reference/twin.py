@@ -1,0 +1,62 @@
+"""A second tree of modules over a model's own tensors, or over copies of them.
+
+Knows how to copy a model without copying what never changes; knows no reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tether.distributed import Sharding, copy_of_sharded, has_shards, is_fsdp, is_sharded, twin_of_fsdp
+from tether.errors import ReferenceModelError
+
+
+def frozen_twin(
+    model: nn.Module,
+    owns: Callable[[nn.Parameter], bool],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """A second tree of modules: parameters that `owns` picks are copied, all others are the same tensors.
+
+    Buffers are copied: they are small, and a training forward may write to them. Parameters that change dtype or
+    device are copied too, so that the given model does not change; buffers keep their dtype, as rotary frequencies
+    must. The copy of a sharded parameter is sharded alike.
+    """
+    if is_fsdp(model):
+        return twin_of_fsdp(model, dtype)
+
+    def copies(parameter: nn.Parameter) -> bool:
+        casts = dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
+        return casts or owns(parameter) or (device is not None and parameter.device != device)
+
+    kept = {id(parameter): parameter for parameter in model.parameters() if not copies(parameter)}
+    kept |= {id(p): copy_of_sharded(p, dtype) for p in model.parameters() if id(p) not in kept and is_sharded(p)}
+    twin = copy.deepcopy(model, dict(kept))
+    for module in twin.modules():
+        if "_original_forward" in vars(module):  # accelerate's autocast wrapper still points to the original
+            vars(module).pop("_original_forward")
+            vars(module).pop("forward", None)
+    for parameter in twin.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
+    for module in twin.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return twin.eval()
+
+
+def refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:
+    """Refuses a model of ZeRO-3 whose copy could not gather its own weights."""
+    if shard is None and has_shards(model) and not is_fsdp(model):
+        raise ReferenceModelError(
+            problem="Cannot copy a model whose parameters are partitioned (ZeRO-3, or another sharding): the copy "
+            "could not gather its weights for a forward.",
+            instead="Train with `DPOTrainer(deepspeed=...)`, pass `shard`, or build the reference before the model is "
+            "sharded.",
+        )
