@@ -24,8 +24,8 @@ The options of `DPOConfig`, made from their help texts by `tests/config/test_opt
 Python, a line in a recipe and a flag of `tether train`. The [API page](api/trainer.md) says more about each, and
 [recipes](recipes.md) has those that only the command takes (model, data, adapter).
 
-Every option of `transformers.TrainingArguments` works too; listed here are those whose default differs. None is accepted
-and ignored: a combination that cannot work is an error before training.
+Every option of `transformers.TrainingArguments` works too; only those whose default differs are listed. No option is
+accepted and ignored: a combination that cannot work is an error before training.
 """
 
 
