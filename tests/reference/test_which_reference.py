@@ -7,7 +7,7 @@ What else may go wrong with a reference, and where it is tested:
     shared or partly shared with the policy, in two trainers      test_shared_reference.py
     mode, adapter, `requires_grad`, hooks, random state, dropout  test_reference_contract.py
     resumed with another one                                      test_resume.py
-    the gap at step 0 and the drift                               test_checks.py
+    the gap at step 0 and the drift                               test_watch.py
     each protection taken away                                    test_protections.py
 """
 
