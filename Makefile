@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-all numerics check format bench clean
+.PHONY: help demo dev test test-all numerics check format bench docs clean
 
 help: ## show this list
 	@printf 'tether: preference training with a reference model you can hold\n\n'
@@ -65,8 +65,11 @@ bench: dev ## run every benchmarks/bench_*.py, one after the other
 	done; \
 	[ $$found = 1 ] || printf 'No benchmark to run: there is no benchmarks/bench_*.py yet.\n'
 
+docs: $(VENV)/.installed-docs ## build the site of docs/ and the docstrings into site/
+	$(BIN)/zensical build --clean --strict
+
 clean: ## remove the virtual environment, caches and what the demo wrote
-	rm -rf $(VENV) build dist out tether-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site .cache out tether-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- installing -------------------------------------------------------------------------------
@@ -94,3 +97,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed \
 		|| echo 'DeepSpeed could not be installed: the tests of ZeRO will be skipped.'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@

@@ -1,4 +1,8 @@
-"""Writes the measured tables of README.md and docs/ anew from benchmarks/results, between their markers."""
+"""Writes the measured tables and numbers of README.md and docs/ anew from benchmarks/results, between their markers.
+
+`<!-- measured:step-cpu -->` is followed by the whole table, `<!-- measured:step-cpu explicit -->` by a part of it or by
+one number in a sentence (`_PARTS`), up to `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ def _write(page: Path) -> bool:
     """Whether the page was out of date; it is mended unless only a check was asked for."""
     text = page.read_text()
     written = re.sub(
-        r"(<!-- measured:([\w-]+) -->\n).*?(<!-- end -->)",
-        lambda match: match[1] + _section(match[2]) + match[3],
+        r"(<!-- measured:([\w-]+)(?: (\w+))? -->)(\n?).*?(<!-- end -->)",
+        lambda match: match[1] + match[4] + _section(match[2], match[3]) + match[5],
         text,
         flags=re.DOTALL,
     )
@@ -31,11 +35,13 @@ def _write(page: Path) -> bool:
     return written != text
 
 
-def _section(name: str) -> str:
+def _section(name: str, part: str | None) -> str:
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return "Not measured yet.\n"
     record = json.loads(path.read_text())
+    if part is not None:
+        return _PARTS[record["benchmark"], part](record["results"])
     machine = record["machine"]
     where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
@@ -57,6 +63,22 @@ def _step(results: list[dict[str, Any]]) -> str:
             f"| {row['times_faster']['trl']:.1f} | {_with_bf16(seconds)} | {memory} "
             f"| {row['share_of_matmul_peak']:.0%} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def _explicit_steps(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| pairs | Tether | TRL | times faster | peak memory, Tether | peak memory, TRL |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results:
+        if row["reference"] == "explicit":
+            seconds, peak = row["median_seconds"], row["peak_bytes"]
+            lines.append(
+                f"| {row['shape']} | {seconds['tether']:.1f} s | {seconds['trl']:.1f} s "
+                f"| {row['times_faster']['trl']:.1f} | {peak['tether'] / 2**30:.1f} GiB "
+                f"| {peak['trl'] / 2**30:.1f} GiB |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -169,6 +191,12 @@ _TABLES = {
     "growth": _growth,
     "profile": _profile,
     "numerics": _numerics,
+}
+_PARTS = {
+    ("step", "explicit"): _explicit_steps,
+    ("step", "least"): lambda results: f"{min(row['times_faster']['trl'] for row in results):.1f}",
+    ("step", "most"): lambda results: f"{max(row['times_faster']['trl'] for row in results):.1f}",
+    ("store", "share"): lambda found: f"{found['share_of_a_training_step']:.3%}",
 }
 
 

@@ -1,11 +1,16 @@
-"""What the documentation shows runs: examples in docstrings, and the python in README.md and docs/."""
+"""What the documentation shows runs, its links lead somewhere, and what stands twice is the same.
+
+`TETHER_WRITE_DOCS=1` copies the table of references from docs/choose-a-reference.md into README.md.
+"""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +22,11 @@ import tether
 from support.tiny import tiny_model, tiny_tokenizer
 from support.tiny_vision import tiny_processor, tiny_vision_model
 from support.trl_oracle import trl_tokens
+from tether.cli.help import REFERENCE_TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if "```python" in path.read_text())
+TEXTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")))
+PAGES = [path for path in TEXTS if "```python" in path.read_text()]
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(tether.__path__, "tether.") if not module.name.endswith("__main__")
 )
@@ -48,16 +55,41 @@ def test_the_python_of_the_pages_compiles(page: Path) -> None:
         compile(block, f"{page.name}, python block {number}", "exec")
 
 
-def test_the_first_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _run(page: Path, names: dict[str, Any], model: Path) -> None:
+    """Runs the blocks of a page one after the other, as one script."""
+    for block in python_blocks(page):
+        exec(compile(block.replace("path/or/name", str(model)), page.name, "exec"), names)
+
+
+def test_the_ten_lines_of_the_readme_log_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
+    from toy import toy_model, toy_tokenizer  # type: ignore[import-not-found, unused-ignore]
+
+    toy_model().save_pretrained("model")
+    toy_tokenizer().save_pretrained("model")
     block = python_blocks(ROOT / "README.md")[0]
-    assert "DPOTrainer(" in block and "trainer.train()" in block and '"path/or/name"' in block
+    assert '"path/or/name"' in block and len([line for line in block.splitlines() if line]) == 9
+    names: dict[str, Any] = {}
+    _run(ROOT / "README.md", names, tmp_path / "model")
+    assert names["trainer"].state.global_step == 20
+    printed = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
+    shown = re.findall(r"^\{'loss'.*\}$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(shown) == len(printed) == 2
+    for expected, line in zip(shown, printed, strict=True):
+        logged = dict(re.findall(r"'(\S+)': '(\S+)'", line))
+        for name, value in re.findall(r"'(\S+)': '(\S+)'", expected):
+            assert float(logged[name]) == pytest.approx(float(value), rel=0.02), name
+
+
+@pytest.mark.parametrize("name", ["without-the-trainer", "your-own-reference"])
+def test_the_blocks_of_the_page_run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(block.replace("path/or/name", str(tmp_path / "model")), "README.md", "exec"), names)
-    trainer = names["trainer"]
-    assert isinstance(trainer, tether.DPOTrainer) and trainer.state.global_step == trainer.state.max_steps > 0
+    _run(ROOT / "docs" / f"{name}.md", {"__name__": "page"}, tmp_path / "model")
 
 
 def test_each_format_of_the_data_page_trains_with_trls_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,3 +130,68 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert isinstance(thing, str) or (thing.__doc__ and len(thing.__doc__) > 40), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tether.nothing
+
+
+# ------------------------------------------------------------------------------------ what stands twice, and links
+
+REFERENCES = re.compile(r"(?<=<!-- references -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
+
+
+def test_the_table_of_references_is_the_same_everywhere() -> None:
+    readme = ROOT / "README.md"
+    found = REFERENCES.search((ROOT / "docs" / "choose-a-reference.md").read_text())
+    assert found
+    if os.environ.get("TETHER_WRITE_DOCS"):
+        readme.write_text(REFERENCES.sub(lambda _: found[0], readme.read_text()))
+    assert found[0] in readme.read_text(), "write it anew with TETHER_WRITE_DOCS=1"
+    kinds = set(re.findall(r"\*\*(.+?)\*\*", found[0]))
+    assert {kind for kind in kinds if kind not in str(tether.DPOTrainer.__doc__)} == set()
+    assert {kind for kind in kinds if kind not in REFERENCE_TABLE} == {"BEMA", "given"}, "have no option"
+
+
+def test_the_measured_numbers_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "write them anew with `python benchmarks/readme.py`"
+    evidence = (ROOT / "docs" / "evidence-references.md").read_text()
+    gaps = re.findall(r"^\| .* \| (\d\S*) \| \S+ \|$", evidence, flags=re.MULTILINE)
+    assert set(gaps) == {"0"}
+    assert f"For each of the {len(gaps)} models and adapters" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_the_page_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text)):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            other = (page.parent / path).resolve() if path else page
+            assert other.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(other), f"{page.name}: {target}"
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_the_page_names_exist(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        return  # names what was
+    for name in re.findall(r"`((?:docs|tests|benchmarks|recipes|examples|src)/[\w./-]*\w)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("zensical", reason="the site needs the extra `docs`: pip install '.[docs]'")
+    for name in ("docs", "src"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "zensical.toml", tmp_path)
+    built = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    for page in (ROOT / "docs").glob("**/*.md"):
+        made = tmp_path / "site" / page.relative_to(ROOT / "docs").with_suffix("") / "index.html"
+        assert made.is_file() or page.name == "index.md", page.name

@@ -32,9 +32,9 @@ DIFFERENCES = {
     "and pads",
     "pad_to_multiple_of": "`auto` and None only: there is no padding to round up",
     "precompute_ref_log_probs": "kept on disk by content, shared by runs; also for streams",
-    "precompute_ref_batch_size": "by default the batch size for training, for evaluation sets too; an error without "
+    "precompute_ref_batch_size": "by default the tokens of four training micro-batches, up to 16,384; an error without "
     "`precompute_ref_log_probs`",
-    "loss_type": "see `docs/losses.md`: `sft` and `bco_pair` follow their papers where TRL does not",
+    "loss_type": "see [losses](losses.md): `sft` and `bco_pair` follow their papers where TRL does not",
     "label_smoothing": "also in `sigmoid` and `sigmoid_norm`, where TRL ignores it; an error where no loss reads it, "
     "and outside [0, 0.5)",
     "ld_alpha": "an error where no loss reads it, and outside [0, 1]",

@@ -24,7 +24,7 @@ HEAD = """\
 # Losses
 
 `loss_type` takes one of these names or several, `loss_weights` one weight for each. Made from the docstrings in
-`src/tether/losses/` by `tests/losses/test_loss_docs.py`; compared there and in `tests/test_loss*.py` with the equations
+`src/tether/losses/` by `tests/losses/test_loss_docs.py`; compared in `tests/losses/` with the equations
 written out by hand, and with TRL 1.16 where it follows the paper, in values, gradients and whole runs.
 
 `h_w = log pi_theta(y_w|x) - log pi_ref(y_w|x)` is the log-ratio of the chosen response, `h_l` that of the rejected

@@ -1,13 +1,13 @@
 """Whatever the model or the adapter: the reference is the policy at step 0, and training does not move it.
 
-`TETHER_WRITE_DOCS=1` writes the table of docs/which-reference.md anew from what is measured here.
+`TETHER_WRITE_DOCS=1` writes the table of docs/evidence-references.md anew from what is measured here.
 
 What else may go wrong with a reference, and where it is tested:
 
     shared or partly shared with the policy, in two trainers      test_shared_reference.py
     mode, adapter, `requires_grad`, hooks, random state, dropout  test_reference_contract.py
     resumed with another one                                      test_resume.py
-    the gap at step 0 and the drift                               test_checks.py
+    the gap at step 0 and the drift                               test_watch.py
     each protection taken away                                    test_protections.py
 """
 
@@ -32,7 +32,7 @@ from tether.data.datasets import batch_of
 
 pytestmark = pytest.mark.numerics
 
-TABLE = Path(__file__).resolve().parents[2] / "docs" / "which-reference.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "evidence-references.md"
 
 
 class Measured(NamedTuple):
@@ -399,7 +399,7 @@ def test_table_of_references_is_complete() -> None:
 
 def _table() -> str:
     lines = [
-        "# Which reference",
+        "# References, measured",
         "",
         "For every model and adapter below, measured by `tests/reference/test_which_reference.py` on tiny",
         "random models: the reference, the first loss (log 2 = 0.6931 where the policy has no dropout), the largest",

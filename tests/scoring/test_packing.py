@@ -222,8 +222,8 @@ def _table() -> str:
 _FALLBACK = [
     "Any other family is compared with the padded layout when it is first scored, on rows longer than its attention",
     "window. If the two differ by more than rounding, it is scored in the padded layout, which is right and slower,",
-    "and this is said once. Known to fall back: state-space and hybrid models (Mamba, Qwen3-Next), attention sinks",
-    "(gpt-oss), prompt tuning, prefix tuning and P-tuning.",
+    "and this is logged once. Known to fall back: state-space and hybrid models (Mamba, Qwen3-Next), attention sinks",
+    "(gpt-oss), prompt tuning, prefix tuning, P-tuning and activated LoRA.",
     "",
     "Softcaps (Gemma 2), sliding and alternating windows (Mistral, Gemma, Cohere 2), logit scales (Granite, Cohere 2),",
     "head biases and tied embeddings are honoured. A head that does more to its logits than a scale and a softcap is",

@@ -107,5 +107,5 @@ def test_every_line_of_the_table_of_changes_has_its_test() -> None:
     lines = [line for line in table.splitlines() if (line.startswith("| ") and "reused" in line) or "again" in line]
     assert len(lines) >= 15
     for line in lines:
-        file, name = re.search(r"`(test_\w+\.py): (\w+)`", line).groups()  # type: ignore[union-attr]
+        file, name = re.search(r"`(\w+/test_\w+\.py): (\w+)`", line).groups()  # type: ignore[union-attr]
         assert f"def test_{name}(" in (ROOT / "tests" / file).read_text(), line

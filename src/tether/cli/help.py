@@ -19,15 +19,20 @@ REFERENCE_TABLE = """\
 Which reference? The policy is pulled back towards it; it is the policy as it
 was at the start, unless ref_model names another.
 
-  options                   reference                costs
-  (none)                    a frozen copy of the     its weights, and a pass
-                            policy                   at every step
-  lora_r, or a model with   the model's own base,    a pass at every step
-  an adapter                adapter off
-  precompute_ref_log_probs  any static one, scored   one pass over the data;
-                            once, kept on disk       later runs find it
-  sync_ref_model            a copy that follows      what trains once more,
-                            the policy (TR-DPO)      a pass at every step
+  options                   reference                 extra work, memory
+  (none)                    explicit: a frozen copy   a forward pass per step,
+                            of the policy             a copy of what trains
+  ref_model                 explicit: that model      the same, that model
+  lora_r, or a model with   implicit: the policy      a forward pass per step
+  an adapter                with its adapter off
+  precompute_ref_log_probs  precomputed: one of the   a forward pass per pair,
+                            above, scored once and    once; later runs find
+                            kept on disk              it
+  sync_ref_model            synchronized (TR-DPO): a  a forward pass per step,
+                            copy that moves towards   a copy of what trains
+                            the policy
+  reference_free            reference-free: log-prob  none
+                            0 for every response
 """
 _NAMES = {"boolean": "[BOOL]", "object": "JSON", "integer": "INT", "number": "FLOAT"}
 _WIDTH, _COLUMN, _MOST_CHOICES = 79, 28, 7

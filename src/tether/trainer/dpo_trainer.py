@@ -46,21 +46,20 @@ if TYPE_CHECKING:
 class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     """Trains a language model on preference pairs against a reference.
 
-    Direct Preference Optimization, Rafailov et al. 2023, arXiv 2305.18290. Takes TRL's arguments; which reference is
-    used follows from the flags:
+    Direct Preference Optimization, Rafailov et al. 2023, arXiv 2305.18290. Takes TRL's arguments. The reference
+    follows from them:
 
-    ====================================  =================================================================
-    flags                                 reference
-    ====================================  =================================================================
-    (none)                                a frozen copy of the policy as it is now
-    `ref_model=...`                       that model
-    `peft_config=...` or a `PeftModel`    the policy's own base with the adapter off (or as it started)
-    `precompute_ref_log_probs=True`       any of these, scored once before training and kept on disk
-    `sync_ref_model=True`                 a copy that follows the policy (TR-DPO)
-    rows with `ref_chosen_logps`, ...     what the rows say; nothing is computed
-    `reference=...`                       the object that is passed, or what a function makes of the policy
-    `reference_free=True`                 none: every response has the same log-prob, 0
-    ====================================  =================================================================
+    | you write | the reference |
+    | --- | --- |
+    | nothing | explicit: a frozen copy of the policy as it is in memory now |
+    | `ref_model=...` | explicit: that model |
+    | `peft_config=...`, or a `PeftModel` | implicit: the policy with its adapter off, or as it was at the start |
+    | `precompute_ref_log_probs=True` | precomputed: one of the above, scored once and kept on disk |
+    | `sync_ref_model=True` | synchronized (TR-DPO): a copy that moves towards the policy every few steps |
+    | `BEMACallback(update_ref_model=True)` | BEMA: a copy that takes the policy's bias-corrected average |
+    | columns `ref_chosen_logps`, `ref_rejected_logps` | given: the sums in the rows |
+    | `reference_free=True` | reference-free: log-prob 0 for every response |
+    | `reference=...` | your own: the object that is passed, or what a function makes of the policy |
 
     Args:
         model: The policy: a path or name, a `PreTrainedModel`, or a `PeftModel`.
