@@ -1,6 +1,6 @@
-"""Which losses and options go together, and what is refused.
+"""Which losses and options can be combined, and what is refused.
 
-Knows the losses' table and the numbers of the options; knows no config.
+Knows the losses' table and their numeric options; knows no config.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_loss_options(
     use_weighting: bool = False,
     bco_reward_shift: bool = True,
 ) -> None:
-    """Refuses unknown losses, numbers out of range, and options that no chosen loss would read.
+    """Refuses unknown losses, numbers out of range, and options that none of the losses reads.
 
     Raises:
         ConfigurationError: Names the options.
@@ -64,7 +64,7 @@ def refused_losses(
 
 
 def refused_margin(losses: Sequence[Loss]) -> Iterator[Refusal]:
-    """A `margin` of the rows that no loss reads."""
+    """A `margin` in the rows that no loss reads."""
     if not any("margin" in loss.takes for loss in losses):
         names = [loss.function.__name__ for loss in losses]
         yield Refusal(
