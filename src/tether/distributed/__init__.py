@@ -1,7 +1,7 @@
-"""Several processes, and weights that none of them holds whole: the only place that knows DDP, FSDP2 and DeepSpeed.
+"""Several processes, and sharded weights: the only place that knows DDP, FSDP2 and DeepSpeed.
 
-`processes` reduces sums and verdicts, `shards` reads tensors of which each process holds a part, `models` shards a
-second model as the policy is sharded. Everything is also right in one process and for whole tensors.
+`processes` reduces sums and verdicts, `shards` reads sharded tensors, `models` shards a second model like the policy.
+Everything also works in one process and for whole tensors.
 """
 
 from tether.distributed.models import (

@@ -1,7 +1,7 @@
-"""Tensors of which each process holds a part: a `DTensor` of FSDP2, a partitioned parameter of ZeRO-3.
+"""Sharded tensors: a `DTensor` of FSDP2, a partitioned parameter of ZeRO-3.
 
-Reads them whole one at a time, and lets parts be compared, written and exchanged. Right for whole tensors too. Knows no
-reference. A *collective* call must be made by every process, in the same order.
+Reads them whole one at a time, and lets shards be compared, written and exchanged. Works for whole tensors too. Knows
+no reference. A *collective* call must be made by every process, in the same order.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of the tensor."""
+    """Whether this process holds only a shard of the tensor."""
     return isinstance(tensor, DTensor) or _partitioned(tensor) is not None
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether some parameter of the model is sharded, so that each forward is collective."""
+    """Whether any parameter of the model is sharded, so that each forward is collective."""
     return is_fsdp(model) or any(map(is_sharded, model.parameters()))
 
 
@@ -38,20 +38,20 @@ def is_fsdp(model: nn.Module) -> bool:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without the one that `fully_shard` put in front of it."""
+    """The class of a module before `fully_shard` changed it."""
     kind: Any = type(module)
     plain: type[nn.Module] = kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
     return plain
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor; a partitioned parameter says of itself that it is empty."""
+    """The shape of the whole tensor; a partitioned parameter reports an empty one."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, without gradient; a copy where it had to be gathered. Collective for a sharded tensor.
+    """The whole tensor, without gradient; a copy if it had to be gathered. Collective for a sharded tensor.
 
     Raises:
         ReferenceModelError: If the tensor has no content (it is on the meta device).
@@ -72,12 +72,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, Tensor]) -> dict[str, T]:
-    """`function(name, whole tensor)` for each tensor, on the main process alone; its answers on all. Collective.
+    """`function(name, whole tensor)` for each tensor, on the main process alone; its results on all. Collective.
 
-    Tensors are gathered one at a time, in the order of their names, so that none is held longer than it is looked at.
+    Tensors are gathered one at a time, in the order of their names, and released after use.
 
     Raises:
-        TetherError: What the function raised, on every process.
+        TetherError: Raised by the function; on every process.
     """
     answers: dict[str, T] = {}
     error: TetherError | None = None
@@ -98,9 +98,9 @@ def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, 
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor, without gradient and to be written to; the tensor itself if whole.
+    """This process's shard of the tensor, without gradient and writable; the tensor itself if whole.
 
-    `forget_gathered` the model it belongs to before and after writing.
+    Call `forget_gathered` on its model before and after writing.
     """
     part: Tensor
     if (partitioned := _partitioned(tensor)) is not None:
@@ -113,10 +113,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process would hold of `tensor`, were it sharded as `like` is. Collective unless both are held alike.
+    """This process's shard of `tensor`, if it were sharded like `like`. Collective unless both are sharded alike.
 
     Args:
-        tensor: A tensor, whole or sharded, or a part that is already cut so.
+        tensor: A tensor, whole or sharded, or a shard that is cut that way already.
         like: A tensor of the same whole shape.
     """
     if _are_cut_alike(tensor, like):
@@ -125,7 +125,7 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.detach()
     full = whole(tensor)
     if (partitioned := _partitioned(like)) is not None:
-        part = torch.zeros_like(partitioned.ds_tensor, dtype=full.dtype)  # the last part is padded
+        part = torch.zeros_like(partitioned.ds_tensor, dtype=full.dtype)  # the last shard is padded
         start = part.numel() * dist.get_rank(partitioned.ds_process_group)
         own = full.flatten()[start : start + part.numel()]
         part[: own.numel()] = own
@@ -137,10 +137,10 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Gives up whole copies of sharded parameters that earlier passes left behind; the next pass gathers them anew.
+    """Frees whole copies of sharded parameters that earlier passes left behind; the next pass gathers them again.
 
-    The root of FSDP2 keeps its parameters whole after a forward, and ZeRO-3 keeps small ones whole for ever. Either
-    would hide the part from whoever reads or writes it.
+    The root of FSDP2 keeps its parameters whole after a forward, and ZeRO-3 keeps small ones whole forever. Either
+    would hide the shard from code that reads or writes it.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -152,7 +152,7 @@ def forget_gathered(model: nn.Module) -> None:
 
 
 def _partitioned(tensor: Tensor) -> Any:
-    """The tensor if it is a parameter that DeepSpeed partitions, else None."""
+    """The tensor if it is a parameter that DeepSpeed partitions, otherwise None."""
     return tensor if hasattr(tensor, "ds_id") else None
 
 
@@ -167,10 +167,10 @@ def _are_cut_alike(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, the named parameters have the given values: whole ones, or this process's parts.
+    """While open, the named parameters have the given values: whole tensors, or this process's shards.
 
-    Whole parameters are exchanged by pointer, so no weight moves. A part of ZeRO-3 too; FSDP2 gathers from memory that
-    it holds itself, so there the values are copied in and out. Must not be open while a graph of the policy is alive.
+    Whole parameters and shards of ZeRO-3 are exchanged by pointer, so no weight is copied. FSDP2 gathers from memory
+    of its own, so there the values are copied in and out. Must not be open while a graph of the policy is alive.
     """
     if not parts:
         yield
@@ -180,13 +180,13 @@ def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
     with ExitStack() as restored:
         for name, part in parts.items():
             restored.callback(_put(parameters[name], part))
-        # Last in, first out: what was gathered of the exchanged values goes first.
+        # Last in, first out: values gathered from the exchanged weights go first.
         restored.callback(forget_gathered, model)
         yield
 
 
 def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
-    """Gives a parameter other values; returns what undoes it."""
+    """Gives a parameter other values; returns a function that undoes it."""
     if isinstance(parameter, DTensor):
         local = local_part(parameter)
         before = local.clone()
@@ -208,9 +208,9 @@ def _put(parameter: nn.Parameter, part: Tensor) -> Callable[[], None]:
 
 
 def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which `part` is what this process holds, cut as `like` is. Collective if `like` is sharded.
+    """The whole tensor of which `part` is this process's shard, sharded like `like`. Collective if `like` is sharded.
 
-    The part may have another dtype than `like`, as an average in fp32 of bf16 weights has.
+    The shard may have another dtype than `like`, such as an fp32 average of bf16 weights.
     """
     if isinstance(like, DTensor):
         placed: Any = DTensor.from_local(
@@ -221,7 +221,7 @@ def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
     if (partitioned := _partitioned(like)) is None:
         return part
     group = partitioned.ds_process_group
-    # Parts may be offloaded to the CPU, where not every backend gathers.
+    # Shards may be offloaded to the CPU, where not every backend gathers.
     sent = part.to(deepspeed().accelerator.get_accelerator().current_device_name()).contiguous()
     received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, sent, group=group)
@@ -230,7 +230,7 @@ def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
 
 
 def deepspeed() -> Any:
-    """DeepSpeed, imported where a parameter was partitioned by it or the run's config asks for it, and only there."""
+    """DeepSpeed, imported only if it partitioned a parameter or the run's config asks for it."""
     import deepspeed as library
 
     return library
