@@ -1,6 +1,6 @@
 """From words and a YAML file to checked options: a recipe.
 
-Knows how options are put together; does not know what they do. Until `make_recipe`, no torch is loaded.
+Knows how options are combined, not what they do. No torch is loaded before `make_recipe`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A run as it was written, read and free of contradictions; `DPOConfig` has not seen it yet.
+    """A run as it was written, read and free of contradictions, before `DPOConfig` checks it.
 
     Attributes:
         verb: The command's verb.
         script: Model, data, adapter.
-        given: The options that the recipe or a flag named, as they were read; all others have their defaults.
+        given: The options set by the recipe or a flag, as read; all others have their defaults.
         launch: Options of the launcher, as text.
         words: The words after the verb that are not the launcher's.
         typed: All words after the verb.
-        forced: Options that the verb decides.
+        forced: Options set by the verb.
         path: The recipe, if there is one.
         written: Where and how each option was written.
     """
@@ -55,12 +55,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run as it was asked for.
+    """A run as it was requested.
 
     Attributes:
         script: Model, data, adapter.
         config: The trainer's options.
-        given: The options that the recipe or a flag named, as they were read; all others have their defaults.
+        given: The options set by the recipe or a flag, as read; all others have their defaults.
     """
 
     script: ScriptOptions
@@ -69,18 +69,18 @@ class Recipe:
 
 
 def read_recipe(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a recipe and the flags, which win; see `read_request` and `make_recipe`."""
+    """Reads a recipe and the flags, which override it; see `read_request` and `make_recipe`."""
     return make_recipe(read_request(verb, argv, beside=beside, **forced))
 
 
 def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Request:
-    """Reads the recipe that the words name, and the flags, which win; sets the variables of the recipe's `env`.
+    """Reads the recipe named by the words and the flags, which override it; sets the variables of the recipe's `env`.
 
     Args:
         verb: The command's verb, for its messages.
         argv: The words after the verb.
-        beside: Words that only the verb reads, which the processes of a launcher need too.
-        forced: Options that the verb decides.
+        beside: Words that only the verb reads, but the processes of a launcher need too.
+        forced: Options set by the verb.
 
     Raises:
         ConfigurationError: Names every option that does not exist (with the nearest), has a value that cannot be
@@ -99,7 +99,7 @@ def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), 
     given = reading.given
     script = completed(ScriptOptions(**{name: given[name] for name in given if name in SCRIPT_NAMES}), given)
     found = list(contradictions(script, given, prog))
-    if found:  # and the others with them, so that all are told at once
+    if found:  # add those of `DPOConfig`, to report all at once
         refuse([*found, *_of_config({**_config_values(script, given), **forced}, reading.written)], prog, path)
     os.environ.update(reading.environment)
     own = [word for flag in flags if flag.key not in LAUNCHER for word in flag.words]
@@ -111,7 +111,7 @@ def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), 
 
 @dataclass
 class _Reading:
-    """What was read so far, and what is wrong with it."""
+    """The options read so far, and the mistakes found in them."""
 
     mistakes: list[Mistake]
     given: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class _Reading:
     environment: dict[str, str] = field(default_factory=dict)
 
     def read(self, written: Sequence[Written]) -> None:
-        """Reads the options of one source; those of a later one win."""
+        """Reads the options of one source; later sources override earlier ones."""
         options: dict[str, Written] = {}
         for one in written:
             name = ALIASES.get(one.key, one.key)
@@ -164,21 +164,21 @@ class _Reading:
 
 
 def make_recipe(request: Request) -> Recipe:
-    """The recipe, with the trainer's options as they are.
+    """The recipe, with the trainer's actual options.
 
-    Where it has options of `accelerate launch`, this process becomes the launcher.
+    If it has options of `accelerate launch`, this process becomes the launcher.
 
     Raises:
-        ConfigurationError: For options of `DPOConfig` that cannot be, or contradict each other.
+        ConfigurationError: For options that `DPOConfig` refuses.
     """
-    from tether.config.dpo_config import DPOConfig  # not before: it loads torch
+    from tether.config.dpo_config import DPOConfig  # here, because it loads torch
 
-    environment = dict(os.environ)  # before transformers writes its own into it
+    environment = dict(os.environ)  # before transformers adds variables of its own
     prog, script = f"tether {request.verb}", request.script
     if request.launch:
-        from tether.cli.launch import check_is_alone
+        from tether.cli.launch import check_no_launcher
 
-        check_is_alone(request.launch, prog)
+        check_no_launcher(request.launch, prog)
     values = {**_config_values(script, request.given), **request.forced}
     try:
         config = DPOConfig(**values)
@@ -194,26 +194,26 @@ def make_recipe(request: Request) -> Recipe:
     if request.launch:
         from tether.cli.launch import launch
 
-        # Only now, so that a mistake is told once, and not by every process.
+        # Only now, so that a mistake is reported once, and not by every process.
         launch(request.launch, prog, request.words, request.typed, environment)
     _add_model_options(config, script)
     return Recipe(script, config, request.given)
 
 
 def _config_values(script: ScriptOptions, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `DPOConfig` is made of."""
+    """The arguments of `DPOConfig`."""
     values = {name: value for name, value in given.items() if name not in SCRIPT_NAMES}
     if not sys.stderr.isatty():
         values.setdefault("disable_tqdm", True)  # bars are for terminals
     if values.get("report_to", "none") is None:
-        values["report_to"] = "none"  # what an empty value says; transformers knows the word only
+        values["report_to"] = "none"  # meant by an empty value, which transformers does not accept
     if values.get("output_dir") is None:
         values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
     return values
 
 
 def _of_config(values: Mapping[str, Any], written: Mapping[str, Written]) -> list[Mistake]:
-    """What `DPOConfig` would refuse of options that were written."""
+    """Mistakes that `DPOConfig` finds in the written options."""
     if not written.keys() - SCRIPT_NAMES:
         return []
     from tether.config.dpo_config import DPOConfig
@@ -222,13 +222,13 @@ def _of_config(values: Mapping[str, Any], written: Mapping[str, Written]) -> lis
         DPOConfig(**values)
     except ConfigurationError as error:
         return _as_mistakes(error, written)
-    except (ValueError, TypeError, ImportError, OSError):  # TrainingArguments' own checks, told when the rest is right
+    except (ValueError, TypeError, ImportError, OSError):  # from TrainingArguments, reported when the rest is right
         pass
     return []
 
 
 def _as_mistakes(error: ConfigurationError, written: Mapping[str, Written]) -> list[Mistake]:
-    """The refusals of `DPOConfig`, each with its line, and with options spelled as they were."""
+    """The refusals of `DPOConfig`, each with its line and with options spelled as written."""
     found = []
     for refusal in error.refusals:
         one = written.get(refusal.option)
@@ -241,7 +241,7 @@ def _as_mistakes(error: ConfigurationError, written: Mapping[str, Written]) -> l
 
 
 def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
-    """A recipe that is not there, or more than one."""
+    """Mistakes for a recipe that does not exist, or more than one."""
     if len(names) > 1:
         return [Mistake(f"two recipes, {' and '.join(names)}", "a run has one", "Name one of them.")]
     if path is None or path.is_file():
@@ -252,7 +252,7 @@ def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
 
 
 def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:
-    """The options that are arguments of `from_pretrained`, put to those of `model_init_kwargs`."""
+    """Adds the options that are arguments of `from_pretrained` to `model_init_kwargs`."""
     options = {
         "revision": script.model_revision,
         "dtype": script.dtype,
