@@ -132,9 +132,9 @@ def tokenize_pairs(
         name: The set's name, for messages.
         bad_rows: What happens to rows that are not pairs: `raise` or `drop`.
 
-        Raises:
-            DataError: For a row that is not a pair (names it, and counts the others), or if no row remains. Rows of a
-                stream are checked when they are read.
+    Raises:
+        DataError: For a row that is not a pair (names it, and counts the others), or if no row remains. Rows of a
+            stream are checked when they are read.
     """
     reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
     plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
