@@ -609,7 +609,7 @@ def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
     path = recipe(learning_rate=1e30, save_steps=1, logging_steps=2, eval_fraction=None)
     code, out, err = tether("train", path)
     assert code == 2
-    assert err.startswith("tether: Cannot go on training: the loss of step 2 is NaN or infinite.\n  ")
+    assert err.startswith("tether: Cannot continue training: the loss of step 2 is NaN or infinite.\n  ")
     assert "Traceback" not in err and "step    2/4" not in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "README.md") == ["checkpoint-1"]
     weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")

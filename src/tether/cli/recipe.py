@@ -186,9 +186,9 @@ def make_recipe(request: Request) -> Recipe:
         refuse(_as_mistakes(error, request.written), prog, request.path)
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ConfigurationError(
-            problem=f"Cannot use these options of transformers.TrainingArguments: {said}",
+            problem=f"Cannot use these options of transformers.TrainingArguments: {message}",
             instead=f"Change the option it names; `{prog} --help` explains every one.",
         ) from error
     if request.launch:

@@ -73,9 +73,9 @@ class ChatTemplate:
         except ImportError:
             raise
         except Exception as error:  # a template may raise anything, its own `raise_exception` included
-            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise DataError(
-                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {said}.",
+                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {message}.",
                 instead="Change the row's messages to what the template accepts, or drop the row.",
             ) from error
 

@@ -188,7 +188,7 @@ def _tables(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[Any]:
 def tokenize_stream(dataset: IterableDataset, plan: TokenizingPlan) -> IterableDataset:
     """The stream with the token ids of each row, without rows that cannot be used; nothing is read yet."""
     log = _StreamLog(plan)
-    known = {"plan": plan, "log": log, "brought": _brought(dataset)}
+    known = {"plan": plan, "log": log, "brought": _number_columns(dataset)}
     tokenized = dataset.map(_tokenize_next, with_indices=True, fn_kwargs=known)
     return tokenized.filter(_is_usable, with_indices=True, fn_kwargs={"plan": plan, "log": log})
 
@@ -217,7 +217,7 @@ class _StreamLog:
         self.has_lost = True
 
 
-def _brought(dataset: IterableDataset) -> frozenset[str]:
+def _number_columns(dataset: IterableDataset) -> frozenset[str]:
     """The columns of numbers in a stream's rows, by its column names or, if it has none, its first row."""
     names = dataset.column_names
     if names is None:

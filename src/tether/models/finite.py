@@ -41,7 +41,7 @@ class LossWatch:
         first = -float(reduced(-seen, "max"))
         if first < float("inf"):
             raise NotFiniteError(
-                problem=f"Cannot go on training: the loss of step {first:.0f} is NaN or infinite.",
+                problem=f"Cannot continue training: the loss of step {first:.0f} is NaN or infinite.",
                 details="Its gradient makes the weights NaN permanently. The usual causes are a learning rate that is "
                 "too high, and numbers that overflow in the policy or in the reference.",
                 instead=_INSTEAD,

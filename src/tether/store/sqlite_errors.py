@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from tether.errors import StoreError
 
 # Part of SQLite's message -> why it failed, what happened to the data, and what to do instead.
-_SAID = {
+_CAUSES = {
     "is full": (
         "the disk is full",
         "Nothing of this call was written; everything written before is intact.",
@@ -54,7 +54,7 @@ for piece, like in (
     ("Permission denied", "readonly"),
     ("Read-only file system", "readonly"),
 ):
-    _SAID[piece] = _SAID[like]
+    _CAUSES[piece] = _CAUSES[like]
 _ELSE = ("SQLite or the system failed", "", "Check the disk and the file, or choose another path for the store.")
 
 
@@ -64,9 +64,9 @@ def as_store_error(action: str) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        why, details, instead = next((parts for piece, parts in _SAID.items() if piece in str(error)), _ELSE)
-        said = " ".join(str(error).split())
-        raise StoreError(problem=f"Cannot {action}: {why} ({said}).", details=details, instead=instead) from error
+        why, details, instead = next((parts for piece, parts in _CAUSES.items() if piece in str(error)), _ELSE)
+        message = " ".join(str(error).split())
+        raise StoreError(problem=f"Cannot {action}: {why} ({message}).", details=details, instead=instead) from error
 
 
 def is_busy(error: sqlite3.Error) -> bool:

@@ -69,12 +69,12 @@ def read_page(db: sqlite3.Connection, identity: str, after: bytes, limit: int) -
 
 def use_identity(db: sqlite3.Connection, identity: str, description: Mapping[str, Any] | None, now: float) -> int:
     """The row id of an identity, added if new, and marked as used at `now` (seconds since 1970)."""
-    said = None if description is None else json.dumps(dict(description), sort_keys=True, default=str)
+    text = None if description is None else json.dumps(dict(description), sort_keys=True, default=str)
     db.execute(
         "INSERT INTO identities (digest, description, created, last_used) VALUES (?, ?, ?, ?)"
         " ON CONFLICT (digest) DO UPDATE SET last_used = excluded.last_used,"
         " description = coalesce(description, excluded.description)",
-        (identity, said, now, now),
+        (identity, text, now, now),
     )
     (row_id,) = db.execute("SELECT id FROM identities WHERE digest = ?", (identity,)).fetchone()
     return int(row_id)
@@ -148,18 +148,18 @@ def read_identities(db: sqlite3.Connection) -> list[StoredIdentity]:
         " GROUP BY identities.id ORDER BY identities.id"
     )
     return [
-        StoredIdentity(digest, _parse(said), num_records, num_tokens, size_bytes, *map(_moment, times))
-        for digest, said, num_records, num_tokens, size_bytes, *times in rows
+        StoredIdentity(digest, _parse(text), num_records, num_tokens, size_bytes, *map(_moment, times))
+        for digest, text, num_records, num_tokens, size_bytes, *times in rows
     ]
 
 
 def _parse(description: str | None) -> dict[str, Any] | None:
     """The parsed description; None if there is none, or if it is damaged (no number depends on it)."""
     try:
-        said = json.loads(description or "null")
+        parsed = json.loads(description or "null")
     except (TypeError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _moment(seconds: float) -> datetime:

@@ -192,9 +192,9 @@ class ReferenceContract:
         for step in range(1, 5):
             take_optimizer_step(subject.policy)
             before = _answer(subject)
-            said = subject.reference.advance(step)
-            assert said is (not torch.equal(_answer(subject), before))
-            moved |= said
+            has_moved = subject.reference.advance(step)
+            assert has_moved is (not torch.equal(_answer(subject), before))
+            moved |= has_moved
         assert moved <= subject.reference.moves, "a reference with `moves=False` moved"
         assert subject.reference.moves or subject.reference.changed_tensors() == []
 
