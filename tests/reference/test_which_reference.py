@@ -401,9 +401,10 @@ def _table() -> str:
     lines = [
         "# Which reference",
         "",
-        "For every model and adapter below, measured by `tests/reference/test_which_reference.py` on tiny random",
-        "models: the reference, the first loss (log 2 = 0.6931 where the policy has no dropout), the largest gap to the",
-        "policy before the first step, and how far the reference moved over three steps at a large learning rate, in nats.",
+        "For every model and adapter below, measured by `tests/reference/test_which_reference.py` on tiny",
+        "random models: the reference, the first loss (log 2 = 0.6931 where the policy has no dropout), the largest",
+        "gap to the policy before the first step, and how far the reference moved over three steps at a large",
+        "learning rate, in nats.",
         "Which of them can follow the policy instead (TR-DPO), and how: [tr-dpo.md](tr-dpo.md).",
         "",
         "| model or adapter | reference | first loss | gap at step 0 | drift |",

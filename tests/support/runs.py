@@ -38,6 +38,7 @@ TRAINER_ARGUMENTS = (
     "processing_class",
     "quantization_config",
     "ref_model",
+    "reference",
 )
 
 
@@ -67,6 +68,7 @@ def facts_of(folder: Path, **changes: Any) -> Facts:
         args=args,
         policy=tiny_model(),
         ref_model=None,
+        reference=None,
         new_adapter=None,
         optimizer=None,
         tokenizer=tiny_tokenizer(),
@@ -74,7 +76,7 @@ def facts_of(folder: Path, **changes: Any) -> Facts:
         truncation=Truncation(args.max_length, args.truncation_mode),
         objective=objective_of(args, None),
         has_own_figures=False,
-        follows_average=False,
+        leaders=[],
         is_sharded=False,
     )
     return replace(facts, **{n: value for n, value in changes.items() if n in names})

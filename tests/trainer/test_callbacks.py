@@ -194,7 +194,7 @@ def test_a_reference_that_cannot_follow_is_refused_by_name(name: str, tmp_path: 
 
 def test_a_sharded_reference_cannot_follow(tmp_path: Path) -> None:
     """A run that is sharded needs several processes; what refuses it is asked here by itself."""
-    (refusal,) = refused_reference(facts_of(tmp_path, follows_average=True, is_sharded=True))
+    (refusal,) = refused_reference(facts_of(tmp_path, leaders=[BEMACallback(update_ref_model=True)], is_sharded=True))
     assert "ZeRO-3 or FSDP2" in refusal.subject and "BEMACallback" in refusal.subject
 
 

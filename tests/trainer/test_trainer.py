@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from tether import DPOConfig
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.losses.metrics import MetricSums, pair_metrics
 from tether.scoring import score
-from tether.types import PairBatch, PairScores, Response
+from tether.types import PairBatch, PairScores, Response, ResponseLogProbs
 
 pytestmark = pytest.mark.numerics
 
@@ -230,8 +229,10 @@ def test_a_tied_pair_is_one_whose_margin_may_be_rounding(tmp_path: Path) -> None
     zeros, lengths = torch.zeros(6), torch.full((6,), 5)
     scores = PairScores(margins / 0.5, zeros, zeros, zeros, lengths, lengths)
     sums = MetricSums()
+    batch = PairBatch.of_pairs([(Response((1,), (2,)), Response((1,), (3,)))] * 6)
+    policy = ResponseLogProbs(torch.zeros(batch.num_responses), torch.arange(batch.num_responses + 1))
     for _ in range(2):
-        sums.add(pair_metrics(None, scores, zeros, 0.5, SimpleNamespace(auxiliary_loss=None, statistics=None)), 5)
+        sums.add(pair_metrics(batch, scores, zeros, 0.5, policy), 5)
     found = sums.means()
     assert (found["pairs/tied"], found["pairs/total"]) == (6, 10)
     assert found["rewards/accuracies"] == pytest.approx(0.4)  # as TRL has it: a tie is not right

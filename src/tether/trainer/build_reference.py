@@ -19,13 +19,13 @@ from torch import nn
 from tether.config.dpo_config import DPOConfig
 from tether.config.rules.facts import Facts
 from tether.distributed import Sharding, has_shards
+from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
 from tether.models.origin import Origin
 from tether.reference.base import Reference
 from tether.reference.bema import BemaReference
 from tether.reference.explicit import ExplicitReference
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
-from tether.reference.identity import check_finite, model_tensors
 from tether.reference.implicit import ImplicitReference, is_adapter_model
 from tether.reference.precomputed import PrecomputedReference
 from tether.reference.synchronized import SynchronizedReference
@@ -65,8 +65,8 @@ def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Re
         ReferenceModelError: If a weight that makes up the reference is NaN or infinite.
     """
     args = facts.args
-    if facts.ref_model is not None:
-        check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
+    if facts.reference is not None:
+        return _own(facts.reference, policy)
     if around.given is not None:
         return GivenReference(around.given)
     if args.reference_free:
@@ -86,6 +86,55 @@ def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Re
             max_rank=args.ref_model_sync_rank,
         )
     return source
+
+
+def _own(reference: Any, policy: nn.Module) -> Reference:
+    """The user's own: the object, or what the function makes of the policy."""
+    made = reference if isinstance(reference, Reference) else reference(policy)
+    if not isinstance(made, Reference):
+        raise ArgumentTypeError(
+            problem=f"Cannot use what the function in `reference` returned: it is a {type(made).__name__}, not a "
+            "`tether.Reference`.",
+            instead="Return a reference, such as `ExplicitReference.of_policy(policy)`.",
+        )
+    return made
+
+
+def check_own(reference: Reference, policy: nn.Module) -> None:
+    """Refuses a reference that holds weights which the policy trains.
+
+    Called when it has scored ahead: one that is released by then may share them.
+
+    Raises:
+        ReferenceModelError: Names the weight.
+    """
+    trained = {p.untyped_storage().data_ptr() for p in policy.parameters() if p.requires_grad} - {0}
+    module = None if reference.runs_in_policy else reference.module
+    for name, parameter in () if module is None else module.named_parameters():
+        if parameter.untyped_storage().data_ptr() in trained:
+            raise ReferenceModelError(
+                problem=f"Cannot use this reference: its weight `{name}` is one that the policy trains, so it would "
+                "change with the policy.",
+                instead="Copy what trains, `reference=lambda policy: ExplicitReference.of_policy(policy)`, or take "
+                "another model.",
+            )
+
+
+def follow_average(reference: Reference, leaders: Sequence[Any]) -> None:
+    """Lets averaging callbacks set the reference's weights.
+
+    Raises:
+        ConfigurationError: If the reference takes none.
+    """
+    if leaders and not isinstance(reference, BemaReference):
+        raise ConfigurationError(
+            problem=f"Cannot use `BEMACallback(update_ref_model=True)` with a {type(reference).__name__} in "
+            "`reference`: it takes no weights of an average.",
+            instead="Pass `reference=lambda policy: BemaReference(ExplicitReference.of_policy(policy))`, or set "
+            "`update_ref_model=False`.",
+        )
+    for leader in leaders:
+        leader.follow_with(reference)
 
 
 def store_mode(facts: Facts) -> Literal["fill", "lazy", "require"] | None:

@@ -10,13 +10,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tether.distributed import together
 from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
-from tether.reference.watch import Start
+from tether.reference.watch import ReferenceWatch, Start
 
 if TYPE_CHECKING:
     from tether.config.dpo_config import DPOConfig
@@ -43,6 +43,58 @@ class StreamPlace:
         """Counts an optimizer step."""
         self.num_passes += ends_pass
         self.num_steps = 0 if ends_pass else self.num_steps + 1
+
+
+class Kept(NamedTuple):
+    """What of a run has a state of its own.
+
+    Attributes:
+        reference: The reference.
+        watch: What it said of a few fixed pairs at the start.
+        reward_shift: BCO's running mean of rewards, where a loss keeps one.
+    """
+
+    reference: Reference
+    watch: ReferenceWatch
+    reward_shift: RewardShift | None
+
+
+def save_run(checkpoint: Path, kept: Kept, num_tokens: float, place: StreamPlace | None, *, writes: bool) -> None:
+    """Writes everything that a checkpoint keeps besides what transformers keeps. Every process calls it.
+
+    Args:
+        checkpoint: The folder.
+        kept: What has a state of its own.
+        num_tokens: Tokens trained on so far, by all processes.
+        place: How far the run is in a stream; None for a set.
+        writes: Whether this process writes.
+    """
+    save_reference(checkpoint, kept.reference, num_tokens, place=place, writes=writes)
+    if writes:
+        _save_reward_shift(checkpoint, kept.reward_shift)
+        _save_start(checkpoint, kept.watch.start)
+
+
+def load_run(checkpoint: Path, kept: Kept) -> int:
+    """Restores it, and returns the tokens trained on. Every process calls it.
+
+    Raises:
+        ResumeError: If the checkpoint is of a run against another reference, or lacks a part.
+    """
+    num_tokens = load_reference(checkpoint, kept.reference)
+    _load_reward_shift(checkpoint, kept.reward_shift)
+    kept.watch.start = _load_start(checkpoint)
+    return num_tokens
+
+
+def load_companions(checkpoint: Path, kept: Kept) -> None:
+    """Restores what belongs to the weights of a checkpoint that was chosen later: figures of it are of these.
+
+    Every process calls it. A reference that stands still has nothing to restore.
+    """
+    if kept.reference.moves:
+        load_reference(checkpoint, kept.reference)
+    _load_reward_shift(checkpoint, kept.reward_shift)
 
 
 def load_place(checkpoint: Path) -> StreamPlace:
@@ -103,16 +155,6 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
 
 
-def load_companions(checkpoint: Path, reference: Reference, shift: RewardShift | None) -> None:
-    """Restores what belongs to the weights of a checkpoint that was chosen later: figures of it are of these.
-
-    Every process calls it. A reference that stands still has nothing to restore.
-    """
-    if reference.moves:
-        load_reference(checkpoint, reference)
-    load_reward_shift(checkpoint, shift)
-
-
 def warn_of_weights_alone(args: DPOConfig) -> None:
     """Says what checkpoints of weights alone lose when the reference moves."""
     if args.save_only_model and args.save_strategy != "no":
@@ -131,13 +173,13 @@ def warn_of_no_sync(args: DPOConfig, num_steps: int) -> None:
         )
 
 
-def save_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
+def _save_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     """Writes BCO's running mean of rewards, where a run keeps one."""
     if shift is not None:
         (checkpoint / _SHIFT).write_text(json.dumps({"sum_and_count": shift.state()}))
 
 
-def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
+def _load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     """Restores it; double precision as decimal text comes back bit for bit.
 
     Raises:
@@ -155,13 +197,13 @@ def load_reward_shift(checkpoint: Path, shift: RewardShift | None) -> None:
     shift.load(json.loads(path.read_text())["sum_and_count"])
 
 
-def save_start(checkpoint: Path, start: Start | None) -> None:
+def _save_start(checkpoint: Path, start: Start | None) -> None:
     """Writes what the initial policy said of the fixed pairs, where a reference that moves is compared with it."""
     if start is not None:
         (checkpoint / _FOLDER / _START).write_text(json.dumps(start._asdict()))
 
 
-def load_start(checkpoint: Path) -> Start | None:
+def _load_start(checkpoint: Path) -> Start | None:
     """Reads it, if the checkpoint has it; fp32 as decimal text comes back bit for bit."""
     path = checkpoint / _FOLDER / _START
     return Start(**json.loads(path.read_text())) if path.is_file() else None

@@ -1,101 +1,49 @@
 """`DPOTrainer`: the training loop of transformers with a reference in it.
 
-Orchestrates; decides nothing about references (`reference.build` does), losses or scoring.
+Orchestrates; decides nothing about references (`build_reference` does), losses or scoring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
+from transformers.trainer_utils import EvalPrediction
 
-from tether.config.dpo_config import DPOConfig, look_for_unused_parameters, objective_of
-from tether.config.rules.arguments import refused_arguments, refused_data_parallel, refused_loading, refused_loss
-from tether.config.rules.facts import Facts, will_shard
-from tether.config.rules.run import adds_figures, refused_float16, refused_reference, refused_run, router_coefficient
+from tether.config.dpo_config import DPOConfig
+from tether.config.rules.run import refused_reference, router_coefficient
 from tether.data.collators import Collator
-from tether.data.datasets import (
-    PairDataset,
-    Rows,
-    as_dataset,
-    batch_columns,
-    batch_of,
-    num_pairs_tensor,
-    uncounted,
-)
-from tether.data.rows import has_image_column
-from tether.data.sampling import EvenBatches
-from tether.data.tokenizing import largest_id
+from tether.data.datasets import Rows, batch_of
 from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
-from tether.errors import ArgumentTypeError, ConfigurationError
+from tether.errors import ConfigurationError
 from tether.losses import PreferenceLoss
 from tether.losses.metrics import MetricSums, pair_metrics
-from tether.models.finite import LossWatch, check_weights
-from tether.models.loading import default_output_dir, load, tokenizer_of, use_pad_token
-from tether.models.offloading import activations_of
-from tether.models.preparing import (
-    add_adapter,
-    broadcasts_buffers,
-    check_embeds,
-    disable_dropout,
-    keep_differentiable,
-)
-from tether.reference import BemaReference, Reference
-from tether.reference.identity import check_finite, model_tensors
+from tether.models.finite import LossWatch
+from tether.reference import Reference
 from tether.reference.implicit import is_adapter_model
-from tether.reference.watch import ReferenceWatch
 from tether.refusals import refuse
 from tether.scoring import restore_attention, score
-from tether.trainer.batches import RowsToScore, counted_loader, even_loader
-from tether.trainer.build_reference import Surroundings, build_reference, waits_for_device
-from tether.trainer.callbacks import BEMACallback
-from tether.trainer.checkpoint_weights import load_weights, save_adapters
-from tether.trainer.checkpoints import (
-    StreamPlace,
-    load_companions,
-    load_place,
-    load_reference,
-    load_reward_shift,
-    load_start,
-    save_reference,
-    save_reward_shift,
-    save_start,
-    warn_of_no_sync,
-    warn_of_weights_alone,
-)
-from tether.trainer.evaluation import (
-    PairGather,
-    WithTokenIds,
-    full_evaluation,
-    padded_logits,
-    running_in,
-)
-from tether.trainer.model_card import write_model_card
-from tether.trainer.reference_columns import digest_given
-from tether.trainer.saving import keep_savable, try_saving
-from tether.trainer.sets import SetReader, named_sets
-from tether.trainer.trainable import checkpoints_activations, warn_of_optimizer
-from tether.trainer.training_callback import FollowTraining
+from tether.trainer.build_reference import build_reference, check_own, follow_average, waits_for_device
+from tether.trainer.evaluation import full_evaluation, padded_logits
+from tether.trainer.pair_evaluation import PairEvaluation
+from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
+from tether.trainer.reference_run import ReferenceRun
+from tether.trainer.saving import try_saving
+from tether.trainer.sets import named_sets
+from tether.trainer.setup import Asked, Checked, check, prepare
 from tether.trainer.trl_attributes import OptionsAsAttributes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-_SENTINEL_PAIRS = 2
 
-
-class DPOTrainer(OptionsAsAttributes, Trainer):
+class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     """Trains a language model on preference pairs against a reference.
 
     Direct Preference Optimization, Rafailov et al. 2023, arXiv 2305.18290. Takes TRL's arguments; which reference is
@@ -110,6 +58,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     `precompute_ref_log_probs=True`       any of these, scored once before training and kept on disk
     `sync_ref_model=True`                 a copy that follows the policy (TR-DPO)
     rows with `ref_chosen_logps`, ...     what the rows say; nothing is computed
+    `reference=...`                       the object that is passed, or what a function makes of the policy
     `reference_free=True`                 none: every response has the same log-prob, 0
     ====================================  =================================================================
 
@@ -133,8 +82,11 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         peft_config: Puts a fresh adapter on the model.
         optimizer_cls_and_kwargs: An optimizer's class and its keyword arguments, as `transformers.Trainer` takes them.
         preprocess_logits_for_metrics: What to keep of the logits, given them and the token ids.
-        loss: A loss of your own instead of `loss_type`: a function of `tether.PairScores` and `tether.LossOptions`
-            that gives one value per pair.
+        loss: Your own loss instead of `loss_type`: a function of `tether.PairScores` and `tether.LossOptions` that
+            returns one value per pair.
+        reference: A `tether.Reference`, or a function that is called with the policy, its adapter on it, and returns
+            one: `lambda policy: SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=64)`.
+            It takes the place of `ref_model` and of all `ref_*` options.
 
     Raises:
         ConfigurationError: For options that contradict each other or the model.
@@ -149,10 +101,8 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
 
     _tag_names: ClassVar[list[str]] = ["tether", "dpo"]  # a subclass may add its own
 
-    reference: Reference
     args: DPOConfig
     model: Any
-    _signature_columns: Any
 
     def __init__(
         self,
@@ -172,105 +122,93 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Tensor], Any] | None = None,
         loss: PreferenceLoss | None = None,
+        reference: Reference | Callable[[nn.Module], Reference] | None = None,
     ) -> None:
-        refuse(refused_arguments(args, model, ref_model, callbacks, peft_config, processing_class), ArgumentTypeError)
-        args = args or DPOConfig(default_output_dir(model))
-        loading = refused_loading(args, model, processing_class, quantization_config)
-        refuse((*refused_data_parallel(args), *refused_loss(args, loss), *loading))
-        set_seed(args.seed)  # a fresh adapter starts from it
-        policy, ref_model, processing, origins = load(
-            model,
-            ref_model,
-            processing_class,
-            init_kwargs=args.model_init_kwargs,
-            quantization_config=quantization_config,
-            trust_remote_code=args.trust_remote_code,
-        )
-        self._tokenizer: PreTrainedTokenizerBase = tokenizer_of(processing)
-        self._objective = objective_of(args, loss)
-        self._sets = SetReader(processing, args, data_collator)
-        train_rows, eval_rows = as_dataset(train_dataset), self._sets.as_datasets(eval_dataset)
-        leaders = [c for c in callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model]
-        facts = Facts(
-            args=args,
-            policy=policy,
-            ref_model=ref_model,
-            new_adapter=peft_config,
-            optimizer=optimizers[0],
-            tokenizer=self._tokenizer,
-            sets=named_sets(train_rows, eval_rows),
-            truncation=self._sets.truncation,
-            objective=self._objective,
-            has_own_figures=(compute_metrics is not None and not args.prediction_loss_only)
-            or type(self) is not DPOTrainer
-            or any(map(adds_figures, callbacks or ())),
-            follows_average=bool(leaders),
-            is_sharded=will_shard(args),
-        )
-        for loaded in filter(None, (policy, ref_model)):
-            keep_differentiable(loaded)  # first, because a rule may make a forward
-        refuse(refused_run(facts))
-        if ref_model is not None:
-            check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
-        use_pad_token(self._tokenizer, args.pad_token)
-        train_set, eval_sets = self._sets.read(train_rows, "train"), self._sets.read_all(eval_rows)
-        sets = named_sets(train_set, eval_sets)
-        self._check_ids(sets, policy)
-        around = Surroundings(
-            origins=origins,
-            decode=lambda ids: str(self._tokenizer.decode(list(ids))),
-            given=digest_given(sets) if facts.brings_log_probs else None,
-        )
-        # From here on the caller's models change; what can be refused has been.
-        self._router_coefficient = router_coefficient(facts)
-        warn_of_optimizer(facts)
-        for loaded in filter(None, (policy, ref_model)):
-            keep_savable(loaded)
-        args.ddp_broadcast_buffers = broadcasts_buffers(
-            policy, self._sets.truncation.max_length, args.ddp_broadcast_buffers
-        )
-        policy = add_adapter(policy, peft_config)
-        if args.deepspeed_plugin is None:  # an adapter's copy of a module (`modules_to_save`) has the base's dtype
-            refuse(refused_float16(policy))
-        args.activation_checkpointing = checkpoints_activations(policy, args.activation_checkpointing)
-        if args.disable_dropout:
-            disable_dropout(policy)
-        self._activations = activations_of(policy, offloaded=args.activation_offloading)
-        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
-        self._losses = LossWatch()
-        self._num_train_tokens = 0
-        self._even_batches: EvenBatches | None = None
-        self._place: StreamPlace | None = None
-        collator: Any = self._sets.collator
-        if compute_metrics is not None and "inputs" in args.include_for_metrics:
-            collator = WithTokenIds(collator, self._pad_token_id)
-        if self._sets.image_rows is not None:
-            look_for_unused_parameters(args)
-        # A batch is one object; it cannot be cut into slices.
-        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-        with full_evaluation(args) as self._evaluation_dtype:
+        data = data_collator, train_dataset, eval_dataset, processing_class
+        run = callbacks, optimizers[0], quantization_config, peft_config, loss, reference
+        is_subclass = type(self) is not DPOTrainer
+        asked = Asked(model, ref_model, args, *data, compute_metrics, *run, is_subclass)
+        checked = check(asked)  # from here on the caller's models change; what can be refused has been
+        for_transformers = self._begin(checked, asked)
+        with full_evaluation(self.args) as self._evaluation_dtype:
             super().__init__(
-                model=policy,
-                args=args,
-                data_collator=collator,
-                train_dataset=train_set,
-                eval_dataset=eval_sets,
-                processing_class=processing,
+                **for_transformers,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        if is_adapter_model(self.model) and args.activation_checkpointing:
+        self._begin_run(checked)
+
+    def _begin(self, checked: Checked, asked: Asked) -> dict[str, Any]:
+        """Prepares the policy and what a step needs besides it; what transformers' constructor is given."""
+        prepared = prepare(checked, asked)
+        self.args = checked.facts.args
+        self._sets, self._tokenizer = checked.reader, checked.facts.tokenizer
+        self._objective = checked.facts.objective
+        self._router_coefficient = router_coefficient(checked.facts)
+        self._activations = prepared.activations
+        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._losses = LossWatch()
+        self._num_train_tokens = 0
+        self._epochs, self._place = EpochsOfBatches(), None
+        return {
+            "model": prepared.policy,
+            "args": self.args,
+            "data_collator": prepared.collator,
+            "train_dataset": checked.train_set,
+            "eval_dataset": checked.eval_sets,
+            "processing_class": checked.processing,
+        }
+
+    def _begin_run(self, checked: Checked) -> None:
+        """Tries a save, and builds the reference beside the policy, which the accelerator holds by now."""
+        if is_adapter_model(self.model) and self.args.activation_checkpointing:
             self.model.enable_input_require_grads()
         with together():
-            if args.should_save:
-                try_saving(self._save, self.model, str(args.output_dir))
-        self._make_reference(facts, around, leaders)
+            if self.args.should_save:
+                try_saving(self._save, self.model, str(self.args.output_dir))
+        self._run = self._run_of_reference(checked)
+        self.add_callback(self._run)
+        self.add_callback(self._epochs)
         self.model.add_model_tags(list(self._tag_names))
 
+    def _run_of_reference(self, checked: Checked) -> ReferenceRun:
+        facts, shard = checked.facts, sharding_of(self.accelerator)
+        if (shard is not None) != facts.is_sharded:  # the launcher knew more than the options
+            refuse(refused_reference(replace(facts, is_sharded=shard is not None)))
+        cast_as_training_will(self.model, self.accelerator)
+        around = replace(checked.around, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
+        with together():
+            reference = build_reference(self.model, facts, around)
+        check_alike(reference.identity.digest, "reference")
+        follow_average(reference, facts.leaders)
+        run = ReferenceRun(
+            reference,
+            self.accelerator,
+            self.args,
+            self.data_collator,
+            lambda: named_sets(self.train_dataset, self.eval_dataset),
+            autocast_dtype=around.autocast_dtype,
+            waits=shard is not None or waits_for_device(self.model, self.args.device),
+        )
+        check_own(reference, self.model)
+        return run
+
     # ---- the reference -------------------------------------------------------------------------------------------
+
+    @property
+    def reference(self) -> Reference:
+        """The reference of this run; chosen at construction."""
+        return self._run.reference
+
+    @reference.setter
+    def reference(self, value: Any) -> NoReturn:
+        raise AttributeError(
+            "Cannot set `trainer.reference`: it is watched and saved from the start. Pass it at construction, "
+            "`DPOTrainer(..., reference=...)`."
+        )
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -280,165 +218,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
     def null_ref_context(self) -> AbstractContextManager[None]:
         """While open, the policy computes what the reference computes (adapter models)."""
         return self.reference.in_policy()
-
-    def _make_reference(self, facts: Facts, around: Surroundings, leaders: Sequence[BEMACallback]) -> None:
-        """Builds the reference beside the policy, which the accelerator holds by now, and watches it from here on."""
-        shard = sharding_of(self.accelerator)
-        if (shard is not None) != facts.is_sharded:  # the launcher knew more than the options
-            refuse(refused_reference(replace(facts, is_sharded=shard is not None)))
-        cast_as_training_will(self.model, self.accelerator)
-        with together():
-            around = replace(around, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
-            self.reference = build_reference(self.model, facts, around)
-        check_alike(self.reference.identity.digest, "reference")
-        for leader in leaders:
-            assert isinstance(self.reference, BemaReference)
-            leader.follow_with(self.reference)
-        self._watch = ReferenceWatch(self.reference, around.autocast_dtype)
-        # A pass through the policy's own modules must wait until training has sharded them and put them in place.
-        is_early = shard is not None or waits_for_device(self.model, self.args.device)
-        self._prepares_late = is_early and self.reference.runs_in_policy
-        if not self._prepares_late:
-            self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
-        if self.reference.moves:
-            warn_of_weights_alone(self.args)
-        self.add_callback(FollowTraining(self.reference, self._watch, self._begin_training, self._begin_epoch))
-
-    def export_reference(self, folder: str | Path, *, merged: bool = False) -> None:
-        """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
-
-        A full model loads with `AutoModelForCausalLM.from_pretrained(folder)`, an adapter with
-        `PeftModel.from_pretrained(base, folder)`, whose ranks may be larger than the policy's. Every process must
-        call it, because sharded weights are gathered; one writes.
-
-        Args:
-            folder: Where to.
-            merged: Save an adapter's reference as a full model, with the adapter in its weights.
-
-        Raises:
-            ReferenceModelError: If the reference has no weights of its own, or cannot be saved in that form.
-        """
-        writes = self.args.should_save
-        self.reference.export(Path(folder) if writes else None, merged=merged)
-        if writes:
-            assert self.processing_class is not None
-            self.processing_class.save_pretrained(folder)
-
-    def _watch_from_start(self, *, has_trained: bool) -> None:
-        """Keeps what reference and policy say of a few fixed pairs; a resumed policy is not the initial one."""
-        pairs: Any = self.train_dataset
-        # Where answers are stored, each process watches pairs of its own share: none is scored by two. Elsewhere all
-        # watch the same, which a resumed run finds again in the checkpoint that one of them wrote.
-        share = self.args.process_index if self.reference.answers_are_stored else 0
-        own = share * self.args.per_device_train_batch_size
-        rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
-        rows = rows or list(pairs.take(_SENTINEL_PAIRS))
-        self._watch.set_sentinel(batch_of(self.data_collator(rows)).to(self.args.device))
-        self.accelerator.wait_for_everyone()  # so that a store filled on the way has them before anybody asks again
-        if not has_trained:
-            self._watch.set_start(self.accelerator.unwrap_model(self.model))
-
-    def _begin_training(self, state: TrainerState) -> None:
-        keep_savable(self.model)  # by now it has the tokenizer's special tokens
-        if self._prepares_late:
-            self._prepares_late = False
-            self._prepare_reference(named_sets(self.train_dataset, self.eval_dataset))
-        self._watch_from_start(has_trained=state.global_step > 0)
-        warn_of_no_sync(self.args, state.max_steps)
-
-    def _begin_epoch(self, epoch: int) -> None:
-        if self._even_batches is not None:
-            self._even_batches.set_epoch(epoch)
-
-    def _prepare_reference(self, sets: Mapping[str, PairDataset]) -> None:
-        batches = {
-            name: lambda dataset=dataset: RowsToScore(dataset, self.data_collator, self.args)
-            for name, dataset in sets.items()
-            if isinstance(dataset, Dataset)
-        }
-        show_progress = not self.args.disable_tqdm and self.is_local_process_zero()
-        # A row that one process cannot use stops them all; where scoring is collective they are in step already.
-        with nullcontext() if self.reference.is_collective else together():
-            self.reference.prepare(batches, show_progress=show_progress)
-        self.accelerator.wait_for_everyone()
-
-    # ---- data ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _pad_token_id(self) -> int:
-        return int(self._tokenizer.pad_token_id or 0)
-
-    @staticmethod
-    def _check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:
-        for name, dataset in sets.items():
-            # Tokens of images are placeholders: a model may embed none of them.
-            if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
-                largest, row = largest_id(dataset)
-                check_embeds(policy, largest, f"Row {row} of the {name} set")
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The training batches; grouped by length and cut to the token budget where that is asked for."""
-        wanted = self.args.max_tokens_per_micro_batch or self.args.train_sampling_strategy == "group_by_length"
-        if not isinstance(self.train_dataset, Dataset) or not wanted:
-            return super().get_train_dataloader()
-        loader, self._even_batches = even_loader(
-            self.train_dataset, self.data_collator, self._train_batch_size, self.args, self.accelerator
-        )
-        return loader
-
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataLoader[Any]:
-        if isinstance(dataset, Dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)
-        make = super()._get_dataloader
-        # Evaluation takes rows as they come; transformers would group them by `input_ids`, which they do not have.
-        order = (lambda _: sampler_fn(dataset)) if is_training and sampler_fn else None
-        return counted_loader(
-            lambda rows: make(rows, description, batch_size, order, is_training, dataloader_key),
-            dataset,
-            batch_size,
-            self.accelerator,
-            drop_last=bool(self.args.dataloader_drop_last),
-        )
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of an optimizer step, and the number of their pairs.
-
-        A pass over a stream may end before there are as many as were asked for. transformers would then add their
-        gradient to that of the next step: batches that do not count let it take a step of what there is.
-        """
-        batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
-        missing = num_batches - len(batches)
-        if batches and self._place is not None:
-            self._place.take_step(ends_pass=missing > 0 or self.accelerator.gradient_state.end_of_dataloader)
-            batches += [uncounted(batches[-1])] * missing
-        return batches, num_pairs
-
-    def _init_training_state(
-        self, max_steps: int, num_steps: int, num_epochs: int, checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        """Epochs that are over, and batches of the next one that are."""
-        epochs, batches = super()._init_training_state(max_steps, num_steps, num_epochs, checkpoint, trial)
-        if isinstance(self.train_dataset, IterableDataset):
-            self._place = StreamPlace() if checkpoint is None else load_place(Path(checkpoint))
-            if self.args.ignore_data_skip:
-                self._place.num_steps = 0
-            epochs, batches = self._place.num_passes, self._place.num_steps * self.args.gradient_accumulation_steps
-        # A run that has taken all its steps has none left, in whatever epoch it ended.
-        return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = batch_columns(with_images=self._sets.image_rows is not None)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -474,7 +253,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         sums = self._train_sums if self.model.training else self._eval_sums
         reference = self.reference.log_probs(batch)
         unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
-        gap = self._watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
+        gap = self._run.watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
         self._train_sums.add_once(gap)
         with self._precision():
             policy = score(
@@ -505,44 +284,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             logits, _ = padded_logits(model, batch, self._pad_token_id)
         return loss, CausalLMOutput(logits=logits)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""
-        if not batch_samples or not self.loss_is_scaled_for_ga:
-            return None
-        counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
-        total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
-        return total
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Counts each response with its prompt, as a batch without padding has them."""
-        tokens = torch.ones(batch_of(inputs).num_sequence_tokens())
-        name = getattr(self.model, "main_input_name", "input_ids")
-        super()._track_num_input_tokens({name: tokens, "attention_mask": tokens})
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
-        batch = batch_of(inputs)
-        if isinstance(self.gather_function, PairGather):
-            self.gather_function.begin_batch(inputs["pairs"])
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-            if prediction_loss_only:
-                return loss.detach(), None, None
-            with self._precision():
-                return loss.detach(), *padded_logits(model, batch, self._pad_token_id)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        """Of the policy's forward alone: the reference answers as it does in training."""
-        return running_in(None if self.model.training else self._evaluation_dtype, self.args.device)
-
-    # ---- reports -------------------------------------------------------------------------------------------------
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         means = {}
         if logs.keys() & {"loss", "train_loss"}:  # the second in the last entry: every process makes both
@@ -551,7 +292,7 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
         if means:
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
-            logs |= self.reference.figures() | self._watch.distances(self.accelerator.unwrap_model(self.model))
+            logs |= self.reference.figures() | self._run.watch.distances(self.accelerator.unwrap_model(self.model))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -569,132 +310,6 @@ class DPOTrainer(OptionsAsAttributes, Trainer):
             return output
         finally:
             restore_attention(self.accelerator.unwrap_model(self.model))
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._eval_sums = MetricSums()
-        self.gather_function = PairGather(self.accelerator)
-        with full_evaluation(self.args) as self._evaluation_dtype:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        means = self._eval_sums.means(self._sum_over_processes)
-        if not self.loss_is_scaled_for_ga:
-            means.pop("loss", None)  # what was put in the place of `compute_loss` says it
-        assert output.metrics is not None
-        means["num_tokens"] = self._sum_tokens()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluates the sets given at construction, or new ones (rows of text, or tokenized)."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._new_sets(eval_dataset)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return metrics
-
-    def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
-    ) -> PredictionOutput:
-        """Metrics, logits and token ids of a set (rows of text, or tokenized), at any time.
-
-        The logits of the whole set are kept: `prediction_loss_only=True` leaves them out.
-        """
-        return super().predict(self._new_sets(as_dataset(test_dataset)), ignore_keys, metric_key_prefix)
-
-    def _new_sets(self, sets: Any) -> Any:
-        """Sets that were not given at construction, tokenized and made known to the reference."""
-        tokenized = self._sets.read_all(sets)
-        if tokenized is not self.eval_dataset:
-            self._check_ids(named_sets(None, tokenized), self.accelerator.unwrap_model(self.model))
-        if tokenized is not self.eval_dataset and not self._prepares_late:
-            self._prepare_reference(named_sets(None, tokenized))
-        return tokenized
-
-    def _sum_over_processes(self, totals: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(totals, reduction="sum")
-        return reduced
-
-    def _sum_tokens(self) -> float:
-        return self._sum_over_processes(torch.tensor(float(self._num_train_tokens), device=self.args.device)).item()
-
-    # ---- model card ----------------------------------------------------------------------------------------------
-
-    def create_model_card(  # type: ignore[override]  # TRL's arguments, which its scripts pass by position
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Writes `output_dir/README.md`: the loss, the reference and the options of this run, and what to cite.
-
-        Args:
-            model_name: The model's name; by default the output folder's.
-            dataset_name: The data's name on the hub.
-            tags: Further tags.
-        """
-        if self.is_world_process_zero():
-            write_model_card(self, Path(str(self.args.output_dir)), model_name, dataset_name, tags)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the policy with its tokenizer and its card; weights that are NaN or infinite are refused."""
-        self._check_weights()
-        super().save_model(output_dir, _internal_call)
-        # A checkpoint; DeepSpeed's own files of one have every tensor under its name.
-        if _internal_call and output_dir is not None and not self.is_deepspeed_enabled:
-            save_adapters(self.accelerator.unwrap_model(self.model), Path(output_dir), writes=self.args.should_save)
-        if _internal_call or output_dir in (None, self.args.output_dir):  # all checkpoints share one card
-            self.create_model_card()
-        elif self.is_world_process_zero():
-            write_model_card(self, Path(output_dir))
-
-    def _check_weights(self) -> None:
-        check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._losses.check()
-        self._check_weights()  # before anything is written
-        super()._save_checkpoint(model, trial)
-
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        num_tokens = self._sum_tokens()  # every process takes part
-        save_reference(Path(output_dir), self.reference, num_tokens, place=self._place, writes=self.args.should_save)
-        if self.args.should_save:
-            save_reward_shift(Path(output_dir), self._objective.reward_shift)
-            save_start(Path(output_dir), self._watch.start)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        checkpoint = Path(str(self.state.best_model_checkpoint))
-        self.accelerator.wait_for_everyone()  # one process may still be writing it
-        if self.is_deepspeed_enabled or not load_weights(self.accelerator.unwrap_model(self.model), checkpoint):
-            super()._load_best_model()
-        load_companions(checkpoint, self.reference, self._objective.reward_shift)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            num_tokens = load_reference(Path(checkpoint), self.reference)
-            self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
-            load_reward_shift(Path(checkpoint), self._objective.reward_shift)
-            self._watch.start = load_start(Path(checkpoint))
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, BEMACallback):
-                    callback.resume_from(Path(checkpoint))
 
 
 _COMPUTE_LOSS = DPOTrainer.compute_loss

@@ -26,7 +26,7 @@ from tether.models.loading import hub_name
 from tether.reference.implicit import is_adapter_model
 
 if TYPE_CHECKING:
-    from tether.trainer.dpo_trainer import DPOTrainer
+    pass
 
 DPO_PAPER = "2305.18290"
 _REFERENCE_PAPERS = {"synchronized": "2404.09656", "bema": "2508.00180"}
@@ -60,7 +60,7 @@ _TITLES = {
 
 
 def write_model_card(
-    trainer: DPOTrainer,
+    trainer: Any,
     folder: Path,
     model_name: str | None = None,
     dataset_name: str | None = None,

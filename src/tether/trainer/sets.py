@@ -1,6 +1,6 @@
 """A trainer's sets of pairs: tokenized as its options say, and the names that messages and stores give them.
 
-Knows options and datasets; knows no model and no reference.
+Knows options and datasets, and of models what ids they embed; knows no reference.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
@@ -16,9 +17,11 @@ from tether.data.collators import pair_collator
 from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
+from tether.data.tokenizing import largest_id
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError
 from tether.models.loading import tokenizer_of
+from tether.models.preparing import check_embeds
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
 EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
@@ -98,3 +101,14 @@ def named_sets(train: PairDataset | None, eval_sets: EvalSets) -> dict[str, Pair
     if isinstance(eval_sets, Mapping):
         return named | {f"eval_{name}": dataset for name, dataset in eval_sets.items()}
     return named if eval_sets is None else named | {"eval": eval_sets}
+
+
+def check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:
+    """Refuses rows with a token id that the policy has no embedding for.
+
+    Tokens of images are placeholders, which a model may not embed: sets with images are not looked at.
+    """
+    for name, dataset in sets.items():
+        if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
+            largest, row = largest_id(dataset)
+            check_embeds(policy, largest, f"Row {row} of the {name} set")

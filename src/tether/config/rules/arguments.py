@@ -15,11 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.config.dpo_config import DPOConfig
 from tether.models.loading import tokenizer_of
+from tether.reference import Reference
 from tether.refusals import Refusal
 
 
 def refused_arguments(
-    args: Any, model: Any, ref_model: Any, callbacks: Any, peft_config: Any, processing_class: Any
+    args: Any,
+    model: Any,
+    ref_model: Any,
+    callbacks: Any,
+    peft_config: Any,
+    processing_class: Any,
+    reference: Any,
 ) -> Iterator[Refusal]:
     """Arguments of another kind than the trainer's."""
     if args is not None and not isinstance(args, DPOConfig):
@@ -56,6 +63,45 @@ def refused_arguments(
             "Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
             "vision-language model (`AutoProcessor.from_pretrained(...)`).",
         )
+    is_made = isinstance(reference, Reference) or (callable(reference) and not isinstance(reference, type | nn.Module))
+    if reference is not None and not is_made:
+        kind = reference.__name__ if isinstance(reference, type) else f"of type {type(reference).__name__}"
+        yield Refusal(
+            f"a `reference` {kind}",
+            "it must be a `tether.Reference`, or a function of the policy that returns one",
+            "Pass an instance, such as `ExplicitReference(model)`, or `reference=lambda policy: ...`.",
+        )
+
+
+def refused_door(args: DPOConfig, reference: Any, ref_model: Any) -> Iterator[Refusal]:
+    """Options that choose a reference, beside a reference that is chosen already."""
+    if reference is None:
+        return
+    source = "`ExplicitReference(ref_model)`"
+    wrappers = {
+        "ref_model": (ref_model is not None, f"Pass {source} as `reference`."),
+        "precompute_ref_log_probs": (args.precompute_ref_log_probs, _wrapped("PrecomputedReference(store, source)")),
+        "sync_ref_model": (
+            args.sync_ref_model,
+            _wrapped("SynchronizedReference(source, lambda: policy, every=steps)"),
+        ),
+        "reference_free": (args.reference_free, "Leave `reference` out, or set `reference_free=False`."),
+        "ref_dtype": (args.ref_dtype is not None, "Write `ExplicitReference(model, dtype=...)`."),
+        "ref_store": (args.ref_store is not None, _wrapped("PrecomputedReference(LogProbStore(path), source)")),
+        "ref_store_mode": (args.ref_store_mode != "auto", _wrapped("PrecomputedReference(store, source, mode=...)")),
+    }
+    for option, (is_set, instead) in wrappers.items():
+        if is_set:
+            yield Refusal(
+                f"`{option}` with `reference=...`",
+                "the reference is already chosen, and the option would have no effect",
+                f"{instead} Or leave `reference` out.",
+                option=option,
+            )
+
+
+def _wrapped(code: str) -> str:
+    return f"Wrap the reference, `reference=lambda policy: {code}`, and leave the option out."
 
 
 def refused_loading(args: DPOConfig, model: Any, processing_class: Any, quantization_config: Any) -> Iterator[Refusal]:

@@ -39,6 +39,7 @@ class Facts:
         args: The options.
         policy: The model to train, as it is now.
         ref_model: The reference model, if one is named.
+        reference: A reference of the user's own, or a function of the policy that returns one.
         new_adapter: The adapter that the policy will get.
         optimizer: An optimizer of the user's own.
         tokenizer: What makes token ids of the rows.
@@ -46,13 +47,14 @@ class Facts:
         truncation: How rows will be cut.
         objective: What the run minimises.
         has_own_figures: Whether evaluation may have further figures: of `compute_metrics`, a subclass or a callback.
-        follows_average: Whether a callback sets the reference's weights (`BEMACallback(update_ref_model=True)`).
+        leaders: Callbacks whose averages set the reference's weights (`BEMACallback(update_ref_model=True)`).
         is_sharded: Whether training will cut weights over processes.
     """
 
     args: DPOConfig
     policy: Any
     ref_model: Any
+    reference: Any
     new_adapter: PeftConfig | None
     optimizer: Any
     tokenizer: PreTrainedTokenizerBase
@@ -60,12 +62,16 @@ class Facts:
     truncation: Truncation
     objective: Objective
     has_own_figures: bool
-    follows_average: bool
+    leaders: list[Any]
     is_sharded: bool
 
     @property
     def has_adapter(self) -> bool:
         return self.new_adapter is not None or is_adapter_model(self.policy)
+
+    @property
+    def follows_average(self) -> bool:
+        return bool(self.leaders)
 
     @property
     def streams(self) -> bool:

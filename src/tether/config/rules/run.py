@@ -207,6 +207,7 @@ def _given(facts: Facts) -> Iterator[Refusal]:
     columns = "`dataset.remove_columns(['ref_chosen_logps', 'ref_rejected_logps'])`"
     others = {
         "ref_model=...": facts.ref_model is not None,
+        "reference=...": facts.reference is not None,
         "precompute_ref_log_probs=True": args.precompute_ref_log_probs,
         "sync_ref_model=True": args.sync_ref_model,
         "reference_free=True": args.reference_free,

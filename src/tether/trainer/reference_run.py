@@ -1,0 +1,108 @@
+"""The reference of one run: prepared, watched and moved while transformers trains.
+
+Knows the trainer's events and sets; knows no kind of reference, no loss and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback
+
+from tether.config.dpo_config import DPOConfig
+from tether.data.datasets import PairDataset, batch_of
+from tether.distributed import together
+from tether.reference import Reference
+from tether.reference.watch import ReferenceWatch
+from tether.trainer.batches import Collator, RowsToScore
+from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
+
+_SENTINEL_PAIRS = 2
+
+
+class ReferenceRun(TrainerCallback):
+    """A reference during one run. It is told of each optimizer step, and watched whenever training pauses.
+
+    Args:
+        reference: The reference.
+        accelerator: Of the trainer.
+        args: The options.
+        collator: Makes the batches.
+        sets: The tokenized sets by name, as they are when training begins.
+        autocast_dtype: Autocast dtype of the policy's forward; None for no autocast.
+        waits: Whether a pass through the policy's own modules must wait until training has sharded them and put them
+            in place.
+
+    Attributes:
+        reference: The reference.
+        watch: What looks at it: the gap at step 0, drift, distances.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        accelerator: Accelerator,
+        args: DPOConfig,
+        collator: Collator,
+        sets: Callable[[], Mapping[str, PairDataset]],
+        *,
+        autocast_dtype: torch.dtype | None,
+        waits: bool,
+    ) -> None:
+        self.reference, self.watch = reference, ReferenceWatch(reference, autocast_dtype)
+        self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
+        self._waits = waits and reference.runs_in_policy
+        self.prepare(sets())
+        if reference.moves:
+            warn_of_weights_alone(args)
+
+    def prepare(self, sets: Mapping[str, PairDataset]) -> None:
+        """Lets the reference score sets ahead, if it does that and the policy is in place."""
+        if self._waits:
+            return
+        batches = {
+            name: lambda dataset=dataset: RowsToScore(dataset, self._collator, self._args)
+            for name, dataset in sets.items()
+            if isinstance(dataset, Dataset)
+        }
+        show_progress = not self._args.disable_tqdm and self._accelerator.is_local_main_process
+        # A row that one process cannot use stops them all; where scoring is collective they are in step already.
+        with nullcontext() if self.reference.is_collective else together():
+            self.reference.prepare(batches, show_progress=show_progress)
+        self._accelerator.wait_for_everyone()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._waits:
+            self._waits = False
+            self.prepare(self._sets())
+        self._watch_from_start(self._accelerator.unwrap_model(model), has_trained=state.global_step > 0)
+        warn_of_no_sync(self._args, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reference.advance(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_drift()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_drift()
+
+    def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
+        """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""
+        pairs: Any = self._sets()["train"]
+        # Where answers are stored, each process watches pairs of its own share: none is scored by two. Elsewhere all
+        # watch the same, which a resumed run finds again in the checkpoint that one of them wrote.
+        share = self._args.process_index if self.reference.answers_are_stored else 0
+        own = share * self._args.per_device_train_batch_size
+        rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
+        rows = rows or list(pairs.take(_SENTINEL_PAIRS))
+        self.watch.set_sentinel(batch_of(self._collator(rows)).to(self._args.device))
+        self._accelerator.wait_for_everyone()  # so that a store filled on the way has them before anyone asks again
+        if not has_trained:
+            self.watch.set_start(policy)

@@ -1,0 +1,193 @@
+"""What happens before transformers' own constructor: models are loaded, the run is checked, its sets are read.
+
+Everything that can be refused is refused in `check`; only `prepare` changes what is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
+
+from tether.config.dpo_config import DPOConfig, look_for_unused_parameters, objective_of
+from tether.config.rules.arguments import (
+    refused_arguments,
+    refused_data_parallel,
+    refused_door,
+    refused_loading,
+    refused_loss,
+)
+from tether.config.rules.facts import Facts, will_shard
+from tether.config.rules.run import adds_figures, refused_float16, refused_run
+from tether.data.datasets import PairDataset, Rows, as_dataset
+from tether.errors import ArgumentTypeError
+from tether.losses import PreferenceLoss
+from tether.models.loading import default_output_dir, load, tokenizer_of, use_pad_token
+from tether.models.offloading import activations_of
+from tether.models.preparing import add_adapter, broadcasts_buffers, disable_dropout, keep_differentiable
+from tether.reference.identity import check_finite, model_tensors
+from tether.refusals import refuse
+from tether.trainer.build_reference import Surroundings
+from tether.trainer.callbacks import BEMACallback
+from tether.trainer.evaluation import WithTokenIds
+from tether.trainer.reference_columns import digest_given
+from tether.trainer.saving import keep_savable
+from tether.trainer.sets import EvalSets, SetReader, check_ids, named_sets
+from tether.trainer.trainable import checkpoints_activations, warn_of_optimizer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of `DPOTrainer` that a run is made of, as they were given, and whether a subclass was asked."""
+
+    model: Any
+    ref_model: Any
+    args: DPOConfig | None
+    data_collator: Any
+    train_dataset: Rows | None
+    eval_dataset: Rows | Mapping[str, Rows] | None
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+    compute_metrics: Any
+    callbacks: Any
+    optimizer: Any
+    quantization_config: Any
+    peft_config: Any
+    loss: PreferenceLoss | None
+    reference: Any
+    is_subclass: bool
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that nothing is wrong with, before anything is changed.
+
+    Attributes:
+        facts: What it is asked to do.
+        around: What its reference needs to know that no option says.
+        reader: What reads its sets.
+        processing: The tokenizer, or the processor of a vision-language model.
+        train_set, eval_sets: The tokenized sets.
+    """
+
+    facts: Facts
+    around: Surroundings
+    reader: SetReader
+    processing: PreTrainedTokenizerBase | ProcessorMixin
+    train_set: PairDataset
+    eval_sets: EvalSets
+
+    @property
+    def leaders(self) -> list[BEMACallback]:
+        """The callbacks whose averages the reference takes."""
+        return self.facts.leaders
+
+
+def check(asked: Asked) -> Checked:
+    """Loads what is named, and refuses everything that cannot be, before anything of the caller's is changed.
+
+    Raises:
+        ArgumentTypeError: For arguments of another kind; all of them.
+        ConfigurationError: For what does not go together; all of it.
+        DataError: For rows that are not preference pairs.
+    """
+    refuse(refused_arguments(**_kinds(asked)), ArgumentTypeError)
+    args = asked.args or DPOConfig(default_output_dir(asked.model))
+    refuse(
+        (
+            *refused_data_parallel(args),
+            *refused_loss(args, asked.loss),
+            *refused_door(args, asked.reference, asked.ref_model),
+            *refused_loading(args, asked.model, asked.processing_class, asked.quantization_config),
+        )
+    )
+    set_seed(args.seed)  # a fresh adapter starts from it
+    policy, ref_model, processing, origins = load(
+        asked.model,
+        asked.ref_model,
+        asked.processing_class,
+        init_kwargs=args.model_init_kwargs,
+        quantization_config=asked.quantization_config,
+        trust_remote_code=args.trust_remote_code,
+    )
+    tokenizer, reader = tokenizer_of(processing), SetReader(processing, args, asked.data_collator)
+    train_rows, eval_rows = as_dataset(asked.train_dataset), reader.as_datasets(asked.eval_dataset)
+    facts = Facts(
+        args=args,
+        policy=policy,
+        ref_model=ref_model,
+        reference=asked.reference,
+        new_adapter=asked.peft_config,
+        optimizer=asked.optimizer,
+        tokenizer=tokenizer,
+        sets=named_sets(train_rows, eval_rows),
+        truncation=reader.truncation,
+        objective=objective_of(args, asked.loss),
+        has_own_figures=(asked.compute_metrics is not None and not args.prediction_loss_only)
+        or asked.is_subclass
+        or any(map(adds_figures, asked.callbacks or ())),
+        leaders=[c for c in asked.callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model],
+        is_sharded=will_shard(args),
+    )
+    for loaded in filter(None, (policy, ref_model)):
+        keep_differentiable(loaded)  # first, because a rule may make a forward
+    refuse(refused_run(facts))
+    if ref_model is not None:
+        check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
+    train_set, eval_sets = reader.read(train_rows, "train"), reader.read_all(eval_rows)
+    sets = named_sets(train_set, eval_sets)
+    check_ids(sets, policy)
+    around = Surroundings(
+        origins=origins,
+        decode=lambda ids: str(tokenizer.decode(list(ids))),
+        given=digest_given(sets) if facts.brings_log_probs else None,
+    )
+    return Checked(facts, around, reader, processing, train_set, eval_sets)
+
+
+def _kinds(asked: Asked) -> dict[str, Any]:
+    names = ("args", "model", "ref_model", "callbacks", "peft_config", "processing_class", "reference")
+    return {name: getattr(asked, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A policy that is ready to train.
+
+    Attributes:
+        policy: With its adapter.
+        activations: What a training step is run in.
+        collator: Makes the batches, with what `compute_metrics` asked for.
+    """
+
+    policy: Any
+    activations: AbstractContextManager[None]
+    collator: Any
+
+
+def prepare(checked: Checked, asked: Asked) -> Prepared:
+    """Changes what training needs changed: the padding token, the models, and the options that follow from them."""
+    facts, args = checked.facts, checked.facts.args
+    use_pad_token(facts.tokenizer, args.pad_token)
+    warn_of_optimizer(facts)
+    for loaded in filter(None, (facts.policy, facts.ref_model)):
+        keep_savable(loaded)
+    args.ddp_broadcast_buffers = broadcasts_buffers(
+        facts.policy, checked.reader.truncation.max_length, args.ddp_broadcast_buffers
+    )
+    policy = add_adapter(facts.policy, asked.peft_config)
+    if args.deepspeed_plugin is None:  # an adapter's copy of a module (`modules_to_save`) has the base's dtype
+        refuse(refused_float16(policy))
+    args.activation_checkpointing = checkpoints_activations(policy, args.activation_checkpointing)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    collator: Any = checked.reader.collator
+    if asked.compute_metrics is not None and "inputs" in args.include_for_metrics:
+        collator = WithTokenIds(collator, int(facts.tokenizer.pad_token_id or 0))
+    if checked.reader.image_rows is not None:
+        look_for_unused_parameters(args)
+    # A batch is one object; it cannot be cut into slices.
+    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+    return Prepared(policy, activations_of(policy, offloaded=args.activation_offloading), collator)

@@ -1,0 +1,143 @@
+"""A reference through the front door: `DPOTrainer(..., reference=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from torch import nn
+
+from support.observe import bits, same_bits
+from support.runs import curve, make_trainer, trained
+from support.tiny import tiny_model
+from tether import BEMACallback
+from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
+from tether.reference import (
+    BemaReference,
+    ExplicitReference,
+    FreeReference,
+    ImplicitReference,
+    PrecomputedReference,
+    SynchronizedReference,
+)
+from tether.store import LogProbStore
+
+LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
+
+# What the options ask for, and the same made by hand.
+SAME: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Path], dict[str, Any]]]] = {
+    "explicit": (dict, lambda folder: {"reference": ExplicitReference.of_policy}),
+    "another model": (
+        lambda: {"ref_model": tiny_model(seed=1)},
+        lambda folder: {"reference": ExplicitReference(tiny_model(seed=1))},
+    ),
+    "implicit": (lambda: LORA, lambda folder: LORA | {"reference": lambda policy: ImplicitReference(policy)}),
+    "precomputed": (
+        lambda: {"precompute_ref_log_probs": True},
+        lambda folder: {
+            "reference": lambda policy: PrecomputedReference(
+                LogProbStore(folder / "store.sqlite"), ExplicitReference.before_training(policy)
+            )
+        },
+    ),
+    "synchronized": (
+        lambda: {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
+        lambda folder: {
+            "reference": lambda policy: SynchronizedReference(
+                ExplicitReference.of_policy(policy), lambda: policy, alpha=0.5, every=2
+            )
+        },
+    ),
+    "synchronized adapter": (
+        lambda: LORA | {"sync_ref_model": True, "ref_model_sync_steps": 2},
+        lambda folder: (
+            LORA
+            | {
+                "reference": lambda policy: SynchronizedReference(
+                    ImplicitReference(policy, moves=True), lambda: policy, every=2
+                )
+            }
+        ),
+    ),
+    "reference-free": (lambda: {"reference_free": True}, lambda folder: {"reference": FreeReference()}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_reference_made_by_hand_is_the_one_that_options_ask_for(name: str, tmp_path: Path) -> None:
+    asked, by_hand = SAME[name]
+    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    theirs = trained(tmp_path / "1", **options, **asked())
+    ours = trained(tmp_path / "2", **options, **by_hand(tmp_path))
+    assert curve(ours) == curve(theirs) and same_bits(bits(ours.model), bits(theirs.model))
+    assert ours.reference.identity.digest == theirs.reference.identity.digest
+    again = make_trainer(tmp_path / "2", **options, **by_hand(tmp_path))
+    again.train(resume_from_checkpoint=str(tmp_path / "2" / "checkpoint-2"))
+    assert same_bits(bits(again.model), bits(ours.model))
+
+
+def test_bema_sets_a_reference_made_by_hand(tmp_path: Path) -> None:
+    def average() -> BEMACallback:
+        return BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=2)
+
+    def by_hand(policy: nn.Module) -> BemaReference:
+        return BemaReference(ExplicitReference.of_policy(policy))
+
+    theirs = trained(tmp_path / "1", callbacks=[average()])
+    ours = trained(tmp_path / "2", callbacks=[average()], reference=by_hand)
+    assert curve(ours) == curve(theirs)
+    with pytest.raises(ConfigurationError, match="takes no weights of an average"):
+        make_trainer(tmp_path, callbacks=[average()], reference=ExplicitReference.of_policy)
+
+
+BESIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "ref_model": ({"ref_model": tiny_model(seed=1)}, "ExplicitReference(ref_model)"),
+    "precompute_ref_log_probs": ({"precompute_ref_log_probs": True}, "PrecomputedReference("),
+    "sync_ref_model": ({"sync_ref_model": True}, "SynchronizedReference("),
+    "reference_free": ({"reference_free": True}, "reference_free=False"),
+    "ref_dtype": ({"ref_dtype": "bfloat16"}, "dtype="),
+    "ref_store": ({"ref_store": "x", "precompute_ref_log_probs": True}, "LogProbStore(path)"),
+    "ref_store_mode": ({"ref_store_mode": "lazy", "precompute_ref_log_probs": True}, "mode="),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_option_that_chooses_a_reference_is_refused_beside_one(name: str, tmp_path: Path) -> None:
+    options, wrapper = BESIDE[name]
+    with pytest.raises(ConfigurationError) as caught:
+        make_trainer(tmp_path, reference=ExplicitReference(tiny_model(seed=2)), **options)
+    (refusal,) = (refusal for refusal in caught.value.refusals if refusal.option == name)
+    assert f"`{name}`" in refusal.subject and wrapper in refusal.instead
+
+
+def test_rows_with_log_probs_of_their_own_are_refused_beside_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": " b", "rejected": " c", "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}]
+    with pytest.raises(ConfigurationError, match=r"`reference=\.\.\.` with rows that bring"):
+        make_trainer(tmp_path, rows=rows, reference=ExplicitReference(tiny_model(seed=2)))
+
+
+@pytest.mark.parametrize("reference", [ExplicitReference, "out/model", tiny_model(), 3])
+def test_what_is_no_reference_is_refused(reference: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match="`reference`") as caught:
+        make_trainer(tmp_path, reference=reference)
+    assert "lambda policy" in caught.value.instead
+
+
+def test_a_function_that_returns_no_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"function in `reference` returned: it is a LlamaForCausalLM"):
+        make_trainer(tmp_path, reference=lambda policy: policy)
+
+
+def test_a_reference_over_the_weights_that_train_is_refused(tmp_path: Path) -> None:
+    """Else the rewards would be 0 at every step, and nothing would say so before the next save."""
+    with pytest.raises(ReferenceModelError, match=r"its weight `.*` is one that the policy trains"):
+        make_trainer(tmp_path, reference=lambda policy: ExplicitReference(policy))
+
+
+def test_the_reference_cannot_be_exchanged_afterwards(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(AttributeError, match=r"DPOTrainer\(\.\.\., reference=\.\.\.\)"):
+        trainer.reference = ExplicitReference(tiny_model())  # type: ignore[misc]
