@@ -111,7 +111,7 @@ def demo(
     output_dir: Annotated[
         str, typer.Option("--output_dir", "--output-dir", metavar="FOLDER", help="Folder to write.")
     ] = "tether-demo",
-    seed: Annotated[int, typer.Option(metavar="INT", help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="INT", help="Random seed.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: a smoke test, not a result.")] = False,
 ) -> int:
     """The whole pipeline on a task whose answers a rule can check, offline and on a CPU.

@@ -87,7 +87,7 @@ class ChatTemplate:
         except json.JSONDecodeError as error:
             raise DataError(
                 problem=f"{self._where} has `tools` that are not valid JSON.",
-                details=f"The parser says: {error}.",
+                details=f"The parser reports: {error}.",
                 instead="Write a list of function descriptions, as a list or as JSON text.",
             ) from None
 

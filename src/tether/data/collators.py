@@ -46,7 +46,7 @@ class DataCollatorForPreference(DataCollatorMixin):
 
     Args:
         pad_token_id: Id of the padding token.
-        max_length: Most tokens of a sequence; None for no limit.
+        max_length: Maximum tokens of a sequence; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
         pad_to_multiple_of: Rounds L up to a multiple of this number.
         return_tensors: Only `pt`.
@@ -131,7 +131,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
 
     Args:
         processor: Of a vision-language model; its tokenizer has a padding token.
-        max_length: Most tokens of a sequence; the response's end is cut. None for no limit.
+        max_length: Maximum tokens of a sequence; the response's end is cut. None for no limit.
         pad_to_multiple_of: Rounds L up to a multiple of this number.
         return_tensors: Only `pt`.
 

@@ -94,7 +94,7 @@ def _column(name: str, values: list[Any]) -> Dataset:
             raise DataError(
                 problem=f"Cannot make a dataset of these rows: the column `{name}` mixes kinds of values that cannot "
                 "be in one column.",
-                details=f"Arrow says: {' '.join(str(mixed).split()).rstrip('.')}.",
+                details=f"Arrow reports: {' '.join(str(mixed).split()).rstrip('.')}.",
                 instead="Give it values of one kind in all rows.",
             ) from None
         return Dataset.from_dict({name: texts}, features=Features({name: Json()}))

@@ -150,7 +150,7 @@ class ImageRows:
         if unknown or "cross_attention_mask" in fed:
             raise ConfigurationError(
                 problem=f"Cannot use images with a {type(self._processor).__name__}: its "
-                f"{', '.join(unknown) or 'cross_attention_mask'} says which images each token of a prompt sees, and "
+                f"{', '.join(unknown) or 'cross_attention_mask'} defines which images each token of a prompt sees, and "
                 "is not made for a response.",
                 instead="Use a model that reads images as tokens of its prompt (LLaVA, Qwen-VL, Gemma 3, Idefics 3).",
             )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-REPEATED = "tether_repeated"  # marks a row that is repeated to give every process equally many
+REPEATED = "tether_repeated"  # marks a row repeated to give all processes the same number
 T = TypeVar("T")
 
 

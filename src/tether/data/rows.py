@@ -88,8 +88,8 @@ def has_image_column(columns: Any) -> bool:
 def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:
     """The token ids of a row in any of the formats; ids that the row has already are kept.
 
-    Prompt and response are tokenized together. The response starts at the first token, of the chosen or the rejected
-    sequence, that differs from the prompt tokenized alone: tokens that merge across the boundary belong to it.
+    Prompt and response are tokenized together. The response starts at the first token at which the chosen or the
+    rejected sequence differs from the prompt tokenized alone: tokens that merge across the boundary belong to it.
 
     Args:
         row: `prompt`, `chosen`, `rejected` as text or messages; or without `prompt`; or the `TOKEN_COLUMNS`. For

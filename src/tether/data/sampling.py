@@ -17,14 +17,14 @@ _POOL_BATCHES = 50
 class EvenBatches(Sampler[list[int]]):
     """Micro-batches of pairs of similar length, fixed at construction and visited in another order each epoch.
 
-    Every pair is in exactly one micro-batch. Their number is a multiple of `num_processes`, so that every process gets
-    equally many without dropping or repeating one. Has no `batch_size` attribute, because accelerate would then drop
+    Every pair is in exactly one micro-batch. Their number is a multiple of `num_processes`, so that all processes get
+    the same number without dropping or repeating one. Has no `batch_size` attribute, because accelerate would then drop
     rows of smaller batches.
 
     Args:
         lengths: Tokens of each pair as it is laid out (prompt once, both responses).
-        max_pairs: Most pairs of a micro-batch.
-        max_tokens: Most tokens of a micro-batch; None for no budget. A longer pair is a micro-batch of its own.
+        max_pairs: Maximum pairs of a micro-batch.
+        max_tokens: Maximum tokens of a micro-batch; None for no budget. A longer pair is a micro-batch of its own.
         num_processes: Processes that share the micro-batches.
         seed: Fixes the micro-batches and, with the epoch, their order.
 

@@ -1,6 +1,6 @@
 """From a set of rows to a set of token ids: tokenizes every row, drops what cannot be used, and reports it.
 
-Knows datasets, in memory and streamed; what is in a row is the business of `rows`.
+Knows datasets, in memory and streamed; `rows` knows what is in a row.
 """
 
 from __future__ import annotations

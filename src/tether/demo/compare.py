@@ -38,7 +38,7 @@ class Bench:
         held_out_prompts: Prompts for measuring.
         rule: Whether an answer is right.
         settings: The numbers.
-        seed: Seed of everything random.
+        seed: Random seed.
         output_dir: Folder of the store.
     """
 

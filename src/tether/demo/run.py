@@ -1,4 +1,4 @@
-"""The whole demo, from nothing to a report: texts, model, pairs, four trainings, one table.
+"""The whole demo, from scratch to a report: texts, model, pairs, four trainings, one table.
 
 Puts the steps in order and times them; each step itself is in another file.
 """
@@ -34,7 +34,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> D
 
     Args:
         output_dir: Folder for `report.html` and the precomputed reference's store; created if necessary.
-        seed: Seed of everything random.
+        seed: Random seed.
         quick: A smoke test that takes seconds; its results mean nothing.
 
     Returns:
@@ -101,7 +101,7 @@ def _initial_policy(
     texts = write_texts(prompts, right_share=settings.right_share, seed=seed)
     tokenizer = train_tokenizer(prompt + answer for prompt, answer in texts)
     model = new_model(tokenizer, settings.model_size, seed=seed)
-    detail = f"{model.num_parameters():,} parameters, from nothing"
+    detail = f"{model.num_parameters():,} parameters, from scratch"
     with narrator.step("Language model on careless texts", settings.pretraining_steps, detail) as advance:
         pretrain(
             model,

@@ -77,7 +77,7 @@ def print_result(console: Console, result: DemoResult) -> None:
     console.print()
     for note in _notes(result):
         console.print(note, highlight=False, soft_wrap=True)
-    console.print(f"{result.seconds:.0f} s in all. Report: {result.report}", highlight=False, soft_wrap=True)
+    console.print(f"{result.seconds:.0f} s in total. Report: {result.report}", highlight=False, soft_wrap=True)
 
 
 def write_demo_report(result: DemoResult, settings: DemoSettings, *, seed: int) -> None:
@@ -92,7 +92,7 @@ def write_demo_report(result: DemoResult, settings: DemoSettings, *, seed: int) 
         title="One task, one set of pairs, four references",
         lead=_lead(result, settings),
         runs={outcome.strategy.name: outcome.log_history for outcome in result.outcomes},
-        table=Table("What each reference costs and brings", _PAGE_COLUMNS, _page_rows(result), notes),
+        table=Table("Cost and result of each reference", _PAGE_COLUMNS, _page_rows(result), notes),
         changes=Changes(
             "Task accuracy on held-out prompts",
             "share of sampled answers that are right",
@@ -144,11 +144,11 @@ def _notes(result: DemoResult) -> list[str]:
 def _lead(result: DemoResult, settings: DemoSettings) -> list[str]:
     best = max(result.outcomes, key=lambda outcome: outcome.after.sampled_accuracy)
     return [
-        f"A language model of {result.num_parameters:,} parameters learned, from nothing, to put the letters of "
+        f"A language model of {result.num_parameters:,} parameters learned from scratch to put the letters of "
         f"made-up words in order, from texts of which only {settings.right_share:.0%} are right. It imitates them all: "
         f"{result.before.sampled_accuracy:.1%} of its sampled answers to held-out prompts are right.",
-        f"Its own answers to other prompts, right against wrong by a rule, made {result.num_pairs:,} preference pairs. "
-        "DPO on these pairs, once with each reference, lifts that share to as much as "
+        f"Its own answers to other prompts, right ones paired with wrong ones by a rule, made {result.num_pairs:,} "
+        "preference pairs. DPO on these pairs, once with each reference, lifts that share to as much as "
         f"{best.after.sampled_accuracy:.1%} ({best.strategy.name}).",
     ]
 

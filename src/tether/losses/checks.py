@@ -60,7 +60,7 @@ def refused_losses(
     for name, (value, default, written) in unread.items():
         if value != default and not any(name in LOSSES[loss].takes for loss in losses):
             why = f"no loss of {list(losses)} has it in its equation"
-            yield of_option(name, value, why, f"Write {written}, or take one of {_takers(name)} as `loss_type`.")
+            yield of_option(name, value, why, f"Write {written}, or use one of {_takers(name)} as `loss_type`.")
 
 
 def refused_margin(losses: Sequence[Loss]) -> Iterator[Refusal]:
@@ -70,7 +70,7 @@ def refused_margin(losses: Sequence[Loss]) -> Iterator[Refusal]:
         yield Refusal(
             f"rows with a `margin` and `loss_type={names!r}`",
             "none of these losses has a margin in its equation",
-            f"Drop the column (`dataset.remove_columns('margin')`), or take one of {_takers('margin')}.",
+            f"Drop the column (`dataset.remove_columns('margin')`), or use one of {_takers('margin')}.",
         )
 
 
@@ -91,7 +91,7 @@ def _ranges(options: LossOptions) -> Iterator[Refusal]:
         why = "rewards are multiplied by it, so it must be positive"
         yield of_option("beta", options.beta, why, "Write a positive number, such as 0.1.")
     if not 0 <= options.label_smoothing < 0.5:
-        why = "it is the probability that a label is flipped, and from 0.5 on a label says nothing or the opposite"
+        why = "it is the probability that a label is flipped, and from 0.5 on labels are uninformative or inverted"
         yield of_option("label_smoothing", options.label_smoothing, why, "Write a value in [0, 0.5).")
     if not 0 < options.discopop_tau < math.inf:
         why = "log-ratios are divided by it, so it must be positive"

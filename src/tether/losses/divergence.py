@@ -2,7 +2,7 @@
 
 Wang et al. 2023, "Beyond Reverse KL", arXiv 2309.16240: the reward of a response is `beta f'(pi_theta / pi_ref)` plus
 a constant of the prompt, which cancels only in the difference of two responses. So only losses on that difference
-generalise.
+can use another divergence.
 """
 
 from __future__ import annotations

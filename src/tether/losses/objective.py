@@ -87,7 +87,7 @@ class Objective:
 
     @property
     def functions(self) -> dict[str, PreferenceLoss]:
-        """The losses by name, each as the function that its docstring describes."""
+        """The losses by name, as documented functions."""
         plain = [loss.function if isinstance(loss, Loss) else loss for _, loss in self._terms]
         return {getattr(function, "__name__", type(function).__name__): function for function in plain}
 

@@ -56,8 +56,8 @@ class PairBatch:
         margins: How much better each pair's chosen response is, in units of reward; None if the rows have no
             `margin`.
         images: Images of each prompt (groups entries, None for a prompt without); empty if no prompt has any.
-        counts: Whether the pairs count towards the loss and the metrics. False for pairs repeated only to give every
-            process equally many batches.
+        counts: Whether the pairs count towards the loss and the metrics. False for pairs repeated only to give all
+            processes the same number of batches.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
