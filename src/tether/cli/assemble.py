@@ -150,7 +150,7 @@ def _check_evaluation(recipe: Recipe) -> None:
             raise ConfigurationError(
                 problem=f"Cannot use `{name}={given[name]}`: the verb of the command decides what a run does.",
                 details="`train` trains, and evaluates when there are held-out pairs.",
-                instead=f"Take `{name}` out"
+                instead=f"Remove `{name}`"
                 + (", and name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
             )
 

@@ -73,7 +73,7 @@ def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -
     if given.get("resume") is not None and given.get("resume_from_checkpoint") is not None:
         yield _together("resume", "resume_from_checkpoint", "they are the same option", "Keep `resume`.")
     if script.dry_run and not prog.endswith(" train"):
-        yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Take it out.")
+        yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Remove it.")
 
 
 def _together(one: str, other: str, why: str, instead: str = _KEEP_ONE) -> Mistake:
@@ -116,7 +116,7 @@ def _in_parts(script: ScriptOptions) -> Iterator[Mistake]:
         return
     if len(shares) < len(parts) or min(shares) < 0 or not sum(shares) > 0:
         listed = ", ".join(str(part.fraction) for part in parts)
-        why = "a fraction is a part's share beside the others', so each has one, at least 0"
+        why = "a fraction is a part's share relative to the others, so each needs one, at least 0"
         yield Mistake(f"`datasets` with the fractions {listed}", why, "Give every part a fraction, or none.")
     if script.dataset_streaming:
         why = "a share of a stream is not known before its end"
@@ -153,7 +153,7 @@ def _in_adapter(script: ScriptOptions, given: Mapping[str, Any]) -> Iterator[Mis
         return
     if script.lora_r is None:
         for name in details:
-            instead = "Add `lora_r: 16` or `use_peft: true`, or take it out."
+            instead = "Add `lora_r: 16` or `use_peft: true`, or remove it."
             yield Mistake(
                 f"`{name}` without `lora_r`", "it shapes an adapter, and without a rank none is made", instead
             )
@@ -162,7 +162,7 @@ def _in_adapter(script: ScriptOptions, given: Mapping[str, Any]) -> Iterator[Mis
         yield Mistake(f"`lora_r={script.lora_r}`", "it is the rank of the adapter's matrices", instead)
     if script.lora_dropout and given.get("disable_dropout", True):
         subject = f"`lora_dropout={script.lora_dropout}` while `disable_dropout` is on (its default)"
-        instead = "Set `disable_dropout: false`, or take `lora_dropout` out."
+        instead = "Set `disable_dropout: false`, or remove `lora_dropout`."
         yield Mistake(subject, "all dropout is set to 0, the adapter's too", instead)
 
 
@@ -172,4 +172,4 @@ def _in_quantization(script: ScriptOptions) -> Iterator[Mistake]:
     for name in _OF_4BIT:
         if getattr(script, name) != _DEFAULTS[name] and not script.load_in_4bit:
             why = "it defines how weights are held in 4 bits, and none are"
-            yield Mistake(f"`{name}` without `load_in_4bit`", why, "Add `load_in_4bit: true`, or take it out.")
+            yield Mistake(f"`{name}` without `load_in_4bit`", why, "Add `load_in_4bit: true`, or remove it.")

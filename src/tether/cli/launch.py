@@ -50,7 +50,7 @@ def check_no_launcher(given: Mapping[str, Any], prog: str) -> None:
             problem=f"Cannot use `{name}={given[name]}` in a process that a launcher has started: how many processes "
             "run, and where, is already decided.",
             details=f"`{name}` is an option of `accelerate launch`, and LOCAL_RANK is set.",
-            instead=f"Take it out, or start with `{prog}` alone, which calls `accelerate launch` itself.",
+            instead=f"Remove it, or start with `{prog}` alone, which calls `accelerate launch` itself.",
         )
 
 
@@ -120,7 +120,7 @@ def _check_kind(options: Sequence[str]) -> None:
                 problem=f"Cannot use `{shaped}` without `--{kind}`: it defines how to shard the weights, and they "
                 "are not sharded.",
                 details=f"accelerate would ignore `{shaped}`.",
-                instead=f"Add `--{kind}`, or take `{shaped}` out.",
+                instead=f"Add `--{kind}`, or remove `{shaped}`.",
             )
 
 

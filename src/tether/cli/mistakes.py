@@ -58,7 +58,7 @@ def unknown_option(subject: str, name: str, known: Iterable[str], line: int | No
         dashes: Prefix of option names where this one was written.
     """
     nearest = nearest_to(name, known)
-    instead = f"Did you mean `{dashes}{nearest}`?" if nearest else "Take it out."
+    instead = f"Did you mean `{dashes}{nearest}`?" if nearest else "Remove it."
     return Mistake(subject, f"there is no option `{name}`", instead, line=line, about=nearest)
 
 

@@ -69,7 +69,7 @@ class ScriptOptions:
     datasets: list[Part] | None = _option(
         None, "Or several sets as one: paths or names; a recipe can set more for each (docs/recipes.md)."
     )
-    dataset_config: str | None = _option(None, "The configuration of train_data, where a dataset has several.")
+    dataset_config: str | None = _option(None, "The configuration of train_data, if a dataset has several.")
     dataset_train_split: str | None = _option(
         None, "The split of train_data to train on, or a slice of it. Default: train."
     )
@@ -89,7 +89,7 @@ class ScriptOptions:
     split_seed: int = _option(
         0, "Which pairs eval_fraction holds out; separate from `seed`, so that all seeds share one set."
     )
-    tokenizer: str | None = _option(None, "Folder or name of the tokenizer. Default: the one beside the model.")
+    tokenizer: str | None = _option(None, "Folder or name of the tokenizer. Default: the one in the model's folder.")
     resume: str | None = _option(
         None, "Resume from a checkpoint: its folder, or no value for the last one in output_dir."
     )

@@ -35,7 +35,7 @@ REFUSED: Mapping[str, RefusedOption] = {
         "Write `ddp_broadcast_buffers: false`, which keeps all from being sent.",
     ),
     "lora_task_type": RefusedOption(
-        "CAUSAL_LM", "responses are scored by a causal language model, whatever its adapter.", "Take it out."
+        "CAUSAL_LM", "responses are scored by a causal language model, whatever its adapter.", "Remove it."
     ),
     "mixed_precision": RefusedOption(
         None, "it is an option of the launcher's, and the trainer's own would win.", "Write `bf16: true`."
