@@ -1,4 +1,4 @@
-"""Tether: preference training (DPO and its family) with the reference model as a first-class thing.
+"""Tether: preference training (DPO and its family) with the reference model as a first-class object.
 
 from tether import DPOConfig, DPOTrainer
 """
@@ -37,7 +37,7 @@ if _typing.TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded when first used: `tether --help` should not wait for torch and transformers.
+# Loaded at first use: `tether --help` should not wait for torch and transformers.
 _HOMES = {
     "DPOConfig": "tether.config.dpo_config",
     "DataCollatorForPreference": "tether.data",

@@ -1,19 +1,19 @@
 """The exceptions of Tether.
 
-Each says in one sentence what cannot be and why, then what to write instead, and is also the builtin a caller would
-expect (`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
+Each states what is wrong and why, then what to do instead, and is also the builtin that a caller would expect
+(`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
 """
 
 from typing import Any
 
 
 class TetherError(Exception):
-    """An error that says what to do about it.
+    """An error that explains what to do about it.
 
     Args:
-        problem: What cannot be and why, in one sentence that stands alone.
+        problem: What is wrong and why, in one sentence that stands alone.
         instead: What to write or do instead.
-        details: What else helps to see why: figures, rows, what a library said.
+        details: Further explanation: numbers, rows, a library's message.
     """
 
     def __init__(self, problem: str, instead: str, details: str = "") -> None:
@@ -27,21 +27,21 @@ class TetherError(Exception):
 
 
 class ConfigurationError(TetherError, ValueError):
-    """Options or arguments that cannot be honoured, alone or together. Raised at construction.
+    """Options or arguments that cannot be used, alone or together. Raised at construction.
 
     Attributes:
-        refusals: What is wrong with each (`tether.refusals.Refusal`), where that is known one by one.
+        refusals: Each option or argument that is refused (`tether.refusals.Refusal`), if known individually.
     """
 
     refusals: tuple[Any, ...] = ()
 
 
 class ArgumentTypeError(ConfigurationError, TypeError):
-    """An argument of another kind than the one that is needed."""
+    """An argument of the wrong type."""
 
 
 class NotHereError(TetherError, AttributeError):
-    """Something that TRL's trainer has under this name, and this one under another."""
+    """Something that TRL's trainer has under this name, and this one has under another."""
 
 
 class DataError(TetherError, ValueError):
@@ -49,7 +49,7 @@ class DataError(TetherError, ValueError):
 
 
 class ReferenceModelError(TetherError, ValueError):
-    """A reference that is not, or cannot be, the one that was meant."""
+    """A reference that is not, or cannot be, the intended one."""
 
 
 class ResumeError(TetherError, ValueError):
@@ -65,16 +65,16 @@ class StoreError(TetherError, RuntimeError):
 
 
 class InitialGapError(TetherError, ValueError):
-    """A reference that was meant to be the initial policy, and does not score like it."""
+    """A reference that should be the initial policy, but does not score like it."""
 
 
 class DriftError(TetherError, RuntimeError):
-    """A reference that should stand still, and moved during training."""
+    """A reference that should not change, but did during training."""
 
 
 class NotFiniteError(TetherError, FloatingPointError):
-    """Training made a loss or a weight NaN or infinite. Names the step; nothing of it was saved."""
+    """Training made a loss or a weight NaN or infinite. Names the step; nothing from it was saved."""
 
 
 class MissingPackageError(TetherError, ImportError):
-    """A library that this part of Tether needs, and Tether as a whole does not, is not installed."""
+    """A library is missing that this part of Tether needs, but Tether as a whole does not."""

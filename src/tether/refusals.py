@@ -1,4 +1,4 @@
-"""What cannot be, said in one form: a refusal, and the error that tells all of them.
+"""One form for everything that is refused: a refusal, and the error that reports all of them.
 
 Knows no option. Loads no torch.
 """
@@ -15,14 +15,14 @@ from tether.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing that cannot be: `Cannot use {subject}: {why}.`
+    """Something that cannot be used: `Cannot use {subject}: {why}.`
 
     Attributes:
         subject: What was written, in backticks.
-        why: Why it cannot be, without a stop.
-        instead: What to write, in sentences; may be empty where `why` says what an option takes.
-        details: What else helps to see why, in sentences.
-        option: The option's name, where it is about one.
+        why: The reason, without a full stop.
+        instead: What to write, in sentences; may be empty if `why` already says it.
+        details: Further explanation, in sentences.
+        option: Name of the option, if it is about one.
     """
 
     subject: str
@@ -37,15 +37,15 @@ class Refusal:
 
 
 def of_option(name: str, value: Any, why: str, instead: str, beside: str = "", details: str = "") -> Refusal:
-    """An option's value that cannot be.
+    """An option's value that is refused.
 
     Args:
         name: The option.
-        value: Its value; of an enumeration, the plain value is shown.
-        why: Why it cannot be, without a stop.
+        value: Its value; an enumeration member is shown as its plain value.
+        why: The reason, without a full stop.
         instead: What to write, in sentences.
-        beside: What it cannot stand beside, after the option: "with `other=True`".
-        details: What else helps to see why, in sentences.
+        beside: What it cannot be combined with, after the option: "with `other=True`".
+        details: Further explanation, in sentences.
     """
     subject = f"`{name}={getattr(value, 'value', value)!r}`"
     return Refusal(f"{subject} {beside}".rstrip(), why, instead, details, name)
@@ -55,7 +55,7 @@ def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = Configura
     """Raises one error for everything that was found, once for each option; does nothing if there is nothing.
 
     Raises:
-        ConfigurationError: Its `refusals` are what was found.
+        ConfigurationError: With the refusals in `refusals`.
     """
     first: dict[str, Refusal] = {}
     for refusal in found:
@@ -77,14 +77,14 @@ def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = Configura
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """As people list things: "a, b and c", or "a, b and 5 more"."""
+    """Lists names in words: "a, b and c", or "a, b and 5 more"."""
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def nearest_to(name: str, known: Iterable[str]) -> str:
-    """The name that was probably meant: one that begins so, or looks alike; empty if there is none."""
+    """The known name that was probably meant: one with the same start, or a similar one; empty if there is none."""
     names = list(known)
     begins = [other for other in names if other.startswith(name)]
     return next(iter(begins or difflib.get_close_matches(name, names, n=1)), "")

@@ -1,8 +1,8 @@
-"""A run, or several side by side, as one self-contained HTML page: a table, curves, further tables.
+"""Reports on one or several runs as a self-contained HTML page: a table, curves and further tables.
 
 Takes what every trainer keeps (`trainer.state.log_history`) and text; knows no model, no reference and no task. The
-only file that draws. Pictures are inline SVG whose text and axes take the page's colour, so that the page reads in
-light and in dark.
+only file that draws. Figures are inline SVG whose text and axes take the page's colour, so that the page is readable
+in light and dark mode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise MissingPackageError(
         problem="Cannot draw a report: matplotlib, which draws its curves, is not installed.",
-        details="Only reports and `tether demo` draw, so a plain install leaves matplotlib out.",
+        details="Only reports and `tether demo` draw, so a plain install does not include matplotlib.",
         instead="Install it: `pip install matplotlib`, or `pip install '.[demo]'` in a clone of Tether.",
     ) from error
 
@@ -41,11 +41,11 @@ class Table:
     """A table of text.
 
     Attributes:
-        title: What stands above it.
-        columns: The head of each column; a line break parts name and unit.
+        title: Heading above the table.
+        columns: Heading of each column; a line break separates name and unit.
         rows: The cells, each row as long as `columns`.
-        notes: Sentences that stand below it.
-        folded: Shown only when the reader opens it.
+        notes: Sentences below the table.
+        folded: Collapsed until the reader opens it.
     """
 
     title: str
@@ -62,9 +62,9 @@ class Curve:
     Attributes:
         key: Its name in the log.
         title: Its name on the page.
-        unit: What the vertical axis counts.
-        about: One sentence for the reader, also the picture's description.
-        baseline: Where knowing nothing would stand; drawn as a thin line.
+        unit: Unit of the vertical axis.
+        about: One sentence for the reader, also the figure's description.
+        baseline: Value of a model without information; drawn as a thin line.
     """
 
     key: str
@@ -80,8 +80,8 @@ class Changes:
 
     Attributes:
         title: What the number is.
-        unit: What the horizontal axis counts.
-        about: One sentence for the reader, also the picture's description.
+        unit: Unit of the horizontal axis.
+        about: One sentence for the reader, also the figure's description.
         values: Run -> (before, after).
     """
 
@@ -97,7 +97,7 @@ DPO_CURVES = (
         "rewards/margins",
         "Reward margin",
         "β × nats",
-        "Reward of the chosen answer less that of the rejected one; the reward is β log(policy / reference).",
+        "Reward of the chosen answer minus that of the rejected one; the reward is β log(policy / reference).",
         0.0,
     ),
     Curve(
@@ -123,8 +123,8 @@ DPO_CURVES = (
     ),
 )
 
-# Colours that keep apart for colour-blind readers, on white and on black. Curves often coincide, as they should: the
-# first is a broad pale band, and later ones are thin and broken, so that all are seen.
+# Colours that colour-blind readers can distinguish, on white and on black. Curves often coincide, as they should:
+# the first is a broad pale band, and later ones are thin and dashed, so that all are visible.
 _COLOURS = ("#4d8df6", "#e8710a", "#0b9e74", "#c0529e", "#8a8f98", "#b58900")
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.2, 1.4)), (0, (6, 2, 1.5, 2)), "solid", (0, (2, 2)))
 _WIDTHS = (5.5, 1.9, 2.4, 1.9, 1.5, 1.5)
@@ -148,13 +148,13 @@ def write_report(
 
     Args:
         path: The file to write.
-        title: Of the page.
+        title: Title of the page.
         lead: Paragraphs at the top.
-        runs: Name -> log; one colour each, in this order. A curve that no run logged is left out.
+        runs: Name -> log; one colour each, in this order. A curve that no run logged is omitted.
         table: The main table.
-        changes: Numbers before and after, as one more picture.
+        changes: Numbers before and after, as one more figure.
         further: Tables at the end.
-        curves: What to draw of the logs.
+        curves: The curves to draw.
 
     Returns:
         The path.
@@ -237,14 +237,14 @@ def _empty_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str, about: str) -> str:
-    """The picture as an `<svg>` element that scales, says what it shows, and takes the page's colour and font."""
+    """The figure as an `<svg>` element that scales, has a description, and takes the page's colour and font."""
     buffer = io.StringIO()
-    # Names inside a picture come from this salt: pictures of one page must not share them.
+    # Names inside a figure are derived from this salt: figures of one page must not share them.
     with matplotlib.rc_context({"svg.hashsalt": title}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # A style element would hold for the whole page.
+    # A style element would apply to the whole page.
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px[^;\"]*", r"font-size: \1px", text)
     prefix = re.sub(r"\W+", "-", title.lower())
@@ -304,7 +304,7 @@ def _is_numeric(cells: Iterable[str]) -> bool:
 
 
 def _data(runs: Mapping[str, LogHistory], curves: Sequence[Curve]) -> str:
-    """The numbers behind the pictures, for whoever wants to draw them again."""
+    """The data of the figures, so that readers can plot it again."""
     numbers = {
         name: {curve.key: dict(zip(("step", "value"), _points(log, curve.key), strict=True)) for curve in curves}
         for name, log in runs.items()

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether.cli import main, progress
-from tether.cli.library_errors import library_errors_told
+from tether.cli.library_errors import report_library_errors
 from tether.cli.pairs import hold_out, load_pairs
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
@@ -376,12 +376,12 @@ def test_what_a_library_refuses_when_training_is_set_up_is_told_with_its_words(
 
 
 def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), library_errors_told("tether train"):
+    with pytest.raises(ZeroDivisionError), report_library_errors("tether train"):
         raise ZeroDivisionError
-    with pytest.raises(OSError) as during, library_errors_told("tether train", lambda: False):
+    with pytest.raises(OSError) as during, report_library_errors("tether train", lambda: False):
         AutoConfig.from_pretrained("./nowhere")
     assert not isinstance(during.value, ConfigurationError)
-    with pytest.raises(ValueError) as own, library_errors_told("tether train"):
+    with pytest.raises(ValueError) as own, report_library_errors("tether train"):
         raise ValueError
     assert not isinstance(own.value, ConfigurationError)
 
@@ -609,7 +609,7 @@ def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
     path = recipe(learning_rate=1e30, save_steps=1, logging_steps=2, eval_fraction=None)
     code, out, err = tether("train", path)
     assert code == 2
-    assert err.startswith("tether: Cannot go on training: the loss of step 2 is NaN or infinite.\n  ")
+    assert err.startswith("tether: Cannot continue training: the loss of step 2 is NaN or infinite.\n  ")
     assert "Traceback" not in err and "step    2/4" not in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "README.md") == ["checkpoint-1"]
     weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")

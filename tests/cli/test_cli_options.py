@@ -150,7 +150,8 @@ def option_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         schema["type"].append(schema["items"]["type"][0])
     own = name not in {entry.name for entry in dataclasses.fields(TrainingArguments)}
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-    text = shortened(field.metadata.get("help") or "")
+    text = " ".join((field.metadata.get("help") or "").split())
+    text = text if own else shortened(text)
     group = GROUP_OF.get(name, "how to train" if own else REST)
     return {"description": text, **schema, "default": getattr(default, "value", default), "group": group}
 

@@ -64,7 +64,7 @@ def test_verify_scores_a_sample_again_and_says_the_largest_difference(
     code, out, err = tether("store", "verify", recipe_path, "--store", store, "--sample", "10")
     assert code == 0, err
     count = LogProbStore(store).count()
-    assert f"records    {count}, every checksum right" in out and digest_in(store) in out
+    assert f"records    {count}, every checksum correct" in out and digest_in(store) in out
     largest = float(re.search(r"difference (\S+) nats at most", out).group(1))  # type: ignore[union-attr]
     assert largest < 1e-4 and LogProbStore(store).count() == count
 
@@ -215,7 +215,7 @@ def test_precompute_that_is_stopped_says_what_is_kept(
         code, _, err = tether("precompute", path)
     assert code == 130
     kept = int(re.search(r"stopped\. (\d+) of 16 rows of the train set are kept", err).group(1))  # type: ignore[union-attr]
-    assert 0 < kept < 16 and "the same command goes on" in err
+    assert 0 < kept < 16 and "run the same command to continue" in err
     code, out, _ = tether("precompute", path)
     found = int(re.search(r"(\d+) responses found", out).group(1))  # type: ignore[union-attr]
     assert code == 0 and found >= kept

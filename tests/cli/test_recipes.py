@@ -443,7 +443,7 @@ def test_a_part_that_cannot_be_read_is_named(entries: list[dict[str, Any]], said
 
 
 def test_precompute_refuses_a_stream() -> None:
-    with pytest.raises(ConfigurationError, match="scored when training comes to them"):
+    with pytest.raises(ConfigurationError, match="scored when training reads them"):
         read_recipe("precompute", ["--model=m", "--train_data=a/b", "--streaming", "--max_steps=2"])
 
 

@@ -49,11 +49,11 @@ def test_even_batches_are_fixed_and_only_their_order_changes_with_the_epoch() ->
 def test_grouping_brings_similar_lengths_together() -> None:
     lengths = [(37 * number) % 397 + 5 for number in range(400)]
 
-    def spread(group: bool) -> float:
-        batches = EvenBatches(lengths, max_pairs=8, group=group)
+    def spread(batches: list[list[int]]) -> float:
         return sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
 
-    assert spread(True) < 0.1 * spread(False)
+    in_order = [list(range(start, start + 8)) for start in range(0, len(lengths), 8)]
+    assert spread(list(EvenBatches(lengths, max_pairs=8))) < 0.1 * spread(in_order)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

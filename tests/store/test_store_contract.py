@@ -148,16 +148,6 @@ def test_store_notes_once_a_day_that_it_was_read(store: LogProbStore) -> None:
     assert datetime.now(UTC) - store.digests()[ME] < timedelta(minutes=1)
 
 
-def test_store_draws_samples_that_a_seed_repeats(store: LogProbStore) -> None:
-    fill(store, range(50))
-    fill(store, range(50, 60), identity=OTHER)
-    drawn = store.sample(ME, 10, seed=0)
-    assert len(set(drawn)) == 10 and set(drawn) <= {key_of(i) for i in range(50)}
-    assert drawn == store.sample(ME, 10, seed=0) != store.sample(ME, 10, seed=1)
-    assert len(store.sample(ME, 1000, seed=0)) == 50
-    assert store.sample("nobody", 3, seed=0) == []
-
-
 def test_store_iterates_in_batches_while_it_is_written_to(store: LogProbStore) -> None:
     fill(store, range(100))
     seen: dict[bytes, np.ndarray] = {}

@@ -180,7 +180,7 @@ def test_store_in_a_read_only_folder_is_not_opened_for_writing(shut_folder: Path
         return f"{refused.value}{refused_new.value}"
 
     said = as_stranger(body)
-    assert isinstance(said, str) and said.count("may not be written") == 2 and "TETHER_HOME" in said
+    assert isinstance(said, str) and said.count("is not writable") == 2 and "TETHER_HOME" in said
 
 
 def test_store_in_a_read_only_folder_is_not_read_without_its_last_writes(shut_folder: Path) -> None:

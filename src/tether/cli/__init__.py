@@ -1,6 +1,6 @@
-"""The command `tether`: runs a verb, and turns an error into readable lines and an exit code.
+"""The command `tether`: runs a verb, and turns errors into readable lines and an exit code.
 
-Must stay instant: torch and everything that imports it are loaded by a verb, never here.
+Must start instantly: torch and everything that imports it are loaded by a verb, never here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ EXIT_DONE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 2, 130
 
 
 def run_and_exit() -> NoReturn:
-    """The installed command: `main`, and the end of the process with its exit code.
+    """The installed command: runs `main` and ends the process with its exit code.
 
-    A process of several is ended without tearing the interpreter down: a thread of gloo may still let go of Python
-    objects then, which aborts a process whose work is done ("terminate called without an active exception").
+    One of several processes is ended without shutting the interpreter down: a gloo thread may still release Python
+    objects at that point, which aborts a process that has finished ("terminate called without an active exception").
     """
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        atexit._run_exitfuncs()  # trackers write their last there
+        atexit._run_exitfuncs()  # trackers flush there
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `tether`; by default those of this process.
 
     Returns:
-        The exit code: 0 done, 2 refused (a `TetherError`, told on standard error), 130 interrupted.
+        The exit code: 0 done, 2 refused (a `TetherError`, printed to standard error), 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words or os.environ.get("TETHER_TRACEBACK", "") not in ("", "0")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return run_verb(words)
-    except SystemExit as done:  # in place of the processes that a launcher starts
+    except SystemExit as done:  # this process only started a launcher
         return int(done.code or EXIT_DONE)
     except TetherError as error:
         if traceback:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_bitsandbytes() -> None:
-    """Where it is installed, it warns of 4-bit kernels when peft imports it, and of a cast in every 8-bit product."""
+    """Silences bitsandbytes' warnings about 4-bit kernels (when peft imports it) and casts (in every 8-bit product)."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

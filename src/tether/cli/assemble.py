@@ -1,6 +1,6 @@
-"""From a recipe to a `DPOTrainer`: loads what it names, in the order in which mistakes are cheapest.
+"""From a recipe to a `DPOTrainer`: loads what it names, in the order that finds mistakes earliest.
 
-The verbs share it, so that `precompute` and `train` see the same rows and the same reference.
+Shared by the verbs, so that `precompute` and `train` see the same rows and the same reference.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def build_trainer(
 
     Args:
         recipe: The recipe.
-        callbacks: Of the trainer.
-        shard: Take part `i` of `n` of each set's rows, `i` counted from 1; None for all.
+        callbacks: The trainer's callbacks.
+        shard: Use part `i` of `n` of each set's rows, `i` counted from 1; None for all.
 
     Raises:
-        TetherError: If the recipe names what does not exist, or options that contradict each other.
+        TetherError: If the recipe names something that does not exist, or has contradicting options.
     """
     script, config = recipe.script, recipe.config
     _quiet_libraries(recipe)
@@ -107,7 +107,7 @@ def load_sets(recipe: Recipe) -> tuple[PairDataset, PairDataset | None]:
 
 
 def held_out_split(recipe: Recipe) -> str | None:
-    """The split of `train_data` that is held out: the one that is named; else, where the recipe evaluates, `test`."""
+    """The held-out split of `train_data`: the one named, or `test` if the recipe evaluates."""
     script = recipe.script
     if script.dataset_test_split is not None:
         return script.dataset_test_split
@@ -130,16 +130,16 @@ def _load_split(script: ScriptOptions, split: str | None) -> PairDataset:
 
 
 def _quiet_libraries(recipe: Recipe) -> None:
-    """No bars where none are wanted, and no notices from one library to another."""
+    """Hides progress bars where they are unwanted, and notices from one library to another."""
     quiet_deepspeed()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 still asks it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 still calls it
     if recipe.config.disable_tqdm:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
 
 
 def _check_evaluation(recipe: Recipe) -> None:
-    """Refuses options that would silently do nothing in a command that evaluates whenever it has held-out pairs."""
+    """Refuses options without effect in a command that evaluates whenever it has held-out pairs."""
     script, given = recipe.script, recipe.given
     held_out = (script.eval_data, script.eval_fraction, held_out_split(recipe))
     has_eval = any(source is not None for source in held_out)
@@ -154,13 +154,13 @@ def _check_evaluation(recipe: Recipe) -> None:
             raise ConfigurationError(
                 problem=f"Cannot use `{name}={given[name]}`: the verb of the command decides what a run does.",
                 details="`train` trains, and evaluates when there are held-out pairs.",
-                instead=f"Take `{name}` out"
+                instead=f"Remove `{name}`"
                 + (", and name held-out pairs with `eval_data` or `eval_fraction`." if name == "do_eval" else "."),
             )
 
 
 def _check_model(option: str, name: str | None, recipe: Recipe) -> None:
-    """Finds a wrong name before any data are read."""
+    """Finds a wrong name before any data is read."""
     if name is None or (Path(name) / "adapter_config.json").is_file():
         return
     config = recipe.config

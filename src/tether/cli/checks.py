@@ -1,4 +1,4 @@
-"""Whether the options of a recipe go together, before anything is read; and what they leave to be said.
+"""Checks that the options of a recipe go together before anything is read, and fills in what follows from them.
 
 Knows options only; `DPOConfig` checks its own.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from tether.cli.mistakes import Mistake
 from tether.cli.options import ScriptOptions
 
-# The adapter that TRL makes where a recipe says no more than `use_peft: true`.
+# The adapter that TRL creates for `use_peft: true` alone.
 _TRL_LORA: Mapping[str, Any] = {"lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05}
 _LORA_DETAILS = (
     "lora_alpha",
@@ -31,10 +31,10 @@ _KEEP_ONE = "Keep one of the two."
 
 
 def completed(script: ScriptOptions, given: Mapping[str, Any]) -> ScriptOptions:
-    """The options with what follows from others filled in.
+    """The options, completed with those that follow from others.
 
-    TRL calls the parts of a mixture `train` and `test`, so that its recipes may name these splits. An adapter is
-    written as TRL's recipes do (`use_peft`) or as ours (`lora_r`).
+    TRL names the parts of a mixture `train` and `test`, so its recipes may name these splits. An adapter is requested
+    as in TRL's recipes (`use_peft`) or as in ours (`lora_r`).
     """
     if script.datasets is not None:
         train, test = script.dataset_train_split, script.dataset_test_split
@@ -45,7 +45,7 @@ def completed(script: ScriptOptions, given: Mapping[str, Any]) -> ScriptOptions:
         )
     if script.use_peft:
         filled = {name: value for name, value in _TRL_LORA.items() if getattr(script, name) is None}
-        if given.get("disable_dropout", True):  # it would be set to 0 with all other dropout
+        if given.get("disable_dropout", True):  # otherwise it would be set to 0 with all other dropout
             filled.pop("lora_dropout", None)
         script = replace(script, **filled)
     resume: Any = script.resume or given.get("resume_from_checkpoint")
@@ -53,7 +53,7 @@ def completed(script: ScriptOptions, given: Mapping[str, Any]) -> ScriptOptions:
 
 
 def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> Iterator[Mistake]:
-    """What is missing, and what does not go together.
+    """What is missing, and what cannot be combined.
 
     Args:
         script: The options that are not `DPOConfig`'s, completed.
@@ -68,7 +68,7 @@ def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -
     yield from _in_adapter(script, given)
     yield from _in_quantization(script)
     if script.model_revision is not None and script.ref_model is not None:
-        why = "the revision is one of the policy's repository, and would be looked for in the reference's too"
+        why = "the revision belongs to the policy's repository, and would be looked up in the reference's too"
         yield _together("model_revision", "ref_model", why, "Download one of the two, and name its folder.")
     if given.get("resume") is not None and given.get("resume_from_checkpoint") is not None:
         yield _together("resume", "resume_from_checkpoint", "they are the same option", "Keep `resume`.")
@@ -80,7 +80,7 @@ def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -
                     f"`{prog}` with `{name}`", why, "Take it out: this verb is for references that stand still."
                 )
     if script.dry_run and not prog.endswith(" train"):
-        yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Take it out.")
+        yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Remove it.")
 
 
 def _together(one: str, other: str, why: str, instead: str = _KEEP_ONE) -> Mistake:
@@ -99,10 +99,10 @@ def _in_sources(script: ScriptOptions, prog: str) -> Iterator[Mistake]:
     if script.datasets is None:
         return
     if script.train_data is not None:
-        yield _together("train_data", "datasets", "both say what to train on")
+        yield _together("train_data", "datasets", "both name the pairs to train on")
     for name in _OF_TRAIN_DATA:
         if getattr(script, name) is not None:
-            why = "it says more of `train_data`, and the parts of a mixture say it each for itself"
+            why = "it belongs to `train_data`, while each part of a mixture has its own"
             instead = "Write `name` and `split` in the parts; hold pairs out with `eval_fraction` or `eval_data`."
             yield _together(name, "datasets", why, instead)
 
@@ -110,7 +110,7 @@ def _in_sources(script: ScriptOptions, prog: str) -> Iterator[Mistake]:
 def _in_held_out(script: ScriptOptions) -> Iterator[Mistake]:
     named = [name for name in ("eval_data", "eval_fraction", "dataset_test_split") if getattr(script, name) is not None]
     for one, other in combinations(named, 2):
-        yield _together(one, other, "both say which pairs are held out")
+        yield _together(one, other, "both define which pairs are held out")
     if script.eval_fraction is not None and not 0 < script.eval_fraction < 1:
         why = "it is the share of the pairs to hold out, and some must be left to train on"
         yield Mistake(f"`eval_fraction={script.eval_fraction}`", why, "Write a value between 0 and 1, such as 0.1.")
@@ -123,7 +123,7 @@ def _in_parts(script: ScriptOptions) -> Iterator[Mistake]:
         return
     if len(shares) < len(parts) or min(shares) < 0 or not sum(shares) > 0:
         listed = ", ".join(str(part.fraction) for part in parts)
-        why = "a fraction is a part's share beside the others', so each has one, at least 0"
+        why = "a fraction is a part's share relative to the others, so each needs one, at least 0"
         yield Mistake(f"`datasets` with the fractions {listed}", why, "Give every part a fraction, or none.")
     if script.dataset_streaming:
         why = "a share of a stream is not known before its end"
@@ -140,11 +140,11 @@ def _in_stream(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> It
     if prog.endswith(" precompute"):
         yield Mistake(
             "`tether precompute` with `dataset_streaming`",
-            "a stream's rows are scored when training comes to them; nothing is read before",
+            "a stream's rows are scored when training reads them, not before",
             "Write `dataset_streaming: false` here, or leave the scoring to `tether train`.",
         )
     if not (given.get("max_steps") or 0) > 0:
-        why = "the end of a stream is not known before, and the learning rate follows a schedule"
+        why = "the length of a stream is not known in advance, and the learning rate follows a schedule"
         yield Mistake(
             "`dataset_streaming` without `max_steps`", why, "Add `max_steps: 1000`, or however many you want."
         )
@@ -160,7 +160,7 @@ def _in_adapter(script: ScriptOptions, given: Mapping[str, Any]) -> Iterator[Mis
         return
     if script.lora_r is None:
         for name in details:
-            instead = "Add `lora_r: 16` or `use_peft: true`, or take it out."
+            instead = "Add `lora_r: 16` or `use_peft: true`, or remove it."
             yield Mistake(
                 f"`{name}` without `lora_r`", "it shapes an adapter, and without a rank none is made", instead
             )
@@ -169,7 +169,7 @@ def _in_adapter(script: ScriptOptions, given: Mapping[str, Any]) -> Iterator[Mis
         yield Mistake(f"`lora_r={script.lora_r}`", "it is the rank of the adapter's matrices", instead)
     if script.lora_dropout and given.get("disable_dropout", True):
         subject = f"`lora_dropout={script.lora_dropout}` while `disable_dropout` is on (its default)"
-        instead = "Set `disable_dropout: false`, or take `lora_dropout` out."
+        instead = "Set `disable_dropout: false`, or remove `lora_dropout`."
         yield Mistake(subject, "all dropout is set to 0, the adapter's too", instead)
 
 
@@ -178,5 +178,5 @@ def _in_quantization(script: ScriptOptions) -> Iterator[Mistake]:
         yield _together("load_in_4bit", "load_in_8bit", "a weight is held in one of the two")
     for name in _OF_4BIT:
         if getattr(script, name) != _DEFAULTS[name] and not script.load_in_4bit:
-            why = "it says how weights are held in 4 bits, and none are"
-            yield Mistake(f"`{name}` without `load_in_4bit`", why, "Add `load_in_4bit: true`, or take it out.")
+            why = "it defines how weights are held in 4 bits, and none are"
+            yield Mistake(f"`{name}` without `load_in_4bit`", why, "Add `load_in_4bit: true`, or remove it.")

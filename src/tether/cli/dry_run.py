@@ -1,4 +1,4 @@
-"""`tether train --dry_run`: everything up to the first step, shown. Trains nothing and writes nothing."""
+"""`tether train --dry_run`: does and shows everything up to the first step. Trains nothing and writes nothing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _ROWS_AT_ONCE = 64
 
 
 def describe_dry_run(recipe: Recipe) -> str:
-    """Builds the run's trainer and says what it would train; the reference's pass before training is not made."""
+    """Builds the run's trainer and describes the run, without the reference's pass before training."""
     config = recipe.config
     config.push_to_hub = False
     if config.precompute_ref_log_probs and config.ref_store_mode in ("auto", "fill"):
-        config.ref_store_mode = "lazy"  # nothing is scored until a row is asked for
+        config.ref_store_mode = "lazy"  # nothing is scored until a row is requested
     with tempfile.TemporaryDirectory() as nowhere:
         folder, config.output_dir = config.output_dir, nowhere
         trainer = build_trainer(recipe)
@@ -34,7 +34,7 @@ def describe_dry_run(recipe: Recipe) -> str:
 
 
 def _cost(trainer: DPOTrainer) -> str:
-    """What the reference takes beside its weights: passes, or responses that the store lacks."""
+    """What the reference costs besides its weights: passes, or the number of responses that the store lacks."""
     reference, _, batch = trainer.reference, *next(_batches(trainer))
     if isinstance(reference, PrecomputedReference) and isinstance(trainer.train_dataset, Dataset):
         answers = [value is not None for _, batch in _batches(trainer) for value in reference.stored(batch)]
@@ -47,7 +47,7 @@ def _cost(trainer: DPOTrainer) -> str:
 
 
 def _lengths(trainer: DPOTrainer) -> str:
-    """Tokens of each pair, its prompt once, and how many rows `max_length` cuts."""
+    """Tokens of each pair, its prompt once, and how many pairs `max_length` cuts."""
     if not isinstance(trainer.train_dataset, Dataset):
         return "lengths    not known before the stream is read"
     lengths, num_cut = [], 0
@@ -65,7 +65,7 @@ def _lengths(trainer: DPOTrainer) -> str:
 
 
 def _first_pair(trainer: DPOTrainer) -> list[str]:
-    """Prompt and responses of the first row as the model reads them."""
+    """Prompt and responses of the first row, as the model reads them."""
     _, batch = next(_batches(trainer))
     responses = batch.responses()
     chosen, rejected = responses[batch.chosen[0]], responses[batch.rejected[0]]

@@ -14,13 +14,13 @@ _USED = ("pyarrow", "pydantic", "typer", "bitsandbytes", "deepspeed", "trl")
 
 
 def describe_environment() -> str:
-    """A line each, as `name  value`."""
+    """One line each, as `name  value`."""
     store = default_store_path()
     rows = {
         "Python": f"{platform.python_version()}, {platform.platform()}",
         **{name: _version_of(name) for name in (*_NEEDED, *_USED)},
         "devices": _devices(),
-        "store": f"{store} ({store.stat().st_size / 1e6:,.1f} MB)" if store.is_file() else f"{store} (not there yet)",
+        "store": f"{store} ({store.stat().st_size / 1e6:,.1f} MB)" if store.is_file() else f"{store} (not created yet)",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 

@@ -1,4 +1,4 @@
-"""The help of the verbs that take a recipe, and what a shell completes for them: from the list of options.
+"""The help of the verbs that take a recipe, and their shell completion, from the list of options.
 
 Knows texts; loads no torch.
 """
@@ -16,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 from tether.cli.options import OPTIONS
 
 REFERENCE_TABLE = """\
-Which reference? The policy is pulled back towards it; it is the policy as it
-was at the start, unless ref_model names another.
+Which reference? The policy is pulled back towards it. By default it is the
+policy as it was at the start; ref_model names another model.
 
   options                   reference                 extra work, memory
   (none)                    explicit: a frozen copy   a forward pass per step,
@@ -38,20 +38,20 @@ _NAMES = {"boolean": "[BOOL]", "object": "JSON", "integer": "INT", "number": "FL
 _WIDTH, _COLUMN, _MOST_CHOICES = 79, 28, 7
 
 
-# Settings of a verb; and of one whose other words are options of a recipe.
+# Click settings of a verb, and of one that also takes a recipe's options.
 HELP_NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 WORDS: dict[str, Any] = {**HELP_NAMES, "ignore_unknown_options": True, "allow_extra_args": True}
 
 
-class ToldGroup(TyperGroup):
-    """A group of verbs whose help is the text that it was given."""
+class FixedHelpGroup(TyperGroup):
+    """A group of verbs whose help is a given text."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(self.help)
 
 
 class RecipeCommand(TyperCommand):
-    """A verb that takes a recipe and, as flags, every option of one: its words reach it as they are."""
+    """A verb that takes a recipe and all its options as flags, and parses them itself."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         options: Any = [param for param in self.params if param.name != "help"]
@@ -61,7 +61,7 @@ class RecipeCommand(TyperCommand):
         formatter.write(usage + "\n".join([*_rows(own), *_headings()]))
 
     def get_params(self, ctx: Any) -> Any:
-        """Its own options; to complete words, those of a recipe too."""
+        """Its own options and, to complete words, those of a recipe."""
         return [*super().get_params(ctx), *(_completed() if ctx.resilient_parsing else ())]
 
 

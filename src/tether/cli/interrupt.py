@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the step is finished, a checkpoint written, and nothing is lost."""
+"""Ctrl-C during training: finishes the step and writes a checkpoint, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 class StopOnInterrupt(TrainerCallback):
     """While open, the first Ctrl-C stops training after its step, with a checkpoint; the second stops at once.
 
-    With several processes the first does: they get the signal at different steps, and would wait for each other.
+    With several processes the first one stops at once: they get the signal at different steps, and would wait for each
+    other.
 
     Attributes:
         stopped: Whether training was stopped after a step.
@@ -41,7 +42,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._asked:
-            control.should_save = not args.save_only_model  # without the optimizer, there is no going on
+            control.should_save = not args.save_only_model  # without the optimizer, a checkpoint cannot be resumed
             control.should_training_stop = True
             self.stopped = True
 
@@ -49,4 +50,4 @@ class StopOnInterrupt(TrainerCallback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\ntether: stopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        print("\ntether: stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr, flush=True)

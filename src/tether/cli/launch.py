@@ -1,6 +1,6 @@
-"""The options of `accelerate launch` beside a run's own: starts the processes they ask for, as `trl dpo` does.
+"""The options of `accelerate launch` among a run's own: starts the processes they request, as `trl dpo` does.
 
-Knows processes only; what each of them does, the recipe says.
+Knows processes only; the recipe decides what each of them does.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from accelerate.commands.launch import launch_command_parser
 from tether.cli.options import LAUNCHER
 from tether.errors import ConfigurationError
 
-# In the environment of the processes that were started here: the words that their user typed.
+# Environment variable of the processes started here: the words that the user typed.
 _STARTED = "TETHER_LAUNCHED"
 
-# What `accelerate_config` may name besides a file: TRL's names, as options of the launcher.
+# Values of `accelerate_config` other than a file: TRL's names, as options of the launcher.
 PRESETS: Mapping[str, str] = {
     "single_gpu": "--num_processes 1",
     "multi_gpu": "--multi_gpu",
@@ -38,8 +38,8 @@ _DEFAULTS = {"--num_machines": "1", "--mixed_precision": "no", "--dynamo_backend
 _KINDS = ("--multi_gpu", "--use_deepspeed", "--use_fsdp", "--cpu")
 
 
-def check_is_alone(given: Mapping[str, Any], prog: str) -> None:
-    """Refuses options of the launcher where another is at work.
+def check_no_launcher(given: Mapping[str, Any], prog: str) -> None:
+    """Refuses options of the launcher if another launcher has started this process.
 
     Raises:
         ConfigurationError: Names the first.
@@ -50,31 +50,31 @@ def check_is_alone(given: Mapping[str, Any], prog: str) -> None:
             problem=f"Cannot use `{name}={given[name]}` in a process that a launcher has started: how many processes "
             "run, and where, is already decided.",
             details=f"`{name}` is an option of `accelerate launch`, and LOCAL_RANK is set.",
-            instead=f"Take it out, or start with `{prog}` alone, which calls `accelerate launch` itself.",
+            instead=f"Remove it, or start with `{prog}` alone, which calls `accelerate launch` itself.",
         )
 
 
 def launch(
     given: Mapping[str, Any], prog: str, words: Sequence[str], typed: Sequence[str], environment: Mapping[str, str]
 ) -> None:
-    """Becomes the launcher, which starts this command in each of its processes; returns in those.
+    """Replaces this process by the launcher, which runs this command in each of its processes; returns only in those.
 
     Args:
         given: Options of the launcher, as text.
         prog: The command, with its verb.
-        words: What follows it, without the launcher's options.
-        typed: What follows it as the user wrote it.
+        words: The words after it, without the launcher's options.
+        typed: The words after it, as the user typed them.
         environment: The environment of the processes.
 
     Raises:
-        ConfigurationError: For options that the launcher refuses, a configuration that is not there, or a sharding
-            that was not chosen.
+        ConfigurationError: For options that the launcher refuses, a configuration that does not exist, or options of a
+            sharding that was not chosen.
     """
     if _STARTED in os.environ:
         return
     options = [word for name, value in given.items() for word in _words(name, value)]
     _check_kind(options)
-    options += _unsaid(options)
+    options += _missing_options(options)
     command = [*options, "-m", "tether", *prog.split()[1:], *words]
     _LauncherParser(prog=prog, parents=[launch_command_parser()], add_help=False, allow_abbrev=False).parse_args(
         command
@@ -87,12 +87,12 @@ def launch(
 
 
 def typed_words(words: Sequence[str]) -> list[str]:
-    """What the user typed after the verb, also where a launcher handed on less of it."""
+    """The words that the user typed after the verb, even if a launcher passed on only some of them."""
     return shlex.split(os.environ[_STARTED]) if _STARTED in os.environ else [*words]
 
 
 class _LauncherParser(argparse.ArgumentParser):
-    """accelerate's own, which raises where it would print its usage and leave the process."""
+    """accelerate's parser, but raises an error instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(
@@ -103,7 +103,7 @@ class _LauncherParser(argparse.ArgumentParser):
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """An option of the launcher as its command line has it."""
+    """An option of the launcher as words of its command line."""
     if name == "accelerate_config":
         return _configuration(str(value))
     if LAUNCHER[name]["type"] == ["boolean"]:  # present or absent
@@ -112,15 +112,15 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _check_kind(options: Sequence[str]) -> None:
-    """Refuses options of a way to shard that was not chosen, which accelerate would ignore."""
+    """Refuses options of a kind of sharding that was not chosen, which accelerate would ignore."""
     for prefix, kind in (("--zero", "use_deepspeed"), ("--deepspeed_", "use_deepspeed"), ("--fsdp_", "use_fsdp")):
         shaped = next((word for word in options if word.startswith(prefix)), None)
         if shaped and f"--{kind}" not in options and "--config_file" not in options:
             raise ConfigurationError(
-                problem=f"Cannot use `{shaped}` without `--{kind}`: it says how to shard the weights, and they "
+                problem=f"Cannot use `{shaped}` without `--{kind}`: it defines how to shard the weights, and they "
                 "are not sharded.",
                 details=f"accelerate would ignore `{shaped}`.",
-                instead=f"Add `--{kind}`, or take `{shaped}` out.",
+                instead=f"Add `--{kind}`, or remove `{shaped}`.",
             )
 
 
@@ -135,12 +135,12 @@ def _configuration(name: str) -> list[str]:
     return PRESETS[name].split()
 
 
-def _unsaid(options: Sequence[str]) -> list[str]:
-    """What several processes need, and what the launcher would otherwise name as its defaults."""
+def _missing_options(options: Sequence[str]) -> list[str]:
+    """Options that several processes need, and defaults that the launcher would otherwise warn about."""
     if "--config_file" in options or os.path.isfile(default_config_file):
         return []
     defaults = {"--num_processes": str(max(1, torch.accelerator.device_count())), **_DEFAULTS}
     words = [word for name, value in defaults.items() if name not in options for word in (name, value)]
-    # Without it, accelerate starts one process where it sees less than two GPUs, whatever the number asked for.
+    # Without it, accelerate starts one process if it sees fewer than two GPUs, whatever number was requested.
     number = options[options.index("--num_processes") + 1] if "--num_processes" in options else "1"
     return words if number == "1" or any(kind in options for kind in _KINDS) else ["--multi_gpu", *words]

@@ -1,7 +1,7 @@
-"""What a library refuses while a run is set up, as an error of Tether.
+"""Turns what a library refuses during setup into errors of Tether.
 
-A wrong option of transformers or PEFT is a user's mistake like any other. Once training is under way an error keeps
-its traceback: then nobody wants to run again to see it.
+A wrong option of transformers or PEFT is a mistake like any other. Once training has begun, an error keeps its
+traceback: repeating the run to see it would be too expensive.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, OSError)
 
 
 @contextmanager
-def library_errors_told(prog: str, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """While open, an error that a library raises becomes a `ConfigurationError`.
+def report_library_errors(prog: str, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """While open, turns an error raised by a library into a `ConfigurationError`.
 
     Args:
         prog: The command, for the message.
         applies: Whether the run is still being set up.
 
     Raises:
-        ConfigurationError: With the library's words.
+        ConfigurationError: With the library's message.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def library_errors_told(prog: str, applies: Callable[[], bool] = lambda: True) -
 
 
 def _raised_in(trace: TracebackType | None) -> str | None:
-    """The package of the innermost frame that is not of Python's own library."""
+    """The package of the innermost frame outside the standard library."""
     package = None
     while trace is not None:
         name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]

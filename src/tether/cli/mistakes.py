@@ -1,6 +1,6 @@
-"""The mistakes of a recipe or of a command line, told together.
+"""The mistakes in a recipe or on a command line, reported together.
 
-Knows how one is told; what is one, the readers of recipes and words know.
+Knows how to report them; the readers of recipes and words find them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tether.refusals import Refusal, nearest_to
 
 @dataclass(frozen=True)
 class Mistake(Refusal):
-    """One of them.
+    """A mistake in a recipe or on a command line.
 
     Attributes:
-        line: Where in the recipe; None for a flag, or where several options are one mistake.
-        about: Another option to explain than those in `subject`: the nearest to one that does not exist.
+        line: Line in the recipe; None for a flag, or if the mistake involves several options.
+        about: An option to explain besides those in `subject`: the nearest to one that does not exist.
     """
 
     line: int | None = None
@@ -31,7 +31,7 @@ class Mistake(Refusal):
 
 
 def as_written(text: str, *, in_recipe: bool) -> str:
-    """A message of the library with its options as a recipe, or a command line, has them.
+    """A message of the library, with its options spelled as in a recipe or on a command line.
 
     >>> as_written("Set `sync_ref_model=True`, or leave `beta` out.", in_recipe=True)
     'Set `sync_ref_model: true`, or leave `beta` out.'
@@ -48,22 +48,22 @@ def as_written(text: str, *, in_recipe: bool) -> str:
 
 
 def unknown_option(subject: str, name: str, known: Iterable[str], line: int | None = None, dashes: str = "") -> Mistake:
-    """An option that does not exist, with the nearest that does.
+    """An option that does not exist, with the nearest one that does.
 
     Args:
         subject: The option as it was written.
         name: Its bare name.
         known: The bare names of all options.
-        line: Where in the recipe.
-        dashes: What stands before an option's name where this one was written.
+        line: Line in the recipe.
+        dashes: Prefix of option names where this one was written.
     """
     nearest = nearest_to(name, known)
-    instead = f"Did you mean `{dashes}{nearest}`?" if nearest else "Take it out."
+    instead = f"Did you mean `{dashes}{nearest}`?" if nearest else "Remove it."
     return Mistake(subject, f"there is no option `{name}`", instead, line=line, about=nearest)
 
 
 def refuse(mistakes: Sequence[Mistake], prog: str, path: object = None) -> None:
-    """Refuses what has mistakes; does nothing without any.
+    """Raises an error for all mistakes; does nothing if there are none.
 
     Args:
         mistakes: All that were found.

@@ -1,4 +1,4 @@
-"""Several sets of pairs as one: the `datasets` of a recipe, as TRL's recipes write them.
+"""Combines several sets of pairs: the `datasets` of a recipe, as in TRL's recipes.
 
 Knows sources and their shares; reads each through `pairs`.
 """
@@ -17,10 +17,10 @@ from tether.errors import DataError
 
 
 def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
-    """The rows of all parts, one part behind the other.
+    """The rows of all parts, concatenated.
 
     Raises:
-        DataError: If a part cannot be read, or has other types in its columns than another.
+        DataError: If a part cannot be read, or its columns have other types than another's.
     """
     sets = [_load_part(part, number, streaming) for number, part in enumerate(parts)]
     if parts[0].fraction is not None:
@@ -39,7 +39,7 @@ def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
 
 
 def rows_of_shares(sets: Sequence[Any], shares: Sequence[float]) -> list[int]:
-    """How many rows of each set make the largest mixture of these shares that takes no row twice.
+    """Number of rows from each set in the largest mixture of these shares that repeats no row.
 
     Example:
         >>> rows_of_shares([range(100), range(10)], [3, 1])

@@ -1,8 +1,8 @@
-"""What a recipe may say: the list of its options, and how each is read.
+"""The options of a recipe, and how each is read.
 
-`recipe.schema.json` is that list, made of `ScriptOptions` and `DPOConfig` by `tests/cli/test_cli_options.py`
-(`TETHER_WRITE_OPTIONS=1` writes it anew), so that neither a help text nor a mistake waits for torch to be imported.
-Knows names and types; reads no file and builds nothing.
+`recipe.schema.json` lists them. `tests/cli/test_cli_options.py` generates it from `ScriptOptions` and `DPOConfig`
+(`TETHER_WRITE_OPTIONS=1` rewrites it), so that help texts and errors need not wait for torch to be imported. Knows
+names and types; reads no file and builds nothing.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Part:
     Attributes:
         path: A file, a folder, a name on the hub, or the name of a format (`json`, with `data_files`).
         name: A configuration of a dataset that has several.
-        data_dir: The folder of its data, as `datasets.load_dataset` takes it.
+        data_dir: The folder of its data, as in `datasets.load_dataset`.
         data_files: Its files, likewise.
-        split: Which split, or a slice of one.
+        split: A split, or a slice of one.
         columns: The columns to keep; by default all.
-        fraction: Its share of the mixture. Shares are relative to each other, and every part has one or none has: the
-            first rows of each, as many as fit without taking a row twice.
+        fraction: Its share of the mixture, relative to the other parts; either all parts have one or none. The first
+            rows of each part are used, as many as fit without repeating a row.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """The options of a recipe that are not `DPOConfig`'s: which model, which data, which adapter, where to go on.
+    """The options of a recipe that are not `DPOConfig`'s: model, data, adapter, and where to resume.
 
     Attributes: each is explained by its help text below.
     """
@@ -67,16 +67,15 @@ class ScriptOptions:
         aliases=["dataset", "dataset_name"],
     )
     datasets: list[Part] | None = _option(
-        None, "Or several sets as one: paths or names; a recipe may say more of each (docs/recipes.md)."
+        None, "Or several sets as one: paths or names; a recipe can set more for each (docs/recipes.md)."
     )
-    dataset_config: str | None = _option(None, "The configuration of train_data, where a dataset has several.")
+    dataset_config: str | None = _option(None, "The configuration of train_data, if a dataset has several.")
     dataset_train_split: str | None = _option(
         None, "The split of train_data to train on, or a slice of it. Default: train."
     )
     dataset_test_split: str | None = _option(
         None,
-        "The split of train_data that is held out. Default: test, where eval_strategy is set and train_data is no "
-        "file.",
+        "The held-out split of train_data. Default: test, if eval_strategy is set and train_data is not a file.",
     )
     dataset_streaming: bool = _option(
         False, "Read the pairs as they are needed; needs max_steps.", aliases=["streaming"]
@@ -88,11 +87,11 @@ class ScriptOptions:
         aliases=["test_split_size"],
     )
     split_seed: int = _option(
-        0, "Which pairs eval_fraction holds out; apart from `seed`, so that all seeds share one set."
+        0, "Which pairs eval_fraction holds out; separate from `seed`, so that all seeds share one set."
     )
-    tokenizer: str | None = _option(None, "Folder or name of the tokenizer. Default: the one beside the model.")
+    tokenizer: str | None = _option(None, "Folder or name of the tokenizer. Default: the one in the model's folder.")
     resume: str | None = _option(
-        None, "Go on from a checkpoint: its folder, or no value for the last one in output_dir."
+        None, "Resume from a checkpoint: its folder, or no value for the last one in output_dir."
     )
     ref_model: str | None = _option(None, "Another model as the reference: a folder or a name on the hub.")
     model_revision: str | None = _option(None, "Branch, tag or commit of the policy on the hub. Default: main.")
@@ -101,38 +100,34 @@ class ScriptOptions:
     )
     load_in_8bit: bool = _option(False, "Hold the frozen weights in 8 bits (bitsandbytes).")
     load_in_4bit: bool = _option(False, "Hold the frozen weights in 4 bits (QLoRA).")
-    bnb_4bit_quant_type: str = _option("nf4", "Which 4 bits.", choices=["fp4", "nf4"])
-    use_bnb_nested_quant: bool = _option(False, "Quantize the 4-bit blocks' scales too.")
-    bnb_4bit_quant_storage: str | None = _option(
-        None, "Dtype of the tensors that 4-bit weights lie in. Default: uint8."
-    )
+    bnb_4bit_quant_type: str = _option("nf4", "4-bit data type.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = _option(False, "Quantize the scales of the 4-bit blocks too.")
+    bnb_4bit_quant_storage: str | None = _option(None, "Storage dtype of 4-bit weights. Default: uint8.")
     attn_implementation: str | None = _option(
         None, "Attention implementation of the policy, as transformers names them."
     )
-    use_peft: bool | None = _option(
-        None, "Train a LoRA adapter as TRL makes it: rank 16, alpha 32, dropout 0.05, unless said."
-    )
+    use_peft: bool | None = _option(None, "Train a LoRA adapter, by default TRL's: rank 16, alpha 32, dropout 0.05.")
     lora_r: int | None = _option(None, "Train a LoRA adapter of this rank instead of the model's own weights.")
     lora_alpha: float | None = _option(
-        None, "Its scale: the update is multiplied by lora_alpha / lora_r. Default: 2 lora_r."
+        None, "Scale of the adapter: its update is multiplied by lora_alpha / lora_r. Default: 2 lora_r."
     )
-    lora_dropout: float | None = _option(None, "Dropout in front of it; needs disable_dropout=false. Default: 0.")
+    lora_dropout: float | None = _option(None, "Dropout before the adapter; needs disable_dropout=false. Default: 0.")
     lora_target_modules: list[str] | None = _option(
-        None, "Layers that get one, or `all-linear`. Default: what PEFT takes for the model's family."
+        None, "Layers to adapt, or `all-linear`. Default: PEFT's choice for the model's family."
     )
     lora_target_parameters: list[str] | None = _option(
-        None, "Parameters that get one, for weights that are no layers of their own."
+        None, "Parameters to adapt, for weights that are not layers of their own."
     )
-    lora_modules_to_save: list[str] | None = _option(None, "Layers that train as a whole beside it.")
-    use_rslora: bool = _option(False, "Scale it by lora_alpha / sqrt(lora_r) instead.")
-    use_dora: bool = _option(False, "Train the magnitude of each weight's rows too (DoRA).")
+    lora_modules_to_save: list[str] | None = _option(None, "Layers that train in full beside the adapter.")
+    use_rslora: bool = _option(False, "Scale the adapter by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = _option(False, "Also train the magnitude of each weight's rows (DoRA).")
     dry_run: bool = _option(False, "Stop before the first step: show sets, lengths, the reference and the first pair.")
 
 
 SCHEMA_TEXT = Path(__file__).with_name("recipe.schema.json").read_text(encoding="utf-8")
 _PROPERTIES: dict[str, dict[str, Any]] = json.loads(SCHEMA_TEXT)["properties"]
 
-# Of a run, by name, under the heading that --help has for each; TRL's names for some; and those of `accelerate launch`.
+# The options of a run by name, with their headings in --help; TRL's names for some; and those of `accelerate launch`.
 OPTIONS = {name: option for name, option in _PROPERTIES.items() if "group" in option}
 ALIASES = {name: option["$ref"].rpartition("/")[2] for name, option in _PROPERTIES.items() if "$ref" in option}
 LAUNCHER = {name: option for name, option in _PROPERTIES.items() if option.get("launcher")}
@@ -140,18 +135,18 @@ SCRIPT_NAMES = frozenset(ScriptOptions.__dataclass_fields__)
 
 
 def help_of(name: str) -> str:
-    """What an option does, in a sentence."""
+    """The help text of an option."""
     return str((OPTIONS | LAUNCHER).get(ALIASES.get(name, name), {}).get("description", ""))
 
 
 def read_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads what is written for options, by the type of each.
+    """Reads the values written for options, by the type of each.
 
     Args:
-        values: By option: text, as a flag or a plain line of a recipe has it; None; a list; or a mapping.
+        values: By option: text, as in a flag or a plain line of a recipe; None; a list; or a mapping.
 
     Returns:
-        The values; and for each option that cannot be read, what is wrong. The first is empty if the second is not.
+        The values, and the faults of the options that cannot be read. If there are faults, there are no values.
     """
     try:
         read = _model().model_validate(dict(values))
@@ -177,11 +172,11 @@ def _kind(option: Mapping[str, Any]) -> Any:
     """The type hint of a flat schema."""
     if "type" not in option:  # a part of `datasets`
         return Annotated[Part, BeforeValidator(_part)]
-    literal: Any = Literal  # Any, since mypy reads a subscript as a type that it ought to know
+    literal: Any = Literal  # Any, since mypy would resolve the subscript as a type
     lists: Any = list
     words: Any = literal[tuple(option["enum"])] if "enum" in option else str
     hints: dict[str, Any] = {"string": words, "array": lists[_kind(option["items"])] if "items" in option else list}
-    single = [] if option["type"][0] != "array" else option["items"].get("type", [])  # is a list of one by now
+    single = [] if option["type"][0] != "array" else option["items"].get("type", [])  # one value is a list by now
     return reduce(or_, [hints.get(kind, _KINDS.get(kind)) for kind in option["type"] if kind not in single])
 
 
@@ -199,9 +194,9 @@ def _part(written: Any) -> Any:
 
 
 def _as_written(option: Mapping[str, Any], value: Any) -> Any:
-    """What text means beyond what pydantic reads of it: `none`, true and false beside words, JSON, `1e3` as a number.
+    """Converts text that pydantic does not: `none`, true and false beside words, JSON, `1e3` as a number.
 
-    Where any word is a value, `none` is one. Where a list comes first among the types, one value is a list of one.
+    If any word is a valid value, `none` is one. If a list comes first among the types, one value is a list of one.
     """
     kinds = option["type"]
     takes_words = "string" in kinds and "enum" not in option and kinds[0] != "array"

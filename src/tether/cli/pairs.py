@@ -1,6 +1,6 @@
 """Preference pairs from a file, a folder or the hub, and which of them are held out.
 
-Knows files and rows; what is in a row is `tether.data.datasets`'s business.
+Knows files and rows; `tether.data.datasets` knows what is in a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetsError
 from tether.data.datasets import PairDataset, as_dataset
 from tether.errors import DataError
 
-# What `datasets` calls the format of a file, and how it is told of it.
+# What `datasets` calls the format of a file, and its arguments for it.
 _FORMATS: Mapping[str, dict[str, Any]] = {
     ".json": {"path": "json"},
     ".jsonl": {"path": "json"},
@@ -32,7 +32,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # `datasets` unpacks them
 
 
 def is_file(name: str) -> bool:
-    """Whether a source is one file, which has no other split than `train`."""
+    """Whether a source is one file, whose only split is `train`."""
     path = Path(name).expanduser()
     return not path.is_dir() and (_format_of(path) is not None or path.exists())
 
@@ -56,9 +56,9 @@ def load_pairs(
     Args:
         name: The path of a json, jsonl, csv or parquet file; a folder, as `datasets.load_dataset` reads it; or
             `owner/name` or `owner/name:split` on the hub.
-        option: The option that says so, for messages.
+        option: The option that named it, for messages.
         config: A configuration of a dataset that has several.
-        split: Which of its splits, by default `train`; a slice such as `train[:10%]` too.
+        split: One of its splits, by default `train`; or a slice such as `train[:10%]`.
         streaming: Read the rows as they are needed.
         further: Other arguments of `load_dataset`.
 
@@ -86,9 +86,9 @@ def load_pairs(
 
 
 def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
-    """The rows of a file that has text in some and messages in others.
+    """The rows of a file that has text in some rows and messages in others.
 
-    `datasets` takes a text of such a column that is JSON by itself (`4`, or one in quotation marks) for what it spells.
+    `datasets` parses text in such a column if it is valid JSON (`4`, or text in quotation marks).
     """
     if not is_whole:
         raise DataError(
@@ -124,13 +124,13 @@ def _what_to_name(name: str, split: str | None, error: Exception) -> str:
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Splits rows into those to train on and those held out.
 
-    Rows of one prompt stay on one side, or the held-out pairs would not be new. Which prompts are held out depends
-    on their text and the seed alone, not on the order of the rows.
+    Rows of one prompt stay together, since otherwise the held-out pairs would not be new. Which prompts are held out
+    depends only on their text and the seed, not on the order of the rows.
 
     Args:
         pairs: The rows.
         fraction: The share of rows to hold out, in (0, 1).
-        seed: Another seed holds out others.
+        seed: Decides which are held out.
 
     Raises:
         DataError: If nothing would be left to train on.
@@ -157,7 +157,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
 
 
 def take_shard(pairs: PairDataset, number: int, total: int) -> Dataset:
-    """Part `number` (from 1) of `total` of the rows: neighbours, so that rows of one prompt mostly stay together."""
+    """Part `number` (from 1) of `total` of the rows: consecutive, so that rows of one prompt mostly stay together."""
     assert isinstance(pairs, Dataset), "`tether precompute` refuses streams"
     part: Dataset = pairs.select(range((number - 1) * len(pairs) // total, number * len(pairs) // total))
     return part
@@ -168,7 +168,7 @@ def _draw(text: Any, seed: int) -> bytes:
 
 
 def _file_source(path: Path, option: str) -> dict[str, Any]:
-    """What `load_dataset` is given for a file."""
+    """The arguments of `load_dataset` for a file."""
     if not path.is_file():
         raise DataError(
             problem=f"Cannot read `{option}: {path}`: there is no such file.",
@@ -185,7 +185,7 @@ def _file_source(path: Path, option: str) -> dict[str, Any]:
 
 
 def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
-    """What `load_dataset` is given for a folder, or for a name on the hub and perhaps its split."""
+    """The arguments of `load_dataset` for a folder, or for a name on the hub with an optional split."""
     if Path(name).expanduser().is_dir():
         return {"path": str(Path(name).expanduser())}
     repository, _, named = name.partition(":")
@@ -200,4 +200,4 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return textwrap.shorten(" ".join(str(error).split()), 500)  # some spell the schema of every file out
+    return textwrap.shorten(" ".join(str(error).split()), 500)  # some list the schema of every file

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes: one line per log, and a bar where there is a terminal."""
+"""The progress of a run in the terminal: one line per log, and a bar if there is a terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import TrainerCallback
 class ProgressLines(TrainerCallback):
     """Prints `step 20/100  loss 0.6512  margin +0.0831  accuracy 0.625  ...` at every log and evaluation.
 
-    The last step is logged too, so that a run shorter than `logging_steps` shows what came of it.
+    The last step is logged too, so that a run shorter than `logging_steps` shows its result.
 
     Attributes:
-        tokens_per_second: Prompt and response tokens that the policy was trained on in this run, per second, up to the
-            last log; None while that is not known.
-        has_begun: Whether a step was begun.
+        tokens_per_second: Prompt and response tokens per second that the policy was trained on in this run, up to the
+            last log; None if not known yet.
+        has_begun: Whether a step has begun.
     """
 
     def __init__(self) -> None:
@@ -26,11 +26,11 @@ class ProgressLines(TrainerCallback):
         self.has_begun = False
         self._bar: Any = None
         self._start = 0.0
-        self._counted: tuple[float, float] | None = None  # tokens, and when there were as many
+        self._counted: tuple[float, float] | None = None  # number of tokens, and the time of that count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
-        self._counted = (0.0, self._start) if state.global_step == 0 else None  # a resumed run counts on
+        self._counted = (0.0, self._start) if state.global_step == 0 else None  # a resumed run starts above 0
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
@@ -51,9 +51,9 @@ class ProgressLines(TrainerCallback):
         if "loss" in logs:
             seconds = self._count(logs.get("num_tokens", 0.0))
             rate = f"learning rate {logs['learning_rate']:.1e}"
-            self._say(f"step {state.global_step:>4}/{state.max_steps}  {_figures(logs, '')}  {rate}  {seconds:.0f} s")
+            self._print(f"step {state.global_step:>4}/{state.max_steps}  {_figures(logs, '')}  {rate}  {seconds:.0f} s")
         elif "eval_loss" in logs:
-            self._say(f"held out at {state.global_step:>4}  {_figures(logs, 'eval_')}")
+            self._print(f"held out at {state.global_step:>4}  {_figures(logs, 'eval_')}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -61,7 +61,7 @@ class ProgressLines(TrainerCallback):
             self._bar = None
 
     def _count(self, num_tokens: float) -> float:
-        """Counts the tokens so far; the seconds since training began."""
+        """Updates the token count; returns the seconds since training began."""
         now = time.perf_counter()
         if self._counted is None:
             self._counted = (num_tokens, now)
@@ -70,7 +70,7 @@ class ProgressLines(TrainerCallback):
             self.tokens_per_second = (num_tokens - before) / (now - since)
         return now - self._start
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line)
         else:
@@ -85,7 +85,7 @@ def _figures(logs: Mapping[str, float], prefix: str) -> str:
 
 
 def accuracy_of(logs: Mapping[str, float], prefix: str, digits: str) -> str:
-    """The accuracy as it is shown: `-` where every pair is tied, so that none is ordered right or wrong."""
+    """The accuracy as displayed: `-` if every pair is tied, so that none is ordered right or wrong."""
     num_pairs = logs.get(f"{prefix}pairs/total")
     if num_pairs is not None and num_pairs == logs.get(f"{prefix}pairs/tied"):
         return "-"

@@ -1,4 +1,4 @@
-"""`load_in_4bit` and `load_in_8bit` of a recipe, as the config that a model is loaded with.
+"""`load_in_4bit` and `load_in_8bit` of a recipe, as a quantization config.
 
 Knows options only; loads nothing.
 """
@@ -15,7 +15,7 @@ from tether.errors import MissingPackageError
 
 
 def quantization_of(script: ScriptOptions) -> BitsAndBytesConfig | None:
-    """How the model's weights are quantized while they are loaded, as TRL's script does it; None for not at all.
+    """How the model's weights are quantized when they are loaded, as in TRL's script; None if they are not.
 
     Products are computed in the recipe's `dtype`.
 

@@ -1,4 +1,4 @@
-"""What libraries would say in a command's output, and need not."""
+"""Silences unneeded messages of libraries in a command's output."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def quiet_deepspeed() -> None:
-    """Where it is installed, it says at its import that it found no accelerator; before that, it can be told so."""
+    """Tells DeepSpeed to use the CPU if there is no accelerator; otherwise it logs at import that it found none."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,6 +1,6 @@
 """From words and a YAML file to checked options: a recipe.
 
-Knows how options are put together; does not know what they do. Until `make_recipe`, no torch is loaded.
+Knows how options are combined, not what they do. No torch is loaded before `make_recipe`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A run as it was written, read and free of contradictions; `DPOConfig` has not seen it yet.
+    """A run as it was written, read and free of contradictions, before `DPOConfig` checks it.
 
     Attributes:
         verb: The command's verb.
         script: Model, data, adapter.
-        given: The options that the recipe or a flag named, as they were read; all others have their defaults.
+        given: The options set by the recipe or a flag, as read; all others have their defaults.
         launch: Options of the launcher, as text.
         words: The words after the verb that are not the launcher's.
         typed: All words after the verb.
-        forced: Options that the verb decides.
+        forced: Options set by the verb.
         path: The recipe, if there is one.
         written: Where and how each option was written.
     """
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run as it was asked for.
+    """A run as it was requested.
 
     Attributes:
         script: Model, data, adapter.
@@ -71,18 +71,18 @@ class Recipe:
 
 
 def read_recipe(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a recipe and the flags, which win; see `read_request` and `make_recipe`."""
+    """Reads a recipe and the flags, which override it; see `read_request` and `make_recipe`."""
     return make_recipe(read_request(verb, argv, beside=beside, **forced))
 
 
 def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), **forced: Any) -> Request:
-    """Reads the recipe that the words name, and the flags, which win; sets the variables of the recipe's `env`.
+    """Reads the recipe named by the words and the flags, which override it; sets the variables of the recipe's `env`.
 
     Args:
         verb: The command's verb, for its messages.
         argv: The words after the verb.
-        beside: Words that only the verb reads, which the processes of a launcher need too.
-        forced: Options that the verb decides.
+        beside: Words that only the verb reads, but the processes of a launcher need too.
+        forced: Options set by the verb.
 
     Raises:
         ConfigurationError: Names every option that does not exist (with the nearest), has a value that cannot be
@@ -114,7 +114,7 @@ def read_request(verb: str, argv: Sequence[str], *, beside: Sequence[str] = (), 
 
 @dataclass
 class _Reading:
-    """What was read so far, and what is wrong with it."""
+    """The options read so far, and the mistakes found in them."""
 
     mistakes: list[Mistake]
     given: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class _Reading:
     environment: dict[str, str] = field(default_factory=dict)
 
     def read(self, written: Sequence[Written]) -> None:
-        """Reads the options of one source; those of a later one win."""
+        """Reads the options of one source; later sources override earlier ones."""
         options: dict[str, Written] = {}
         for one in written:
             name = ALIASES.get(one.key, one.key)
@@ -167,21 +167,21 @@ class _Reading:
 
 
 def make_recipe(request: Request) -> Recipe:
-    """The recipe, with the trainer's options as they are.
+    """The recipe, with the trainer's actual options.
 
-    Where it has options of `accelerate launch`, this process becomes the launcher.
+    If it has options of `accelerate launch`, this process becomes the launcher.
 
     Raises:
-        ConfigurationError: For options of `DPOConfig` that cannot be, or contradict each other.
+        ConfigurationError: For options that `DPOConfig` refuses.
     """
-    from tether.config.dpo_config import DPOConfig  # not before: it loads torch
+    from tether.config.dpo_config import DPOConfig  # here, because it loads torch
 
-    environment = dict(os.environ)  # before transformers writes its own into it
+    environment = dict(os.environ)  # before transformers adds variables of its own
     prog, script = f"tether {request.verb}", request.script
     if request.launch:
-        from tether.cli.launch import check_is_alone
+        from tether.cli.launch import check_no_launcher
 
-        check_is_alone(request.launch, prog)
+        check_no_launcher(request.launch, prog)
     values = {**_config_values(script, request.given), **request.forced}
     try:
         config = DPOConfig(**values)
@@ -189,27 +189,27 @@ def make_recipe(request: Request) -> Recipe:
         refuse_as_written(error, request)
         raise
     except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ConfigurationError(
-            problem=f"Cannot use these options of transformers.TrainingArguments: {said}",
+            problem=f"Cannot use these options of transformers.TrainingArguments: {message}",
             instead=f"Change the option it names; `{prog} --help` explains every one.",
         ) from error
     if request.launch:
         from tether.cli.launch import launch
 
-        # Only now, so that a mistake is told once, and not by every process.
+        # Only now, so that a mistake is reported once, and not by every process.
         launch(request.launch, prog, request.words, request.typed, environment)
     _add_model_options(config, script)
     return Recipe(script, config, request.given, request)
 
 
 def _config_values(script: ScriptOptions, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `DPOConfig` is made of."""
+    """The arguments of `DPOConfig`."""
     values = {name: value for name, value in given.items() if name not in SCRIPT_NAMES}
     if not sys.stderr.isatty():
         values.setdefault("disable_tqdm", True)  # bars are for terminals
     if values.get("report_to", "none") is None:
-        values["report_to"] = "none"  # what an empty value says; transformers knows the word only
+        values["report_to"] = "none"  # meant by an empty value, which transformers does not accept
     if values.get("output_dir") is None:
         values["output_dir"] = f"{Path(script.model or 'model').name}-DPO"
     return values
@@ -250,7 +250,7 @@ def _as_mistakes(error: ConfigurationError, written: Mapping[str, Written], path
 
 
 def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
-    """A recipe that is not there, or more than one."""
+    """Mistakes for a recipe that does not exist, or more than one."""
     if len(names) > 1:
         return [Mistake(f"two recipes, {' and '.join(names)}", "a run has one", "Name one of them.")]
     if path is not None and path.is_dir():
@@ -263,7 +263,7 @@ def _not_one_recipe(path: Path | None, names: Sequence[str]) -> list[Mistake]:
 
 
 def _add_model_options(config: DPOConfig, script: ScriptOptions) -> None:
-    """The options that are arguments of `from_pretrained`, put to those of `model_init_kwargs`."""
+    """Adds the options that are arguments of `from_pretrained` to `model_init_kwargs`."""
     options = {
         "revision": script.model_revision,
         "dtype": script.dtype,

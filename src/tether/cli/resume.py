@@ -1,6 +1,6 @@
-"""Which checkpoint a run goes on from, among those that lie in its folder.
+"""Finds the checkpoint to resume from among those in a run's folder.
 
-Knows folders and files; what is in a checkpoint, the trainer knows.
+Knows folders and files; the trainer knows what is in a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _WRITTEN_LAST = "trainer_state.json"
 
 
 def find_checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to go on from, if the recipe asks for one.
+    """The checkpoint to resume from, if the recipe asks for one.
 
     Raises:
-        ResumeError: If it is not there, or if the folder holds those of two runs.
+        ResumeError: If it does not exist, or if the folder holds checkpoints of two runs.
     """
     wanted, output_dir = recipe.script.resume, str(recipe.config.output_dir)
     if wanted is None:
@@ -49,7 +49,7 @@ def last_checkpoint(output_dir: str) -> Path | None:
 
 
 def newest_checkpoint(output_dir: str) -> Path | None:
-    """The checkpoint that was written last; of several at one time, that of the highest step."""
+    """The checkpoint that was written last; among equally new ones, that of the highest step."""
     return max(_complete(output_dir), key=_time_and_step, default=None)
 
 
@@ -58,7 +58,7 @@ def _time_and_step(path: Path) -> tuple[float, int]:
 
 
 def _complete(output_dir: str) -> list[Path]:
-    """The checkpoints that were written to their end, not killed before it."""
+    """The checkpoints that were written completely."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return [path for path in folders if _is_complete(path)]
 

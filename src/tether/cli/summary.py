@@ -1,4 +1,4 @@
-"""A run in a few lines: what was asked, and what came of it."""
+"""A run in a few lines: its start and its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIGURES = ("loss", "rewards/margins", _ACCURACY)
 
 
 def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
-    """What is about to be trained, on what, against which reference."""
+    """The policy, the pairs and the reference of a run that is about to start."""
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     lines = [
@@ -32,13 +32,13 @@ def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
 def describe_end(
     trainer: DPOTrainer, metrics: Mapping[str, float], seconds: float, tokens_per_second: float | None
 ) -> str:
-    """What came of a training run, and where it is.
+    """The result of a training run, and where it was saved.
 
     Args:
         trainer: After training.
-        metrics: Of the held-out pairs, as `evaluate` returns them; empty without held-out pairs.
-        seconds: Of the training.
-        tokens_per_second: Of the training; None where it is not known.
+        metrics: Of the held-out pairs, as returned by `evaluate`; empty without held-out pairs.
+        seconds: Duration of the training.
+        tokens_per_second: Of the training; None if not known.
     """
     state = trainer.state
     logged = [entry for entry in state.log_history if "loss" in entry]
@@ -62,19 +62,19 @@ def describe_end(
 
 
 def _which_weights(trainer: DPOTrainer) -> str:
-    """Where the saved weights are not the last step's: whose they are."""
+    """Which weights were saved, if not the last step's."""
     best = trainer.state.best_model_checkpoint
     return f": the weights of {Path(best).name}, the best" if trainer.args.load_best_model_at_end and best else ""
 
 
 def describe_reference(trainer: DPOTrainer) -> str:
-    """Its kind, its digest and what it holds beside the policy."""
+    """Its kind, its digest, and the size of its weights beside the policy."""
     identity, extra = trainer.reference.identity, trainer.reference.extra_bytes
     return f"{identity.kind} {identity.digest[:12]}, {extra / 1e6:,.1f} MB of weights beside the policy"
 
 
 def describe_store(trainer: DPOTrainer) -> list[str]:
-    """Where the answers are kept and how many were there already; nothing for a reference that keeps none."""
+    """The path of the store and how many responses were found in it; empty for a reference without a store."""
     reference = trainer.reference
     if not isinstance(reference, PrecomputedReference):
         return []

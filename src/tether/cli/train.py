@@ -13,7 +13,7 @@ from tether.cli.assemble import build_trainer
 from tether.cli.dry_run import describe_dry_run
 from tether.cli.interrupt import StopOnInterrupt
 from tether.cli.launch import typed_words
-from tether.cli.library_errors import library_errors_told
+from tether.cli.library_errors import report_library_errors
 from tether.cli.pairs import is_file
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, Request, make_recipe
@@ -27,12 +27,12 @@ def run(request: Request) -> int:
     recipe = make_recipe(request)
     checkpoint = find_checkpoint(recipe)
     if recipe.script.dry_run:
-        with library_errors_told("tether train"):
+        with report_library_errors("tether train"):
             print(describe_dry_run(recipe), flush=True)
         return EXIT_DONE
     stop, progress = StopOnInterrupt(), ProgressLines()
     try:
-        with library_errors_told("tether train"):
+        with report_library_errors("tether train"):
             trainer = build_trainer(recipe, [progress, stop])
     except MissingLogProbsError as error:  # `ref_store_mode: require`
         raise MissingLogProbsError(
@@ -40,15 +40,15 @@ def run(request: Request) -> int:
             instead=f"Score what is missing: `tether precompute {shlex.join(request.words)}`.",
             details=error.details,
         ) from error
-    _say(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
+    _print(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
     started = time.perf_counter()
     try:
-        with stop, library_errors_told("tether train", lambda: not progress.has_begun):
+        with stop, report_library_errors("tether train", lambda: not progress.has_begun):
             trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         stop.stopped = True
     if stop.stopped:
-        _say(trainer, _how_to_go_on(trainer, request.words))
+        _print(trainer, _how_to_resume(trainer, request.words))
         return EXIT_INTERRUPTED
     seconds = time.perf_counter() - started
     trainer.save_model()
@@ -56,7 +56,7 @@ def run(request: Request) -> int:
     metrics = _held_out_metrics(trainer)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=_hub_data(recipe))
-    _say(trainer, describe_end(trainer, metrics, seconds, progress.tokens_per_second))
+    _print(trainer, describe_end(trainer, metrics, seconds, progress.tokens_per_second))
     return EXIT_DONE
 
 
@@ -67,18 +67,18 @@ def _hub_data(recipe: Recipe) -> str | None:
 
 
 def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
-    """A line on checkpoints that this run may replace; nothing where it goes on from one, or finds none."""
+    """A note on checkpoints that this run may replace; empty if it resumes one, or finds none."""
     folder = str(trainer.args.output_dir)
     earlier = last_checkpoint(folder) if checkpoint is None else None
     return (
-        f"\nnote       {earlier} is there from an earlier run; this run starts anew (--resume goes on)"
+        f"\nnote       {earlier} is there from an earlier run; this run starts over (use --resume to continue it)"
         if earlier
         else ""
     )
 
 
 def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
-    """The last evaluation if it is of the weights that were saved; else a new one."""
+    """The last evaluation if it is of the weights that were saved; otherwise a new one."""
     if trainer.eval_dataset is None:
         return {}
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
@@ -87,21 +87,21 @@ def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def _how_to_go_on(trainer: DPOTrainer, given: Sequence[str]) -> str:
+def _how_to_resume(trainer: DPOTrainer, given: Sequence[str]) -> str:
     where = f"\ntether: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}."
     folder = str(trainer.args.output_dir)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None or trainer.args.save_only_model:
-        return f"{where} There is no checkpoint to go on from."
+        return f"{where} There is no checkpoint to resume from."
     words = typed_words(given)
     if checkpoint != last_checkpoint(folder):  # an earlier run left later steps
         words += ["--resume", str(checkpoint)]
     elif not any(word.startswith("--resume") for word in words):
         words.append("--resume")
-    return f"{where} The last checkpoint is {checkpoint}. To go on:\n  tether train {shlex.join(words)}"
+    return f"{where} The last checkpoint is {checkpoint}. To resume:\n  tether train {shlex.join(words)}"
 
 
-def _say(trainer: DPOTrainer, text: str) -> None:
+def _print(trainer: DPOTrainer, text: str) -> None:
     if trainer.is_world_process_zero():
         print(text, flush=True)
     sys.stdout.flush()

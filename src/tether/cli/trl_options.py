@@ -1,6 +1,6 @@
-"""Options of `trl dpo` that `tether train` does not take: why, and what to write instead.
+"""Options of `trl dpo` that `tether train` does not accept, with the reason and the alternative.
 
-All others it takes under TRL's names; `REFUSED` is the whole list of exceptions, and a test compares it with TRL's.
+All others are accepted under TRL's names. `REFUSED` is the whole list of exceptions; a test compares it with TRL's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tether.config.former_options import FORMER
 
 @dataclass(frozen=True)
 class RefusedOption:
-    """An option of TRL's that is refused, unless it says what is done anyway.
+    """An option of TRL's that is refused, unless its value changes nothing.
 
     Attributes:
-        default: TRL's default, which changes nothing and may stand in a recipe.
-        why: Why it cannot be.
+        default: TRL's default, which changes nothing and is accepted.
+        why: Why it is refused.
         instead: What to write.
     """
 
@@ -35,7 +35,7 @@ REFUSED: Mapping[str, RefusedOption] = {
         "Write `ddp_broadcast_buffers: false`, which keeps all from being sent.",
     ),
     "lora_task_type": RefusedOption(
-        "CAUSAL_LM", "responses are scored by a causal language model, whatever its adapter.", "Take it out."
+        "CAUSAL_LM", "responses are scored by a causal language model, whatever its adapter.", "Remove it."
     ),
     "mixed_precision": RefusedOption(
         None, "it is an option of the launcher's, and the trainer's own would win.", "Write `bf16: true`."
@@ -48,11 +48,11 @@ IN_A_RECIPE = {"torch_dtype": "`dtype`"}
 
 
 def former_or_refused(key: str, value: Any) -> tuple[str, str] | None:
-    """Why an option of TRL's cannot be, and what to write instead; None if it can, or says what is done anyway.
+    """Why an option of TRL's is refused, and what to write instead; None if it is accepted or changes nothing.
 
     Args:
         key: The option.
-        value: What it was given: text, or None.
+        value: Its value: text, or None.
     """
     if key in FORMER:
         instead = IN_A_RECIPE.get(key) or FORMER[key]

@@ -1,6 +1,6 @@
-"""The verbs of `tether`: what each takes, and says of itself; what it does, another module does.
+"""The verbs of `tether`: their arguments and help texts. Other modules do the work.
 
-Must stay instant: torch is loaded by a verb when it runs.
+Must start instantly: torch is loaded by a verb when it runs.
 """
 
 from __future__ import annotations
@@ -14,57 +14,57 @@ from typing import Annotated, Any
 import typer
 
 from tether.cli import EXIT_DONE, store
-from tether.cli.help import HELP_NAMES, WORDS, RecipeCommand, ToldGroup
+from tether.cli.help import HELP_NAMES, WORDS, FixedHelpGroup, RecipeCommand
 from tether.cli.options import SCHEMA_TEXT
 from tether.cli.recipe import read_request
 from tether.errors import ConfigurationError
 
 HELP = """\
 tether: train a language model on preference pairs (DPO and its family), with
-the reference model as a thing you can hold, name, store, verify and swap.
+the reference model as an object you can hold, name, store, verify and swap.
 
-  tether demo                     all of it on a tiny task, offline, in minutes
+  tether demo                     everything on a tiny task, offline, in minutes
                                   on a CPU: pretrains a model, trains it with
                                   all four references, writes a report
   tether train RECIPE.yaml        train a policy on pairs; --dry_run stops
                                   before the first step
   tether precompute RECIPE.yaml   score the pairs under the reference once and
-                                  keep the answers on disk
-  tether store VERB               what is kept: info, verify, export, import,
-                                  merge, prune
-  tether schema                   the JSON schema of a recipe, for an editor
-                                  that completes and checks it
+                                  keep the log-probs on disk
+  tether store VERB               manage stored log-probs: info, verify,
+                                  export, import, merge, prune
+  tether schema                   the JSON schema of a recipe, for editors that
+                                  complete and check it
   tether env                      versions, devices and the store, for a bug
                                   report
 
-A recipe is a YAML file of options. Each is a flag, too, and the flag wins:
+A recipe is a YAML file of options. Each is also a flag, which overrides it:
 
   tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
   tether train --model Qwen/Qwen2.5-0.5B-Instruct --train_data pairs.jsonl
 
-`tether VERB --help` explains every option, and `train` which reference to
-choose. `tether --install-completion` completes verbs and options in your shell.
-An error says what cannot be and why, and what to write instead; --traceback (or
-TETHER_TRACEBACK=1) also shows where it was raised. Exit code 0: done, 2:
-refused, 130: interrupted. `tether --version`.
+`tether VERB --help` explains every option; `tether train --help` also helps to
+choose a reference. `tether --install-completion` completes verbs and options in
+your shell. An error states what is wrong and what to write instead; --traceback
+(or TETHER_TRACEBACK=1) also shows where it was raised. Exit code 0: done, 2:
+refused, 130: interrupted. `tether --version` prints the version.
 
-To read more: README.md, docs/recipes.md, examples/. In Python:
+More: README.md, docs/recipes.md, examples/. In Python:
 from tether import DPOConfig, DPOTrainer
 """
 
 
-app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
+app = typer.Typer(cls=FixedHelpGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
 app.add_typer(store.app, name="store")
 
 
 def run_verb(words: Sequence[str]) -> int:
-    """Runs the verb that the words begin with; its exit code.
+    """Runs the verb that the words begin with, and returns its exit code.
 
     Raises:
         ConfigurationError: If there is no such verb or option; names the nearest.
     """
     command: Any = typer.main.get_command(app)
-    if "_TETHER_COMPLETE" in os.environ:  # set by the script that a shell has installed
+    if "_TETHER_COMPLETE" in os.environ:  # set by the shell's completion script
         command.main(prog_name="tether")
     alone = not words or (words[-1] in ("store", "help") and len(words) == 1)
     words = [*(word for word in words if word != "help"), "--help"] if alone else [*words]
@@ -78,7 +78,7 @@ def run_verb(words: Sequence[str]) -> int:
 
 
 def _refusal(error: Any) -> ConfigurationError:
-    """What typer refuses, as the command tells it."""
+    """A refusal of typer's in the command's own form."""
     path, usage = error.ctx.command_path, error.ctx.command.get_usage(error.ctx)
     message, *meant = re.split(
         r" (?:\(Possible options: |Did you mean )", error.format_message().replace("Value error, ", "")
@@ -87,7 +87,7 @@ def _refusal(error: Any) -> ConfigurationError:
     return ConfigurationError(
         problem=f"Cannot run `{path}`: {message[0].lower()}{message[1:].rstrip('.')}.",
         details=f"Its usage is `{usage.removeprefix('Usage: ')}`.",
-        instead=f"{nearest}`{path} --help` explains what it takes.",
+        instead=f"{nearest}`{path} --help` explains its arguments.",
     )
 
 
@@ -95,7 +95,7 @@ def _show_version(value: bool) -> None:
     if value:
         try:
             print(f"tether {version('tether')}")
-        except PackageNotFoundError:  # run from its source
+        except PackageNotFoundError:  # run from source
             print("tether (not installed)")
         raise typer.Exit
 
@@ -111,16 +111,16 @@ def demo(
     output_dir: Annotated[
         str, typer.Option("--output_dir", "--output-dir", metavar="FOLDER", help="Folder to write.")
     ] = "tether-demo",
-    seed: Annotated[int, typer.Option(metavar="INT", help="Of everything random.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: shows that it runs, not how well.")] = False,
+    seed: Annotated[int, typer.Option(metavar="INT", help="Random seed.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: a smoke test, not a result.")] = False,
 ) -> int:
-    """The whole line on a task whose answers a rule can check, offline and on a CPU.
+    """The whole pipeline on a task whose answers a rule can check, offline and on a CPU.
 
-    Trains a tiny tokenizer and language model from nothing, samples answers, labels right against wrong, and runs
+    Trains a tiny tokenizer and language model from scratch, samples answers, pairs right with wrong ones, and runs
     DPO on these pairs with each of the four references (explicit, implicit, precomputed, synchronized). Prints one
     table and writes report.html with the curves.
     """
-    from tether.cli.quiet import quiet_deepspeed  # not before: both load torch
+    from tether.cli.quiet import quiet_deepspeed  # here, because both load torch
 
     quiet_deepspeed()
     from tether.demo.run import run_demo
@@ -132,19 +132,19 @@ def demo(
 @app.command(cls=RecipeCommand, context_settings=WORDS)
 def train(ctx: typer.Context) -> int:
     """Trains a policy on preference pairs: rows of prompt, chosen, rejected, as text
-    or as lists of messages. Every option below is a key of the recipe and a flag;
-    the flag wins.
+    or as lists of messages. Every option below is a key of the recipe and a flag,
+    which overrides it.
 
       tether train recipe.yaml --beta 0.2 --output_dir out/beta-0.2
-      tether train recipe.yaml --dry_run           all but the first step
-      tether train recipe.yaml --resume            go on from the last checkpoint
+      tether train recipe.yaml --dry_run           everything but training
+      tether train recipe.yaml --resume            resume from the last checkpoint
       tether train recipe.yaml --num_processes 2   or other options of the launcher
 
-    Ctrl-C finishes the step, writes a checkpoint and says how to go on. The model
-    and its tokenizer are written to output_dir.
+    Ctrl-C finishes the step, writes a checkpoint and prints how to resume. The
+    model and its tokenizer are written to output_dir.
     """
     request = read_request("train", ctx.args)
-    from tether.cli.train import run  # not before: a mistake is told without torch
+    from tether.cli.train import run  # here, because mistakes are reported without torch
 
     return run(request)
 
@@ -156,14 +156,14 @@ def precompute(
 ) -> int:
     """Scores every response of the recipe's pairs, held-out ones too, under the
     reference, and keeps the per-token log-probs in the store. Takes the recipe of
-    `tether train`. What is there already is not scored again: stop it and start it
-    as you like, and run it again when rows were added.
+    `tether train`. Stored responses are not scored again, so you can stop it at
+    any time, and run it again to continue or after adding rows.
 
       tether precompute recipe.yaml
       tether train recipe.yaml --precompute_ref_log_probs
 
-    The second makes no reference pass. Processes of one machine share the rows
-    (--num_processes). On many machines, score part i of n on each, and join them:
+    The second command makes no reference pass. Processes of one machine share the
+    rows (--num_processes). With several machines, score a part on each and merge:
 
       tether precompute recipe.yaml --shard 1/4 --ref_store part-1.sqlite
       tether store merge part-1.sqlite part-2.sqlite part-3.sqlite part-4.sqlite
@@ -191,15 +191,15 @@ def _shard(text: str) -> tuple[int, int]:
 def schema() -> None:
     """Prints the JSON schema of a recipe.
 
-    With `tether schema > recipe.schema.json` and the line `# yaml-language-server: $schema=recipe.schema.json` at the
-    top of a recipe, an editor completes and checks it.
+    Run `tether schema > recipe.schema.json` and put `# yaml-language-server: $schema=recipe.schema.json` at the
+    top of a recipe to have an editor complete and check it.
     """
     print(SCHEMA_TEXT, end="")
 
 
 @app.command(context_settings=HELP_NAMES)
 def env() -> None:
-    """Prints versions, devices and the store, which a bug report needs."""
+    """Prints versions, devices and the store, for bug reports."""
     from tether.cli.environment import describe_environment
 
     print(describe_environment())

@@ -1,6 +1,6 @@
-"""What is written, option by option: the words of a command line, and the lines of a recipe.
+"""Reads options as written: the words of a command line, and the lines of a recipe.
 
-Knows how both are written; what an option is, `options` knows.
+Knows how both are written; `options` knows what an option is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Written(NamedTuple):
     Attributes:
         key: Its name, in one of its spellings.
         value: Text; None; a list; or a mapping.
-        subject: The whole as it was written, for messages.
-        line: Where in the recipe; None for a flag.
+        subject: The whole option as written, for messages.
+        line: Line in the recipe; None for a flag.
         words: The words of a flag.
     """
 
@@ -42,9 +42,9 @@ class Written(NamedTuple):
 
 
 def read_words(words: Sequence[str]) -> tuple[str | None, list[Written], list[Mistake]]:
-    """The words after a verb: the recipe, the flags, and what is neither.
+    """The words after a verb: the recipe, the flags, and mistakes for anything else.
 
-    A flag that is true or false may stand alone, and `--no_x` is `--x false`; a list has all words up to the next flag.
+    A true-or-false flag may stand alone, and `--no_x` is `--x false`; a list takes all words up to the next flag.
     """
     rest, flags, mistakes = list(words), [], []
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
@@ -73,23 +73,23 @@ def read_words(words: Sequence[str]) -> tuple[str | None, list[Written], list[Mi
 
 
 def _kinds_of(key: str) -> list[str]:
-    """The types of an option by one of its names; none for a name that is unknown."""
+    """The types of an option by any of its names; empty for an unknown name."""
     if key in REFUSED:
         return ["string", "boolean"]
     option = OPTIONS.get(ALIASES.get(key, key)) or LAUNCHER.get(key) or {"type": ["string"] if key == "config" else []}
-    # A launcher's option that takes a value may take `true`, too, but has to be told so.
+    # A launcher's option that takes a value may also take `true`, but it must be written.
     kinds: list[str] = option["type"]
     return kinds if key not in LAUNCHER or kinds == ["boolean"] else ["string"]
 
 
 def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
-    """The options of a recipe's file, and what is written twice.
+    """The options in a recipe file, and mistakes for those written twice.
 
-    A plain value stays the text that it is, so that the option's type reads it and not YAML's guess: `no` is a word
-    for `save_strategy` and false for `bf16`. Inside lists and mappings YAML 1.2 decides.
+    A plain value is kept as text, so that the option's type decides its meaning and not YAML: `no` is a word for
+    `save_strategy` and false for `bf16`. Inside lists and mappings YAML 1.2 decides.
 
     Raises:
-        ConfigurationError: If it is no YAML, or no mapping.
+        ConfigurationError: If it is not YAML, or not a mapping.
     """
     text = _text_of(path)
     try:
@@ -141,13 +141,13 @@ def _text_of(path: Path) -> str:
 def _value_of(loader: yaml.SafeLoader, key: str, node: yaml.Node) -> Any:
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
-    if key == "env" and isinstance(node, yaml.MappingNode):  # variables are text, whatever they look like
+    if key == "env" and isinstance(node, yaml.MappingNode):  # environment variables are always text
         return {name.value: inner.value for name, inner in node.value}
     return loader.construct_object(node, deep=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers and truth values of version 1.2, as people expect them, and every key once.
+    """YAML with the numbers and booleans of version 1.2, which people expect, and without duplicate keys.
 
     PyYAML reads version 1.1, where `[no]` is a list of False and `{rope_theta: 1e6}` holds text.
     """

@@ -1,1 +1,1 @@
-"""The options of a run, and everything that is refused of them and of the run they are for (`rules`)."""
+"""The options of a run, and everything that is refused about them and the run (`rules`)."""

@@ -1,7 +1,7 @@
 """`DPOConfig`: every option of a run, checked as early as possible.
 
-Names and defaults are TRL's where TRL has the option; what is our own begins with `ref_`. Knows options only: it
-loads nothing.
+Names and defaults are TRL's where TRL has the option; Tether's own start with `ref_`. Knows options only: it loads
+nothing.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tether.losses import (
 from tether.refusals import refuse
 from tether.types import TruncationMode
 
-if TYPE_CHECKING:  # what may be written, for editors; HfArgumentParser reads a list of plain words only
+if TYPE_CHECKING:  # for type checkers and editors; HfArgumentParser needs a plain list of text
     LossType = LossName | Sequence[LossName]
 else:
     LossType = list[str]
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
-    """A field with its help text (the command's `--help` shows it)."""
+    """A field with its help text, which `--help` shows."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
     return field(default=default, metadata={"help": text, **metadata})
@@ -51,56 +51,23 @@ class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`: those of `transformers.TrainingArguments`, and those of DPO below.
 
     Four defaults differ from `TrainingArguments`, as they do in TRL: `logging_steps=10`,
-    `gradient_checkpointing=True`, `learning_rate=1e-6`, and `bf16=None`, which here means: on where an accelerator
+    `gradient_checkpointing=True`, `learning_rate=1e-6`, and `bf16=None`, which means: on where an accelerator
     supports it, off on a CPU. With `bf16_full_eval` or `fp16_full_eval`, every evaluation runs in that dtype; the
-    weights stay what they are.
+    weights keep theirs.
+
+    Every option has a help text at its field, which `tether train --help` shows too. These need more words:
 
     Args:
-        model_init_kwargs: Keyword arguments of `from_pretrained` when the model is given by path or name.
-        trust_remote_code: Allow models and tokenizers that bring their own code.
-        disable_dropout: Train without dropout. The reference never has any.
-        dataset_num_proc: Processes that tokenize.
-        max_length: Tokens of prompt and response together; None for no limit.
-        truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
-        bad_rows: What becomes of rows that are no pairs (an empty response, say): `raise` refuses the set and names
-            them, `drop` leaves them out and says how many and why.
-        padding_free: Insist on rows without padding. They are laid out so by default wherever the model's attention is
-            proven to allow it; True makes it an error where it is not.
-        pad_to_multiple_of: `auto` or None: there is no padding to round up.
-        pad_token: Deprecated, as in TRL: set the tokenizer's own.
-        activation_offloading: Keep what the backward needs in host memory; needs an accelerator.
-        max_tokens_per_micro_batch: Token budget of a training micro-batch, each prompt counted once;
-            `per_device_train_batch_size` is then the most pairs it may have. With it, or with
-            `train_sampling_strategy="group_by_length"`, micro-batches hold pairs of similar length.
-        precompute_ref_log_probs: Score every row under the reference once, before training, and keep the answers
-            on disk; no reference weights are held while training.
-        precompute_ref_batch_size: How much that pass takes at once: the tokens of this many of the longest pairs. By
-            default four training micro-batches, up to 16,384 tokens.
-        loss_type: One loss or several, of the names in `docs/losses.md`; `loss=` of the trainer takes one's own.
-        loss_weights: Weight of each loss when there are several (MPO); by default 1 each.
-        label_smoothing: Probability that a preference label is flipped, in [0, 0.5); `exo_pair` needs some.
-        beta: Strength of the pull towards the reference (for IPO, the regularisation tau).
-        f_divergence_type: The divergence behind that pull (f-DPO), for losses on the difference of two rewards:
-            `reverse_kl`, `forward_kl`, `js_divergence`, `alpha_divergence`.
-        f_alpha_divergence_coef: Coefficient of the alpha-divergence; 1 is the reverse KL, 0 the forward KL.
-        ld_alpha: Weight, in [0, 1], of tokens beyond the length that both responses have (LD-DPO); None for 1.
-        discopop_tau: Temperature of `discopop`.
-        use_weighting: Weigh each pair by how likely the policy is to say it itself (WPO).
-        bco_reward_shift: Keep `bco_pair`'s running mean of rewards, as its paper does; TRL 1.16 has none.
-        router_aux_loss_coef: Weight of a mixture of experts' load-balancing loss; by default the model config's own,
-            0 for none.
-        reference_free: No reference at all: each response's reward is `beta` times its own log-prob.
-        sync_ref_model: The reference follows the policy (TR-DPO).
-        ref_model_mixup_alpha: Weight of the policy in each sync, in [0, 1]; 1 replaces the reference.
-        ref_model_sync_steps: Optimizer steps between syncs.
-        ref_model_sync_rank: Largest rank of an averaged LoRA update; by default twice the policy's, layer by layer.
-        ref_store: File of the log-prob store; by default one in the user's cache folder, shared by all runs.
-        ref_store_mode: With `precompute_ref_log_probs`, when the store is filled. `fill`: before training, and the
-            reference's weights are then given up. `lazy`: while training reads a row for the first time; later epochs
-            and runs find it. `require`: never; a missing row is an error that names it. `auto` is `fill`, and `lazy`
-            for the rows of a stream.
-        ref_dtype: Dtype of an explicit reference's weights: `float32`, `bfloat16`, `float16`; by default the
-            policy's.
+        bad_rows: What to do with rows that are not pairs (with an empty response, for example): `raise` refuses the
+            set and names them, `drop` leaves them out and logs how many and why.
+        padding_free: Rows have no padding by default wherever the model's attention is proven to allow it; True makes
+            it an error where it is not.
+        max_tokens_per_micro_batch: With it, or with `train_sampling_strategy="group_by_length"`, micro-batches hold
+            pairs of similar length, and `per_device_train_batch_size` is the most pairs of one.
+        ref_store_mode: With `precompute_ref_log_probs`, when the store is filled. `fill`: before training; the
+            reference's weights are then released. `lazy`: when training first reads a row; later epochs and runs
+            find it. `require`: never; a missing row is an error that names it. `auto`: `fill`, but `lazy` for
+            streams.
 
     Raises:
         ConfigurationError: For a value out of range, naming the option.
@@ -118,62 +85,80 @@ class DPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None, "Keyword arguments of from_pretrained when the model is given by path or name (JSON on a command line)."
     )
-    trust_remote_code: bool = _option(False, "Allow models and tokenizers that bring their own code.")
-    disable_dropout: bool = _option(True, "Train without dropout.")
+    trust_remote_code: bool = _option(False, "Allow models and tokenizers that come with their own code.")
+    disable_dropout: bool = _option(True, "Train without dropout. The reference never has any.")
 
-    dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
+    dataset_num_proc: int | None = _option(None, "Number of processes that tokenize.")
     max_length: int | None = _option(1024, "Tokens of prompt and response together; None for no limit.")
-    truncation_mode: TruncationMode = _option("keep_start", "Which end of a longer sequence stays.")
+    truncation_mode: TruncationMode = _option("keep_start", "Which end of a sequence beyond max_length to keep.")
     bad_rows: Literal["raise", "drop"] = _option(
-        "raise", "What becomes of rows that are no pairs: refuse the set, or drop them."
+        "raise", "What to do with rows that are not pairs: refuse the set, or drop them."
     )
 
-    padding_free: bool = _option(False, "Insist on rows without padding, which is the default where it is proven.")
+    padding_free: bool = _option(False, "Raise an error where the model is not proven to work without padding.")
     pad_to_multiple_of: int | str | None = _option("auto", "auto or none: there is no padding to round up.")
     pad_token: str | None = _option(None, "Deprecated: set the tokenizer's own.")
-    activation_offloading: bool = _option(False, "Keep what the backward needs in host memory.")
+    activation_offloading: bool = _option(
+        False, "Keep activations in host memory until the backward pass; needs an accelerator."
+    )
 
     max_tokens_per_micro_batch: int | None = _option(
-        None, "Token budget of a training micro-batch (each prompt once); with it, the batch size is a maximum."
+        None, "Token budget of a training micro-batch (each prompt once); the batch size is then a maximum."
     )
 
     precompute_ref_log_probs: bool = _option(
-        False, "Score every row under the reference once, before training, and keep the answers on disk."
+        False,
+        "Score every row under the reference once, before training, and keep the log-probs on disk; no reference "
+        "weights are held while training.",
     )
     precompute_ref_batch_size: int | None = _option(
         None,
-        "What the precompute pass takes at once, in longest pairs. Default: 4 micro-batches, to 16,384 tokens.",
+        "Batch size of the precompute pass, as the tokens of this many of the longest pairs. Default: four training "
+        "micro-batches, up to 16,384 tokens.",
     )
 
     loss_type: LossType = _option(["sigmoid"], f"One loss or several of: {', '.join(LOSSES)}.")
-    loss_weights: list[float] | None = _option(None, "Weight of each loss when there are several. Default: 1 each.")
-    label_smoothing: float = _option(0.0, "Probability that a preference label is flipped, in [0, 0.5).")
-    beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO: tau).")
-    f_divergence_type: DivergenceName = _option(
-        "reverse_kl", f"The divergence behind that pull: {', '.join(DIVERGENCES)}."
+    loss_weights: list[float] | None = _option(None, "Weight of each of several losses (MPO). Default: 1 each.")
+    label_smoothing: float = _option(
+        0.0, "Probability that a preference label is flipped, in [0, 0.5); exo_pair needs some."
     )
-    f_alpha_divergence_coef: float = _option(0.5, "Coefficient of the alpha-divergence; 1 is the reverse KL.")
+    beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO, the regularisation tau).")
+    f_divergence_type: DivergenceName = _option(
+        "reverse_kl",
+        f"The f-divergence from the reference, for losses on the difference of two rewards: {', '.join(DIVERGENCES)}.",
+    )
+    f_alpha_divergence_coef: float = _option(
+        0.5, "Coefficient of the alpha-divergence; 1 is the reverse KL, 0 the forward KL."
+    )
     ld_alpha: float | None = _option(
-        None, "Weight, in [0, 1], of tokens beyond the length that both responses have (LD-DPO). Default: 1."
+        None, "Weight, in [0, 1], of tokens beyond the shorter response's length (LD-DPO). Default: 1."
     )
     discopop_tau: float = _option(0.05, "Temperature of discopop.")
-    use_weighting: bool = _option(False, "Weigh each pair by how likely the policy is to say it itself (WPO).")
-    bco_reward_shift: bool = _option(True, "Keep bco_pair's running mean of rewards; TRL 1.16 has none.")
+    use_weighting: bool = _option(False, "Weight each pair by its likelihood under the policy (WPO).")
+    bco_reward_shift: bool = _option(
+        True, "Subtract the running mean of rewards in bco_pair, as in its paper; TRL 1.16 does not."
+    )
     router_aux_loss_coef: float | None = _option(
-        None, "Weight of a mixture of experts' load-balancing loss. Default: the model's own; 0 for none."
+        None, "Weight of a mixture of experts' load-balancing loss, 0 for none. Default: the model config's."
     )
     reference_free: bool = _option(False, "No reference: each response's reward is beta times its own log-prob.")
 
-    sync_ref_model: bool = _option(False, "The reference follows the policy (TR-DPO).")
-    ref_model_mixup_alpha: float = _option(SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces it.")
+    sync_ref_model: bool = _option(False, "Let the reference follow the policy (TR-DPO).")
+    ref_model_mixup_alpha: float = _option(
+        SYNC_ALPHA, "Weight of the policy in each sync, in [0, 1]; 1 replaces the reference."
+    )
     ref_model_sync_steps: int = _option(SYNC_STEPS, "Optimizer steps between syncs.")
     ref_model_sync_rank: int | None = _option(
         None, "Largest rank of an averaged LoRA update. Default: twice the policy's, layer by layer."
     )
 
-    ref_store: str | None = _option(None, "File of the log-prob store. Default: one in the user's cache folder.")
+    ref_store: str | None = _option(
+        None, "File of the log-prob store. Default: one in the user's cache folder, shared by all runs."
+    )
     ref_store_mode: StoreMode = _option(
-        "auto", "When the store is filled: before training, while it runs, or never (a missing row is then an error)."
+        "auto",
+        "When the store is filled: before training (fill), when a row is first read (lazy), or never (require; a "
+        "missing row is then an error). auto is fill, but lazy for streams.",
     )
     ref_dtype: Dtype | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
@@ -197,8 +182,8 @@ class DPOConfig(TrainingArguments):
         if self.activation_checkpointing is None:  # transformers' new name of the same option
             self.activation_checkpointing = self.gradient_checkpointing
         if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is no device to copy to, and DataLoader would say so
-            self.use_cpu = True  # it is what happens; unsaid, the processes of torchrun would not find each other
+            self.dataloader_pin_memory = False  # without a device to copy to, DataLoader would warn
+            self.use_cpu = True  # it is so anyway, and without it torchrun's processes would not find each other
         super().__post_init__()
         refuse(refused_launch(self))
 
@@ -215,7 +200,7 @@ class DPOConfig(TrainingArguments):
 
     @property
     def checkpoints_reentrantly(self) -> bool:
-        """Whether layers run without a gradient at first, and with one only when the backward runs them again."""
+        """Whether layers first run without recording gradients, which only their replay in the backward does."""
         kwargs = self.activation_checkpointing_kwargs
         return bool(self.activation_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
 
@@ -240,23 +225,23 @@ class DPOConfig(TrainingArguments):
             warnings.warn(
                 "`pad_token` is deprecated. Set `tokenizer.pad_token` and pass the tokenizer as `processing_class`.",
                 FutureWarning,
-                stacklevel=4,  # whoever wrote `DPOConfig(...)`
+                stacklevel=4,  # the caller of `DPOConfig(...)`
             )
 
 
 def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
-    """What a run minimises: the losses that its options name, or the user's own."""
+    """What a run minimises: the losses named by its options, or the user's own."""
     return Objective(
         [loss] if loss is not None else args.loss_type,
         args.loss_weights,
-        lambda: args.loss_options,  # as it is at each step: a callback may change beta
+        lambda: args.loss_options,  # read at each step: a callback may change beta
         use_weighting=args.use_weighting,
         bco_reward_shift=args.bco_reward_shift,
     )
 
 
 def look_for_unused_parameters(args: DPOConfig) -> None:
-    """Lets DDP expect parameters without gradient, unless the user said otherwise: a batch without images uses no
+    """Lets DDP expect parameters without gradient, unless the user decided: a batch without images does not use the
     vision tower. Reentrant checkpointing fails with it."""
     if args.ddp_find_unused_parameters is None and not args.checkpoints_reentrantly:
         args.ddp_find_unused_parameters = True

@@ -1,4 +1,4 @@
-"""Options that earlier versions of TRL and transformers had, or Tether, and what each is called today.
+"""Former options of TRL, transformers and Tether, and what each is called today.
 
 For scripts (`DPOConfig`) and recipes alike. Loads no torch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# What to write instead, as a script writes it.
+# What to write instead, in Python spelling.
 FORMER: Mapping[str, str] = {
     "evaluation_strategy": "`eval_strategy`",
     "force_use_ref_model": "`ref_model`, with the model that is the reference",

@@ -1,6 +1,6 @@
-"""What kind of value an option takes, by pydantic: what is wrong with those that are of another, in words.
+"""Checks the types of options by pydantic, and describes what is wrong with those that do not fit.
 
-Knows types; which options there are, others know. Loads no torch.
+Knows types, but not which options there are. Loads no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def faults(error: ValidationError) -> dict[str, str]:
         is_entry = bool(inside) and isinstance(inside[0], int)
         if is_entry and len(inside) == 1 and text.startswith("it should"):
             text = f"{text}, not {one['input']!r}"
-        elif is_entry:  # one with options of its own
+        elif is_entry:  # an entry with options of its own
             where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in inside)
             text = f"`{name}{where}`: {text}"
         text = textwrap.shorten(text[0].lower() + text[1:], 240, placeholder=" and others")
@@ -38,12 +38,12 @@ def faults(error: ValidationError) -> dict[str, str]:
 
 
 def refused_types(options: Any, declared: type, base: type) -> Iterator[Refusal]:
-    """Values of another kind than an option's, such as text where a number belongs.
+    """Values of the wrong type, such as text where a number belongs.
 
     Args:
-        options: Has the values as attributes. Numbers of numpy are numbers, tuples lists, and paths text.
+        options: Has the values as attributes. NumPy numbers count as numbers, tuples as lists, and paths as text.
         declared: The dataclass that declares the options.
-        base: The one it extends, whose options are not looked at.
+        base: The class it extends, whose options are not checked.
     """
     texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(declared)}
     model = _model_of(declared, base)

@@ -1,4 +1,4 @@
-"""Messages to text and token ids, by a chat template and what a row says for it.
+"""Renders messages as text and token ids, by a chat template and the row's variables for it.
 
 Knows tokenizers, processors and templates; knows no preference pair.
 """
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.errors import DataError
 
-# Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the answer.
+# Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the result.
 _RESERVED = frozenset(
     [
         "add_generation_prompt",
@@ -30,20 +30,20 @@ _RESERVED = frozenset(
 
 
 class ChatTemplate:
-    """A chat template with what a row says for it: tools, and arguments of its own.
+    """A chat template with a row's tools and variables for it.
 
     Args:
-        renderer: A tokenizer or a processor, with a chat template unless the row brings one.
+        renderer: A tokenizer or a processor, with a chat template unless the row has its own.
         row: May have `tools` (a list, or JSON text) and `chat_template_kwargs`.
-        where: The row's name in a sentence.
+        where: The row's name in error messages.
 
     Raises:
-        DataError: If there is no template, or the row says for it what cannot be used.
+        DataError: If there is no template, or the row's tools or variables are invalid.
     """
 
     def __init__(self, renderer: PreTrainedTokenizerBase | ProcessorMixin, row: Mapping[str, Any], where: str) -> None:
         self._renderer, self._where = renderer, where
-        # An empty list is what a row without tools has where others have some; templates would announce no tools.
+        # A row without tools has an empty list if others have tools; templates would announce an empty list of tools.
         self._options: dict[str, Any] = {"tools": self._tools(row.get("tools")) or None} | self._arguments(row)
         if renderer.chat_template is None and "chat_template" not in self._options:
             raise DataError(
@@ -55,7 +55,7 @@ class ChatTemplate:
         """The token ids of the messages as the template renders them.
 
         Raises:
-            DataError: If the template cannot.
+            DataError: If rendering fails.
         """
         return list(self._render(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
@@ -63,7 +63,7 @@ class ChatTemplate:
         """The text of the messages as the template renders them.
 
         Raises:
-            DataError: If the template cannot.
+            DataError: If rendering fails.
         """
         return str(self._render(messages, tokenize=False, **options))
 
@@ -73,9 +73,9 @@ class ChatTemplate:
         except ImportError:
             raise
         except Exception as error:  # a template may raise anything, its own `raise_exception` included
-            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise DataError(
-                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {said}.",
+                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {message}.",
                 instead="Change the row's messages to what the template accepts, or drop the row.",
             ) from error
 
@@ -87,7 +87,7 @@ class ChatTemplate:
         except json.JSONDecodeError as error:
             raise DataError(
                 problem=f"{self._where} has `tools` that are not valid JSON.",
-                details=f"The parser says: {error}.",
+                details=f"The parser reports: {error}.",
                 instead="Write a list of function descriptions, as a list or as JSON text.",
             ) from None
 
@@ -98,18 +98,18 @@ class ChatTemplate:
             raise DataError(
                 problem=f"{self._where} has `chat_template_kwargs` with {', '.join(reserved)}: only variables of the "
                 "template can be set there.",
-                details="How the template is called decides where the response begins, so the trainer does that "
-                "itself.",
+                details="How the template is called decides where the response begins, so the trainer sets its other "
+                "arguments.",
                 instead='Write variables that the template knows, such as {"enable_thinking": false}.',
             )
         return dict(arguments)
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys that are null, at any depth.
+    """Removes keys whose value is null, at any depth.
 
-    Arrow gives every row every key that some row has, and null where the row had none. A template would take such
-    a key for one that was written (`tool | tojson`, `enable_thinking is defined`).
+    Arrow gives every row the keys of all rows, with null where a row has none. A template would treat such a key
+    as set (`tool | tojson`, `enable_thinking is defined`).
 
     Example:
         >>> without_nulls([{"role": "user", "content": "Hi", "tool_calls": None}])

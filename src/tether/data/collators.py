@@ -1,4 +1,4 @@
-"""Collators of other makings: TRL's padded layout as a class of its own, and padded batches as pairs for the trainer.
+"""Collators other than the trainer's own: TRL's padded layout as a class, and padded batches turned back into pairs.
 
 The trainer's own collator is `data.PairCollator`, which pads nothing. Knows rows of token ids; knows no text.
 """
@@ -17,14 +17,13 @@ from transformers.data.data_collator import DataCollatorMixin
 from tether.data.datasets import PairCollator, check_room, inputs_of, margins_of, uncounted
 from tether.data.image_rows import ImageRows
 from tether.data.rounds import own_rows
-from tether.data.rows import check_reference_sum
+from tether.data.rows import REFERENCE_COLUMNS, check_reference_sum
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError, DataError
 from tether.store import content_key
 from tether.types import PairBatch, Response, TruncationMode, image_inputs
 
 _PADDED = ("input_ids", "attention_mask", "completion_mask")
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
@@ -39,18 +38,18 @@ class DataCollatorForPreference(DataCollatorMixin):
     `input_ids`           `[2n, L]`   prompt + response, padded on the right with `pad_token_id`
     `attention_mask`      `[2n, L]`   1 at tokens, 0 at padding
     `completion_mask`     `[2n, L]`   1 at the response's tokens
-    `ref_chosen_logps`    `[n]`       from the rows, where they have it; the same for rejected
+    `ref_chosen_logps`    `[n]`       if the rows have it; the same for rejected
     ====================  ==========  =========================================================
 
-    The trainer needs none: it lays pairs out without padding. Given as its `data_collator`, this one's `max_length`
-    and `truncation_mode` count.
+    The trainer needs no such collator: it lays pairs out without padding. If this one is its `data_collator`, the
+    `max_length` and `truncation_mode` given here are used.
 
     Args:
-        pad_token_id: The id that fills the rows up.
-        max_length: Tokens of a sequence at most; None for no limit.
+        pad_token_id: Id of the padding token.
+        max_length: Maximum tokens of a sequence; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
-        pad_to_multiple_of: Makes L a multiple of it.
-        return_tensors: `pt`, the only one there is.
+        pad_to_multiple_of: Rounds L up to a multiple of this number.
+        return_tensors: Only `pt`.
 
     Raises:
         ConfigurationError: For another `truncation_mode` or `return_tensors`.
@@ -80,7 +79,7 @@ class DataCollatorForPreference(DataCollatorMixin):
                 )
 
     def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch of these rows, as the table above says."""
+        """The batch of these rows, as in the table above."""
         sequences = [
             (list(row["prompt_ids"]), list(row[side])) for side in ("chosen_ids", "rejected_ids") for row in examples
         ]
@@ -93,7 +92,7 @@ class DataCollatorForPreference(DataCollatorMixin):
         return batch | {name: torch.tensor(sums) for name, sums in _reference_sums(examples).items()}
 
     def _padded(self, sequences: list[tuple[list[int], list[int]]], filling: int) -> Tensor:
-        """Prompts with their responses, cut and padded."""
+        """Prompts with their responses, truncated and padded."""
         rows, truncation = [], Truncation(self.max_length, self.truncation_mode)
         for prompt, response in sequences:
             start, _, stop = truncation.span(len(prompt), len(response))
@@ -104,8 +103,8 @@ class DataCollatorForPreference(DataCollatorMixin):
 
 
 def _reference_sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The columns of sums that rows bring: all of the rows, or none."""
-    brought = [name for name in _REFERENCE if any(row.get(name) is not None for row in rows)]
+    """The columns of reference sums. If any row has a column, all must."""
+    brought = [name for name in REFERENCE_COLUMNS if any(row.get(name) is not None for row in rows)]
     for name in brought:
         for number, row in enumerate(rows):
             check_reference_sum(row.get(name), name, f"Row {number} of a batch")
@@ -124,21 +123,21 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
     `input_ids`         `[2n, L]`   prompt + response, padded on the right
     `attention_mask`    `[2n, L]`   1 at tokens, 0 at padding
     `completion_mask`   `[2n, L]`   1 at the response's tokens
-    `pixel_values`      by model    the images of every sequence, in their order
+    `pixel_values`      by model    the images of every sequence, in order
     ==================  ==========  =========================================================
 
-    and what else the processor makes (`image_grid_thw`, `image_sizes`, `token_type_ids`, ...). The trainer needs
-    none. Given as its `data_collator`, this one's `processor` and `max_length` count.
+    and anything else the processor returns (`image_grid_thw`, `image_sizes`, `token_type_ids`, ...). The trainer needs
+    no such collator. If this one is its `data_collator`, the `processor` and `max_length` given here are used.
 
     Args:
         processor: Of a vision-language model; its tokenizer has a padding token.
-        max_length: Tokens of a sequence at most; the response's end is cut. None for no limit.
-        pad_to_multiple_of: Makes L a multiple of it.
-        return_tensors: `pt`, the only one there is.
+        max_length: Maximum tokens of a sequence; the response's end is cut. None for no limit.
+        pad_to_multiple_of: Rounds L up to a multiple of this number.
+        return_tensors: Only `pt`.
 
     Raises:
         ConfigurationError: For another `return_tensors`.
-        DataError: For a row that is no pair, or whose prompt leaves no room for a response.
+        DataError: For a row that is not a pair, or whose prompt leaves no room for a response.
     """
 
     processor: ProcessorMixin
@@ -154,7 +153,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
         )
 
     def torch_call(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch of these rows, as the table above says."""
+        """The batch of these rows, as in the table above."""
         reader = ImageRows(self.processor)
         names = [f"Row {number} of a batch" for number in range(len(examples))]
         rows = [{**row, **reader.tokens(row, name)._asdict()} for row, name in zip(examples, names, strict=True)]
@@ -171,23 +170,23 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 def pair_collator(
     given: Any, max_length: int | None, truncation_mode: TruncationMode, image_rows: ImageRows | None = None
 ) -> PairCollator | PairsOfPadded:
-    """What the trainer makes its batches with: its own collator, or the user's.
+    """The collator that the trainer uses: its own, or the user's.
 
     Args:
-        given: None, a collator of this package, or a callable that returns the padded layout of
-            `DataCollatorForPreference`. It truncates by itself.
-        max_length: For the trainer's own.
-        truncation_mode: The same.
-        image_rows: The same.
+        given: None, a collator of this package, or a callable that truncates and returns the padded layout of
+            `DataCollatorForPreference`.
+        max_length: For the trainer's own collator.
+        truncation_mode: For the trainer's own collator.
+        image_rows: For the trainer's own collator.
 
     Raises:
-        ConfigurationError: If it is no collator.
+        ConfigurationError: If `given` is not a collator.
     """
     if given is None:
         return PairCollator(max_length, truncation_mode, image_rows)
     if isinstance(given, PairCollator):
         return given
-    if type(given) is DataCollatorForPreference:  # the same pairs, and no detour through padding
+    if type(given) is DataCollatorForPreference:  # the same pairs, without the detour through padding
         return PairCollator(given.max_length, given.truncation_mode, image_rows)
     if type(given) is DataCollatorForVisionPreference:
         return PairCollator(given.max_length, image_rows=ImageRows(given.processor))
@@ -203,18 +202,18 @@ def pair_collator(
 
 @dataclass(frozen=True)
 class PairsOfPadded:
-    """A collator of padded batches as the trainer wants it: takes the padding off again.
+    """Turns the padded batches of another collator into pairs, by removing the padding.
 
-    A content key is made from what is fed: what the collator cut away, nobody knows.
+    Content keys are made from the fed tokens, since those that the collator truncated are not known.
 
     Args:
         collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
-            sequences, then all rejected ones; and `ref_chosen_logps`, `ref_rejected_logps`, each `[rows]`, if rows
-            bring them. What it returns as pairs already is left alone.
+            sequences, then all rejected ones; and `ref_chosen_logps`, `ref_rejected_logps`, each `[rows]`, if the
+            rows have them. Batches that are pairs already are passed through.
 
     Raises:
         ConfigurationError: If it returns other keys or shapes.
-        DataError: If a sequence has no response, or one with a hole.
+        DataError: If a sequence has no response, or one with gaps.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -224,10 +223,10 @@ class PairsOfPadded:
         padded = self.collator(rows)
         if isinstance(padded, Mapping) and isinstance(padded.get("batch"), PairBatch):
             return dict(padded) if counts else uncounted(padded)
-        # Sums that the rows do not bring would be those of a reference that nobody asks.
-        optional = _REFERENCE if all(name in row for row in rows for name in _REFERENCE) else ()
+        # Sums that are not from the rows belong to a reference that this run does not use.
+        optional = REFERENCE_COLUMNS if all(name in row for row in rows for name in REFERENCE_COLUMNS) else ()
         _check_layout(padded, len(rows), optional)
-        sums = [total for name in _REFERENCE if name in padded for total in padded[name].tolist()]
+        sums = [total for name in REFERENCE_COLUMNS if name in padded for total in padded[name].tolist()]
         sequences = [
             _response(number, *(tensor.tolist() for tensor in sequence))._replace(
                 reference_sum=sums[number] if sums else None
@@ -242,7 +241,7 @@ def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None
     keys = sorted(padded) if isinstance(padded, Mapping) else [f"a {type(padded).__name__}"]
     known = set(keys) in (set(_PADDED), {*_PADDED, *optional})
     shapes = {name: tuple(padded[name].shape) for name in _PADDED} if known else {}
-    sums = {tuple(padded[name].shape) for name in _REFERENCE if name in keys} if known else set()
+    sums = {tuple(padded[name].shape) for name in REFERENCE_COLUMNS if name in keys} if known else set()
     if len(set(shapes.values())) == 1 and shapes["input_ids"][:1] == (2 * num_rows,) and sums <= {(num_rows,)}:
         return
     found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or ", ".join(keys)
@@ -259,7 +258,7 @@ def _response(number: int, ids: list[int], attended: list[int], scored: list[int
     """The prompt and response of one padded sequence."""
     tokens = [(token, mark) for token, is_there, mark in zip(ids, attended, scored, strict=True) if is_there]
     marks = [int(mark) for _, mark in tokens]
-    # A response that fills the sequence gives up its first token, from which nothing predicts it.
+    # A response that fills the sequence loses its first token, which nothing predicts.
     start = max(1, marks.index(1)) if 1 in marks else len(marks)
     if start >= len(marks) or not all(marks[start:]):
         raise DataError(

@@ -1,4 +1,4 @@
-"""From rows of text to batches of token ids: what the trainer asks for its sets, and its collator, which truncates.
+"""From rows of text to batches of token ids: the trainer's sets, and its collator, which truncates.
 
 Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no model and no reference.
 """
@@ -43,11 +43,11 @@ Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
 
 def as_dataset(rows: Rows | None) -> PairDataset:
-    """The rows as a dataset; a list of dicts becomes one, with every column that some row has.
+    """The rows as a dataset. A list of dicts becomes one, with the columns of all its rows.
 
     Raises:
-        ArgumentTypeError: If they are nothing of the kind.
-        DataError: If a column holds what no set can hold together.
+        ArgumentTypeError: If they are neither a dataset nor a list of dicts.
+        DataError: If a column mixes kinds of values that cannot be stored together.
     """
     if isinstance(rows, Dataset | IterableDataset):
         return rows
@@ -63,18 +63,18 @@ def as_dataset(rows: Rows | None) -> PairDataset:
 
 
 def column_names(dataset: PairDataset) -> tuple[str, ...]:
-    """The columns of a set; a stream that does not say has those of its first row."""
+    """The columns of a set; those of the first row if a stream does not declare them."""
     names = dataset.column_names
     if names is None:
         try:
             names = next(iter(dataset), {})
-        except DataError:  # of its first row; said when training reads it, as for any other row
+        except DataError:  # about the first row; raised again when training reads it, as for any other row
             names = ()
     return tuple(names)
 
 
 def _dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """A list of rows; `Dataset.from_list` would read the columns of its first row alone."""
+    """A list of rows as a set; `Dataset.from_list` reads the columns of the first row only."""
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     try:
         return Dataset.from_dict(columns)
@@ -88,20 +88,20 @@ def _column(name: str, values: list[Any]) -> Dataset:
         return Dataset.from_dict({name: values})
     except (pa.ArrowInvalid, pa.ArrowTypeError) as mixed:
         try:
-            # Encoded here: `datasets` would take a text such as `4` for JSON already, and give a number back.
+            # Encoded here: `datasets` would take a text such as `4` for JSON already, and return a number.
             texts = [None if value is None else json.dumps(value) for value in values]
         except TypeError:
             raise DataError(
                 problem=f"Cannot make a dataset of these rows: the column `{name}` mixes kinds of values that cannot "
                 "be in one column.",
-                details=f"Arrow says: {' '.join(str(mixed).split()).rstrip('.')}.",
+                details=f"Arrow reports: {' '.join(str(mixed).split()).rstrip('.')}.",
                 instead="Give it values of one kind in all rows.",
             ) from None
         return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
 
 
 def _how_to_make_one(rows: Any) -> str:
-    """A set from what was given, as far as that can be told."""
+    """A hint on how to make a set from what was given, where there is one."""
     if isinstance(rows, Mapping) and set(rows) & {"chosen", "rejected"}:
         return ": `Dataset.from_dict(...)` makes one of columns"
     if isinstance(rows, Mapping) and rows:
@@ -119,22 +119,22 @@ def tokenize_pairs(
     name: str = "train",
     bad_rows: Literal["raise", "drop"] = "raise",
 ) -> PairDataset:
-    """Adds the `TOKEN_COLUMNS` (untruncated), unless they are there, and drops rows whose prompt fills `max_length`.
+    """Adds the `TOKEN_COLUMNS` (untruncated) if missing, and drops rows whose prompt fills `max_length`.
 
-    What was dropped is said in one message for each set, with reasons and row numbers; for a stream, as it is read.
+    Dropped rows are logged in one message per set, with reasons and row numbers; for a stream, as it is read.
 
     Args:
         dataset: Rows in any of the formats of `tether.data.rows.tokenize_row`; the formats may be mixed.
-        tokenizer: With a chat template if rows are conversational; or what reads rows with images.
+        tokenizer: With a chat template if rows are conversational; or a reader of rows with images.
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: `keep_start` or `keep_end`.
         num_proc: Worker processes.
         name: The set's name, for messages.
-        bad_rows: `raise`, or `drop`: what becomes of rows that are no pairs.
+        bad_rows: What happens to rows that are not pairs: `raise` or `drop`.
 
     Raises:
-        DataError: For a row that is not a pair (names it, and counts the others), or when no row remains. Rows of a
-            stream are looked at when they are read.
+        DataError: For a row that is not a pair (names it, and counts the others), or if no row remains. Rows of a
+            stream are checked when they are read.
     """
     reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
     plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
@@ -145,7 +145,7 @@ def tokenize_pairs(
 
 @contextmanager
 def progress_bars_off(off: bool) -> Iterator[None]:
-    """Keeps the bars of `datasets` away while open, if `off`; leaves the user's own setting as it was."""
+    """Hides the progress bars of `datasets` while open, if `off`; then restores the user's setting."""
     switches = off and not are_progress_bars_disabled()
     if switches:
         disable_progress_bars()
@@ -160,15 +160,15 @@ def progress_bars_off(off: bool) -> Iterator[None]:
 class PairCollator:
     """Makes one `PairBatch` of tokenized rows: truncates, finds shared prompts, computes content keys.
 
-    The key is made from the untruncated ids where the start is kept, because a per-token record then serves every
-    `max_length`; with `keep_end` it is made from what is fed.
+    If the start of a sequence is kept, its key is made from the untruncated ids, so that one per-token record serves
+    every `max_length`. With `keep_end` it is made from the fed ids.
 
     Returns a dict, as `transformers.Trainer` expects; its first tensor counts the pairs.
 
     Args:
         max_length: Tokens of prompt and response together; None for no limit.
         truncation_mode: Which end of a longer sequence stays: `keep_start` or `keep_end`.
-        image_rows: What reads the images of rows that have some.
+        image_rows: Reads the images of rows that have some.
     """
 
     max_length: int | None = None
@@ -191,7 +191,7 @@ class PairCollator:
 
     @property
     def truncation(self) -> Truncation:
-        """Where it cuts a row."""
+        """Where this collator cuts a row."""
         return Truncation(self.max_length, self.truncation_mode)
 
     def _response(
@@ -211,19 +211,19 @@ class PairCollator:
 def inputs_of(
     pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None, *, counts: bool
 ) -> dict[str, Any]:
-    """What a collator returns for these pairs: their batch, and a tensor with a 1 for each that counts."""
+    """The output of a collator for these pairs: their batch, and a tensor with a 1 for each pair that counts."""
     batch = replace(PairBatch.of_pairs(pairs, margins), counts=counts)
     return {"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch}
 
 
 def uncounted(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as pairs that do not count."""
+    """The same inputs, as pairs that do not count."""
     batch = replace(batch_of(inputs), counts=False)
     return {**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch}
 
 
 def truncation_of(collator: Any) -> Truncation | None:
-    """Where a collator cuts a row; None for one of another making, of which nobody can tell."""
+    """Where a collator cuts a row; None if it is not ours, since others do not tell."""
     found = getattr(collator, "truncation", None)
     return found if isinstance(found, Truncation) else None
 
@@ -232,7 +232,7 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
     """Refuses a row whose prompt leaves no room for a response.
 
     Raises:
-        DataError: Names it.
+        DataError: If it leaves none.
     """
     if not truncation.leaves_room(len(prompt_ids)):
         raise DataError(
@@ -243,46 +243,46 @@ def check_room(prompt_ids: Sequence[int], truncation: Truncation, where: str) ->
 
 
 def cut_images(where: str, truncation: Truncation) -> DataError:
-    """What is wrong with cutting the start of a row with images."""
+    """The error for truncating the start of a row with images."""
     return DataError(
         problem=f"{where} has images and more than `max_length={truncation.max_length}` tokens: "
-        "`truncation_mode='keep_end'` would cut the start of its prompt, and the places of the images with it.",
+        "`truncation_mode='keep_end'` would cut the start of its prompt, and the image tokens with it.",
         instead="Set `truncation_mode='keep_start'`, or `max_length=None`.",
     )
 
 
 def batch_columns(*, with_images: bool) -> list[str]:
-    """The columns that a batch may need of a tokenized set."""
+    """The columns of a tokenized set that a batch may need."""
     return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *(PROMPT_COLUMNS if with_images else ())]
 
 
 def _as_python(value: Any) -> Any:
-    """Plain numbers, also of a set `with_format("torch")` or `"numpy"`: tensors would not be told to be equal."""
+    """Plain numbers, also from a set `with_format("torch")` or `"numpy"`: tensors do not compare as one value."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
-    """The rows' margins; None where no row has one.
+    """The rows' margins; None if no row has one.
 
     Raises:
-        DataError: If only some have one, or one is no finite number.
+        DataError: If only some have one, or one is not a finite number.
     """
     if not any(MARGIN_COLUMN in row for row in rows):
         return None
-    for row in rows:  # a set that came tokenized was looked at by nobody
+    for row in rows:  # the margins of a set that came tokenized have not been checked yet
         check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, "A row of a batch")
     return [float(row[MARGIN_COLUMN]) for row in rows]
 
 
 def batch_of(inputs: Mapping[str, Any]) -> PairBatch:
-    """The `PairBatch` in what the collator returned."""
+    """The `PairBatch` in a collator's output."""
     batch = inputs["batch"]
     assert isinstance(batch, PairBatch)
     return batch
 
 
 def num_pairs_tensor(inputs: Mapping[str, Any]) -> Tensor:
-    """Number of pairs that count in what the collator returned, as a tensor."""
+    """Number of counted pairs in a collator's output, as a tensor."""
     pairs = inputs["pairs"]
     assert isinstance(pairs, Tensor)
     return pairs.sum()

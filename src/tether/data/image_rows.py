@@ -1,4 +1,4 @@
-"""Rows with images: their token ids, and what a vision-language model reads besides them, by its processor.
+"""Rows with images: their token ids and the model's other inputs, by the processor of a vision-language model.
 
 Knows processors, messages and images; knows no model, and no set of rows.
 """
@@ -29,12 +29,12 @@ from tether.data.rows import (
 from tether.errors import ConfigurationError, DataError
 from tether.types import PromptImages
 
-# What is read of a row again when its batch is made.
+# The columns that are read again when a row's batch is made.
 PROMPT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 
 
 class _Text(NamedTuple):
-    """A row as text, with a placeholder where an image stands; the last two begin with the prompt."""
+    """A row as text with image placeholders; the last two begin with the prompt."""
 
     prompt: str
     chosen: str
@@ -44,13 +44,13 @@ class _Text(NamedTuple):
 class ImageRows:
     """Reads rows through the processor of a vision-language model.
 
-    A row has `image` (one) or `images` (a list; empty or None for a row without): PIL images, arrays, or paths and
-    addresses. Where they stand, the text says: a message with blocks (`{"type": "image"}`), the processor's own
-    placeholder in plain text, or nothing, for messages without blocks: the images then come before the first message
-    of the user. Plain text in such a set is fed as it stands, without a BOS or EOS that it does not have (as in TRL).
+    A row has `image` (one) or `images` (a list; empty or None for a row without): PIL images, arrays, paths or URLs.
+    The text gives their places: blocks in messages (`{"type": "image"}`) or the processor's own placeholder in plain
+    text. In messages without blocks, the images come before the user's first message. Plain text in such a set is fed
+    as it is, without adding a BOS or EOS (as in TRL).
 
     Args:
-        processor: A tokenizer and an image processor.
+        processor: Of a vision-language model: a tokenizer and an image processor.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -58,10 +58,10 @@ class ImageRows:
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
 
     def tokens(self, row: Mapping[str, Any], where: str) -> RowTokens:
-        """The token ids of a row, with as many for each image as the model sees; as `rows.tokenize_row` otherwise.
+        """The token ids of a row, with as many for each image as the model sees; otherwise as `rows.tokenize_row`.
 
         Raises:
-            DataError: If it is not a pair, an image cannot be read, or text and images do not belong together.
+            DataError: If it is not a pair, an image cannot be read, or text and images do not match.
         """
         if any(row.get(column) is not None for column in TOKEN_COLUMNS):
             return tokenize_row(_without_images(row), where, self.tokenizer)
@@ -79,14 +79,14 @@ class ImageRows:
         return tokens._replace(prompt_ids=_without_end(prompt_ids, tokens.lost_ids, where))
 
     def shown(self, row: Mapping[str, Any], where: str = "A row of a batch") -> PromptImages | None:
-        """What the model reads with the row's prompt; None for a row without images.
+        """The images and token inputs of the row's prompt; None for a row without images.
 
         Args:
             row: A row that was tokenized, with the columns it was made from.
-            where: Its name in a sentence.
+            where: Its name in error messages.
 
         Raises:
-            DataError: If its images are not those its token ids were made with.
+            DataError: If its images are not those that its token ids were made with.
         """
         images = self._images(row, where)
         if not images:
@@ -137,20 +137,20 @@ class ImageRows:
             one, several = given.get("image"), given.get("images", [])
             images = [one] if one is not None else [several] if isinstance(several, str) else list(several)
             return [load_image(image) if isinstance(image, str) else image for image in images]
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders raise errors of any type
             raise _not_fed(where, error) from error
 
     def _feed(self, text: str, images: Sequence[Any], where: str) -> dict[str, Tensor]:
-        """The processor's answer for one prompt."""
+        """The processor's output for one prompt."""
         try:
             fed = dict(self._processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt"))
-        except Exception as error:  # as many kinds as there are processors
+        except Exception as error:  # processors raise errors of any type
             raise _not_fed(where, error) from error
         unknown = sorted(name for name, value in fed.items() if not isinstance(value, Tensor))
         if unknown or "cross_attention_mask" in fed:
             raise ConfigurationError(
                 problem=f"Cannot use images with a {type(self._processor).__name__}: its "
-                f"{', '.join(unknown) or 'cross_attention_mask'} says which images each token of a prompt sees, and "
+                f"{', '.join(unknown) or 'cross_attention_mask'} defines which images each token of a prompt sees, and "
                 "is not made for a response.",
                 instead="Use a model that reads images as tokens of its prompt (LLaVA, Qwen-VL, Gemma 3, Idefics 3).",
             )
@@ -163,8 +163,8 @@ class ImageRows:
     def _check_shows_none(self, row: Mapping[str, Any], where: str) -> None:
         if self._image_token_ids & set(row["prompt_ids"]):
             raise DataError(
-                problem=f"{where} has image tokens in its `prompt_ids` but no `image` or `images`: the model would be "
-                "told of images and see none.",
+                problem=f"{where} has image tokens in its `prompt_ids` but no `image` or `images`: the model would "
+                "read placeholders without seeing an image.",
                 instead="Keep the column of images that the ids were made with.",
             )
 
@@ -192,7 +192,7 @@ def _blocks(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _placed(messages: list[dict[str, Any]], num_images: int, where: str) -> list[dict[str, Any]]:
-    """The messages with a place for each image: as they say, or before the first message of the user."""
+    """The messages with a place for each image: their own, or before the user's first message."""
     placed = sum(block.get("type") == "image" for message in messages for block in message.get("content") or ())
     if placed == num_images:
         return messages
@@ -210,7 +210,7 @@ def _placed(messages: list[dict[str, Any]], num_images: int, where: str) -> list
 
 
 def _without_end(prompt_ids: list[int], lost_ids: list[int], where: str) -> list[int]:
-    """The prompt's ids less those that merge with the response's."""
+    """The prompt's ids without those that merge with the response's."""
     if not lost_ids:
         return prompt_ids
     if prompt_ids[-len(lost_ids) :] != lost_ids:

@@ -1,4 +1,4 @@
-"""Whole rounds of rows for several processes: what fills the last one up, and how it is told from the rest.
+"""Whole rounds of rows for several processes: fills the last round up, and marks the rows that do so.
 
 A round is one batch for each process. Knows rows and their order; knows no batch and no model.
 """
@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-REPEATED = "tether_repeated"  # marks a row that comes again, so that every process has as many
+REPEATED = "tether_repeated"  # marks a row repeated to give all processes the same number
 T = TypeVar("T")
 
 
 def own_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], bool]:
-    """The rows of a batch that count, and True; or, where it has none but repeated ones, these and False."""
+    """The rows of a batch that count, and True; or, if all of them are repeated, these rows and False."""
     own = [row for row in rows if not row.get(REPEATED)]
     if own:
         return own, True
@@ -24,7 +24,7 @@ def own_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]]
 
 
 def filled(elements: Iterable[T], size: int, repeated: Callable[[T], T]) -> Iterator[T]:
-    """The elements, and behind them the first ones again, marked, until their number is a multiple of `size`.
+    """The elements, followed by the first ones again (marked) until their number is a multiple of `size`.
 
     Example:
         >>> list(filled([1, 2, 3], 5, lambda number: -number))
@@ -41,7 +41,7 @@ def filled(elements: Iterable[T], size: int, repeated: Callable[[T], T]) -> Iter
 
 
 class FilledStream(IterableDataset[Any]):
-    """A stream in whole rounds: what accelerate deals to the processes, without filling anything up by itself.
+    """A stream in whole rounds, so that accelerate need not fill it up when it deals rows to the processes.
 
     Args:
         rows: The stream; every process reads all of it.
@@ -60,7 +60,7 @@ class FilledStream(IterableDataset[Any]):
 
 
 class FilledOrder(Sampler[int]):
-    """The order of a set in whole rounds: a row that comes again has the number `~index`.
+    """The order of a set in whole rounds: a repeated row has the number `~index`.
 
     Args:
         order: A sampler of the set.
@@ -77,7 +77,7 @@ class FilledOrder(Sampler[int]):
         return filled(self.order, self.size, lambda index: ~index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of an epoch, where the sampler can be told."""
+        """Chooses the order of an epoch, if the sampler supports it."""
         if hasattr(self.order, "set_epoch"):
             self.order.set_epoch(epoch)
 

@@ -1,4 +1,4 @@
-"""From one row to its token ids: which of the formats it is, and where the response begins.
+"""From one row to its token ids: finds its format and where the response begins.
 
 Knows tokenizers and chat templates; knows no set of rows, no limit of length and no model.
 """
@@ -16,12 +16,10 @@ from tether.data.chat import ChatTemplate, without_nulls
 from tether.errors import ConfigurationError, DataError
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-MARGIN_COLUMN = "margin"  # by how much the chosen response is better, in units of reward; optional
+MARGIN_COLUMN = "margin"  # how much better the chosen response is, in units of reward; optional
 IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.data.image_rows`
-REFERENCE_COLUMNS = (
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)  # sums that rows may bring, see `tether.trainer.reference_columns`
+# Sums that rows may have; see `tether.trainer.reference_columns`.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _RESPONSES = ("chosen", "rejected")
 
 
@@ -29,11 +27,11 @@ class RowTokens(NamedTuple):
     """The token ids of a row, untruncated.
 
     Attributes:
-        prompt_ids: What both responses follow.
+        prompt_ids: The prompt of both responses.
         chosen_ids: The preferred response.
         rejected_ids: The other one.
-        lost_ids: The end of the prompt as it is tokenized alone, where prompt + response goes on differently: tokens
-            that merge with the response's, or what a template says only in front of an open answer.
+        lost_ids: The end of the prompt tokenized alone, where prompt + response continues differently: tokens that
+            merge with the response's, or text that a template adds only in front of an open answer.
     """
 
     prompt_ids: list[int]
@@ -43,15 +41,15 @@ class RowTokens(NamedTuple):
 
 
 class RowReader(Protocol):
-    """What makes token ids of a row."""
+    """Makes token ids of a row."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Whose ids they are."""
+        """The tokenizer of these ids."""
         ...
 
     def tokens(self, row: Mapping[str, Any], where: str) -> RowTokens:
-        """The token ids of a row; `where` is its name in a sentence ("Row 3 of the train set").
+        """The token ids of a row; `where` is its name in error messages ("Row 3 of the train set").
 
         Raises:
             DataError: If it is not a pair.
@@ -75,7 +73,7 @@ class TextRows:
             raise ConfigurationError(
                 problem=f"{where} has images, but the `processing_class` is a {type(self.tokenizer).__name__}: only "
                 "the processor of a vision-language model reads them.",
-                details="Without the images, the model would not see what its answers are about.",
+                details="Without the images, the model would not see what the responses are about.",
                 instead="Train a vision-language model with `processing_class=AutoProcessor.from_pretrained(...)`, or "
                 "drop the column.",
             )
@@ -83,21 +81,20 @@ class TextRows:
 
 
 def has_image_column(columns: Any) -> bool:
-    """Whether a row, or a set by its columns' names, is one with images."""
+    """Whether a row or a set, by its column names, has images."""
     return any(column in columns for column in IMAGE_COLUMNS)
 
 
 def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:
-    """The token ids of a row in any of the formats; a row that has them already keeps them.
+    """The token ids of a row in any of the formats; ids that the row has already are kept.
 
-    Prompt and response are tokenized together. The response starts where the tokens of prompt + response leave
-    those of the prompt alone, for the chosen or the rejected response, whichever comes first: tokens that merge
-    across the boundary belong to the response.
+    Prompt and response are tokenized together. The response starts at the first token at which the chosen or the
+    rejected sequence differs from the prompt tokenized alone: tokens that merge across the boundary belong to it.
 
     Args:
         row: `prompt`, `chosen`, `rejected` as text or messages; or without `prompt`; or the `TOKEN_COLUMNS`. For
             messages also `tools` and `chat_template_kwargs`; in any format a `MARGIN_COLUMN`.
-        where: The row's name in a sentence: "Row 3 of the train set".
+        where: The row's name in error messages: "Row 3 of the train set".
         tokenizer: With a chat template, if the row is made of messages.
 
     Raises:
@@ -124,7 +121,7 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
 
 
 def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected: list[int], where: str) -> RowTokens:
-    """Where the responses begin, from the ids of the prompt alone and with each of them; see `tokenize_row`."""
+    """Finds where the responses begin, from the ids of the prompt alone and with each of them; see `tokenize_row`."""
     start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
     tokens = RowTokens(prompt_ids[:start], full_chosen[start:], full_rejected[start:], prompt_ids[start:])
     _check_not_empty(tokens, where)
@@ -135,7 +132,7 @@ def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected
 
 
 def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTokens:
-    """The ids that a row brings."""
+    """The ids that a row has."""
     ids: list[list[int]] = []
     for column in TOKEN_COLUMNS:
         given = row.get(column)
@@ -194,7 +191,7 @@ def _common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row with a prompt and two responses of one kind; takes the prompt from their common start if it has none.
+    """The row with a prompt and two responses of one kind; without a prompt, their common start becomes the prompt.
 
     Raises:
         DataError: If it is not a pair.
@@ -207,7 +204,7 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
                 details=f"The row has these columns: {', '.join(sorted(row))}.",
                 instead=f"Add `{field}`, or drop the row.",
             )
-    if _prompt_is_told_twice(row):
+    if _prompt_is_repeated(row):
         row["prompt"] = None
     _check_kinds(row, where)
     for field in _RESPONSES:
@@ -223,7 +220,7 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_margin(row: Mapping[str, Any], where: str) -> None:
-    """Raises a `DataError` if the row has a margin that is no finite number."""
+    """Raises a `DataError` if the row's margin is not a finite number."""
     if MARGIN_COLUMN not in row:
         return
     margin = row[MARGIN_COLUMN]
@@ -237,7 +234,7 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
 
 
 def check_reference_sum(value: Any, column: str, where: str) -> None:
-    """Raises a `DataError` if a reference's log-prob that a row brings is no finite number."""
+    """Raises a `DataError` if a row's reference log-prob is not a finite number."""
     if not _is_number(value):
         raise DataError(
             problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
@@ -247,12 +244,12 @@ def check_reference_sum(value: Any, column: str, where: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number; one element of a tensor or array is one too."""
+    """Whether it is a finite number; a tensor or array of one element counts too."""
     return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _prompt_is_told_twice(row: Mapping[str, Any]) -> bool:
-    """Whether the prompt is the text of a message with which both conversations begin, as in many published sets."""
+def _prompt_is_repeated(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt is the text of the first message of both conversations, as in many published sets."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if not isinstance(prompt, str) or {_kind(chosen), _kind(rejected)} != {"messages"}:
         return False
@@ -275,7 +272,7 @@ def _check_kinds(row: Mapping[str, Any], where: str) -> None:
 
 
 def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
-    """Refuses whole conversations beside a prompt: it would be rendered twice."""
+    """Refuses whole conversations beside a prompt: the prompt would be rendered twice."""
     prompt = row["prompt"]
     if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in _RESPONSES):
         raise DataError(
@@ -300,10 +297,10 @@ def _is_empty(response: str | list[dict[str, Any]]) -> bool:
 
 
 def _split_common_start(chosen: Any, rejected: Any) -> dict[str, Any]:
-    """The longest common start as prompt; for text, a space before the difference belongs to the responses."""
+    """The longest common start as prompt; in text, a space before the difference belongs to the responses."""
     length = _common_prefix(chosen, rejected)
     if length == min(len(chosen), len(rejected)):
-        length = max(0, length - 1)  # the end is the response, also where one begins the other or both are alike
+        length = max(0, length - 1)  # leaves a response, even if one text begins the other or both are equal
     elif isinstance(chosen, str) and chosen[:length].endswith(" "):
         length -= 1
     return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}

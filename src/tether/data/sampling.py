@@ -10,22 +10,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-# Pairs are sorted by length within pools of this many micro-batches, so that which pairs meet stays random.
+# Pairs are sorted by length within pools of this many micro-batches, so that batches stay random.
 _POOL_BATCHES = 50
 
 
 class EvenBatches(Sampler[list[int]]):
-    """Micro-batches of pairs of similar length, fixed at construction; each epoch visits them in another order.
+    """Micro-batches of pairs of similar length, fixed at construction and visited in another order each epoch.
 
-    Every pair is in exactly one micro-batch, and their number is a multiple of `num_processes`, so that each process
-    gets equally many and none is dropped or repeated. Has no `batch_size` attribute: accelerate would drop rows of
-    batches that are smaller.
+    Every pair is in exactly one micro-batch. Their number is a multiple of `num_processes`, so that all processes get
+    the same number without dropping or repeating one. Has no `batch_size` attribute, because accelerate would then drop
+    rows of smaller batches.
 
     Args:
         lengths: Tokens of each pair as it is laid out (prompt once, both responses).
-        max_pairs: Pairs of a micro-batch at most.
-        max_tokens: Tokens of a micro-batch at most; None for no budget. A pair longer than it stands alone.
-        group: Put pairs of similar length together; else in random order.
+        max_pairs: Maximum pairs of a micro-batch.
+        max_tokens: Maximum tokens of a micro-batch; None for no budget. A longer pair is a micro-batch of its own.
         num_processes: Processes that share the micro-batches.
         seed: Fixes the micro-batches and, with the epoch, their order.
 
@@ -39,7 +38,6 @@ class EvenBatches(Sampler[list[int]]):
         *,
         max_pairs: int,
         max_tokens: int | None = None,
-        group: bool = True,
         num_processes: int = 1,
         seed: int = 0,
     ) -> None:
@@ -51,8 +49,7 @@ class EvenBatches(Sampler[list[int]]):
         self._epoch = 0
         generator = np.random.default_rng([seed, 0])
         order = generator.permutation(len(lengths)).tolist()
-        if group:
-            order = _sorted_in_pools(order, lengths, max_pairs * _POOL_BATCHES)
+        order = _sorted_in_pools(order, lengths, max_pairs * _POOL_BATCHES)
         self._batches = _equal_shares(_cut(order, lengths, max_pairs, max_tokens), num_processes)
         self._num_processes = num_processes
         self._tokens = [sum(lengths[index] for index in batch) for batch in self._batches]
@@ -61,7 +58,7 @@ class EvenBatches(Sampler[list[int]]):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Micro-batches that the processes run side by side have neighbouring sizes, so that none waits for another.
+        # Micro-batches that run on the processes at the same time have similar sizes, so that none waits for another.
         generator = np.random.default_rng([self._seed, 1, self._epoch])
         by_size = sorted(range(len(self._batches)), key=self._tokens.__getitem__)
         sides = [by_size[start : start + self._num_processes] for start in range(0, len(by_size), self._num_processes)]

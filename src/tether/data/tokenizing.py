@@ -1,6 +1,6 @@
-"""From a set of rows to a set of token ids: tokenizes every row, leaves out what cannot be used, and says so.
+"""From a set of rows to a set of token ids: tokenizes every row, drops what cannot be used, and reports it.
 
-Knows datasets, in memory and streamed; what is in a row is the business of `rows`.
+Knows datasets, in memory and streamed; `rows` knows what is in a row.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tether.errors import DataError
 
 logger = logging.getLogger("tether.data.datasets")
 
-# Columns that a set has only while it is tokenized: why a row is no pair, and which end of its prompt was lost.
+# Columns that exist only while a set is tokenized: why a row is not a pair, and which end of its prompt was lost.
 _PROBLEM, _LOST = "tether_problem", "tether_lost_text"
 _ROWS_AT_ONCE = 1000
-_EXAMPLES = 5  # row numbers that a message names of each reason
+_EXAMPLES = 5  # row numbers that a message gives for each reason
 _NAMED_DROPS = 10  # rows of a stream that are named one by one
 
 
@@ -41,10 +41,10 @@ class TokenizingPlan:
     """How the rows of a set are tokenized, and which of them stay.
 
     Attributes:
-        reader: What tokenizes a row.
+        reader: Tokenizes a row.
         name: The set's name, for messages.
-        truncation: Where its rows will be cut; a prompt that leaves no room for a response is left out.
-        drops: Whether rows that are no pairs are left out; else they are refused.
+        truncation: Where its rows will be cut; a row whose prompt leaves no room for a response is dropped.
+        drops: Whether rows that are not pairs are dropped; otherwise they are refused.
     """
 
     reader: RowReader
@@ -64,10 +64,10 @@ class TokenizingPlan:
 
 
 def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -> Dataset:
-    """The set with its token ids, less what cannot be used.
+    """The set with its token ids, without the rows that cannot be used.
 
     Raises:
-        DataError: For rows that are no pairs, unless they are dropped; or when no row remains.
+        DataError: For rows that are not pairs, unless they are dropped; or if no row remains.
     """
     if len(dataset) == 0:
         raise _no_rows(plan, "")
@@ -93,7 +93,7 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
 
 def _with_findings(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -> Dataset:
     """The set with its token ids and what was found in each row."""
-    ids = List(Value("int64"))  # said, or a set whose first rows have no ids could not hold the ids of others
+    ids = List(Value("int64"))  # declared, since `datasets` infers types from the first rows, which may have no ids
     types = dict.fromkeys(TOKEN_COLUMNS, ids) | dict.fromkeys((_PROBLEM, _LOST), Value("string"))
     found: Dataset = dataset.map(
         _tokenize_or_explain,
@@ -104,8 +104,8 @@ def _with_findings(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None)
         num_proc=num_proc,
         desc=f"Tokenizing {plan.name} set",
     )
-    # The new columns are put beside the others, which are not written again: images are large, and what `datasets`
-    # reads of a column of JSON it does not always write as it was.
+    # The new columns are put beside the others, which are not rewritten: images are large, and `datasets` may write a
+    # column of JSON differently from how it read it.
     others = dataset.remove_columns([column for column in dataset.column_names if column in types])
     return concatenate_datasets([others, found], axis=1) if others.column_names else found
 
@@ -123,7 +123,7 @@ def _without_findings(dataset: Dataset, dropped: set[int], plan: TokenizingPlan)
     if _LOST in dataset.column_names:
         texts = enumerate(_texts(dataset, _LOST))
         lost = {index: text for index, text in texts if text is not None and index not in dropped}
-        _say_what_is_lost(lost, len(dataset) - len(dropped), plan)
+        _warn_of_lost_tokens(lost, len(dataset) - len(dropped), plan)
         dataset = dataset.remove_columns([_PROBLEM, _LOST])
     if not dropped:
         return dataset
@@ -131,7 +131,7 @@ def _without_findings(dataset: Dataset, dropped: set[int], plan: TokenizingPlan)
 
 
 def _problems(dataset: Dataset) -> dict[int, DataError]:
-    """The rows that are no pairs; none for a set that came tokenized and was looked at as a whole."""
+    """The rows that are not pairs; none for a set that came tokenized, which is checked as a whole."""
     if _PROBLEM not in dataset.column_names:
         return {}
     found = enumerate(_texts(dataset, _PROBLEM))
@@ -139,7 +139,7 @@ def _problems(dataset: Dataset) -> dict[int, DataError]:
 
 
 def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
-    """Whether every row has ids of the tokenizer in every column; told from whole columns, which is fast."""
+    """Whether every row has ids of the tokenizer in every column; looks at whole columns, which is fast."""
     if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return False
     for table in _tables(dataset, TOKEN_COLUMNS):
@@ -186,17 +186,17 @@ def _tables(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[Any]:
 
 
 def tokenize_stream(dataset: IterableDataset, plan: TokenizingPlan) -> IterableDataset:
-    """The stream with the token ids of each row, less what cannot be used; nothing is read yet."""
+    """The stream with the token ids of each row, without rows that cannot be used; nothing is read yet."""
     log = _StreamLog(plan)
-    known = {"plan": plan, "log": log, "brought": _brought(dataset)}
+    known = {"plan": plan, "log": log, "brought": _number_columns(dataset)}
     tokenized = dataset.map(_tokenize_next, with_indices=True, fn_kwargs=known)
     return tokenized.filter(_is_usable, with_indices=True, fn_kwargs={"plan": plan, "log": log})
 
 
 @dataclass
 class _StreamLog:
-    """Says which rows of a stream are dropped: the first of them one by one, then how many whenever there are ten
-    times as many; nobody knows where a stream ends."""
+    """Logs which rows of a stream are dropped: the first ones individually, then their number at every power of ten,
+    since the end of a stream is not known."""
 
     plan: TokenizingPlan
     reasons: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -213,12 +213,12 @@ class _StreamLog:
 
     def lose(self, index: int, text: str) -> None:
         if not self.has_lost:
-            _say_what_is_lost({index: text}, None, self.plan)
+            _warn_of_lost_tokens({index: text}, None, self.plan)
         self.has_lost = True
 
 
-def _brought(dataset: IterableDataset) -> frozenset[str]:
-    """The numbers that a stream's rows bring: those of its columns or, where it names none, of its first row."""
+def _number_columns(dataset: IterableDataset) -> frozenset[str]:
+    """The columns of numbers in a stream's rows, by its column names or, if it has none, its first row."""
     names = dataset.column_names
     if names is None:
         names = [name for name, value in next(iter(dataset), {}).items() if value is not None]
@@ -242,7 +242,7 @@ def _tokenize_next(
 
 
 def _check_numbers(row: Mapping[str, Any], where: str, brought: frozenset[str]) -> None:
-    """Of a stream; the columns of a set in memory are looked at as a whole (`trainer.reference_columns`)."""
+    """Checks a stream's row; the columns of a set in memory are checked as a whole (`trainer.reference_columns`)."""
     if MARGIN_COLUMN in brought:
         check_margin({MARGIN_COLUMN: row.get(MARGIN_COLUMN)}, where)
     if not brought.isdisjoint(REFERENCE_COLUMNS):
@@ -270,7 +270,7 @@ def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _S
 
 
 def _reason(error: DataError, index: int, plan: TokenizingPlan) -> str:
-    """What is wrong with a row, in words that rows of the same fault share."""
+    """What is wrong with a row, in words shared by all rows with the same fault."""
     return error.problem.removeprefix(plan.name_of(index)).strip().rstrip(".")
 
 
@@ -302,8 +302,8 @@ def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingP
     )
 
 
-def _say_what_is_lost(lost: Mapping[int, str], num_rows: int | None, plan: TokenizingPlan) -> None:
-    """Says that a response does not begin where its prompt ends."""
+def _warn_of_lost_tokens(lost: Mapping[int, str], num_rows: int | None, plan: TokenizingPlan) -> None:
+    """Warns that responses do not begin where their prompts end."""
     if not lost:
         return
     index, text = next(iter(lost.items()))

@@ -1,4 +1,4 @@
-"""Where a row is cut: the one rule that dropping, planning and collating ask.
+"""Where a row is cut: the one rule that dropping, planning and collating share.
 
 Knows numbers of tokens; knows no tokens, no rows and no trainer.
 """
@@ -15,9 +15,9 @@ from tether.types import TruncationMode
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is fed of a prompt and a response that are longer than a limit.
+    """What is kept of a prompt and a response that are longer than a limit.
 
-    Every number of tokens may be an integer, or an array of them (one for each row).
+    Every number of tokens may be an integer or an array (one entry per row).
 
     Args:
         max_length: Tokens of prompt and response together; None for no limit.
@@ -36,16 +36,16 @@ class Truncation:
         whole = num_prompt + num_response
         length = whole if self.max_length is None else np.minimum(whole, self.max_length)
         start = whole - length if self.mode == "keep_end" else 0 * whole
-        # A response that fills the row gives up its first token as the context of its second.
+        # A response that fills the row loses its first token, which becomes the context of its second.
         return start, np.maximum(num_prompt, start + 1), start + length
 
     def leaves_room(self, num_prompt: Any) -> Any:
-        """Whether a token of a response is fed after a prompt of so many tokens."""
+        """Whether a token of a response is fed after a prompt of this length."""
         _, begin, stop = self.span(num_prompt, 1)
         return begin < stop
 
     def num_tokens(self, num_prompt: Any, num_chosen: Any, num_rejected: Any) -> Any:
-        """Tokens of a pair as it is laid out: both responses, and once the prompt if they leave the same of it."""
+        """Tokens of a pair as it is laid out: both responses, and the prompt once if both keep the same part of it."""
         (first, begin, end), (second, _, stop) = (self.span(num_prompt, n) for n in (num_chosen, num_rejected))
-        shared = (first == second) & (first < num_prompt)  # else each begins with a token of its own response
+        shared = (first == second) & (first < num_prompt)  # otherwise each begins with a token of its own response
         return (end - first) + (stop - second) - np.where(shared, begin - first, 0)

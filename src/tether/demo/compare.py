@@ -1,7 +1,7 @@
-"""Runs DPO on the same pairs with each of the four references, and measures what came of it.
+"""Runs DPO on the same pairs with each of the four references, and measures the results.
 
 This is the part of the demo that a user would write: a `DPOConfig` and a `DPOTrainer`. Knows prompts, pairs and a
-rule; not which task they are of, nor how results are shown.
+rule, but not which task they belong to, nor how results are shown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Bench:
-    """What all strategies share: the initial model, the pairs, and how to measure.
+    """What all strategies share: the initial model, the pairs, and the measurement.
 
     Attributes:
         model: The initial policy; never trained itself.
@@ -36,10 +36,10 @@ class Bench:
         train_pairs: Rows of `prompt`, `chosen`, `rejected`.
         held_out_pairs: The same, of held-out prompts.
         held_out_prompts: Prompts for measuring.
-        rule: Tells right answers from wrong ones.
+        rule: Whether an answer is right.
         settings: The numbers.
-        seed: Of everything random.
-        output_dir: Where the store goes.
+        seed: Random seed.
+        output_dir: Folder of the store.
     """
 
     model: PreTrainedModel
@@ -86,7 +86,7 @@ def four_strategies(settings: DemoSettings, store: Path) -> list[Strategy]:
 
 
 def measure(bench: Bench, model: Any) -> Measurement:
-    """Lets a model answer the held-out prompts; always with the same random numbers."""
+    """Samples a model's answers to the held-out prompts, always with the same random numbers."""
     prompts, room = bench.held_out_prompts, bench.settings.max_new_tokens
     answers = sample_answers(
         model,
@@ -123,7 +123,7 @@ def train_with(bench: Bench, strategy: Strategy, on_step: Callable[[], None] = l
 
 
 def make_trainer(bench: Bench, strategy: Strategy, callbacks: Sequence[TrainerCallback] = ()) -> DPOTrainer:
-    """The trainer of one strategy: a copy of the initial policy, and the same options but for the strategy's own."""
+    """The trainer of one strategy: a copy of the initial policy, and the common options with the strategy's own."""
     settings = bench.settings
     options: dict[str, Any] = {
         "learning_rate": settings.learning_rate,

@@ -1,6 +1,6 @@
 """Makes the demo's language model: a tiny Qwen2 from random weights, trained to imitate texts.
 
-Knows texts as (prompt, answer); not what they are about.
+Knows texts as (prompt, answer), but not their content.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-_IGNORED = -100  # the label that cross-entropy leaves out
+_IGNORED = -100  # the label that cross-entropy ignores
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def pretrain(
     seed: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Trains the model, in place, to give the answers that the texts give.
+    """Trains the model, in place, to imitate the answers in the texts.
 
     The letters of a prompt are random and teach nothing, so only `answer <eos>` counts in the loss.
 
@@ -68,8 +68,8 @@ def pretrain(
         tokenizer: Its tokenizer.
         texts: (prompt, answer).
         num_steps: Optimizer steps (AdamW, warm-up and cosine decay).
-        batch_size: Texts of a step, drawn anew for each.
-        learning_rate: The highest learning rate.
+        batch_size: Texts per step, drawn anew for each.
+        learning_rate: The peak learning rate.
         seed: Decides which texts each step draws.
         on_step: Called after every step, for progress.
 
@@ -100,7 +100,7 @@ def _warm_up_and_decay(step: int, num_steps: int) -> float:
 
 
 def _collate(tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Model inputs and labels, padded on the right; labels only where an answer stands."""
+    """Model inputs and labels, padded on the right; only answers have labels."""
     whole: Any = tokenizer(
         [prompt + answer + str(tokenizer.eos_token) for prompt, answer in texts],
         padding=True,

@@ -1,4 +1,4 @@
-"""What the demo measures: values only."""
+"""The demo's results, as plain values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Strategy:
 
     Attributes:
         name: Its name.
-        about: Where the reference's answers come from, in a few words.
-        options: What it adds to the common options.
+        about: Where the reference's log-probs come from, in a few words.
+        options: Its options besides the common ones.
         adapter: Whether a LoRA adapter is trained instead of all weights.
     """
 
@@ -45,17 +45,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of training with one reference.
+    """The result of training with one reference.
 
     Attributes:
-        strategy: Which.
-        extra_bytes: Bytes of weights the reference held beyond the policy's own while training.
-        num_passes: Batches a model was run for on the reference's behalf, training and evaluation together.
+        strategy: The strategy.
+        extra_bytes: Size of the weights that the reference held beside the policy's own while training.
+        num_passes: The reference's forward passes, in training and evaluation together.
         seconds: From building the trainer to the end of training.
         reward_accuracy: Share of the held-out pairs whose chosen answer has the higher reward.
         after: The trained policy's answers.
-        kl: How far it has moved from the initial policy, in nats.
-        log_history: What the trainer logged.
+        kl: KL divergence from the initial policy, in nats.
+        log_history: The trainer's log.
     """
 
     strategy: Strategy
@@ -73,13 +73,13 @@ class DemoResult:
     """What `run_demo` measured.
 
     Attributes:
-        held_out_prompts: The prompts that were measured on.
+        held_out_prompts: The prompts used for measuring.
         num_pairs: Preference pairs trained on.
         num_parameters: Of the language model.
         before: The initial policy.
-        outcomes: One for each reference, in the order of the table.
+        outcomes: One per reference, in the order of the table.
         num_passes_again: Reference passes of a second trainer that found the first one's store.
-        seconds: The whole demo.
+        seconds: Duration of the whole demo.
         report: The written HTML page.
     """
 

@@ -1,4 +1,4 @@
-"""The whole line, from nothing to a report: texts, model, pairs, four trainings, one table.
+"""The whole demo, from scratch to a report: texts, model, pairs, four trainings, one table.
 
 Puts the steps in order and times them; each step itself is in another file.
 """
@@ -27,15 +27,15 @@ from tether.errors import ConfigurationError
 
 
 def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
-    """Trains a tiny model from nothing, prefers its right answers to its wrong ones, and compares four references.
+    """Trains a tiny model from scratch, then trains it to prefer its right answers with each of four references.
 
     Offline and on a CPU, on one thread (the model is too small for a second one to help), so that the same seed
-    gives the same numbers whatever the number of cores. Prints progress, a table and where the report is.
+    gives the same numbers on any number of cores. Prints progress, a table and the path of the report.
 
     Args:
-        output_dir: Folder for `report.html` and the precomputed reference's store; made if need be.
-        seed: Of everything random.
-        quick: A version of a few seconds that shows that the line runs, not how well.
+        output_dir: Folder for `report.html` and the precomputed reference's store; created if necessary.
+        seed: Random seed.
+        quick: A smoke test that takes seconds; its results mean nothing.
 
     Returns:
         The numbers, as measured.
@@ -66,7 +66,7 @@ def _made_folder(folder: Path) -> Path:
 
 
 def _prepare(settings: DemoSettings, seed: int, folder: Path, narrator: Narrator) -> Bench:
-    """Makes what a user would bring: a model, a tokenizer, pairs."""
+    """Makes what a user would bring: a model, a tokenizer and pairs."""
     splits = make_splits(
         settings.num_pretraining,
         settings.num_preference,
@@ -101,7 +101,7 @@ def _initial_policy(
     texts = write_texts(prompts, right_share=settings.right_share, seed=seed)
     tokenizer = train_tokenizer(prompt + answer for prompt, answer in texts)
     model = new_model(tokenizer, settings.model_size, seed=seed)
-    detail = f"{model.num_parameters():,} parameters, from nothing"
+    detail = f"{model.num_parameters():,} parameters, from scratch"
     with narrator.step("Language model on careless texts", settings.pretraining_steps, detail) as advance:
         pretrain(
             model,
@@ -117,9 +117,9 @@ def _initial_policy(
 
 
 def _compare(bench: Bench, narrator: Narrator, start: float) -> DemoResult:
-    """Trains with each reference, and once more builds the trainer that finds its log-probs on disk."""
+    """Trains with each reference, then builds one more trainer, which finds the log-probs on disk."""
     store = bench.output_dir / "reference-log-probs.sqlite"
-    for file in store.parent.glob(f"{store.name}*"):  # so that the passes counted are this run's
+    for file in store.parent.glob(f"{store.name}*"):  # so that only this run's passes are counted
         file.unlink()
     strategies = four_strategies(bench.settings, store)
     before = measure(bench, bench.model)
@@ -142,7 +142,7 @@ def _compare(bench: Bench, narrator: Narrator, start: float) -> DemoResult:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The model is too small for a second thread to help, and one thread adds in one order."""
+    """The model is too small for a second thread to help, and one thread always adds in the same order."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -153,7 +153,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars of `datasets` between ours, and no warning that no reader of ours can act on."""
+    """Hides progress bars of `datasets` between ours, and warnings that users cannot act on."""
     were_shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

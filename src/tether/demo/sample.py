@@ -1,6 +1,6 @@
 """Samples answers from a model, makes preference pairs of them, and measures a model by its answers.
 
-Knows prompts, answers and a rule that judges them; not which task it is.
+Knows prompts, answers and a rule that judges them, but not the task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tether.scoring import score
 from tether.types import PairBatch, Response
 
 Rule: TypeAlias = Callable[[str, str], bool]  # rule(prompt, answer): is the answer right?
-Answers: TypeAlias = Sequence[Sequence[str]]  # for each prompt, the answers given to it
+Answers: TypeAlias = Sequence[Sequence[str]]  # for each prompt, its answers
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def sample_answers(
     Args:
         model: A causal language model, plain or with an adapter; left in evaluation mode.
         tokenizer: Its tokenizer, which pads on the left.
-        prompts: What to answer.
-        num_samples: Answers to each prompt.
-        max_new_tokens: An answer that has not ended by then is cut.
+        prompts: The prompts to answer.
+        num_samples: Answers per prompt.
+        max_new_tokens: Longer answers are cut.
         seed: The same seed, model and prompts give the same answers; the global random state is left alone.
         batch_size: Answers sampled at once.
         on_batch: Called with the number of answers after every batch, for progress.
@@ -73,17 +73,16 @@ def sample_answers(
 def likeliest_answers(
     model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, max_new_tokens: int
 ) -> list[list[str]]:
-    """The one answer to each prompt that takes the likeliest token at every place (greedy decoding)."""
+    """The greedy answer to each prompt: the likeliest token at every position."""
     model.eval()
     return [[answer] for answer in _generate(model, tokenizer, prompts, max_new_tokens, do_sample=False)]
 
 
 def preference_pairs(prompts: Sequence[str], answers: Answers, rule: Rule) -> list[dict[str, str]]:
-    """Pairs of a right and a wrong answer that the same model gave to the same prompt, one for each prompt.
+    """Pairs of a right and a wrong answer of the same model to the same prompt, one per prompt.
 
-    Of several wrong answers the one given most often is rejected: it shows a habit, where a rare one is mostly a
-    slip that teaches little. A prompt whose answers are all right or all wrong gives no pair; empty answers do not
-    count.
+    Of several wrong answers the most frequent is rejected: it shows a habit, while a rare one is mostly a slip that
+    teaches little. A prompt whose answers are all right or all wrong gives no pair; empty answers do not count.
 
     Returns:
         Rows of `prompt`, `chosen`, `rejected`, in the order of the prompts.
@@ -99,7 +98,7 @@ def preference_pairs(prompts: Sequence[str], answers: Answers, rule: Rule) -> li
 
 
 def accuracy(prompts: Sequence[str], answers: Answers, rule: Rule) -> float:
-    """The share of all answers that the rule calls right, in [0, 1]."""
+    """The share of all answers that are right by the rule, in [0, 1]."""
     verdicts = [rule(prompt, answer) for prompt, answer in _flat(prompts, answers)]
     return sum(verdicts) / len(verdicts)
 
@@ -125,7 +124,7 @@ def sequence_kl(
         initial: The model it started from; left in evaluation mode.
         tokenizer: The tokenizer of both.
         prompts: The prompts.
-        answers: The policy's samples, each taken to have ended by itself.
+        answers: The policy's samples, each assumed complete.
         batch_size: Answers scored at once.
     """
     policy.eval()
@@ -153,7 +152,7 @@ def _flat(prompts: Sequence[str], answers: Answers) -> list[tuple[str, str]]:
 
 
 def _answer_batch(tokenizer: PreTrainedTokenizerFast, flat: Sequence[tuple[str, str]]) -> PairBatch:
-    """Each answer as a pair with itself, since the scoring engine speaks in pairs."""
+    """Each answer as a pair with itself, since the scoring engine takes pairs."""
     prompt_ids = tokenizer([prompt for prompt, _ in flat])["input_ids"]
     answer_ids = tokenizer([answer + str(tokenizer.eos_token) for _, answer in flat])["input_ids"]
     responses = [Response(tuple(p), tuple(a)) for p, a in zip(prompt_ids, answer_ids, strict=True)]

@@ -9,19 +9,19 @@ from tether.demo.pretrain import ModelSize
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How large the demo is and how hard it trains.
+    """The size of the demo and its training parameters.
 
     Attributes:
         word_lengths: Letters of the made-up words.
-        right_share: Share of right answers among the texts the model first learns from.
-        num_held_out: Prompts to measure on, each answered `held_out_samples` times.
+        right_share: Share of right answers among the pretraining texts.
+        num_held_out: Prompts used for measuring, each answered `held_out_samples` times.
         model_size: The shape of the language model.
         num_pretraining: Texts; `pretraining_steps` steps draw `pretraining_batch` of them each.
         num_preference: Prompts that are answered `samples_per_prompt` times each to find pairs.
         batch_size: Pairs of an optimizer step of DPO; every pair is seen once.
         beta: Strength of the pull towards the reference. Larger than the usual 0.1, since a tiny model forgets fast:
-            in trials with 0.1 it moved more than 5 nats and lost right answers together with wrong ones.
-        warmup_steps: Steps until the learning rate is reached; it falls to 0 from there.
+            in trials with 0.1 it moved more than 5 nats and lost right answers along with wrong ones.
+        warmup_steps: Steps of warm-up; the learning rate then decays to 0.
         learning_rate: Of full fine-tuning; `lora_learning_rate` is the adapter's, of rank `lora_rank`.
         sync_alpha: Weight of the policy in each sync of the synchronized reference, every `sync_steps` steps.
     """
@@ -48,13 +48,13 @@ class DemoSettings:
 
     @property
     def max_new_tokens(self) -> int:
-        """Room for the longest right answer, its end, and a little rambling."""
+        """Enough for the longest right answer, its end token, and a few more."""
         return max(self.word_lengths) + 3
 
 
 FULL = DemoSettings()
 
-# Shows that the line runs, in seconds; what it learns is of no account.
+# A smoke test that takes seconds; what the model learns does not matter.
 QUICK = DemoSettings(
     word_lengths=(3,),
     right_share=0.8,

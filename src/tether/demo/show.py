@@ -1,4 +1,4 @@
-"""Tells what the demo does and did: progress and one table in the terminal, a page for the browser.
+"""Shows what the demo does: progress and a table in the terminal, a page for the browser.
 
 Knows results; computes none.
 """
@@ -20,7 +20,7 @@ from tether.demo.settings import DemoSettings
 from tether.demo.task import is_right
 from tether.report import Changes, Table, write_report
 
-# The terminal's table fits 80 columns; the page has room for one column more, and for units on a line of their own.
+# The terminal's table fits 80 columns; the page has one more column, and units on their own line.
 _COLUMNS = (
     "reference",
     "extra\nweight\nbytes",
@@ -43,14 +43,14 @@ _PAGE_COLUMNS = (
 
 
 class Narrator:
-    """Says what is being done and how long it took; with a moving bar where there is a terminal to move it in."""
+    """Prints each step and its duration, with a moving bar in a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
     def step(self, title: str, total: int, detail: str = "") -> Iterator[Callable[..., None]]:
-        """One step of `total` parts; gives a function to call with the number of parts done (1 if left out)."""
+        """One step of `total` parts; yields a function to call with the number of parts done (default 1)."""
         start = time.perf_counter()
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
         with Progress(
@@ -58,15 +58,15 @@ class Narrator:
         ) as progress:
             task = progress.add_task(escape(title), total=total)
             yield lambda parts=1: progress.advance(task, parts)
-        self.say(f"[dim]{time.perf_counter() - start:6.1f} s[/]  {escape(f'{title}: {detail}' if detail else title)}")
+        self.print(f"[dim]{time.perf_counter() - start:6.1f} s[/]  {escape(f'{title}: {detail}' if detail else title)}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line of rich markup."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def print_result(console: Console, result: DemoResult) -> None:
-    """Prints the table, what it says, and where the report is."""
+    """Prints the table, its notes, and the path of the report."""
     table = RichTable(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     for place, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if place else "left", vertical="bottom", no_wrap=True)
@@ -77,7 +77,7 @@ def print_result(console: Console, result: DemoResult) -> None:
     console.print()
     for note in _notes(result):
         console.print(note, highlight=False, soft_wrap=True)
-    console.print(f"{result.seconds:.0f} s in all. Report: {result.report}", highlight=False, soft_wrap=True)
+    console.print(f"{result.seconds:.0f} s in total. Report: {result.report}", highlight=False, soft_wrap=True)
 
 
 def write_demo_report(result: DemoResult, settings: DemoSettings, *, seed: int) -> None:
@@ -92,7 +92,7 @@ def write_demo_report(result: DemoResult, settings: DemoSettings, *, seed: int) 
         title="One task, one set of pairs, four references",
         lead=_lead(result, settings),
         runs={outcome.strategy.name: outcome.log_history for outcome in result.outcomes},
-        table=Table("What each reference costs and brings", _PAGE_COLUMNS, _page_rows(result), notes),
+        table=Table("Cost and result of each reference", _PAGE_COLUMNS, _page_rows(result), notes),
         changes=Changes(
             "Task accuracy on held-out prompts",
             "share of sampled answers that are right",
@@ -135,20 +135,20 @@ def _notes(result: DemoResult) -> list[str]:
         "held-out prompts, sampled at temperature 1. (Greedy answers, the likeliest letter at each place: "
         f"{result.before.greedy_accuracy:.1%} before, {best:.1%} after at best.) Reward accuracy: of held-out pairs. "
         "KL: KL(trained ‖ initial) of whole answers, over the trained policy's samples, ± one standard error.",
-        "Explicit, precomputed and synchronized train all weights, implicit a LoRA adapter. Passes: batches that a "
-        "model was run for as the reference, in training and evaluation. The precomputed ones came before training "
-        f"and stay on disk: a second trainer on the same pairs made {result.num_passes_again}.",
+        "Explicit, precomputed and synchronized train all weights, implicit a LoRA adapter. Passes: forward passes of "
+        "the reference, in training and evaluation. The precomputed ones came before training and stay on disk: a "
+        f"second trainer on the same pairs made {result.num_passes_again}.",
     ]
 
 
 def _lead(result: DemoResult, settings: DemoSettings) -> list[str]:
     best = max(result.outcomes, key=lambda outcome: outcome.after.sampled_accuracy)
     return [
-        f"A language model of {result.num_parameters:,} parameters learned, from nothing, to put the letters of "
+        f"A language model of {result.num_parameters:,} parameters learned from scratch to put the letters of "
         f"made-up words in order, from texts of which only {settings.right_share:.0%} are right. It imitates them all: "
         f"{result.before.sampled_accuracy:.1%} of its sampled answers to held-out prompts are right.",
-        f"Its own answers to other prompts, right against wrong by a rule, made {result.num_pairs:,} preference pairs. "
-        "DPO on these pairs, once with each reference, lifts that share to as much as "
+        f"Its own answers to other prompts, right ones paired with wrong ones by a rule, made {result.num_pairs:,} "
+        "preference pairs. DPO on these pairs, once with each reference, lifts that share to as much as "
         f"{best.after.sampled_accuracy:.1%} ({best.strategy.name}).",
     ]
 

@@ -1,8 +1,8 @@
 """The demo's task, the rule that checks an answer, its texts and its character tokenizer.
 
-The task is to put the letters of a made-up word in alphabetical order: `sort banuko = ` is answered by `abknou`. A
-rule decides whether an answer is right, so no person and no judge model labels anything. The texts that a language
-model can learn from are only partly right, as texts are. This file knows no model.
+The task is to put the letters of a made-up word in alphabetical order: the answer to `sort banuko = ` is `abknou`. A
+rule decides whether an answer is right, so no person and no judge model labels anything. The texts that the language
+model learns from are only partly right, as real texts are. This file knows no model.
 """
 
 from __future__ import annotations
@@ -78,26 +78,26 @@ def is_right(prompt: str, answer: str) -> bool:
 def make_splits(
     num_pretraining: int, num_preference: int, num_held_out: int, *, word_lengths: Sequence[int], seed: int
 ) -> PromptSplits:
-    """Draws made-up words without repetition and shares them out.
+    """Draws made-up words without repetition and splits them.
 
     Args:
         num_pretraining: Prompts to pretrain on.
         num_preference: Prompts to sample preference pairs for.
         num_held_out: Prompts to measure on.
-        word_lengths: Lengths in letters, each as likely as it is often here.
+        word_lengths: Lengths in letters; a length listed more often is more likely.
         seed: The same seed gives the same prompts.
     """
     words = _distinct_words(num_pretraining + num_preference + num_held_out, word_lengths, random.Random(seed))
     prompts = [prompt_of(word) for word in words]
-    # Held-out first, so that the measuring set stays when the training sets change size.
+    # Held-out first, so that this set stays the same when the others change size.
     held_out, rest = prompts[:num_held_out], prompts[num_held_out:]
     return PromptSplits(pretraining=rest[num_preference:], preference=rest[:num_preference], held_out=held_out)
 
 
 def write_texts(prompts: Sequence[str], *, right_share: float, seed: int) -> list[tuple[str, str]]:
-    """What there is to learn from: every prompt with an answer, which is right only now and then.
+    """The pretraining texts: every prompt with an answer, which is right only now and then.
 
-    A language model trained on this imitates all its writers, the careless ones too: it can do the task and often
+    A language model trained on these imitates all their writers, careless ones included: it can do the task and often
     doesn't. That is what preference training is for.
 
     Args:
@@ -143,6 +143,6 @@ def _distinct_words(num_words: int, lengths: Sequence[int], rng: random.Random) 
 
 
 def _made_up_word(length: int, rng: random.Random) -> str:
-    """Consonants and vowels in turn, so that it can be read aloud."""
+    """Alternating consonants and vowels, so that it can be pronounced."""
     start = rng.randrange(2)
     return "".join(rng.choice(VOWELS if (start + place) % 2 else CONSONANTS) for place in range(length))

@@ -1,4 +1,4 @@
-"""Several processes, and weights that none of them holds whole: the only place that knows DDP, FSDP2 and DeepSpeed.
+"""Several processes, and sharded weights: the only place that knows DDP, FSDP2 and DeepSpeed.
 
 `processes` reduces sums and verdicts, `shards` reads sharded tensors, `models` shards a second model as the policy is
 sharded. Everything also works in one process and with full tensors.

@@ -1,6 +1,6 @@
-"""A second model, sharded as the policy is: for a reference with weights of its own.
+"""Shards a second model like the policy: for a reference with weights of its own.
 
-The only file that knows how accelerate, DeepSpeed and FSDP2 are told to shard a model.
+The only file that knows how accelerate, DeepSpeed and FSDP2 shard a model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tether.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Sharding:
-    """How training shards the policy, to be done to a second model.
+    """How training shards the policy, to be applied to a second model.
 
     Attributes:
         apply: Shards a model in place, so that it runs beside the policy.
-        dtype: What it casts the weights to; None where it leaves them.
+        dtype: Dtype it casts the weights to; None if it keeps theirs.
     """
 
     apply: Callable[[nn.Module], None]
@@ -33,10 +33,10 @@ class Sharding:
 
 
 def sharding_of(accelerator: Any) -> Sharding | None:
-    """How training will shard the policy, to be done to a reference of its own; None where models stay whole.
+    """How training will shard the policy, to be applied to its reference; None if models stay whole.
 
     Raises:
-        ConfigurationError: For a way of sharding in which a reference is not known to be right; names it.
+        ConfigurationError: For a kind of sharding that is untested with a reference; names it.
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
@@ -55,21 +55,21 @@ def sharding_of(accelerator: Any) -> Sharding | None:
 def cast_as_training_will(model: nn.Module, accelerator: Any) -> None:
     """Casts the policy to the precision of DeepSpeed's config, as DeepSpeed would when training starts.
 
-    The reference is what will train. Made of weights that are rounded later, it would differ from the policy by as
-    much as rounding does, which is too little for an error and too much for a first loss of log 2.
+    The reference must equal what trains. Built before this rounding, it would differ from the policy by too little for
+    an error, and by too much for a first loss of log 2.
     """
     dtype = _deepspeed_dtype(accelerator)
     if dtype is None:
         return
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and not is_sharded(tensor):  # a partitioned one was made in that precision
+        if tensor.is_floating_point() and not is_sharded(tensor):  # partitioned ones have that precision already
             tensor.data = tensor.data.to(dtype)
 
 
 def autocast_dtype(accelerator: Any) -> torch.dtype | None:
-    """Dtype of the autocast that the policy's forward will run under, as the accelerator does it; None for none.
+    """Dtype of the autocast that the accelerator runs the policy's forward under; None for none.
 
-    Options say less: `accelerate launch --mixed_precision` sets it too, and DeepSpeed's engine switches off any
+    Options are not enough: `accelerate launch --mixed_precision` sets it too, and DeepSpeed's engine disables any
     autocast but its own.
     """
     kind = accelerator.device.type
@@ -104,7 +104,7 @@ def copy_of_sharded(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Pa
 
 
 def _shard_by_zero(model: nn.Module, training_config: Mapping[str, Any]) -> None:
-    """Partitions a model that only answers, and gives it the hooks that gather its weights."""
+    """Partitions a model that only scores, and adds the hooks that gather its weights."""
     zero = {
         key: value
         for key, value in training_config["zero_optimization"].items()
@@ -154,10 +154,10 @@ def twin_of_fsdp(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
     Args:
         model: A model that `fully_shard` was applied to.
-        dtype: Hold floating-point weights in this dtype instead of the model's own.
+        dtype: Dtype of floating-point weights, instead of the model's own.
     """
     forget_gathered(model)
-    memo: dict[int, Any] = {id(state): state for state in _fsdp_states(model)}  # copied hooks are taken off below
+    memo: dict[int, Any] = {id(state): state for state in _fsdp_states(model)}  # copied hooks are removed below
     for parameter in model.parameters():
         kind = dtype if parameter.is_floating_point() else None
         empty = torch.empty(parameter.shape, dtype=kind or parameter.dtype, device="meta")
@@ -187,7 +187,7 @@ def _fsdp_state(module: nn.Module) -> Any:
 
 @contextmanager
 def _plain_classes(model: nn.Module) -> Iterator[None]:
-    """While open, sharded modules have the classes they had before, because `FSDPModule` refuses to be copied."""
+    """While open, sharded modules have their original classes, because `FSDPModule` refuses to be copied."""
     sharded: list[tuple[Any, type]] = [(m, type(m)) for m in model.modules() if isinstance(m, FSDPModule)]
     for module, _ in sharded:
         module.__class__ = plain_class(module)
@@ -199,7 +199,7 @@ def _plain_classes(model: nn.Module) -> Iterator[None]:
 
 
 def _take_fsdp_off(twin: nn.Module) -> None:
-    """Removes what `fully_shard` left on the copied modules: its hooks and its mark that it was there."""
+    """Removes the hooks and marks that `fully_shard` left on the copied modules."""
     for module in twin.modules():
         for name, hooks in list(vars(module).items()):
             if isinstance(name, str) and name.startswith("__composable_api"):

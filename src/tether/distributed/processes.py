@@ -1,6 +1,6 @@
 """Sums and verdicts over the processes of a run.
 
-A *collective* call must be made by every process, in the same order. All of it is also right in one process.
+A *collective* call must be made by every process, in the same order. Everything also works in one process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def num_processes() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks for all."""
+    """Whether this is the main process (rank 0)."""
     return not is_distributed() or dist.get_rank() == 0
 
 
 def reduced(tensor: Tensor, how: str) -> Tensor:
-    """The tensor reduced over the processes by `"sum"` or `"max"`, on each of them. Collective."""
+    """The tensor reduced over all processes by `"sum"` or `"max"`, on each of them. Collective."""
     operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how]
     tensor = tensor.clone()
     if is_distributed():
@@ -42,18 +42,18 @@ def any_process(flag: bool) -> bool:
 
 
 def union(names: Iterable[str]) -> list[str]:
-    """What any process named, sorted. Collective."""
+    """The names given on any process, sorted. Collective."""
     return sorted(set().union(*_gathered(list(names))))
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block whose failure on one process is raised on all of them, so that none goes on and waits for the others.
+    """A block whose failure on one process is raised on all of them, so that none is left waiting.
 
     The block itself must not be collective, or must fail on every process alike. Collective at its end.
 
     Raises:
-        TetherError: This process's own error, or else that of the first process that has one.
+        TetherError: This process's own error, or else that of the first process that failed.
     """
     error: Exception | None = None
     try:

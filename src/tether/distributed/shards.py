@@ -28,7 +28,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether some parameter of the model is sharded, so that each forward is collective."""
+    """Whether any parameter of the model is sharded, so that each forward is collective."""
     return is_fsdp(model) or any(map(is_sharded, model.parameters()))
 
 
@@ -38,7 +38,7 @@ def is_fsdp(model: nn.Module) -> bool:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without the one that `fully_shard` put in front of it."""
+    """The class of a module before `fully_shard` changed it."""
     kind: Any = type(module)
     plain: type[nn.Module] = kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
     return plain
@@ -77,7 +77,7 @@ def on_main_process(function: Callable[[str, Tensor], T], tensors: Mapping[str, 
     Tensors are gathered one at a time, in the order of their names, and none is kept.
 
     Raises:
-        TetherError: What the function raised, on every process.
+        TetherError: Raised by the function; on every process.
     """
     answers: dict[str, T] = {}
     error: TetherError | None = None
@@ -152,7 +152,7 @@ def forget_gathered(model: nn.Module) -> None:
 
 
 def _partitioned(tensor: Tensor) -> Any:
-    """The tensor if it is a parameter that DeepSpeed partitions, else None."""
+    """The tensor if it is a parameter that DeepSpeed partitions, otherwise None."""
     return tensor if hasattr(tensor, "ds_id") else None
 
 
@@ -230,7 +230,7 @@ def gather_shard(shard: Tensor, like: Tensor) -> Tensor:
 
 
 def deepspeed() -> Any:
-    """DeepSpeed, imported where a parameter was partitioned by it or the run's config asks for it, and only there."""
+    """DeepSpeed, imported only if it partitioned a parameter or the run's config asks for it."""
     import deepspeed as library
 
     return library

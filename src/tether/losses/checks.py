@@ -1,6 +1,6 @@
-"""Which losses and options go together, and what is refused.
+"""Which losses and options can be combined, and what is refused.
 
-Knows the losses' table and the numbers of the options; knows no config.
+Knows the losses' table and their numeric options; knows no config.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_loss_options(
     use_weighting: bool = False,
     bco_reward_shift: bool = True,
 ) -> None:
-    """Refuses unknown losses, numbers out of range, and options that no chosen loss would read.
+    """Refuses unknown losses, numbers out of range, and options that none of the losses reads.
 
     Raises:
         ConfigurationError: Names the options.
@@ -62,17 +62,17 @@ def refused_losses(
     for name, (value, default, written) in unread.items():
         if value != default and not any(name in LOSSES[loss].takes for loss in losses):
             why = f"no loss of {list(losses)} has it in its equation"
-            yield of_option(name, value, why, f"Write {written}, or take one of {_takers(name)} as `loss_type`.")
+            yield of_option(name, value, why, f"Write {written}, or use one of {_takers(name)} as `loss_type`.")
 
 
 def refused_margin(losses: Sequence[Loss]) -> Iterator[Refusal]:
-    """A `margin` of the rows that no loss reads."""
+    """A `margin` in the rows that no loss reads."""
     if not any("margin" in loss.takes for loss in losses):
         names = [loss.function.__name__ for loss in losses]
         yield Refusal(
             f"rows with a `margin` and `loss_type={names!r}`",
             "none of these losses has a margin in its equation",
-            f"Drop the column (`dataset.remove_columns('margin')`), or take one of {_takers('margin')}.",
+            f"Drop the column (`dataset.remove_columns('margin')`), or use one of {_takers('margin')}.",
         )
 
 
@@ -93,7 +93,7 @@ def _ranges(options: LossOptions) -> Iterator[Refusal]:
         why = "rewards are multiplied by it, so it must be positive"
         yield of_option("beta", options.beta, why, "Write a positive number, such as 0.1.")
     if not 0 <= options.label_smoothing < 0.5:
-        why = "it is the probability that a label is flipped, and from 0.5 on a label says nothing or the opposite"
+        why = "it is the probability that a label is flipped, and from 0.5 on labels are uninformative or inverted"
         yield of_option("label_smoothing", options.label_smoothing, why, "Write a value in [0, 0.5).")
     if not 0 < options.discopop_tau < math.inf:
         why = "log-ratios are divided by it, so it must be positive"

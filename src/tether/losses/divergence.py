@@ -1,8 +1,8 @@
-"""f-divergences: what a log-ratio is worth to the policy, under the divergence that keeps it near the reference.
+"""f-divergences: the reward of a log-ratio under the divergence that keeps the policy near the reference.
 
 Wang et al. 2023, "Beyond Reverse KL", arXiv 2309.16240: the reward of a response is `beta f'(pi_theta / pi_ref)` plus
-a constant of the prompt, which cancels in the difference of two responses and nowhere else. So only losses on that
-difference have a generalisation.
+a constant of the prompt, which cancels only in the difference of two responses. So only losses on that difference
+can use another divergence.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def js_divergence(logratios: Tensor, coefficient: float) -> Tensor:
 
 
 def alpha_divergence(logratios: Tensor, coefficient: float) -> Tensor:
-    """`g(h) = (exp((a - 1) h) - 1) / (a - 1)`, with `a` the coefficient: 1 is the reverse KL, 0 the forward.
+    """`g(h) = (exp((a - 1) h) - 1) / (a - 1)`, with `a` the coefficient: 1 is the reverse KL, 0 the forward KL.
 
-    The paper writes `(1 - u^-alpha) / alpha`; its alpha is `1 - a`. TRL counts as here, and at 0.5 both are equal.
+    The paper writes `(1 - u^-alpha) / alpha`; its alpha is `1 - a`. TRL uses `a` as well; at 0.5 both are equal.
     """
     if abs(coefficient - 1) < 1e-6:
         return logratios
@@ -56,9 +56,9 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def bounded_exp(exponent: Tensor) -> Tensor:
-    """`exp`, continued by its tangent where it is so large that its square might overflow.
+    """`exp`, continued by its tangent where its square might overflow.
 
-    It stays monotone with a gradient that points the right way. TRL clamps the exponent, or lets it overflow.
+    It stays monotone, with a gradient of the right sign. TRL clamps the exponent, or lets it overflow.
     """
     limit = 300.0 if exponent.dtype == torch.float64 else 30.0
     return exponent.clamp(max=limit).exp() + math.exp(limit) * torch.relu(exponent - limit)

@@ -1,4 +1,4 @@
-"""What a run reports of its pairs: rewards, margins, accuracies, log-probs and token statistics.
+"""The metrics of a run's pairs: rewards, margins, accuracies, log-probs and token statistics.
 
 Everything is a sum and a weight per pair, kept on the device; one transfer per log. Knows no trainer.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tether.types import PairBatch, PairScores, ResponseLogProbs
 
-# A metric of a micro-batch: what to add up for each pair, and what to divide the total by; NaN for a count.
+# A metric of a micro-batch: what to sum over the pairs, and what to divide the sum by; NaN for a count.
 PairMetrics = dict[str, tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]]
 
 # In nats; on average, two float32 scorings by the same weights differ by less (docs/numerics.md).
 _TIED_PER_TOKEN = 1e-5
-# The figures of every evaluation; a mixture of experts adds `aux_loss`.
+# The metrics of every evaluation; a mixture of experts adds `aux_loss`.
 EVALUATED = (
     "loss",
     *(f"rewards/{figure}" for figure in ("chosen", "rejected", "accuracies", "margins")),
@@ -37,11 +37,11 @@ def pair_metrics(
     beta: float,
     policy: ResponseLogProbs,
 ) -> PairMetrics:
-    """Every metric of a micro-batch, under TRL's names; and how many pairs there are, and how many are tied.
+    """Every metric of a micro-batch, under TRL's names, with the numbers of pairs and of tied pairs.
 
-    Tied are pairs whose margin may be rounding: at most 1e-5 nats for each token of the two responses, times beta.
+    A pair is tied if its margin may be rounding: at most 1e-5 nats per token of the two responses, times beta.
 
-    Token statistics are included when the policy's scoring brought them.
+    Token statistics are included if the policy's log-probs have them.
     """
     chosen_rewards = beta * scores.chosen_logratios.detach()
     rejected_rewards = beta * scores.rejected_logratios.detach()
@@ -98,14 +98,14 @@ class MetricSums:
             totals[name] = totals[name] + total if name in totals else total
 
     def add_once(self, values: dict[str, float]) -> None:
-        """Adds figures that are the same on every process and stand in the next report only."""
+        """Adds values that are the same on every process, for the next report only."""
         self._once |= values
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> dict[str, float]:
-        """The report of some steps, and an empty slate.
+        """The report of the steps since the last one; resets the sums.
 
-        A figure is the mean over the steps of its weighted mean in a step, which counts all micro-batches and processes
-        together: steps count alike, as they do in the loss. Counts are added up.
+        A metric is averaged within each step, over all micro-batches and processes together, and then over the steps:
+        every step counts equally, as in the loss. Counts are added up.
 
         Args:
             reduce: Sums a tensor over the processes.

@@ -1,4 +1,4 @@
-"""`Objective`: what a run minimises, from its losses, their weights and what weighs pairs and tokens.
+"""`Objective`: what a run minimises, from its losses, their weights, and the weights of pairs and tokens.
 
 Knows losses and log-probabilities; knows no trainer.
 """
@@ -28,11 +28,11 @@ class Objective:
     Several losses make MPO (Wang et al. 2024, arXiv 2411.10442). `w` is WPO's weight, or 1.
 
     Args:
-        losses: Names from `LOSSES`, or functions of `PairScores` and `LossOptions` that give one value per pair.
-        weights: One for each; by default 1.
-        options: The numbers in the losses' equations; or what gives them, and is asked at each batch.
-        use_weighting: Weigh pairs by how likely the policy is to say them (WPO).
-        bco_reward_shift: Keep BCO's running mean of rewards, where `bco_pair` is one of the losses.
+        losses: Names from `LOSSES`, or functions of `PairScores` and `LossOptions` that return one value per pair.
+        weights: One per loss; by default 1.
+        options: The numbers in the losses' equations, or a function that returns them for each batch.
+        use_weighting: Weight pairs by their likelihood under the policy (WPO).
+        bco_reward_shift: Keep BCO's running mean of rewards, if `bco_pair` is one of the losses.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Objective:
         training: bool = True,
         reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
     ) -> tuple[PairScores, Float[Tensor, " pairs"]]:
-        """The scores of the pairs, and one loss for each.
+        """The scores of the pairs, and one loss per pair.
 
         Args:
             batch: The pairs.
             policy: The policy's log-probs; with statistics if pairs are weighted.
             reference: The reference's.
-            training: Whether BCO's running mean takes the batch in; evaluation reads it as it is.
+            training: Whether to update BCO's running mean with the batch; evaluation only reads it.
             reduce: Sums a tensor over the processes.
 
         Raises:
-            ConfigurationError: If a loss gives anything but one value per pair, or the rows have a margin that no
+            ConfigurationError: If a loss returns anything but one value per pair, or the rows have a margin that no
                 loss reads.
         """
         if batch.margins is not None:
@@ -87,12 +87,12 @@ class Objective:
 
     @property
     def functions(self) -> dict[str, PreferenceLoss]:
-        """The losses by name, each as the function whose docstring explains it."""
+        """The losses by name, as documented functions."""
         plain = [loss.function if isinstance(loss, Loss) else loss for _, loss in self._terms]
         return {getattr(function, "__name__", type(function).__name__): function for function in plain}
 
     def refused_margin(self) -> Iterator[Refusal]:
-        """Rows with a `margin`, where no loss reads it."""
+        """A `margin` in the rows that no loss reads."""
         named = [loss for _, loss in self._terms if isinstance(loss, Loss)]
         if len(named) == len(self._terms):
             yield from refused_margin(named)

@@ -1,4 +1,4 @@
-"""The numbers that parametrise the losses, and the shape of a loss.
+"""The parameters of the losses, and the type of a loss.
 
 Knows no loss.
 """
@@ -20,18 +20,18 @@ DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_div
 if TYPE_CHECKING:
     _Divergence = DivergenceName
 else:
-    _Divergence = str  # `check_loss_options` refuses another name, and says what to write
+    _Divergence = str  # `check_loss_options` refuses another name, and lists the known ones
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The numbers that parametrise the losses; each loss reads those its equation names.
+    """The parameters of the losses; each loss reads those in its equation.
 
     Attributes:
         beta: Strength of the pull towards the reference; for IPO the regularisation `tau`.
         label_smoothing: Probability that a preference label is flipped, in [0, 0.5).
         f_divergence_type: The divergence that keeps the policy near the reference: one of `DIVERGENCES`.
-        f_alpha_divergence_coef: Its coefficient, where it is the alpha-divergence.
+        f_alpha_divergence_coef: Coefficient of the alpha-divergence.
         discopop_tau: Temperature of DiscoPOP's blend.
         ld_alpha: Weight, in [0, 1], of a response's tokens beyond the length that both responses of the pair have
             (LD-DPO); None for 1.
@@ -46,9 +46,9 @@ class LossOptions:
 
     @property
     def needs_per_token(self) -> bool:
-        """Whether the reference must answer token by token; otherwise a sum per response is enough."""
+        """Whether the reference must return log-probs per token; otherwise a sum per response is enough."""
         return self.ld_alpha is not None and self.ld_alpha != 1
 
 
 PreferenceLoss = Callable[[PairScores, LossOptions], Float[Tensor, " pairs"]]
-"""What a loss is, one's own too: one value per pair; the mean over the pairs of the optimizer step is taken outside."""
+"""A loss, built in or your own: one value per pair. The trainer takes the mean over the pairs of an optimizer step."""

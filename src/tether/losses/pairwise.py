@@ -1,6 +1,6 @@
 """Losses of the difference between the chosen and the rejected response.
 
-What these share: they see `g(h_w) - g(h_l)` alone, so any constant of the prompt cancels.
+They depend on `g(h_w) - g(h_l)` alone, so any constant of the prompt cancels.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def ipo(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
 
     `(g(h_w) / |y_w| - g(h_l) / |y_l| - 1 / (2 tau))^2`, with `tau = beta`
 
-    Azar et al. 2023, arXiv 2310.12036, Eq. 17. The average per token is the authors' own form, which the paper
-    does not spell out; TRL uses it as well.
+    Azar et al. 2023, arXiv 2310.12036, Eq. 17. The average per token is the authors' own form, not spelled out in
+    the paper; TRL uses it as well.
     """
     return (worth_difference(scores, options, per_token=True) - 1 / (2 * options.beta)).square()
 
 
 def robust(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
-    """Robust DPO: unbiased for clean labels when a share `eps` of them is flipped.
+    """Robust DPO: an unbiased estimate of the loss on clean labels when a share `eps` of the labels is flipped.
 
     `(-(1 - eps) log sigma(z) + eps log sigma(-z)) / (1 - 2 eps)`
 
@@ -75,11 +75,11 @@ def robust(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
 
 
 def exo_pair(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
-    """EXO from preferences: the reverse KL from the policy's choice between the two to the smoothed label.
+    """EXO from preferences: the reverse KL between the policy's preference and the smoothed label.
 
     `sigma(z) (log sigma(z) - log(1 - eps)) + sigma(-z) (log sigma(-z) - log eps)`
 
-    Ji et al. 2024, arXiv 2402.00856, Eq. 16. Needs `eps > 0`; the paper takes 1e-3.
+    Ji et al. 2024, arXiv 2402.00856, Eq. 16. Needs `eps > 0`; the paper uses 1e-3.
     """
     logits, eps = reward_margin(scores, options), options.label_smoothing
     chosen = torch.sigmoid(logits) * (logsigmoid(logits) - math.log1p(-eps))
@@ -94,14 +94,14 @@ def discopop(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
 
     Lu et al. 2024, arXiv 2406.08414, Eq. 5.
 
-    TRL 1.16: multiplies `s` and `exp(-z)` after each is made, which is NaN for large negative `z`.
+    TRL 1.16: computes `s` and `exp(-z)` separately, so their product is NaN for large negative `z`.
     """
     logits = reward_margin(scores, options)
     modulation = logits / options.discopop_tau
-    exponential = bounded_exp(logsigmoid(modulation) - logits)  # s exp(-z) in one, for exp(-z) alone may overflow
+    exponential = bounded_exp(logsigmoid(modulation) - logits)  # s exp(-z) in one step: exp(-z) alone may overflow
     return -torch.sigmoid(-modulation) * logsigmoid(logits) + exponential
 
 
 def smoothed(logits: Tensor, smoothing: float) -> Tensor:
-    """The logistic loss of `logits`, with a share `smoothing` of that of the flipped label."""
+    """The logistic loss of `logits`, with label smoothing."""
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)

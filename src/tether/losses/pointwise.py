@@ -1,4 +1,4 @@
-"""Losses that judge each response of a pair by itself: the level of its reward counts, not only the difference.
+"""Losses that judge each response of a pair separately: the level of its reward counts, not only the difference.
 
 `r_w = beta h_w` and `r_l = beta h_l`.
 """
@@ -19,7 +19,7 @@ def nca_pair(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
 
     `-log sigma(r_w) - log sigma(-r_w) / 2 - log sigma(-r_l) / 2`
 
-    Chen et al. 2024, arXiv 2402.05369, the form for pairs of its NCA loss.
+    Chen et al. 2024, arXiv 2402.05369, the pairwise form of its NCA loss.
     """
     chosen, rejected = _rewards(scores, options)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
@@ -30,9 +30,9 @@ def bco_pair(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
 
     `-log sigma(r_w - delta) - log sigma(-(r_l - delta))`, with `delta` the running mean of all rewards so far
 
-    Jung et al. 2024, arXiv 2404.04656, whose `delta` is half the sum of the expected chosen and rejected reward. The
-    mean estimates it in training, over the responses of all micro-batches and processes up to and including this
-    one, and is part of a checkpoint.
+    Jung et al. 2024, arXiv 2404.04656, whose `delta` is half the sum of the expected chosen and rejected reward. In
+    training the mean over the responses of all micro-batches and processes so far, this one included, estimates
+    it; it is saved in checkpoints.
 
     TRL 1.16: has no `delta` (earlier versions did). `bco_reward_shift=False` does the same.
     """
@@ -58,7 +58,7 @@ def apo_zero(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
 
     `1 - sigma(r_w) + sigma(r_l)`
 
-    D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 7. The paper leaves the constant 1 out; TRL has it as well.
+    D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 7. The paper omits the constant 1; TRL has it as well.
     """
     chosen, rejected = _rewards(scores, options)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
@@ -69,7 +69,7 @@ def apo_down(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
 
     `sigma(r_w) + 1 - sigma(r_w - r_l)`
 
-    D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 8. The paper leaves the constant 1 out; TRL has it as well.
+    D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 8. The paper omits the constant 1; TRL has it as well.
     """
     chosen, rejected = _rewards(scores, options)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
@@ -82,8 +82,8 @@ def sft(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
 
     Wang et al. 2024 (MPO), arXiv 2411.10442, its generation loss; Pang et al. 2024, arXiv 2404.19733, its NLL term.
 
-    TRL 1.16: averages over the tokens of the micro-batch, so long responses weigh more, and by the company they
-    keep. Equal where the chosen responses of a micro-batch are equally long.
+    TRL 1.16: averages over the tokens of the micro-batch, so long responses weigh more, and by an amount that depends
+    on the rest of the micro-batch. Equal if its chosen responses have the same length.
     """
     whole = scores.policy_chosen if scores.whole_policy_chosen is None else scores.whole_policy_chosen
     return -whole / scores.chosen_lengths

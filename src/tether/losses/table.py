@@ -1,6 +1,6 @@
-"""Every loss by its name, and what each takes.
+"""Every loss by name, and what each reads.
 
-A loss explains itself in its docstring; here is only what the options must know of it.
+A loss is documented in its docstring; this is only what the checks of options need.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SMOOTHED = _DIFFERENCE | {"label_smoothing"}
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it takes.
+    """A loss and what it reads.
 
     Attributes:
         function: The loss itself.
         takes: Which of `label_smoothing`, `f_divergence_type`, `discopop_tau`, `bco_reward_shift`, `ld_alpha`
             and the rows' `margin` reach its value.
         couples_pairs: A pair's value depends on the other pairs of its micro-batch.
-        needs_per_token: The reference must answer token by token whatever the options (`LossOptions.needs_per_token`
-            says what they ask for); otherwise a sum per response is enough.
+        needs_per_token: The reference must return log-probs per token whatever the options (for these see
+            `LossOptions.needs_per_token`); otherwise a sum per response is enough.
     """
 
     function: PreferenceLoss
@@ -52,7 +52,7 @@ LossName = Literal[
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss(pairwise.sigmoid, _SMOOTHED),
     "hinge": Loss(pairwise.hinge, _DIFFERENCE),
-    "ipo": Loss(pairwise.ipo, _DIFFERENCE - {"margin"}),  # its target is in nats per token, a margin in rewards
+    "ipo": Loss(pairwise.ipo, _DIFFERENCE - {"margin"}),  # its target is in nats per token, a margin in units of reward
     "exo_pair": Loss(pairwise.exo_pair, _SMOOTHED),
     "nca_pair": Loss(pointwise.nca_pair, _SUMS),
     "robust": Loss(pairwise.robust, _SMOOTHED),

@@ -1,7 +1,7 @@
 """Alignment by optimal transport: losses that compare sorted values, and so couple the pairs of a micro-batch.
 
-The order is that of one micro-batch of one process: larger micro-batches are a better estimate, and gradient
-accumulation is not the same as one large batch. A value belongs to a rank, not to a pair; the mean is what counts.
+Values are sorted within one micro-batch of one process: larger micro-batches estimate better, and gradient
+accumulation is not the same as one large batch. A value belongs to a rank, not to a pair; only the mean matters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def aot(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
     """AOT, paired: the policy's margins dominate the reference's, as distributions.
 
     `-(1 - eps) log sigma(z_i) - eps log sigma(-z_i)`, with `z_i = beta (u_(i) - v_(i))`: sorted
-    `u = log pi_theta(y_w|x) - log pi_theta(y_l|x)` less sorted `v`, the same of the reference
+    `u = log pi_theta(y_w|x) - log pi_theta(y_l|x)` minus sorted `v`, the same under the reference
 
     Melnyk et al. 2024, arXiv 2406.05882, with the logistic loss.
     """
@@ -30,7 +30,7 @@ def aot(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
 def aot_unpaired(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
     """AOT, unpaired: the rewards of chosen responses dominate those of rejected ones, as distributions.
 
-    `-(1 - eps) log sigma(z_i) - eps log sigma(-z_i)`, with `z_i = beta (u_(i) - v_(i))`: sorted `u = h_w` less
+    `-(1 - eps) log sigma(z_i) - eps log sigma(-z_i)`, with `z_i = beta (u_(i) - v_(i))`: sorted `u = h_w` minus
     sorted `v = h_l`
 
     Melnyk et al. 2024, arXiv 2406.05882, with the logistic loss.

@@ -1,4 +1,4 @@
-"""What weighs tokens and pairs before and after a loss: LD-DPO, WPO, and BCO's running mean of rewards.
+"""Weights of tokens and pairs before and after a loss: LD-DPO, WPO, and BCO's running mean of rewards.
 
 Knows batches and log-probabilities; knows no loss.
 """
@@ -19,7 +19,7 @@ from tether.types import PairBatch, PairScores, ResponseLogProbs, offsets_of
 def pair_scores(
     batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs, ld_alpha: float | None = None
 ) -> PairScores:
-    """The sums of each pair; with `ld_alpha`, those of LD-DPO.
+    """The summed log-probs of each pair; with `ld_alpha`, weighted as in LD-DPO.
 
     `sum_{t <= n} log pi(y_t) + alpha sum_{t > n} log pi(y_t)`, with `n = min(|y_w|, |y_l|)`, for policy and reference
 
@@ -46,7 +46,7 @@ def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -
     device = log_probs.values.device
 
     def weighted(side: tuple[int, ...]) -> Tensor:
-        # A response of several pairs is gathered once for each: what it shares with the other differs.
+        # A response in several pairs is gathered once per pair, since the length shared with its partner differs.
         places = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in side])
         beyond = torch.cat([torch.arange(lengths[r]) >= n for r, n in zip(side, public, strict=True)])
         weights = torch.ones(len(beyond), dtype=log_probs.values.dtype).masked_fill(beyond, alpha).to(device)
@@ -57,7 +57,7 @@ def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -
 
 
 def policy_weights(batch: PairBatch, policy: ResponseLogProbs) -> Float[Tensor, " pairs"]:
-    """WPO's weight of each pair: how likely the policy is to say either response itself; no gradient.
+    """WPO's weight of each pair: how likely the policy is to generate its responses; no gradient.
 
     `w(y_w) w(y_l)`, with `w(y) = exp(mean_t (log pi(y_t) - log sum_v pi(v)^2))`
 
@@ -75,13 +75,13 @@ def policy_weights(batch: PairBatch, policy: ResponseLogProbs) -> Float[Tensor, 
 
 
 class RewardShift:
-    """BCO's running mean: of the rewards of all responses, chosen and rejected, that training has seen.
+    """BCO's running mean of the rewards of all responses, chosen and rejected, seen in training.
 
-    State of a run: it is saved with a checkpoint and restored from it.
+    State of a run: saved in checkpoints and restored from them.
     """
 
     def __init__(self) -> None:
-        self._totals: Tensor | None = None  # sum and count, in double precision, over all processes
+        self._totals: Tensor | None = None  # sum and count over all processes, in double precision
 
     def update(
         self,
@@ -91,7 +91,7 @@ class RewardShift:
         *,
         counts: bool = True,
     ) -> Float[Tensor, ""]:
-        """Adds a micro-batch and returns the mean so far, that micro-batch included.
+        """Adds a micro-batch and returns the mean so far, including it.
 
         Args:
             scores: Its pairs.

@@ -1,1 +1,1 @@
-"""Language models: loaded, looked at and prepared for training."""
+"""Language models: loaded, inspected and prepared for training."""

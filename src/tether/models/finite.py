@@ -1,4 +1,4 @@
-"""Is what trains still made of finite numbers? The loss of every step, and weights before they are kept.
+"""Whether training still produces finite numbers: the loss of every step, and weights before they are saved.
 
 Knows tensors and processes; knows no trainer.
 """
@@ -18,19 +18,19 @@ _INSTEAD = (
 
 
 class LossWatch:
-    """The first optimizer step whose loss is NaN or infinite. It stays on the device, so that no step waits for it."""
+    """The first optimizer step whose loss is NaN or infinite, kept on the device so that no step waits for it."""
 
     def __init__(self) -> None:
         self._first_broken: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Looks at the loss of a micro-batch of a step."""
+        """Takes note of the loss of a micro-batch."""
         broken = torch.where(torch.isfinite(loss.detach()), torch.inf, float(step))
         before = self._first_broken
         self._first_broken = broken if before is None else torch.minimum(before, broken)
 
     def check(self) -> None:
-        """Reads it, and forgets it. Collective; every process comes to the same verdict.
+        """Reads and resets the record. Collective; every process reaches the same verdict.
 
         Raises:
             NotFiniteError: If the loss of a step was NaN or infinite on any process; names the first one.
@@ -41,20 +41,20 @@ class LossWatch:
         first = -float(reduced(-seen, "max"))
         if first < float("inf"):
             raise NotFiniteError(
-                problem=f"Cannot go on training: the loss of step {first:.0f} is NaN or infinite.",
-                details="Its gradient makes the weights NaN for good. The usual causes are a learning rate that is too "
-                "high, and numbers that overflow in the policy or in the reference.",
+                problem=f"Cannot continue training: the loss of step {first:.0f} is NaN or infinite.",
+                details="Its gradient makes the weights NaN permanently. The usual causes are a learning rate that is "
+                "too high, and numbers that overflow in the policy or in the reference.",
                 instead=_INSTEAD,
             )
 
 
 def check_weights(model: nn.Module, purpose: str, step: int) -> None:
-    """Refuses to use trained weights that are NaN or infinite. Collective where they are sharded, and only there.
+    """Refuses to use trained weights that are NaN or infinite. Collective if they are sharded.
 
     Args:
         model: The policy.
-        purpose: What they are wanted for, for the message: "keep the policy".
-        step: How many optimizer steps it has been trained for.
+        purpose: What they are needed for, for the message: "keep the policy".
+        step: Number of optimizer steps it has been trained for.
 
     Raises:
         NotFiniteError: Names the first such weight.
@@ -74,5 +74,5 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The largest absolute value needs no second tensor of this size, and NaN is the largest there is.
+    # The largest absolute value needs no second tensor of this size, and a NaN propagates to it.
     return tensor.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(tensor, torch.inf)))

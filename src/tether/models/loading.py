@@ -32,13 +32,13 @@ _CONFIG_OPTIONS = ("trust_remote_code", "revision", "token", "subfolder", "cache
 
 
 class Loaded(NamedTuple):
-    """What a run trains and reads with.
+    """The models and the tokenizer of a run.
 
     Attributes:
-        policy: The model that is to be trained.
+        policy: The model to train.
         ref_model: The reference model, if one is named.
         processing_class: The tokenizer or the processor.
-        origins: Where the model that the reference is made of can be had from again.
+        origins: Where the reference's model can be loaded from again.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -56,7 +56,7 @@ def load(
     quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Loads what is given by path or name; what is in memory already is passed through."""
+    """Loads models given by path or name; models in memory are passed through."""
     given = init_kwargs if isinstance(init_kwargs, dict) else None
     options = loading_options(given, quantization_config)
     origins = where_from(model if ref_model is None else ref_model, options, trust_remote_code)
@@ -73,8 +73,8 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """A causal language model from a path or name; an instance is passed through.
 
-    As in TRL, the dtype is float32 unless `init_kwargs` says otherwise: weights that train in bf16 lose small steps.
-    The folder of an adapter gives its base with that adapter on it, ready to go on training.
+    As in TRL, the dtype is float32 unless `init_kwargs` sets it: weights trained in bf16 lose small updates.
+    The folder of an adapter gives its base with that adapter on it, ready to train.
     """
     if not isinstance(model, str):
         return model
@@ -90,7 +90,7 @@ def load_model(
 
 
 def _auto_class(name: str, options: dict[str, Any]) -> Any:
-    """What loads a model: with its images, if it was saved as one that reads them."""
+    """The auto class of a model: one that reads images, if it was saved as such."""
     passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
     config = AutoConfig.from_pretrained(name, **passed)
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
@@ -104,9 +104,9 @@ def _dtype_of(options: Mapping[str, Any]) -> Any:
 def where_from(
     model: str | PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
 ) -> tuple[Origin, ...]:
-    """Where a model can be had from again: what it was loaded from, as far as it says so.
+    """Where a model can be loaded from again, if that is known.
 
-    Whether that is still the same model is not looked at here; a reference proves it by its digest.
+    Whether it is still the same model is not checked here; a reference proves it by its digest.
     """
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if not name:
@@ -118,7 +118,7 @@ def where_from(
 
 
 def loading_options(init_kwargs: dict[str, Any] | None, quantization_config: Any) -> dict[str, Any] | None:
-    """The keyword arguments of `from_pretrained`, with the quantization that the trainer was given."""
+    """The keyword arguments of `from_pretrained`, with the trainer's quantization."""
     if quantization_config is None:
         return init_kwargs
     return {**(init_kwargs or {}), "quantization_config": quantization_config}
@@ -130,7 +130,7 @@ def load_processing_class(
     trust_remote_code: bool,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The tokenizer, or the processor of a model that reads images; from the model's folder if none is given."""
+    """The tokenizer, or the processor of a model that reads images; by default from the model's folder."""
     if processing_class is None:
         name = model.config._name_or_path
         options = {"revision": revision} if revision else {}
@@ -147,7 +147,7 @@ def load_processing_class_of(
     Args:
         name: Path or name of the model.
         trust_remote_code: Whether code that comes with it may run.
-        config: The model's config; read if it is not at hand.
+        config: The model's config; loaded if not given.
         options: Further arguments of `from_pretrained`.
 
     Raises:
@@ -155,7 +155,7 @@ def load_processing_class_of(
     """
     options["trust_remote_code"] = trust_remote_code
     if config is None:
-        with suppress(OSError, ValueError):  # a tokenizer may stand alone
+        with suppress(OSError, ValueError):  # a folder may have a tokenizer without a model
             config = AutoConfig.from_pretrained(name, **options)
     loads = AutoProcessor if reads_images(config) else AutoTokenizer
     loaded = loads.from_pretrained(name, **options)
@@ -179,7 +179,7 @@ def reads_images(config: Any) -> bool:
 
 
 def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
-    """Gives the tokenizer the padding token of the deprecated option, or that of the end where it has none."""
+    """Sets the padding token: that of the deprecated option or, if the tokenizer has none, its end token."""
     if pad_token is not None:
         tokenizer.pad_token = pad_token
     elif tokenizer.pad_token is None:
@@ -187,12 +187,12 @@ def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> 
 
 
 def hub_name(model: PreTrainedModel | PeftModel) -> str | None:
-    """The name on the hub that a model was loaded by; None for a local folder or a model made in memory."""
+    """The name on the hub that a model was loaded by; None for a local folder or a model created in memory."""
     name = getattr(model.config, "_name_or_path", "")
     return None if not name or os.path.isdir(name) else str(name)
 
 
 def default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
-    """The output folder when none is named: after the model."""
+    """The output folder if none is given: named after the model."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"

@@ -1,4 +1,4 @@
-"""Activations wait for their backward in host memory (`activation_offloading`).
+"""Keeps activations in host memory until their backward (`activation_offloading`).
 
 Knows torch's hooks for saved tensors; knows no model but its weights.
 """
@@ -15,15 +15,15 @@ _MIN_BYTES = 1024  # below, the call costs more than the memory is worth
 
 
 class OffloadedActivations(saved_tensors_hooks):
-    """While open, what autograd saves for the backward is moved to host memory, and back when it is needed.
+    """While open, what autograd saves for the backward is moved to host memory, and back when needed.
 
-    The same numbers, bit for bit: a copy there and back. Weights stay where they are, since they are not held for the
-    backward alone. The copies run in the order of the stream, so that no step waits for one.
+    The results are the same, bit for bit. Weights stay where they are, since they are not held for the backward
+    alone. The copies run in stream order, so no step waits for one.
 
     Args:
         model: Its weights are not moved.
         source: Kind of device whose tensors are moved.
-        min_bytes: Smaller tensors stay.
+        min_bytes: Smaller tensors are not moved.
     """
 
     def __init__(self, model: nn.Module, source: str, min_bytes: int = _MIN_BYTES) -> None:
@@ -32,7 +32,7 @@ class OffloadedActivations(saved_tensors_hooks):
         super().__init__(self._to_host, self._back)
 
     def __enter__(self) -> None:
-        # Anew each time: sharding libraries put the weights elsewhere once training starts.
+        # Collected each time, because sharding libraries replace the weights once training starts.
         self._weights = {p.untyped_storage().data_ptr() for p in self._model.parameters() if _has_storage(p)}
         super().__enter__()
 
@@ -55,7 +55,7 @@ class OffloadedActivations(saved_tensors_hooks):
 
 
 def activations_of(model: nn.Module, *, offloaded: bool) -> AbstractContextManager[None]:
-    """What a training step is run in; `DPOConfig` refuses offloading where there is no accelerator."""
+    """The context of a training step; `DPOConfig` refuses offloading without an accelerator."""
     if not offloaded:
         return nullcontext()
     accelerator = torch.accelerator.current_accelerator()

@@ -1,4 +1,4 @@
-"""Policies and reference models as a run needs them: what is refused, and what is changed about them.
+"""Prepares policies and reference models for a run, and refuses those that cannot be used.
 
 Knows transformers and PEFT; knows no files, no data and no training.
 """
@@ -20,24 +20,24 @@ from tether.distributed import full_shape
 from tether.errors import ConfigurationError
 from tether.scoring import rotary_limit
 
-# Dropout that attention modules and layers hold as a number rather than as an `nn.Dropout`.
+# Dropout that attention modules and layers store as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
 
 
 def broadcasts_buffers(model: nn.Module, max_length: int | None, asked: bool | None) -> bool | None:
-    """`ddp_broadcast_buffers` for a policy: as asked (None for DDP's own default), or False where a row may need a
+    """`ddp_broadcast_buffers` for a policy: as asked (None for DDP's default), or False if a row may need a
     forward of its own.
 
-    DDP sends the buffers at the start of every forward, and waits for all processes to do so. Where rotary embeddings
-    depend on the length, processes make different numbers of forwards in a step. Nothing is lost: the only buffers that
-    such a model changes are those embeddings, and `score` resets them before each forward.
+    DDP sends the buffers at the start of every forward, and waits for all processes to do so. With rotary embeddings
+    that depend on the length, processes make different numbers of forwards in a step. Nothing is lost: those embeddings
+    are the only buffers that such a model changes, and `score` resets them before each forward.
     """
     limit = rotary_limit(model)
     return asked if limit is None or (max_length is not None and max_length <= limit) else False
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """Wraps the model with a fresh adapter, if one is asked for."""
+    """Wraps the model with a fresh adapter, if one is requested."""
     if peft_config is None:
         return _in_bfloat16_if_quantized(model) if isinstance(model, PeftModel) else model
     return _in_bfloat16_if_quantized(get_peft_model(model, peft_config))
@@ -46,7 +46,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 def _in_bfloat16_if_quantized(model: PeftModel) -> PeftModel:
     """The adapter of a base in 4 or 8 bits trains in bfloat16 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, sec. 3).
 
-    DoRA's magnitudes stay as they are: their steps are smaller than bfloat16 can hold.
+    DoRA's magnitudes keep their dtype: their updates are too small for bfloat16.
     """
     base = model.get_base_model()
     if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
@@ -57,11 +57,11 @@ def _in_bfloat16_if_quantized(model: PeftModel) -> PeftModel:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keeps layers in 4 bits that run on a CPU in the form that has a backward.
+    """Keeps 4-bit layers that run on a CPU in the form that has a backward.
 
-    bitsandbytes (0.50) packs their weights anew at the first forward in evaluation mode, for a product without one,
-    and leaves them so: in training no gradient would come through them, with no more than a warning. A model to which
-    that has happened is refused (`rules.run`).
+    In evaluation mode, bitsandbytes (0.50) repacks their weights at the first forward, for a product without a
+    backward, and does not undo it: in training no gradient would flow through them, with only a warning. A model to
+    which this has happened is refused (`rules.run`).
     """
     module: Any
     for module in model.modules():
@@ -81,21 +81,21 @@ def lora_config(
 
     Args:
         rank: Rank of the update.
-        alpha: Its scale, times the rank; by default `2 * rank`.
-        dropout: Dropout in front of `A`.
-        target_modules: Names of the layers that get one; by default what PEFT takes for the model's family, and
-            `["all-linear"]` is every linear layer but the head.
+        alpha: Scale of the update, times the rank; by default `2 * rank`.
+        dropout: Dropout before `A`.
+        target_modules: Names of the layers to adapt; by default PEFT's choice for the model's family. `["all-linear"]`
+            is every linear layer but the head.
         further: Other fields of `peft.LoraConfig`, such as `use_dora`.
     """
     targets = "all-linear" if target_modules == ["all-linear"] else target_modules
-    scale: Any = 2 * rank if alpha is None else alpha  # PEFT declares an int, and takes any number
+    scale: Any = 2 * rank if alpha is None else alpha  # PEFT declares an int, but takes any number
     return LoraConfig(
         r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", **further
     )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0: modules, and the numbers that attention and layers keep."""
+    """Sets every dropout to 0: modules, and the numbers that attention modules and layers store."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -105,7 +105,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -> None:
-    """Refuses token ids that the policy has no embedding for; on an accelerator they would end the process.
+    """Refuses token ids without an embedding in the policy; on an accelerator they would crash the process.
 
     Args:
         model: The policy.
@@ -120,16 +120,16 @@ def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -
     if largest >= rows:
         raise ConfigurationError(
             problem=f"{where} has the token id {largest}, but the model embeds only {rows} tokens.",
-            details="The tokenizer has tokens that the model was not made for, such as tokens that were added later.",
+            details="The tokenizer has tokens that the model does not know, such as tokens that were added later.",
             instead="Call `model.resize_token_embeddings(len(tokenizer))` first, or use the model's own tokenizer.",
         )
 
 
 def differing_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How the policy's token ids mean something else to a reference model, in words; empty if they do not.
+    """Why the policy's token ids mean something else to a reference model; empty if they do not.
 
-    An embedding padded to another size is fine; ids that do not fit are not, and neither is a tokenizer in the
-    reference's own folder that gives the same tokens other ids.
+    An embedding padded to another size is allowed. Refused are ids out of its range, and a tokenizer in the reference's
+    own folder that gives the same tokens other ids.
     """
     largest = max(tokenizer.get_vocab().values())
     embeddings: Any = ref_model.get_input_embeddings()
@@ -161,6 +161,6 @@ def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | 
         return None
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
-    except (OSError, ValueError, KeyError):  # weights without a tokenizer beside them
+    except (OSError, ValueError, KeyError):  # a folder without a tokenizer
         return None
     return vocabulary

@@ -24,15 +24,15 @@ from tether.scoring.varlen import plan_of, varlen_attention
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# How CUDA attends in half precision: "pairwise", proven on the CPU, or "varlen", to become the choice once the tests
-# marked `gpu` have passed on one and `benchmarks/bench_attention.py` says that it is faster.
+# How CUDA attends in half precision: "pairwise", proven on the CPU. Switch to "varlen" once the tests marked `gpu` have
+# passed on CUDA and `benchmarks/bench_attention.py` shows that it is faster.
 CUDA_ATTENTION: Literal["pairwise", "varlen"] = "pairwise"
 
 _SCORING, _KEPT = "tether_packed:", "tether_packed_or:"  # each followed by the model's own implementation
 
 
 class UnsupportedAttentionError(RuntimeError):
-    """The model's attention does something that a packed row cannot honour; the padded layout can."""
+    """The model's attention does something that a packed row does not support, but the padded layout does."""
 
 
 @contextmanager
@@ -41,14 +41,14 @@ def packed_attention_of(model: nn.Module, keep: bool) -> Iterator[None]:
 
     Args:
         model: The base causal language model.
-        keep: Leave the attention able to, because activation checkpointing runs it again during the backward, after
-            scoring. Plain calls then go through to the model's own implementation.
+        keep: Leave the attention able to read packed rows, because activation checkpointing runs it again during the
+            backward, after scoring. Plain calls then go through to the model's own implementation.
     """
     config: Any = model.config
     before = config._attn_implementation
     plain = before.removeprefix(_KEPT)
     _register(plain)
-    # A name that the mask registry does not know: transformers then makes no mask.
+    # The mask registry does not know this name, so transformers makes no mask.
     config._attn_implementation = _SCORING + plain
     try:
         yield
@@ -57,7 +57,7 @@ def packed_attention_of(model: nn.Module, keep: bool) -> Iterator[None]:
 
 
 def restore(model: nn.Module) -> None:
-    """Takes off what `packed_attention_of(..., keep=True)` left on."""
+    """Undoes what `packed_attention_of(..., keep=True)` left in place."""
     config: Any = model.config
     config._attn_implementation = (config._attn_implementation or "").removeprefix(_KEPT) or None
 
@@ -81,7 +81,7 @@ def _attend(
     packed_lengths: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for each layer: packed rows here, everything else as the model would have it."""
+    """Called by transformers in each layer: handles packed rows, and passes everything else to the model's own."""
     if packed_lengths is None:
         # "eager" is not in the registry: each model file has its own.
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -115,7 +115,7 @@ def packed_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "1 row heads value_size"]:
-    """Attention of a packed row; equals ordinary causal attention over `prompt + response`, for each response.
+    """Attention over a packed row; for each response, equal to causal attention over `prompt + response`.
 
     Args:
         query, key, value: Of the whole row; fewer key than query heads share keys (grouped-query attention).
@@ -126,7 +126,7 @@ def packed_attention(
         dropout: Probability of dropping an attention weight.
 
     Returns:
-        Heads behind positions, as transformers' attention functions return it.
+        Positions before heads, as transformers' attention functions return it.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
@@ -152,7 +152,7 @@ def _packed_varlen(
     return varlen_attention(query, key, value, plan_of(lengths, query.device), scale=scale, window=window)
 
 
-# --- one sequence after the other, through autograd: any device, softcap and dropout ---------------------------------
+# --- sequence by sequence, through autograd: any device, softcap and dropout ------------------------------------------
 
 
 @torch.compiler.disable
@@ -297,7 +297,7 @@ def _packed_flash_backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Laid out as transformers lays out its projections, so that what follows needs no copy.
+    # The memory layout of transformers' projections, so that later operations need no copy.
     grads = _like_projections(query, key, value)
     grad, output, normalizer = (tensor.transpose(1, 2) for tensor in (grad, output, normalizer))
     for block in _blocks(lengths, window, query.dtype):

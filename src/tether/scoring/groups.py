@@ -1,7 +1,7 @@
 """The structure of a packed row as one small tensor of lengths, written and read.
 
-So it travels through a model's forward, checkpointing can replay it, and `torch.compile` need not look inside. Knows
-numbers only.
+As a tensor it passes through a model's forward, checkpointing can replay it, and `torch.compile` need not look inside.
+Knows numbers only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """Where one prompt and its responses stand in a packed row."""
+    """The places of one prompt and its responses in a packed row."""
 
     start: int
     prompt_length: int
@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
 
 def lengths_tensor(groups: list[tuple[int, list[int]]]) -> Int[Tensor, " entries"]:
-    """The structure of a row as one tensor on the host: for each group its prompt's, then its responses' lengths."""
+    """The structure of a row as one tensor on the host: for each group, the lengths of its prompt and its responses."""
     flat: list[int] = []
     for prompt_length, response_lengths in groups:
         flat += [prompt_length, len(response_lengths), *response_lengths]

@@ -1,7 +1,7 @@
 """From hidden states to log-probabilities without full logits: the mathematics of a language model's head.
 
 The only file that knows about softcaps, logit scales and head biases. Knows tensors; must not know what a pair, a
-reference or a loss is. `projection.py` puts it in a model's place.
+reference or a loss is. `projection.py` installs it in a model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tether.types import TokenStatistics
 
-# Logits held at a time. On a CPU small enough to stay in the cache between the product that makes them and the passes
-# that read them; on an accelerator large enough that launching kernels costs nothing beside them (256 MB in fp32).
+# Logits in memory at a time. On a CPU, few enough to stay in the cache between the product that computes them and the
+# passes that read them; on an accelerator, enough to make kernel launches negligible (256 MB in fp32).
 LOGITS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**26}
 TOKENS_AT_A_TIME = 4096
 
-# Exponentials of logits that a forward may keep for its backward, which then need not make them again: a bound that
-# no vocabulary and no batch exceeds (512 MB in fp32). None on an accelerator until it has been measured there.
+# Exponentials of logits that a forward may keep, so that its backward need not recompute them: bounds the memory for
+# any vocabulary and batch (512 MB in fp32). None on an accelerator until it has been measured there.
 LOGITS_KEPT = {"cpu": 2**27, "cuda": 0}
 
 
@@ -43,14 +43,14 @@ class LogitTransform:
         return logits
 
     def slope(self, transformed: Tensor) -> Tensor | None:
-        """Derivative by the raw logits, given the transformed ones; None where it is 1 everywhere."""
+        """Derivative with respect to the raw logits, given the transformed ones; None if it is 1 everywhere."""
         if self.softcap is not None:
             return self.scale * (1 - (transformed / self.softcap) ** 2)
         return torch.full_like(transformed[:, :1], self.scale).expand_as(transformed) if self.scale != 1.0 else None
 
     @classmethod
     def of(cls, model: nn.Module) -> LogitTransform:
-        """Reads the transform from the model and its config, by the names transformers uses for it."""
+        """Reads the transform from the model and its config, by transformers' names for it."""
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         scale = float(getattr(model, "logit_scale", None) or getattr(config, "logit_scale", None) or 1.0)
         divisor = getattr(config, "logits_scaling", None)
@@ -59,7 +59,7 @@ class LogitTransform:
 
 
 class TokenScores(NamedTuple):
-    """What a head says of each target: its log-probability, and (when asked for) what only logging needs."""
+    """A head's results for each target: its log-probability and, if requested, the statistics for logging."""
 
     log_probs: Float[Tensor, " tokens"]
     statistics: TokenStatistics | None
@@ -79,7 +79,7 @@ def token_log_probs(
         logits = transform((hidden @ weight.T + bias).float())
         return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
-    The products run in the autocast dtype where autocast is on, else in the inputs' dtype; everything after them
+    The products run in the autocast dtype if autocast is on, otherwise in the inputs' dtype; everything after them
     in fp32 (fp64 for fp64 inputs).
 
     Returns:
@@ -97,7 +97,7 @@ def token_scores(
     *,
     statistics: bool = False,
 ) -> TokenScores:
-    """`token_log_probs`, and in the same sweep what only logging needs."""
+    """`token_log_probs`, and in the same sweep the statistics for logging."""
     transform = transform or LogitTransform()
     log_probs, *found = _TokenLogProbs.apply(
         hidden, weight, bias, targets, transform, statistics, torch.is_grad_enabled()
@@ -108,9 +108,9 @@ def token_scores(
 class _TokenLogProbs(torch.autograd.Function):
     """Log-softmax of a linear head at one target per position.
 
-    The backward makes each tile's logits again, but for the first ones, whose exponentials the forward has kept.
-    With a frozen head (LoRA), `d log p_y / d hidden = W_y - sum_v p_v W_v` needs nothing from above: the forward
-    sums it up along the way, as attention over the vocabulary, and the backward is one scaling.
+    The backward recomputes each tile's logits, except for the first ones, whose exponentials the forward has kept.
+    With a frozen head (LoRA), `d log p_y / d hidden = W_y - sum_v p_v W_v` does not depend on the incoming gradient:
+    the forward sums it up along the way, like attention over the vocabulary, and the backward is one scaling.
     """
 
     @staticmethod
@@ -127,7 +127,7 @@ class _TokenLogProbs(torch.autograd.Function):
         head = _Head(weight.to(_product_dtype(hidden)), bias, transform)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         ctx.head_is_frozen = wants_hidden and not wants_weight and not wants_bias
-        # `needs_input_grad` does not know of `no_grad`.
+        # `needs_input_grad` ignores `no_grad`.
         ctx.kept = _Kept(_room_to_keep(head) if has_backward and not ctx.head_is_frozen else 0)
         tiles = list(head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)))
         scanned = [
@@ -202,14 +202,14 @@ class _Head:
         return _runs(self.weight.shape[0], max(1, limit // max(1, num_tokens)))
 
     def logits(self, inputs: Tensor, tile: slice) -> Tensor:
-        """Transformed logits of a tile, in fp32 or better; the caller's to overwrite."""
+        """Transformed logits of a tile, in fp32 or better; the caller may overwrite them."""
         bias = None if self.bias is None else self.bias[tile].to(inputs.dtype)
         logits = nn.functional.linear(inputs, self.weight[tile], bias)
         return self.transform(logits.to(_wide(logits.dtype)))
 
 
 class _Kept:
-    """Tiles of `exp(logits - largest)` that a forward leaves to its backward, as long as there is room."""
+    """Tiles of `exp(logits - largest)` that a forward keeps for its backward, as long as there is room."""
 
     def __init__(self, room: int) -> None:
         self.places: dict[tuple[int, int], int] = {}  # by first token and first vocabulary entry
@@ -228,7 +228,7 @@ class _Kept:
 
 
 def _room_to_keep(head: _Head) -> int:
-    """How many logits a backward may find kept; none under a softcap, whose slope needs the logits themselves."""
+    """How many logits may be kept for the backward; none under a softcap, whose slope needs the logits themselves."""
     return 0 if head.transform.softcap is not None else LOGITS_KEPT.get(head.weight.device.type, 0)
 
 
@@ -244,8 +244,8 @@ def _scan(
 ) -> tuple[Tensor, ...]:
     """One sweep over the vocabulary with a running maximum, as in flash attention; offers its tiles to `keep`.
 
-    Returns log-probs, normalizers (log-sum-exps), the gradient with respect to `hidden` (empty unless asked for),
-    and the four statistics if asked for.
+    Returns log-probs, normalizers (log-sum-exps), the gradient with respect to `hidden` (empty unless requested),
+    and the four statistics if requested.
     """
     inputs = hidden.to(head.weight.dtype)
     wide, num_tokens = _wide(inputs.dtype), hidden.shape[0]
@@ -311,7 +311,7 @@ class _Sums:
 def logits_scores(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], statistics: bool
 ) -> TokenScores:
-    """The same from logits at hand, for heads that are more than a projection."""
+    """The same from given logits, for heads that are more than a projection."""
     logits = logits.to(_wide(logits.dtype))
     every = logits.log_softmax(-1)
     log_probs = every.gather(-1, targets[:, None])[:, 0]
@@ -332,7 +332,7 @@ def checkpointed_scores(
     vocab_size: int,
     statistics: bool,
 ) -> TokenScores:
-    """The same for a projection that has a forward of its own (an adapter, a quantized head), some rows at a time."""
+    """The same for a projection with a forward of its own (an adapter, a quantized head), some rows at a time."""
 
     def score_run(run_hidden: Tensor, run_targets: Tensor) -> TokenScores:
         logits = project(run_hidden)

@@ -1,6 +1,6 @@
-"""What a model reads besides token ids, put together for the rows of a batch.
+"""Checks the images of a batch before a sharded model reads them.
 
-Knows tensors and rows; knows no family of models: a processor said which arguments there are.
+Knows tensors and rows; knows no family of models: the processor decides which arguments there are.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tether.types import PairBatch
 
 
 def check_even_images(base: nn.Module, batch: PairBatch) -> None:
-    """Refuses a forward in which a part of the sharded vision tower's owners would not take part. Collective.
+    """Refuses a forward in which only some processes would use a sharded vision tower. Collective.
 
     Args:
-        base: The model itself: a wrapper (DeepSpeed's engine) has another config, or none.
-        batch: What this process feeds it.
+        base: The model itself, since a wrapper (DeepSpeed's engine) has another config, or none.
+        batch: This process's input.
 
     Raises:
         DataError: On every process, if this batch has images on some of them and none on others.

@@ -1,4 +1,4 @@
-"""How the tokens of a `PairBatch` are laid out for a model: which rows go in, and where each response token is read.
+"""The layouts of a `PairBatch` for a model: which rows go in, and where each response token is read.
 
 Plans with plain integers on the host and moves the finished index tensors to the device once; knows no model.
 """
@@ -23,7 +23,7 @@ _Places: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ScoringRows:
-    """Model inputs of a batch and the places where its response tokens are predicted.
+    """Model inputs of a batch, and the positions at which its response tokens are predicted.
 
     Attributes:
         inputs: Keyword arguments of the model's forward.
@@ -43,13 +43,13 @@ class ScoringRows:
 def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
     """One row for the whole batch, each prompt once: `prompt_0 response_0 response_1 prompt_1 response_2 ...`.
 
-    Positions start again after the prompt for each of its responses; `packed_lengths` tells the attention which
+    Positions restart after the prompt for each of its responses; `packed_lengths` tells the attention which
     tokens belong together.
 
     Args:
         batch: The batch, on the model's device.
-        router_weights: Weigh each token, in the attention mask, by how many sequences of the padded layout it
-            stands for: a router's load-balancing loss then equals the padded one.
+        router_weights: Weight each token, in the attention mask, by the number of sequences of the padded layout that
+            it stands for: a router's load-balancing loss then equals the padded one.
     """
     members: list[list[int]] = [[] for _ in batch.prompt_lengths]
     for response, group in enumerate(batch.response_group):
@@ -97,7 +97,7 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
 
     Args:
         batch: The batch, on the model's device.
-        pad_token_id: What fills the rows; masked, so that it reaches no result.
+        pad_token_id: Fills the rows; masked, so it affects no result.
     """
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))

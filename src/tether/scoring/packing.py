@@ -1,4 +1,4 @@
-"""Which layout a model is scored in: packed where that is proven equal, padded everywhere else.
+"""The layout a model is scored in: packed if that is proven equal, padded otherwise.
 
 Knows model families and how to compare the two layouts.
 """
@@ -38,14 +38,14 @@ PROVEN_FAMILIES = frozenset(
     }
 )
 
-# Those whose images are tokens like any other to the text part: no positions and no attention of their own.
+# Families whose text part treats image tokens like any other: no positions and no attention of their own.
 PROVEN_WITH_IMAGES = frozenset({"idefics3", "llava", "llava_next"})
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def known_to_pack(model: nn.Module, base: nn.Module) -> bool | None:
-    """Whether a model is scored packed; None while an unknown family has not been compared yet."""
+    """Whether a model is scored packed; None if an unknown family has not been compared yet."""
     if _adapter_reads_rows(model):
         return False
     if base in _packs:
@@ -64,7 +64,7 @@ def packs_images(model: nn.Module, base: nn.Module) -> bool:
 
 
 def remember(base: nn.Module, packs: bool, why: str = "") -> bool:
-    """Keeps the verdict on a model; says once, with the reason, that it falls back."""
+    """Stores the verdict on a model; logs once, with the reason, that it falls back."""
     if not packs and _packs.get(base) is not False:
         logger.warning(
             "%s is scored in the padded layout (one row per response), which is correct but slower: %s.",
@@ -76,7 +76,7 @@ def remember(base: nn.Module, packs: bool, why: str = "") -> bool:
 
 
 def probe_batch(base: nn.Module) -> PairBatch:
-    """Pairs that tell the layouts apart: a shared prompt, several groups, rows longer than any attention window."""
+    """Pairs that expose differences between the layouts: a shared prompt, several groups, rows beyond any window."""
     config: Any = base.config
     text: Any = config.get_text_config()
     reaches = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
@@ -98,7 +98,7 @@ def probe_batch(base: nn.Module) -> PairBatch:
 def layouts_agree(packed: torch.Tensor, padded: torch.Tensor, other_context: torch.Tensor) -> bool:
     """Whether two scorings of the same tokens differ by rounding only.
 
-    The yardstick is what another context would change: a freshly made model hardly looks at its context, so an
+    The yardstick is the effect of another context: a randomly initialised model hardly depends on its context, so an
     absolute tolerance would let a wrong mask pass.
     """
     gap = (packed - padded).abs().mean()
@@ -108,9 +108,9 @@ def layouts_agree(packed: torch.Tensor, padded: torch.Tensor, other_context: tor
 
 
 def reads_rows(adapter: Any) -> bool:
-    """Whether an adapter, by its configuration, acts once in each row, which has to be one sequence then.
+    """Whether an adapter, by its configuration, acts once per row, so that a row must be one sequence.
 
-    Virtual tokens would stand in front of the first prompt only; an activated LoRA looks for one invocation.
+    Virtual tokens would precede the first prompt only; an activated LoRA looks for one invocation.
     """
     return bool(
         getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None) is not None
@@ -127,12 +127,12 @@ def _is_proven(base: nn.Module) -> bool:
 
 
 def _is_made_of(base: nn.Module, text: Any, others: tuple[Any, ...]) -> bool:
-    """Whether a model's text part is of a proven family, and all its modules are of transformers' making."""
+    """Whether a model's text part is of a proven family, and all its modules come from transformers."""
     if text.model_type not in PROVEN_FAMILIES or not type(base).__module__.startswith("transformers.models."):
         return False
-    # A layer taken from another model reads that model's config, and would not notice that attention is switched.
+    # A layer taken from another model reads that model's config, and would not notice that the attention is switched.
     known = {id(config) for config in (text, *others)}
     if any(id(getattr(module, "config", text)) not in known for module in base.modules()):
         return False
-    # GPT-2 has a second attention of its own behind this flag.
+    # With this flag, GPT-2 has a second attention implementation of its own.
     return not getattr(text, "reorder_and_upcast_attn", False)

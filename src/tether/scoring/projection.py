@@ -1,9 +1,9 @@
-"""Where the head enters a model: while a request is open, its output projection answers with log-probs.
+"""Installs the head in a model: while a request is open, its output projection returns log-probs.
 
 The only file that touches a model. The projection's own `forward` then scores the requested positions instead of
-projecting every position; nothing is left behind when the request closes: class, `state_dict`, `save_pretrained` and
-plain calls are as before. Scoring inside the projection's own call means that DDP, FSDP and ZeRO gather its weight as
-they would for an ordinary forward.
+projecting every position. Nothing is left behind when the request closes: class, `state_dict`, `save_pretrained` and
+plain calls are as before. Because scoring happens inside the projection's own call, DDP, FSDP and ZeRO gather its
+weight as in an ordinary forward.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from tether.types import TokenStatistics
 
 @dataclass
 class HeadRequest:
-    """What a projection is asked while a request is open, and what it answered.
+    """What a projection computes while a request is open, and its results.
 
     Attributes:
         rows: The positions to score and their targets.
-        statistics_wanted: Also compute what only logging needs.
+        statistics_wanted: Also compute the statistics for logging.
         head: The projection.
         plain_forward: What it does without a request.
         transform: What the model does to its logits afterwards.
-        log_probs: The answer, as it left the module's forward hooks.
+        log_probs: The result, after the module's forward hooks.
         statistics: The statistics, if wanted.
     """
 
@@ -70,16 +70,16 @@ def scoring_head(base: nn.Module, rows: ScoringRows, statistics: bool) -> Iterat
             del head.forward
 
 
-# The two functions below are the same ones for every model and request, and opaque: `torch.compile` then sees a call
-# that never changes.
+# The two functions below are the same objects for every model and request, and opaque, so that `torch.compile` sees
+# a call that never changes.
 
 
 @torch.compiler.disable
 def _answer(hidden: Tensor) -> Tensor:
-    """Stands in for the projection's forward."""
+    """Replaces the projection's forward."""
     request = _open.get()
     rows, head, wanted = request.rows, request.head, request.statistics_wanted
-    # Prompt-learning adapters put virtual tokens in front of each row.
+    # Prompt-learning adapters prepend virtual tokens to each row.
     selected = hidden[rows.row, rows.column + (hidden.shape[1] - rows.width)]
     if plain_class(head) is nn.Linear:
         scores = token_scores(selected, rows.targets, head.weight, head.bias, request.transform, statistics=wanted)
@@ -88,20 +88,20 @@ def _answer(hidden: Tensor) -> Tensor:
             selected, rows.targets, request.plain_forward, request.transform, int(head.out_features), wanted
         )
     request.statistics = scores.statistics
-    # The shape (rows, columns, vocabulary) that model code behind the projection expects.
+    # The shape (rows, columns, vocabulary) that model code after the projection expects.
     return scores.log_probs.view(1, -1, 1)
 
 
 @torch.compiler.disable
 def _capture(_module: nn.Module, _args: Any, output: Tensor) -> None:
-    """Takes the answer from behind any hook that a sharding library put on the module.
+    """Takes the result after any hooks that a sharding library put on the module.
 
     The gradient then passes through theirs, and the weight is gathered when the backward needs it.
     """
     _open.get().log_probs = output
 
 
-# Models whose head was found to do more than `LogitTransform` says, after one look at a real forward.
+# Models whose head does more than `LogitTransform`, as one look at a real forward showed.
 _VERDICTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -116,8 +116,8 @@ def has_known_head(base: nn.Module) -> bool | None:
 def judge_head(base: nn.Module, captured: Tensor, outputs: Any) -> bool:
     """Compares what the model made of the captured values with what `LogitTransform` would.
 
-    The values that left the projection (log-probabilities, but the model cannot know) went through the model's
-    remaining code: had that code done anything beyond the transform, the two would differ.
+    The values that left the projection (log-probabilities, but the model does not know) went through the rest of the
+    model's code. If that code did anything beyond the transform, the two differ.
     """
     logits = getattr(outputs, "logits", None)
     known = False

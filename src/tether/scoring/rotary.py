@@ -1,7 +1,7 @@
-"""Rotary embeddings whose frequencies depend on the longest row of a forward: which models have them, from where on.
+"""Rotary embeddings whose frequencies depend on a forward's longest row: which models have them, above which length.
 
-`dynamic` stretches its frequencies with the length beyond its threshold, and transformers' module goes on using them
-for later, shorter rows; `longrope` changes to a second set. Knows configs and modules; knows no batch.
+`dynamic` stretches its frequencies with lengths beyond its threshold, and transformers' module keeps them for later,
+shorter rows; `longrope` switches to a second set. Knows configs and modules; knows no batch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _known: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def rotary_limit(model: nn.Module) -> int | None:
-    """Tokens of a row above which its log-probs depend on how long the forward's longest row is.
+    """Length of a row above which its log-probs depend on the forward's longest row, in tokens.
 
     Returns:
-        The threshold: rows up to it are scored together, each longer one has a forward of its own. None for a model
+        The threshold: rows up to it are scored together, and each longer one has its own forward. None for a model
         whose embeddings do not depend on the length.
     """
     if model not in _known:
@@ -31,7 +31,7 @@ def rotary_limit(model: nn.Module) -> int | None:
 
 
 def reset_rotary(model: nn.Module) -> None:
-    """Makes `dynamic` embeddings forget the longest row they have seen, so that a forward depends on its rows alone."""
+    """Resets `dynamic` embeddings to their original state, so that a forward depends on its own rows alone."""
     for module in model.modules():
         for prefix, parameters in _kinds(module):
             if "dynamic" in parameters.get("rope_type", ""):
@@ -40,11 +40,11 @@ def reset_rotary(model: nn.Module) -> None:
 
 
 def uneven_forwards(limit: int, length: int | None) -> Refusal:
-    """Rows that a sharded model may not have: one above the limit has a forward of its own.
+    """Rows that a sharded model may not have: a longer one would need its own forward.
 
     Args:
-        limit: Tokens from which on the rotary embeddings depend on the length.
-        length: The longest row; None where there is no bound.
+        limit: Length above which the rotary embeddings depend on the length, in tokens.
+        length: Length of the longest row; None if there is no bound.
     """
     return Refusal(
         "a sharded model whose rotary embeddings depend on the length",

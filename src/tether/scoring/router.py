@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts: the model's own, or made from its router's logits.
+"""The load-balancing loss of a mixture of experts: the model's own, or computed from its router's logits.
 
 Knows what a model's forward returns and which of its modules are routers; knows no batch and no loss of pairs.
 """
@@ -17,10 +17,10 @@ from tether.errors import ConfigurationError
 
 
 def has_router(base: nn.Module) -> bool:
-    """Whether a model routes tokens to experts and returns its router's logits when it is asked to.
+    """Whether a model routes tokens to experts and can return its router's logits.
 
-    A config that knows `output_router_logits` promises logits. A dense model of such a family has no router, though:
-    its classes say which modules are routers, and it has none of them. Code of one's own that does not say is believed.
+    A config with `output_router_logits` promises logits. A dense model of such a family has no router, though: its
+    classes declare which modules are routers, and it has none of them. Custom code without that declaration is trusted.
     """
     config: Any = base.config
     if not hasattr(config.get_text_config(), "output_router_logits"):
@@ -32,7 +32,7 @@ def has_router(base: nn.Module) -> bool:
 
 
 def router_loss(base: nn.Module, outputs: Any, weights: Int[Tensor, "rows columns"]) -> Float[Tensor, ""]:
-    """The model's own auxiliary loss where its forward returns one, else `load_balancing_loss` of its router's logits.
+    """The model's own auxiliary loss if its forward returns one, else `load_balancing_loss` of its router's logits.
 
     Args:
         base: The causal language model.
@@ -63,7 +63,7 @@ def load_balancing_loss(
     top_k: int | Sequence[int],
     weights: Int[Tensor, "rows columns"],
 ) -> Float[Tensor, ""]:
-    """How unevenly tokens are sent to experts: `top_k` where the load is even, more where it is not.
+    """How unevenly tokens are sent to experts: `top_k` if the load is even, larger otherwise.
 
     Over the tokens `t` of all layers, each with its weight `w_t`, `E` experts, and `p = softmax(router_logits)`::
 
@@ -71,17 +71,17 @@ def load_balancing_loss(
         P_e = sum_t w_t p_te / sum_t w_t
         loss = E sum_e f_e P_e
 
-    Switch Transformers, Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6, as transformers' Mixtral has it for `top_k`
-    experts. Families that route by sigmoids (DeepSeek-V3, GLM-4.5) define no such loss, because they balance by a bias
-    instead. Asked for all the same, it is this one: the softmax leaves the order of the logits as it is, it is what
-    transformers computes for the families with sigmoids that do define one (GLM-4.5V, MiniMax-M2), and what TRL does.
-    Groups and biases that choose experts are not in `f`, there as here.
+    Switch Transformers, Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6, generalised to `top_k` experts as in
+    transformers' Mixtral. Families that route by sigmoids (DeepSeek-V3, GLM-4.5) define no such loss, because they
+    balance by a bias instead. If one is requested anyway, it is this one: the softmax keeps the order of the logits,
+    and transformers computes it for sigmoid families that do define a loss (GLM-4.5V, MiniMax-M2), as does TRL. Groups
+    and biases that choose experts are not in `f`, as there.
 
     Args:
-        router_logits: One tensor per layer, a row for each token of the batch.
-        top_k: Experts that a token is sent to; or as many for each layer.
-        weights: How many sequences each token stands for, so that a shared prompt counts as in rows of their own; 0
-            for padding. Tokens that an adapter puts in front of a row count once.
+        router_logits: One tensor per layer, with a row for each token of the batch.
+        top_k: Experts that a token is sent to; or one number per layer.
+        weights: How many sequences each token stands for, so that a shared prompt counts as often as in separate rows;
+            0 for padding. Tokens that an adapter prepends to a row count once.
     """
     device, num_experts = router_logits[0].device, router_logits[0].shape[-1]
     rows, columns = weights.shape

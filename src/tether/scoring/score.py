@@ -1,4 +1,4 @@
-"""The one engine that scores responses, for the policy and for every reference, so that they agree by construction.
+"""The one engine that scores responses, for the policy and every reference, so that they agree by construction.
 
 Chooses the layout and the head; does not know whether it scores a policy or a reference.
 """
@@ -26,7 +26,7 @@ from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
 from tether.scoring.router import router_loss
 from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, join_log_probs, offsets_of
 
-# Part of every reference's identity: raised when a change here alters the numbers beyond rounding.
+# Part of every reference's identity: raise it when a change here alters the numbers beyond rounding.
 SCORING_VERSION = 1
 
 Layout = Literal["auto", "packed", "padded"]
@@ -42,14 +42,14 @@ def score(
 ) -> ResponseLogProbs:
     """Per-token log-probabilities of every response of the batch under `model`.
 
-    Means, for each response `y` to prompt `x`, with full logits never built::
+    Equivalent, for each response `y` to prompt `x`, but without building full logits::
 
         log_softmax(model(x + y).logits.float(), -1).gather(response tokens)
 
     Args:
         model: A causal language model, plain or wrapped (PEFT, DDP, `torch.compile`). Its mode, hooks and weights
             are left as they are: dropout is active if the caller left it in training mode.
-        batch: The pairs. Moved to the model's device if it is elsewhere.
+        batch: The pairs. Moved to the model's device if necessary.
         statistics: Also return entropy, mean logit and top-1 hits of each token.
         auxiliary_loss: Also return the load-balancing loss of a mixture of experts (`router.load_balancing_loss`), its
             model's own where that has one.
@@ -57,7 +57,7 @@ def score(
             `auto` packs where the model's family is proven, or proves it first; prompts with images only where proven.
 
     Returns:
-        Values in nats, fp32, in the batch's order of responses; with gradient if the caller's mode records one.
+        Values in nats, fp32, in the batch's order of responses; with gradient if the caller records one.
 
     Example:
         >>> log_probs = score(model, batch)          # doctest: +SKIP
@@ -87,7 +87,7 @@ def score(
 def _score_apart(
     model: nn.Module, batch: PairBatch, limit: int, statistics: bool, auxiliary_loss: bool, layout: Layout
 ) -> ResponseLogProbs:
-    """Rows above the limit of length-dependent rotary embeddings one by one, all others together."""
+    """Scores rows above the limit of length-dependent rotary embeddings one by one, all others together."""
     if has_shards(model) and num_processes() > 1:
         refuse([uneven_forwards(limit, max(batch.fed_lengths()))])
     lengths = batch.fed_lengths()
@@ -115,7 +115,7 @@ def can_pack_images(model: nn.Module) -> bool:
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether packed rows give a model's own log-probs; compares the layouts once for families not known yet."""
+    """Whether packed rows give a model's own log-probs; compares the layouts once for unknown families."""
     base = base_model_of(model)
     known = known_to_pack(model, base)
     if known is not None:
@@ -137,7 +137,7 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Gives a model its own attention implementation back, which checkpointed training leaves replaced."""
+    """Restores a model's own attention implementation, which checkpointed training leaves replaced."""
     restore(base_model_of(model))
 
 
@@ -166,7 +166,7 @@ def _run(model: nn.Module, base: nn.Module, rows: ScoringRows, statistics: bool,
 
 
 def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> _Answer:
-    """The fallback for heads that are not a projection and a known transform: full logits, from the model itself."""
+    """The fallback for heads that are more than a projection and a known transform: the model's own full logits."""
     logits: Tensor = outputs.logits
     selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)]
     scores = logits_scores(selected, rows.targets, statistics)
@@ -174,7 +174,7 @@ def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> _Ans
 
 
 def _expect_other_sizes(rows: ScoringRows) -> None:
-    """Tells `torch.compile` that every row has another length, so that it compiles once and not for each."""
+    """Tells `torch.compile` that row lengths vary, so that it compiles once and not for each."""
     for tensor in rows.inputs.values():
         for dimension, size in enumerate(tensor.shape):
             if size > 1:

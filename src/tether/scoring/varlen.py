@@ -1,7 +1,7 @@
 """A packed row's attention as one call of torch's variable-length flash attention, on CUDA in half precision.
 
-Each query sequence is a prompt with its first response, or a further response alone, so that the queries are the row
-itself; its keys are the prompt and the response, gathered. Causal attention aligned at the end does the rest.
+Each query sequence is a prompt with its first response, or a further response alone, so the queries are the row
+itself. The keys of a sequence are its prompt and response, gathered. Causal attention aligned at the end does the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _plans = WeakTensorKeyDictionary()  # one plan for all layers: planning copies t
 
 
 def plan_of(lengths: Int[Tensor, " entries"], device: torch.device) -> VarlenPlan:
-    """The plan of a row, made once and kept for as long as `lengths` lives.
+    """The plan of a row, computed once and cached for as long as `lengths` lives.
 
     Args:
         lengths: The row's structure, from `lengths_tensor`.
@@ -84,11 +84,11 @@ def varlen_attention(
 
     Args:
         query, key, value: Of the whole row.
-        plan: The row's.
+        plan: The row's plan.
         scale: Factor on the scores.
         window: Each query sees at most this many positions, its own included.
     """
-    from torch.nn.attention import varlen  # not in every torch that the rest of this package runs on
+    from torch.nn.attention import varlen  # missing in older versions of torch that this package supports
 
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen.varlen_attn(

@@ -1,4 +1,4 @@
-"""Reference log-probs on disk: scored once, found by what was computed, never served when in doubt."""
+"""Reference log-probs on disk: scored once, found by what was computed, and never served if in doubt."""
 
 from tether.store.exchange import export_parquet, import_parquet, merge, prune
 from tether.store.key import KEY_BYTES, content_key, key_at_length

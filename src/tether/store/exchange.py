@@ -1,4 +1,4 @@
-"""Log-probs in and out of a store: Parquet files, other stores, and what is left of a damaged one.
+"""Moves log-probs in and out of a store: Parquet files, other stores, and what is left of a damaged one.
 
 Everything streams, in batches of records. A store holds hashes, not tokens: files have `key` and `log_probs`.
 """
@@ -31,8 +31,8 @@ def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
     """Writes the records of one reference to a Parquet file, in the order of their keys.
 
     Args:
-        store: Where they are.
-        path: The file to write; replaced, in one step, if it is there.
+        store: The store that holds them.
+        path: The file to write; an existing one is replaced in one step.
         identity: Digest of the reference; kept in the file's metadata with the description.
 
     Returns:
@@ -66,19 +66,19 @@ def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
 
 
 def import_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: str | None = None) -> int:
-    """Puts the records of a Parquet file into a store; of two for a key the longer stays.
+    """Adds the records of a Parquet file to a store; of two records for a key, the longer is kept.
 
     Args:
-        store: Where to put them.
+        store: The store to add them to.
         path: A file with the columns `key` (16 bytes) and `log_probs` (list of float).
-        identity: Digest of the reference, needed when the file doesn't say it.
+        identity: Digest of the reference; needed if the file doesn't have it.
 
     Returns:
         The number of records that the store didn't have, or had shorter.
 
     Raises:
-        StoreError: If the file isn't such a file, belongs to another reference than `identity`, or holds a
-            value that is not finite (the batches before it stay).
+        StoreError: If the file has other columns, belongs to another reference than `identity`, or holds a value that
+            is not finite (the batches before it stay).
     """
     source = Path(path).expanduser().absolute()
     try:
@@ -94,10 +94,10 @@ def import_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
 
 
 def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
-    """Puts every record of another store into this one; the other may be in use, and is not changed.
+    """Adds every record of another store to this one; the other is not changed, and may be in use.
 
     Args:
-        into: The store that grows.
+        into: The store to add to.
         other_path: The file of the other store.
 
     Returns:
@@ -123,11 +123,11 @@ def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
 
 
 def prune(store: LogProbStore, *, identity: str | None = None, older_than: timedelta | None = None) -> int:
-    """Removes records and gives the space back.
+    """Removes records and frees their space.
 
     Args:
-        store: The store that shrinks.
-        identity: Digest of the reference whose records go; `None` means any.
+        store: The store to remove from.
+        identity: Digest of the reference whose records to remove; `None` means any.
         older_than: Only references that were not used (put or read, exact to a day) for this long.
 
     Returns:
@@ -156,7 +156,7 @@ def _add(
     values: Sequence[LogProbs],
     description: Mapping[str, Any] | None,
 ) -> int:
-    """Puts what the store lacks; returns how many."""
+    """Puts the records that the store lacks; returns how many."""
     lacking = store.missing(identity, keys, [len(value) for value in values], verify=True)
     store.put(identity, [keys[i] for i in lacking], [values[i] for i in lacking], description=description)
     return len(lacking)
@@ -180,7 +180,7 @@ def _from_arrow(batch: pa.RecordBatch, source: Path) -> tuple[list[bytes], list[
 
 
 def _read_owner(schema: pa.Schema, source: Path, identity: str | None) -> tuple[str, Mapping[str, Any] | None]:
-    """Whose log-probs the file holds, and what is said of it."""
+    """The digest and description of the reference whose log-probs the file holds."""
     if not {"key", "log_probs"} <= set(schema.names):
         if {"ref_chosen_logps", "ref_rejected_logps"} <= set(schema.names):
             why = "its rows hold sums over responses, and a store needs the log-prob of every token"

@@ -1,4 +1,4 @@
-"""The name of a scored response: a hash of everything that was fed to the model.
+"""The key of a scored response: a hash of everything that was fed to the model.
 
 Knows token ids and further model inputs; must not know weights, options, files or the order of rows.
 """
@@ -15,7 +15,7 @@ from tether.errors import StoreError
 
 KEY_BYTES = 16
 _AT_LENGTH = b"tether length v1"
-_ENCODING = b"tether key v1"  # raised when the encoding below changes: old records are then never found
+_ENCODING = b"tether key v1"  # raise when the encoding below changes: old records are then never found
 
 
 def content_key(
@@ -32,8 +32,8 @@ def content_key(
     Args:
         prompt_ids: Token ids of the prompt, shape (num_prompt_tokens,).
         response_ids: Token ids of the response, shape (num_response_tokens,).
-        inputs: Every further model input that changes the answer (token types, image content, grids), by
-            name; their order does not matter. Integer arrays count by value, others by type and content.
+        inputs: Every further model input that changes the result (token types, image content, grids), by name, in any
+            order. Integer arrays count by value, others by type and content.
 
     Returns:
         16 bytes.
@@ -59,13 +59,13 @@ def content_key(
 
 
 def key_at_length(key: bytes, num_tokens: int) -> bytes:
-    """The key of a response whose log-probs depend on how much was fed: rotary embeddings that look at the length.
+    """The key of a response whose log-probs depend on the fed length, because its rotary embeddings do.
 
     A record under it is not the start of a record at another length, and is never served for one.
 
     Args:
         key: Its `content_key`.
-        num_tokens: Tokens of prompt and response as they were fed.
+        num_tokens: Tokens of prompt and response as fed.
 
     Returns:
         16 bytes.
@@ -97,7 +97,7 @@ def _not_ids(argument: str, found: str) -> StoreError:
 
 
 def _encode_input(name: str, value: bytes | np.ndarray) -> tuple[bytes, bytes]:
-    """What kind of input it is (with type and shape), and its content in one byte order."""
+    """The kind of an input (with type and shape), and its content in a fixed byte order."""
     if isinstance(value, bytes):
         return b"bytes", value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":

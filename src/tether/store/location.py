@@ -50,7 +50,7 @@ def _cache_folder() -> Path:
 def is_on_network(path: Path) -> bool:
     """Whether `path` lies on a file system shared by machines, where WAL's shared memory does not work.
 
-    Only Linux can be asked; elsewhere the answer is False.
+    Only Linux can tell; elsewhere the answer is False.
     """
     try:
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()

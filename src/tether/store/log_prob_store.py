@@ -5,7 +5,6 @@ Knows identities, keys and arrays; must not know models, tokenizers or options o
 
 import logging
 import os
-import random
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,9 +35,9 @@ _KEYS_AT_ONCE = 500
 class LogProbStore:
     """Per-token log-probs on disk, by identity of the reference and key of the response.
 
-    Equivalent to a `dict[(identity, key)] -> array` that survives the process, is shared by several of them,
-    keeps the longest array it was given, and never gives back anything but what was put. It may be pickled
-    and forked: each process opens the file anew.
+    Equivalent to a `dict[(identity, key)] -> array` that survives the process, can be shared by several processes,
+    keeps the longest array it was given, and never returns anything but what was put. It can be pickled and
+    forked: each process opens the file anew.
 
     Args:
         path: The file. `None` means `default_store_path()`.
@@ -52,7 +51,7 @@ class LogProbStore:
         place = default_store_path() if path is None else Path(path).expanduser().absolute()
         self._attach(place, read_only)
         with self._file.read():
-            pass  # errors belong here, not to the first batch
+            pass  # raises errors here, not at the first batch
 
     def get(self, identity: str, keys: Sequence[bytes], lengths: Sequence[int]) -> list[LogProbs | None]:
         """The log-probs of responses.
@@ -64,7 +63,7 @@ class LogProbStore:
 
         Returns:
             For each key the first `lengths[i]` per-token log-probs, float32 in nats, shape (lengths[i],);
-            `None` if there is no record, if it is shorter, or if it is damaged (said once in the log).
+            `None` if there is no record, if it is shorter, or if it is damaged (logged once).
 
         Raises:
             StoreError: If the file can't be read.
@@ -79,14 +78,14 @@ class LogProbStore:
     def missing(
         self, identity: str, keys: Sequence[bytes], lengths: Sequence[int], *, verify: bool = False
     ) -> list[int]:
-        """Which responses still have to be scored.
+        """Which responses have not been scored yet.
 
         Args:
             identity: Digest of the reference.
             keys: Content keys, 16 bytes each.
             lengths: How many response tokens of each are needed.
-            verify: Also read and prove the values, so that `get` is sure to find them. Otherwise a damaged
-                record is noticed by `get` only.
+            verify: Also read and check the values, so that `get` is sure to find them. Otherwise a damaged record is
+                only noticed by `get`.
 
         Returns:
             The indices i, ascending, for which there is no record of at least `lengths[i]` tokens.
@@ -111,17 +110,17 @@ class LogProbStore:
         *,
         description: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes records in one transaction; of two for a key the longer stays, of equally long the older.
+        """Writes records in one transaction; of two for a key the longer is kept, of equally long ones the older.
 
         Args:
             identity: Digest of the reference.
             keys: Content keys, 16 bytes each.
             values: Per-token log-probs of each response in nats, shape (num_response_tokens,).
-            description: What the reference is, as JSON; kept from the first call that says it.
+            description: What the reference is, as JSON; kept from the first call that has one.
 
         Raises:
-            StoreError: If a value is not finite (named by key and place), or the file can't be written.
-                Nothing of the call is written then.
+            StoreError: If a value is not finite (named by key and place), or the file can't be written. Then nothing
+                of the call is written.
         """
         check_keys(keys, values, "values")
         codec = RecordCodec(identity)
@@ -154,28 +153,9 @@ class LogProbStore:
             return dict(tables.read_digests(db))
 
     def describe(self, identity: str) -> Mapping[str, Any] | None:
-        """What was said of a reference when it was put; raises StoreError if the file can't be read."""
+        """The description that was put with a reference; raises StoreError if the file can't be read."""
         with self._file.read() as db:
             return tables.read_description(db, identity)
-
-    def sample(self, identity: str, n: int, seed: int) -> list[bytes]:
-        """Keys drawn evenly from all records of an identity, to score again and compare.
-
-        Args:
-            identity: Digest of the reference.
-            n: How many; fewer are returned if there are fewer.
-            seed: Of the draw; the same store and seed give the same keys.
-
-        Returns:
-            Keys, 16 bytes each, in ascending order.
-
-        Raises:
-            StoreError: If the file can't be read.
-        """
-        with self._file.read() as db:
-            total = tables.count_records(db, identity)
-            drawn = set(random.Random(seed).sample(range(total), min(n, total)))
-            return [key for i, key in enumerate(tables.read_keys(db, identity)) if i in drawn]
 
     def batches(self, identity: str, *, batch_size: int = 1024) -> Iterator[list[tuple[bytes, LogProbs]]]:
         """All intact records of an identity, in the order of their keys, `batch_size` at a time.
@@ -198,14 +178,14 @@ class LogProbStore:
             with self._file.read() as db:
                 page = tables.read_page(db, identity, last, batch_size)
                 if page and not (isinstance(page[-1].key, bytes) and page[-1].key > last):
-                    raise sqlite3.DatabaseError("the index is malformed")  # it could lead in circles
+                    raise sqlite3.DatabaseError("the index is malformed")  # the query could loop forever
             if not page:
                 return
             yield [(record.key, unpack(record)) for record in self._prove(identity, page)]
             last = page[-1].key
 
     def remove(self, identity: str) -> int:
-        """Removes every record of a reference and gives the space back; the store may be used meanwhile.
+        """Removes every record of a reference and frees its space; the store may be used meanwhile.
 
         Args:
             identity: Digest of the reference.
@@ -220,15 +200,15 @@ class LogProbStore:
         while removed == _ROWS_AT_ONCE:
             with self._file.write() as db:
                 removed = tables.delete_some(db, identity, _ROWS_AT_ONCE)
-                tables.give_space_back(db)
+                tables.free_space(db)
             total += removed
         return total
 
     def copy_to(self, path: str | os.PathLike[str]) -> None:
-        """Writes a whole copy of the store as it is at one moment, however many processes use it.
+        """Writes a copy of the whole store as of one moment, even while other processes use it.
 
         Args:
-            path: The file to write; replaced, in one step, if it is there.
+            path: The file to write; an existing one is replaced in one step.
 
         Raises:
             StoreError: If this store can't be read or the copy can't be written.
@@ -237,7 +217,7 @@ class LogProbStore:
             copy_database(db, Path(path).expanduser().absolute())
 
     def close(self) -> None:
-        """Lets go of the file; the store can't be used afterwards."""
+        """Releases the file; the store can't be used afterwards."""
         self._file.close()
 
     def __enter__(self) -> "LogProbStore":
@@ -255,7 +235,7 @@ class LogProbStore:
         self._attach(**state)
 
     def _attach(self, path: Path, read_only: bool) -> None:
-        """Everything but opening the file, which waits for the first use."""
+        """Sets everything up but opening the file, which happens at the first use."""
         self.path = path
         self.read_only = read_only
         self._file = StoreFile(path, read_only)
@@ -263,7 +243,7 @@ class LogProbStore:
         self._touched: set[str] = set()
 
     def _read_intact(self, identity: str, keys: Sequence[bytes]) -> Iterator[Record]:
-        """The records of `keys` that are there and proven, with a bounded number in memory."""
+        """The records of `keys` that exist and are intact, with a bounded number in memory."""
         self._touch(identity)
         distinct = list(set(keys))
         for start in range(0, len(distinct), _KEYS_AT_ONCE):
@@ -272,7 +252,7 @@ class LogProbStore:
             yield from self._prove(identity, records)
 
     def _prove(self, identity: str, records: Sequence[Record]) -> list[Record]:
-        """Those records that are what was put; the others are said once and given up, to be scored again."""
+        """Those records that are intact; the others are logged once and removed, to be scored again."""
         codec = RecordCodec(identity)
         intact: list[Record] = []
         damaged: list[Record] = []
@@ -284,26 +264,26 @@ class LogProbStore:
         return intact
 
     def _give_up(self, identity: str, codec: RecordCodec, keys: Sequence[bytes]) -> None:
-        """Removes damaged records, so that `missing` tells of them too; looks twice before."""
+        """Removes damaged records, so that `missing` reports them too; checks them again before."""
         if self.read_only:
             return
-        with suppress(StoreError), self._file.write() as db:  # where it fails they still are never served
+        with suppress(StoreError), self._file.write() as db:  # even if it fails, they are never served
             records = list(tables.read_records(db, identity, keys))
             damaged = [record.key for record in records if not codec.is_intact(record)]
             tables.delete_records(db, identity, damaged)
 
     def _touch(self, identity: str) -> None:
-        """Notes, once per store and day at most, that the identity is in use (`prune` asks)."""
+        """Records, at most once per store and day, that the identity is in use (for `prune`)."""
         if self.read_only or identity in self._touched:
             return
         self._touched.add(identity)
         with self._file.read() as db:
             last_used = dict(tables.read_digests(db)).get(identity)
         if last_used is not None and datetime.now(UTC) - last_used > _DAY:
-            with suppress(StoreError), self._file.write() as db:  # reading must go on where writing can't
+            with suppress(StoreError), self._file.write() as db:  # reading must work even if this does not
                 tables.touch_identity(db, identity, time.time())
 
     def _warn_once(self, what: str) -> None:
         if not self._has_warned:
-            _log.warning("The log-prob store %s %s. This is said once.", self.path, what)
+            _log.warning("The log-prob store %s %s. This is logged once.", self.path, what)
         self._has_warned = True

@@ -1,4 +1,4 @@
-"""Opens a store file: to write, to read, or on a disk that can't be written at all.
+"""Opens a store file: to write, to read, or on a disk that can't be written.
 
 Knows SQLite's modes and journals; must not know records or processes.
 """
@@ -13,15 +13,15 @@ from tether.store import schema
 from tether.store.location import is_on_network
 from tether.store.sqlite_errors import as_store_error, is_busy
 
-PATIENCE_SECONDS = 60.0  # how long to wait for another process that writes
+PATIENCE_SECONDS = 60.0  # how long to wait for another process that is writing
 _CACHE_KIB = 32_000
-# Against SQLite's defaults (4 KiB, 4 MB): three times the rows a second, and a tenth less space for 300 tokens.
+# Compared with SQLite's defaults (4 KiB, 4 MB): three times the rows per second, a tenth less space at 300 tokens.
 _PAGE_BYTES = 8192
 _PAGES_BETWEEN_CHECKPOINTS = 5000
 
 
 def open_to_write(path: Path) -> sqlite3.Connection:
-    """A connection to the store at `path`, which is created if it isn't there; raises StoreError."""
+    """A connection to the store at `path`, which is created if it doesn't exist; raises StoreError."""
     with as_store_error(f"open the log-prob store {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not os.access(path, os.W_OK):
@@ -60,7 +60,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
 
 
 def open_damaged(path: Path) -> sqlite3.Connection:
-    """A connection to read what can be read of a damaged store; raises StoreError if it is no store."""
+    """A connection for reading what is readable of a damaged store; raises StoreError if it is not a store."""
     with as_store_error(f"open the log-prob store {path}"):
         db = _connect_to_read(path, is_damaged=True)
         db.execute("PRAGMA query_only = ON")
@@ -68,7 +68,7 @@ def open_damaged(path: Path) -> sqlite3.Connection:
 
 
 def copy_database(db: sqlite3.Connection, path: Path) -> None:
-    """Copies what `db` sees at this moment to the file `path`, which appears when it is whole."""
+    """Copies what `db` sees at this moment to the file `path`, which appears only when complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with as_store_error(f"write a copy of the log-prob store to {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,18 +84,18 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _connect(path: Path, mode: str, *, is_damaged: bool = False) -> sqlite3.Connection:
-    """A connection that has read the file's header once."""
+    """A connection that has read the file's header."""
     db = sqlite3.connect(
         f"{path.as_uri()}?mode={mode}",
         uri=True,
         timeout=PATIENCE_SECONDS,
-        isolation_level=None,  # transactions are ours
+        isolation_level=None,  # we manage transactions
         check_same_thread=False,  # calls are made under a lock
     )
     db.text_factory = _decode
     try:
         if is_damaged:
-            db.execute("PRAGMA writable_schema = ON")  # goes on where the file is shorter than it says
+            db.execute("PRAGMA writable_schema = ON")  # continues if the file is shorter than its header states
         db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         db.execute("PRAGMA schema_version").fetchone()
     except BaseException:
@@ -109,7 +109,7 @@ def _decode(text: bytes) -> str:
 
 
 def _patiently_prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Changing the journal fails at once when another process has the file: try until patience ends."""
+    """Retries until patience ends: changing the journal fails at once if another process has the file open."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -125,12 +125,12 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that `prune` can give space back
     else:
-        schema.check(db, path)  # before anything is changed: the file may be another program's
+        schema.check(db, path)  # before any change: the file may be another program's
     _choose_journal(db, path)
     if schema.is_empty(db) or schema.is_older(db):
         db.execute("BEGIN IMMEDIATE")
         try:
-            if schema.is_empty(db):  # asked again: another process may have been first
+            if schema.is_empty(db):  # checked again: another process may have been first
                 schema.create(db)
             schema.check(db, path)
             schema.migrate(db)
@@ -142,7 +142,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _choose_journal(db: sqlite3.Connection, path: Path) -> None:
-    """A write-ahead log where it works (readers never wait), else a rollback one."""
+    """Chooses a write-ahead log where it works (readers never wait), otherwise a rollback journal."""
     wanted = "delete" if is_on_network(path) else "wal"
     (journal,) = db.execute("PRAGMA journal_mode").fetchone()
     if journal != wanted:
@@ -158,7 +158,7 @@ def _choose_journal(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _connect_to_read(path: Path, *, is_damaged: bool = False) -> sqlite3.Connection:
-    """In the ordinary way where the folder can be written (SQLite keeps files beside a store in use)."""
+    """Connects normally if the folder is writable, since SQLite keeps files beside a store in use."""
     writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
     try:
         return _connect(path, "rw" if writable else "ro", is_damaged=is_damaged)
@@ -166,11 +166,11 @@ def _connect_to_read(path: Path, *, is_damaged: bool = False) -> sqlite3.Connect
         if writable or not ("unable to open" in str(error) or "readonly" in str(error)):
             raise
     _refuse_unfinished(path)
-    return _connect(path, "ro&immutable=1", is_damaged=is_damaged)  # nobody writes here: read it as it lies
+    return _connect(path, "ro&immutable=1", is_damaged=is_damaged)  # nothing writes here: the file is final
 
 
 def _refuse_unfinished(path: Path) -> None:
-    """The file alone isn't the whole store while a journal lies beside it."""
+    """Refuses a file with a journal beside it, since it isn't the whole store by itself."""
     for suffix in ("-wal", "-journal"):
         journal = path.with_name(path.name + suffix)
         if journal.exists() and journal.stat().st_size > 0:

@@ -1,4 +1,4 @@
-"""One record: the log-probs of one response as bytes, and the checksum that proves them.
+"""One record: the log-probs of one response as bytes, and the checksum that verifies them.
 
 Knows bytes and arrays; must not know SQLite or files.
 """
@@ -20,7 +20,7 @@ _ENCODING = b"tether record v1"
 
 
 class Record(NamedTuple):
-    """One row of the table `records`, as it lies on disk."""
+    """One row of the table `records`, as stored."""
 
     key: bytes
     num_tokens: int
@@ -29,10 +29,10 @@ class Record(NamedTuple):
 
 
 class RecordCodec:
-    """Packs and proves the records of one identity.
+    """Packs and verifies the records of one identity.
 
-    The checksum covers identity, key and values, so neither a flipped bit nor a row that an index points to
-    by mistake can be served.
+    The checksum covers identity, key and values, so that neither a flipped bit nor a row found through a corrupt index
+    can be served.
 
     Args:
         identity: Digest of the reference whose log-probs these are.
@@ -48,7 +48,7 @@ class RecordCodec:
         return Record(key, len(log_probs), self._checksum(key, blob), blob)
 
     def is_intact(self, record: tuple[object, object, object, object]) -> bool:
-        """Whether a record read from disk is, bit for bit, what was packed."""
+        """Whether a record read from disk is bit for bit what was packed."""
         key, num_tokens, checksum, blob = record
         if not isinstance(key, bytes) or not isinstance(blob, bytes) or not isinstance(num_tokens, int):
             return False
@@ -68,7 +68,7 @@ def unpack(record: Record, length: int | None = None) -> LogProbs:
 
 
 def check_keys(keys: Sequence[bytes], others: Sequence[object], name: str) -> None:
-    """Raises StoreError unless every key has 16 bytes and `others` has one entry for each."""
+    """Raises StoreError unless every key has 16 bytes and `others` has one entry per key."""
     if len(keys) != len(others):
         raise StoreError(
             problem=f"Cannot use {len(keys)} keys with {len(others)} {name}: each key needs exactly one entry.",
@@ -84,7 +84,7 @@ def check_keys(keys: Sequence[bytes], others: Sequence[object], name: str) -> No
 
 def check_values(value: npt.ArrayLike, key: bytes, position: int) -> LogProbs:
     """`value` as float32, shape (num_tokens,); raises StoreError, naming the key, unless finite and 1-D."""
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused below
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused below
         log_probs = np.asarray(value, dtype=np.float32)
     name = f"the log-probs of key {key.hex()} (entry {position} of this call)"
     if log_probs.ndim != 1:

@@ -1,4 +1,4 @@
-"""Saves what is left of a damaged store file.
+"""Recovers what is left of a damaged store file.
 
 Knows that any page may be unreadable; must not know why.
 """
@@ -15,23 +15,23 @@ from tether.store.record import Record, RecordCodec, unpack
 from tether.store.sqlite_errors import as_store_error, is_damage
 
 _BATCH_SIZE = 1024
-_SMALLEST_ROW_BYTES = 32  # no record of the table is smaller: bounds how many rows a file can hold
+_SMALLEST_ROW_BYTES = 32  # no record is smaller, which bounds the number of rows in a file
 
 
 def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
-    """Puts every intact record of a damaged store into another one; the damaged file is not changed.
+    """Copies every intact record of a damaged store to another one; the damaged file is not changed.
 
-    Each record is proven by its checksum, so nothing wrong can come over.
+    Each record is verified by its checksum, so nothing wrong is copied.
 
     Args:
         damaged_path: The damaged file; no process should be writing to it.
-        into: A fresh store, or any other.
+        into: A new or existing store.
 
     Returns:
         The number of intact records that were found.
 
     Raises:
-        StoreError: If the file is no SQLite file at all, or `into` can't be written.
+        StoreError: If the file is not an SQLite file at all, or `into` can't be written.
     """
     path = Path(damaged_path).expanduser().absolute()
     db = open_damaged(path)
@@ -69,12 +69,12 @@ def _put(into: LogProbStore, digest: str, records: list[Record]) -> None:
 
 
 def _rows(db: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[Any, ...]]:
-    """The rows of a table that can be read; steps over those that can't, in steps that grow very slowly."""
+    """The readable rows of a table; skips unreadable ones in slowly growing steps."""
     (num_pages,) = db.execute("PRAGMA page_count").fetchone()
     (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
     highest = num_pages * page_bytes // _SMALLEST_ROW_BYTES
     last = num_read = num_failures = 0
-    while max(last, num_read) < highest:  # damaged pages may lead in circles
+    while max(last, num_read) < highest:  # damaged pages may form a cycle
         try:
             for row in db.execute(f"SELECT {columns} FROM {table} NOT INDEXED WHERE id > ? ORDER BY id", (last,)):
                 num_read, num_failures = num_read + 1, 0

@@ -1,4 +1,4 @@
-"""The tables of a store file, their version, and how an older version becomes this one (see FORMAT.md).
+"""The tables of a store file, their version, and the migration of older versions (see FORMAT.md).
 
 Knows SQL; must not know arrays, files or processes.
 """
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tether.errors import StoreError
 
-APPLICATION_ID = 0x54455448  # "TETH", in the file's header: tells a store from any other SQLite file
-SCHEMA_VERSION = 2  # 1 was that of Tether 0.1.0, whose references had other names
+APPLICATION_ID = 0x54455448  # "TETH", in the file's header: distinguishes a store from other SQLite files
+SCHEMA_VERSION = 2  # version 1 is Tether 0.1.0's, which had other names for references
 
-# Identity ids are never used twice (AUTOINCREMENT): a record can't come to belong to another reference.
+# Identity ids are never reused (AUTOINCREMENT), so that a record can't end up with another reference.
 _TABLES = (
     """CREATE TABLE identities (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -34,7 +34,7 @@ _MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
 
 
 def is_empty(db: sqlite3.Connection) -> bool:
-    """Whether the file holds nothing at all: not a store, and nobody else's database."""
+    """Whether the file has no tables: neither a store nor another program's database."""
     (num_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     return bool(num_tables == 0 and _read(db, "application_id") == 0 and _read(db, "user_version") == 0)
 
@@ -58,7 +58,7 @@ def check(db: sqlite3.Connection, path: Path) -> None:
 
 
 def create(db: sqlite3.Connection) -> None:
-    """Makes the tables of an empty file, within the caller's transaction."""
+    """Creates the tables of an empty file, within the caller's transaction."""
     for statement in _TABLES:
         db.execute(statement)
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -71,7 +71,7 @@ def is_older(db: sqlite3.Connection) -> bool:
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Brings a checked store to this version, within the caller's transaction."""
+    """Migrates a checked store to this version, within the caller's transaction."""
     for version in range(_read(db, "user_version"), SCHEMA_VERSION):
         _MIGRATIONS[version](db)
         db.execute(f"PRAGMA user_version = {version + 1}")

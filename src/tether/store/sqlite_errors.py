@@ -1,4 +1,4 @@
-"""SQLite's errors as errors of the store: why it failed, and what to do.
+"""Turns SQLite's errors into errors of the store: why it failed, and what to do.
 
 Knows SQLite's messages; must not know tables or records.
 """
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 
 from tether.errors import StoreError
 
-# A piece of SQLite's message -> why it cannot be, what became of the data, and what to do instead.
-_SAID = {
+# Part of SQLite's message -> why it failed, what happened to the data, and what to do instead.
+_CAUSES = {
     "is full": (
         "the disk is full",
         "Nothing of this call was written; everything written before is intact.",
-        "Free space on that disk and go on, or keep the store elsewhere (`TETHER_HOME`, or another path).",
+        "Free space on that disk and try again, or keep the store elsewhere (`TETHER_HOME`, or another path).",
     ),
     "readonly": (
-        "the file or its folder may not be written",
+        "the file or its folder is not writable",
         "",
         "Pass `read_only=True`, or keep the store in a folder of your own (`TETHER_HOME`, or another path).",
     ),
@@ -27,14 +27,14 @@ _SAID = {
         "Check the path and its permissions. To read a store in a folder that you cannot write, pass `read_only=True`.",
     ),
     "locked": (
-        "another process has been writing to it for a minute without a pause",
+        "another process has been writing to it for a minute without a break",
         "",
         "Look for a process that hangs while it has the store open, and try again.",
     ),
     "malformed": (
         "the file is damaged",
-        "It was cut short or overwritten. No number was taken from the damaged part.",
-        "Save every intact record with `tether.store.salvage(damaged, fresh)`, then use the fresh store.",
+        "It was truncated or overwritten. No number was read from the damaged part.",
+        "Recover every intact record with `tether.store.salvage(damaged, fresh)`, then use the fresh store.",
     ),
     "not a database": (
         "the file isn't an SQLite database, or its first bytes were overwritten",
@@ -49,28 +49,28 @@ _SAID = {
 }
 for piece, like in (
     ("locking protocol", "locked"),
-    ("codec can't decode", "malformed"),  # SQLite quotes a damaged statement, and Python can't read the quote
+    ("codec can't decode", "malformed"),  # SQLite quotes a damaged statement, which Python can't decode
     ("No space left", "is full"),
     ("Permission denied", "readonly"),
     ("Read-only file system", "readonly"),
 ):
-    _SAID[piece] = _SAID[like]
+    _CAUSES[piece] = _CAUSES[like]
 _ELSE = ("SQLite or the system failed", "", "Check the disk and the file, or choose another path for the store.")
 
 
 @contextmanager
 def as_store_error(action: str) -> Iterator[None]:
-    """Turns an SQLite error in its body into a StoreError: `Cannot {action}: ...`."""
+    """Turns an SQLite error in its block into a StoreError: `Cannot {action}: ...`."""
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        why, details, instead = next((parts for piece, parts in _SAID.items() if piece in str(error)), _ELSE)
-        said = " ".join(str(error).split())
-        raise StoreError(problem=f"Cannot {action}: {why} ({said}).", details=details, instead=instead) from error
+        why, details, instead = next((parts for piece, parts in _CAUSES.items() if piece in str(error)), _ELSE)
+        message = " ".join(str(error).split())
+        raise StoreError(problem=f"Cannot {action}: {why} ({message}).", details=details, instead=instead) from error
 
 
 def is_busy(error: sqlite3.Error) -> bool:
-    """Whether the error goes away by waiting for another process."""
+    """Whether waiting for another process resolves the error."""
     return "locked" in str(error) or "locking protocol" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""One process's hold on a store file: opened on first use, one user at a time, let go of before every fork.
+"""A process's access to a store file: opened at first use, one user at a time, closed before every fork.
 
 Knows processes and transactions; must not know what is in the tables.
 """
@@ -33,13 +33,13 @@ class StoreFile:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """A connection to read with; every statement sees one moment of the store."""
+        """A connection to read with; all statements see one state of the store."""
         with _in_use, as_store_error(f"read the log-prob store {self.path}"):
             yield self._connection()
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A connection within one transaction: all of the body is written, or nothing."""
+        """A connection within one transaction: everything in the block is written, or nothing."""
         if self.read_only:
             raise StoreError(
                 problem=f"Cannot write to the log-prob store {self.path}: it was opened with `read_only=True`.",
@@ -57,13 +57,13 @@ class StoreFile:
                 raise
 
     def close(self) -> None:
-        """Lets go of the file for good."""
+        """Closes the file permanently."""
         with _in_use:
             self._closed = True
             self.disconnect()
 
     def disconnect(self) -> None:
-        """Lets go of the file until the next use."""
+        """Closes the file until the next use."""
         if self._db is not None:
             with suppress(sqlite3.Error):
                 self._db.close()
@@ -90,9 +90,9 @@ class StoreFile:
             return False
 
 
-# A connection carried across a fork shares file locks with its parent, and either process's close can cut off
-# the other's writes; a lock held by another thread would never be let go in the child. So every fork happens
-# while no store is in use and no file is open; both sides open again when they need to.
+# A connection carried across a fork shares file locks with its parent, and closing either can cut off the other's
+# writes; a lock held by another thread would never be released in the child. So a fork waits until no store is in
+# use, and closes all files; both sides reopen them when needed.
 _in_use = threading.RLock()
 _open_files: "weakref.WeakSet[StoreFile]" = weakref.WeakSet()
 

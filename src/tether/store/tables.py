@@ -23,7 +23,7 @@ class StoredIdentity:
 
     Args:
         digest: Digest of the reference.
-        description: What the reference is, as it was said when its first records were put.
+        description: What the reference is, as given with its first records.
         num_records: Number of responses.
         num_tokens: Number of response tokens over all of them.
         size_bytes: Size of its keys, checksums and values, without SQLite's overhead.
@@ -41,7 +41,7 @@ class StoredIdentity:
 
 
 def read_lengths(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
-    """Key and number of tokens of those `keys` that have a record."""
+    """Key and number of tokens of each of `keys` that has a record."""
     for some, marks in _in_chunks(keys):
         yield from db.execute(
             f"SELECT key, num_tokens FROM records WHERE {_OF_IDENTITY} AND key IN ({marks})",
@@ -50,7 +50,7 @@ def read_lengths(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -
 
 
 def read_records(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -> Iterator[Record]:
-    """The records of those `keys` that have one, unproven."""
+    """The records of `keys` that exist, unverified."""
     for some, marks in _in_chunks(keys):
         rows = db.execute(
             f"SELECT {_COLUMNS} FROM records WHERE {_OF_IDENTITY} AND key IN ({marks})", (identity, *some)
@@ -59,7 +59,7 @@ def read_records(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -
 
 
 def read_page(db: sqlite3.Connection, identity: str, after: bytes, limit: int) -> list[Record]:
-    """Up to `limit` records with keys above `after`, in the order of their keys, unproven."""
+    """Up to `limit` records with keys above `after`, in the order of their keys, unverified."""
     rows = db.execute(
         f"SELECT {_COLUMNS} FROM records WHERE {_OF_IDENTITY} AND key > ? ORDER BY key LIMIT ?",
         (identity, after, limit),
@@ -67,32 +67,26 @@ def read_page(db: sqlite3.Connection, identity: str, after: bytes, limit: int) -
     return list(map(Record._make, rows))
 
 
-def read_keys(db: sqlite3.Connection, identity: str) -> Iterator[bytes]:
-    """All keys of an identity, in order."""
-    for (key,) in db.execute(f"SELECT key FROM records WHERE {_OF_IDENTITY} ORDER BY key", (identity,)):
-        yield key
-
-
 def use_identity(db: sqlite3.Connection, identity: str, description: Mapping[str, Any] | None, now: float) -> int:
-    """The row id of an identity, added if it is new, and marked as used at `now` (seconds since 1970)."""
-    said = None if description is None else json.dumps(dict(description), sort_keys=True, default=str)
+    """The row id of an identity, added if new, and marked as used at `now` (seconds since 1970)."""
+    text = None if description is None else json.dumps(dict(description), sort_keys=True, default=str)
     db.execute(
         "INSERT INTO identities (digest, description, created, last_used) VALUES (?, ?, ?, ?)"
         " ON CONFLICT (digest) DO UPDATE SET last_used = excluded.last_used,"
         " description = coalesce(description, excluded.description)",
-        (identity, said, now, now),
+        (identity, text, now, now),
     )
     (row_id,) = db.execute("SELECT id FROM identities WHERE digest = ?", (identity,)).fetchone()
     return int(row_id)
 
 
 def touch_identity(db: sqlite3.Connection, identity: str, now: float) -> None:
-    """Marks an identity, if it is there, as used at `now` (seconds since 1970)."""
+    """Marks an identity, if it exists, as used at `now` (seconds since 1970)."""
     db.execute("UPDATE identities SET last_used = ? WHERE digest = ?", (now, identity))
 
 
 def read_description(db: sqlite3.Connection, identity: str) -> dict[str, Any] | None:
-    """What was said of an identity; None if nothing was, or if it isn't there."""
+    """The description of an identity; None if it has none, or does not exist."""
     row = db.execute("SELECT description FROM identities WHERE digest = ?", (identity,)).fetchone()
     return _parse(row[0]) if row else None
 
@@ -104,7 +98,7 @@ def read_digests(db: sqlite3.Connection) -> list[tuple[str, datetime]]:
 
 
 def write_records(db: sqlite3.Connection, owner: int, records: Iterable[Record]) -> None:
-    """Writes records of the identity with row id `owner`, over those that have the same key."""
+    """Writes records of the identity with row id `owner`, replacing those with the same key."""
     db.executemany(
         f"INSERT INTO records (identity, {_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT (identity, key) DO UPDATE SET num_tokens = excluded.num_tokens,"
@@ -119,7 +113,7 @@ def delete_records(db: sqlite3.Connection, identity: str, keys: Iterable[bytes])
 
 
 def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
-    """Removes up to `limit` records of an identity, and the identity when none is left; returns how many."""
+    """Removes up to `limit` records of an identity, and the identity if none is left; returns the number removed."""
     removed = db.execute(
         f"DELETE FROM records WHERE id IN (SELECT id FROM records WHERE {_OF_IDENTITY} LIMIT ?)",
         (identity, limit),
@@ -129,10 +123,10 @@ def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
     return removed
 
 
-def give_space_back(db: sqlite3.Connection) -> None:
-    """Shortens the file by the pages that hold nothing."""
+def free_space(db: sqlite3.Connection) -> None:
+    """Truncates the file by its empty pages."""
     (num_empty_pages,) = db.execute("PRAGMA freelist_count").fetchone()
-    for _ in range(num_empty_pages):  # one by one: Python's sqlite3 takes a single step of this statement
+    for _ in range(num_empty_pages):  # one by one, since Python's sqlite3 runs one step per statement
         db.execute("PRAGMA incremental_vacuum(1)")
 
 
@@ -146,7 +140,7 @@ def count_records(db: sqlite3.Connection, identity: str | None) -> int:
 
 
 def read_identities(db: sqlite3.Connection) -> list[StoredIdentity]:
-    """Every identity, in the order in which they came."""
+    """Every identity, in the order of creation."""
     rows = db.execute(
         "SELECT digest, description, count(key), coalesce(sum(num_tokens), 0),"
         " coalesce(sum(length(key) + length(checksum) + length(log_probs)), 0), created, last_used"
@@ -154,18 +148,18 @@ def read_identities(db: sqlite3.Connection) -> list[StoredIdentity]:
         " GROUP BY identities.id ORDER BY identities.id"
     )
     return [
-        StoredIdentity(digest, _parse(said), num_records, num_tokens, size_bytes, *map(_moment, times))
-        for digest, said, num_records, num_tokens, size_bytes, *times in rows
+        StoredIdentity(digest, _parse(text), num_records, num_tokens, size_bytes, *map(_moment, times))
+        for digest, text, num_records, num_tokens, size_bytes, *times in rows
     ]
 
 
 def _parse(description: str | None) -> dict[str, Any] | None:
-    """The description that was said; None if nothing was, or if it is damaged (no number depends on it)."""
+    """The parsed description; None if there is none, or if it is damaged (no number depends on it)."""
     try:
-        said = json.loads(description or "null")
+        parsed = json.loads(description or "null")
     except (TypeError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _moment(seconds: float) -> datetime:

@@ -1,6 +1,6 @@
-"""What a reference must hold to, as tests that anyone can run on a reference of their own.
+"""The contract of a reference, as tests that you can run on a reference of your own.
 
-For test suites: needs pytest, which Tether itself does not. Nothing else in the package imports this one.
+For test suites: needs pytest, which Tether itself does not. Nothing else in the package imports it.
 """
 
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from tether.errors import MissingPackageError
 def _has_pytest() -> bool:
     try:
         return find_spec("pytest") is not None
-    except ValueError:  # a module that was put there by hand, or barred
+    except ValueError:  # a module without a spec, or a blocked one
         return False
 
 
@@ -24,7 +24,7 @@ if not _has_pytest():
 
 import pytest  # noqa: E402
 
-# Before they are imported: a failing clause then shows the values it compared.
+# Before the import, so that a failing clause shows the values it compared.
 pytest.register_assert_rewrite("tether.testing.contract")
 
 from tether.testing.contract import ReferenceContract, Subject  # noqa: E402

@@ -1,7 +1,7 @@
-"""`ReferenceContract`: what every reference must hold to, as one pytest suite to subclass.
+"""`ReferenceContract`: what every reference must do, as one pytest suite to subclass.
 
-Asks a reference only what `Reference` promises; knows no kind of reference. What it says is compared with naive
-code that shares nothing with the scoring engine.
+Uses only what `Reference` promises; knows no kind of reference. Log-probs are compared with naive code that shares
+nothing with the scoring engine.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _DROPOUT = 0.3
 
 @dataclass
 class Subject:
-    """What a clause of the contract looks at.
+    """The objects that a clause of the contract tests.
 
     Attributes:
-        policy: The policy, in training mode and with dropout wherever it has any.
+        policy: The policy, in training mode, with dropout wherever it has any.
         reference: Its reference, built and prepared.
-        batch: The pairs that both are asked about.
-        meant: What the reference is meant to say of each response token, in nats (by the naive oracle).
-        left_behind: What building and preparing the reference left on the policy; nothing, if all is well.
+        batch: The pairs to score.
+        meant: The log-prob that the reference should return for each response token, in nats (by the naive oracle).
+        left_behind: Traces on the policy from building and preparing the reference; empty if all is well.
     """
 
     policy: nn.Module
@@ -49,12 +49,13 @@ class Subject:
 
 
 class ReferenceContract:
-    """The contract of `tether.reference.Reference`. Subclass it, say what to test, and pytest runs every clause.
+    """The contract of `tether.reference.Reference`. Subclass it, define what to test, and pytest runs every clause.
 
-    A reference answers right and repeatably, in fp32 and without gradient; leaves no trace on the policy, whether it
-    is built, asked or fails; does not follow the policy's training unless it is meant to; and knows who it is.
+    A reference returns the right log-probs, repeatably, in fp32 and without gradient; leaves no trace on the policy,
+    whether it is built, called or fails; does not follow the policy's training unless it is meant to; and has an
+    identity.
 
-    Example, in a test file of your own::
+    Example, in your own test file::
 
         from tether.testing import ReferenceContract
 
@@ -65,31 +66,31 @@ class ReferenceContract:
             def make_reference(self, policy, folder):
                 return MyReference(policy, cache=folder / "cache")
 
-    Each clause gets a policy and a reference of its own. `make_policy` must give the same weights every time.
+    Each clause gets its own policy and reference. `make_policy` must return the same weights every time.
     """
 
     tolerance: tuple[float, float] | None = None
-    """Largest mean and largest single difference to the naive oracle, in nats per token; by default what rounding
+    """Largest mean and largest single difference from the naive oracle, in nats per token; by default what rounding
     explains in the dtypes of policy and reference (`tether.reference.watch.tolerance`)."""
 
     def make_policy(self) -> Any:
-        """A policy as it is before its first step: a causal language model, the same weights on every call."""
+        """A policy before its first step: a causal language model, with the same weights on every call."""
         raise NotImplementedError("Define the policy to test in your subclass: `def make_policy(self)`.")
 
     def make_reference(self, policy: Any, folder: Path) -> Reference:
-        """The reference of this policy; an empty `folder` is there for what it wants to keep on disk."""
+        """The reference of this policy; it may use the empty `folder` for files."""
         raise NotImplementedError("Define the reference to test in your subclass: `def make_reference(...)`.")
 
     def meant_model(self, policy: Any) -> Any:
-        """The model whose answers the reference is meant to give: by default the policy as it is now."""
+        """The model whose log-probs the reference should return: by default the policy as it is now."""
         return policy
 
     def make_batch(self, policy: Any) -> PairBatch:
-        """The pairs to ask about: by default random ids, with a shared prompt, a shared response and a single token."""
+        """The pairs to score: by default random ids, with a shared prompt, a shared response and a single token."""
         return _random_pairs(int(policy.get_input_embeddings().weight.shape[0]))
 
     def make_subject(self, folder: Path) -> Subject:
-        """Builds and prepares the reference of a new policy, and watches what that leaves behind."""
+        """Builds and prepares the reference of a new policy, and records the traces that this leaves."""
         folder.mkdir(parents=True, exist_ok=True)
         policy = self.make_policy()
         turn_up_dropout(policy)
@@ -105,10 +106,10 @@ class ReferenceContract:
     def subject(self, tmp_path: Path) -> Subject:
         return self.make_subject(tmp_path / "reference")
 
-    # ---- what it says --------------------------------------------------------------------------------------------
+    # ---- its log-probs -----------------------------------------------------------------------------------------------
 
     def test_says_what_it_is_meant_to_say(self, subject: Subject) -> None:
-        """The naive log-softmax of the model it is meant to be, in evaluation mode."""
+        """Equal to the naive log-softmax of the intended model, in evaluation mode."""
         self._assert_close(subject, _answer(subject), subject.meant)
 
     def test_still_says_it_after_an_optimizer_step_of_the_policy(self, subject: Subject) -> None:
@@ -128,7 +129,7 @@ class ReferenceContract:
 
     def test_repeats_itself_bit_for_bit(self, subject: Subject) -> None:
         first = _answer(subject)
-        torch.rand(3)  # the second answer must not depend on where the random generators stand
+        torch.rand(3)  # the second answer must not depend on the random state
         assert torch.equal(_answer(subject), first)
 
     def test_answers_do_not_depend_on_the_other_pairs_of_the_batch(self, subject: Subject) -> None:
@@ -139,13 +140,13 @@ class ReferenceContract:
                 self._assert_close(subject, values, whole[key])
 
     def test_dropout_never_applies(self, subject: Subject) -> None:
-        """The policy trains with dropout in every clause; here the reference's own model has it and trains, too."""
+        """The policy trains with dropout in every clause; here the reference's own model does too."""
         if subject.reference.module is not None:
             turn_up_dropout(subject.reference.module)
             subject.reference.module.train()
         self._assert_close(subject, _answer(subject), subject.meant)
 
-    # ---- what it leaves behind -----------------------------------------------------------------------------------
+    # ---- its side effects --------------------------------------------------------------------------------------------
 
     def test_building_it_leaves_no_trace(self, subject: Subject) -> None:
         assert subject.left_behind == []
@@ -162,7 +163,7 @@ class ReferenceContract:
         before = _Witness(subject.policy)
         prompt, beyond = (1,), 1 << 40
         pair = (Response(prompt, (beyond,), b"1" * 16), Response(prompt, (beyond + 1,), b"2" * 16))
-        with contextlib.suppress(Exception):  # which one is the reference's business
+        with contextlib.suppress(Exception):  # any error will do
             subject.reference.log_probs(PairBatch.of_pairs([pair]))
         assert before.left_behind() == []
 
@@ -198,7 +199,7 @@ class ReferenceContract:
         assert subject.reference.traits.moves or subject.reference.changed_tensors() == []
 
     def test_its_state_goes_on_in_another_one_of_the_same_policy(self, subject: Subject, tmp_path: Path) -> None:
-        """Saved with a checkpoint and loaded by the trainer that resumes, which built its own."""
+        """Saved with a checkpoint and loaded by the trainer that resumes, into a reference of its own."""
         for step in range(1, 4):
             take_optimizer_step(subject.policy)
             subject.reference.advance(step)
@@ -209,7 +210,7 @@ class ReferenceContract:
         resumed.reference.load(state)
         assert torch.equal(_answer(resumed), before)
 
-    # ---- who it is -----------------------------------------------------------------------------------------------
+    # ---- its identity ------------------------------------------------------------------------------------------------
 
     def test_identity_is_constant_and_can_be_written_down(self, subject: Subject) -> None:
         before = subject.reference.identity
@@ -255,7 +256,7 @@ class ReferenceContract:
 
 
 def turn_up_dropout(model: nn.Module) -> None:
-    """Gives every dropout of a model a rate that is seen: modules, and the numbers that layers keep."""
+    """Sets every dropout of a model to a noticeable rate: modules, and the numbers that layers store."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = _DROPOUT
@@ -265,7 +266,7 @@ def turn_up_dropout(model: nn.Module) -> None:
 
 
 def take_optimizer_step(policy: nn.Module) -> None:
-    """One step of an optimizer that moves every trainable tensor far enough to be seen; the same on every call."""
+    """One optimizer step that moves every trainable tensor noticeably; the same on every call."""
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(7)
     for parameter in trainable:
@@ -277,14 +278,14 @@ def take_optimizer_step(policy: nn.Module) -> None:
 
 
 class _Witness:
-    """A policy and the random generators as they are now."""
+    """A snapshot of a policy and the random generators."""
 
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
         self._traces, self._bits, self._random = traces(policy), bits(policy), random_state()
 
     def left_behind(self) -> list[str]:
-        """What is no longer as it was, in words."""
+        """The names of what has changed since."""
         before, now = self._traces | self._random, traces(self._policy) | random_state()
         found = [name for name in before if now[name] != before[name]]
         return found if same_bits(bits(self._policy), self._bits) else [*found, "weights or buffers"]

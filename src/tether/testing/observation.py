@@ -1,6 +1,6 @@
-"""What a visitor could leave behind: the traces on a model, its bits, and the state of the random generators.
+"""What code can leave behind: traces on a model, changed weights, and another state of the random generators.
 
-Looks from outside: knows torch and the surface that PEFT adds to a module; knows no reference.
+Observes from outside: knows torch and the attributes that PEFT adds to a module; knows no reference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that a visitor could leave something on, except the numbers in it; compare with `==`."""
+    """Everything about a model that code could change, except its numbers; compare with `==`."""
     config: Any = model.config
     return {
         "class": type(model),
@@ -54,7 +54,7 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def random_state() -> dict[str, Any]:
     """The state of the random generators of torch (every device) and NumPy; compare with `==`.
 
-    Python's own is left out: type checkers that look at samples (beartype) draw from it with every call.
+    Python's own is left out: type checkers that draw samples (beartype) use it in every call.
     """
     name, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What scoring means, as naive code: one plain forward for each response. Shares no code with the scoring engine."""
+"""Scoring as naive code: one plain forward per response. Shares no code with the scoring engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def naive_log_probs_of(model: nn.Module, batch: PairBatch) -> Tensor:
 
         log_softmax(model(x + y).logits.float())[len(x) - 1 : -1].gather(y)
 
-    read from the end, because the virtual tokens of a prompt adapter stand in front.
+    counted from the end, because the virtual tokens of a prompt adapter come first.
 
     Args:
         model: A causal language model.

@@ -1,4 +1,4 @@
-"""The values everything else speaks in: a batch of pairs, log-probabilities of its responses, and scores of its pairs.
+"""The package's shared values: batches of pairs, log-probabilities of responses, and scores of pairs.
 
 Knows tensors only: no model, no file, no trainer.
 
@@ -7,7 +7,7 @@ Legend of shapes (used in every annotation of the package):
     pairs       preference pairs of a micro-batch
     groups      distinct prompts of a micro-batch
     responses   distinct (prompt, response) combinations of a micro-batch; at most 2 * pairs
-    tokens      response tokens of a micro-batch, one response behind the other
+    tokens      response tokens of a micro-batch, concatenated
 
 Log-probabilities are natural logarithms (nats), in fp32 unless a caller asks for more.
 """

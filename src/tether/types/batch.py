@@ -23,12 +23,12 @@ class Response(NamedTuple):
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     key: bytes = b""
-    reference_sum: float | None = None  # its log-prob under the reference, where its row says it
-    images: PromptImages | None = None  # what its prompt shows
+    reference_sum: float | None = None  # its log-prob under the reference, if its row gives one
+    images: PromptImages | None = None  # of its prompt
 
     @property
     def prompt(self) -> tuple[tuple[int, ...], PromptImages | None]:
-        """What it follows: equal for the responses of a group."""
+        """Its prompt and images: equal for all responses of a group."""
         return self.prompt_ids, self.images
 
 
@@ -42,22 +42,22 @@ class PairBatch:
     planned on the host without waiting for the device.
 
     Attributes:
-        prompt_ids: Token ids of all prompts, one behind the other.
-        response_ids: Token ids of all responses, one behind the other.
+        prompt_ids: Token ids of all prompts, concatenated.
+        response_ids: Token ids of all responses, concatenated.
         prompt_lengths: Tokens of each prompt (groups entries, each at least 1).
         response_lengths: Tokens of each response (responses entries, each at least 1).
         response_group: The group of each response, ascending.
         chosen: Index of each pair's chosen response.
         rejected: Index of each pair's rejected response.
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
-            ids. Empty where nobody asked for keys.
-        rows: Index of each pair in its set, for messages. Empty where nobody knows.
-        reference_sums: Each response's log-prob under the reference, in nats, where the rows bring it.
-        margins: By how much each pair's chosen response is better, in units of reward; None where the rows have no
+            ids. Empty if no keys were requested.
+        rows: Index of each pair in its set, for messages. Empty if unknown.
+        reference_sums: Each response's log-prob under the reference, in nats, if the rows give it.
+        margins: How much better each pair's chosen response is, in units of reward; None if the rows have no
             `margin`.
-        images: What each prompt shows (groups entries, None for a prompt without images); empty where none does.
-        counts: Whether its pairs count: in the loss, and in what is reported. False for pairs that come again only
-            so that every process has as many batches.
+        images: Images of each prompt (groups entries, None for a prompt without); empty if no prompt has any.
+        counts: Whether the pairs count towards the loss and the metrics. False for pairs repeated only to give all
+            processes the same number of batches.
     """
 
     prompt_ids: Int[Tensor, " prompt_tokens"]
@@ -96,7 +96,7 @@ class PairBatch:
         return self.response_ids.device
 
     def num_sequence_tokens(self) -> int:
-        """Tokens of the padded layout without its padding, of pairs that count: each has its prompt twice."""
+        """Tokens of the counted pairs in the padded layout, without padding: each pair has its prompt twice."""
         lengths = self.fed_lengths()
         pairs = list(zip(self.chosen, self.rejected, strict=True))[: self.num_counted_pairs]
         return sum(lengths[c] + lengths[r] for c, r in pairs)
@@ -113,7 +113,7 @@ class PairBatch:
         return PairBatch.of_pairs([(responses[i], responses[i]) for i in sorted(indices)]).to(self.device)
 
     def num_row_tokens(self) -> int:
-        """Tokens of the pairs one by one: each pair's prompt once, and both its responses."""
+        """Tokens of the pairs taken one by one: each pair's prompt once, and both its responses."""
         return sum(
             self.prompt_lengths[self.response_group[c]] + self.response_lengths[c] + self.response_lengths[r]
             for c, r in zip(self.chosen, self.rejected, strict=True)
@@ -142,7 +142,7 @@ class PairBatch:
         return values[chosen], values[rejected]
 
     def responses(self) -> list[Response]:
-        """Every response with its prompt, as they were given to `of_pairs`."""
+        """Every response with its prompt, as given to `of_pairs`."""
         prompts = [tuple(ids.tolist()) for ids in self.prompt_ids.split(list(self.prompt_lengths))]
         tokens = [tuple(ids.tolist()) for ids in self.response_ids.split(list(self.response_lengths))]
         keys = self.keys or (b"",) * self.num_responses
@@ -157,7 +157,7 @@ class PairBatch:
 
         Args:
             pairs: The (chosen, rejected) responses.
-            margins: By how much each chosen one is better, if the rows say so.
+            margins: How much better each chosen response is, if the rows give it.
 
         Raises:
             ValueError: If a prompt or a response has no tokens.

@@ -1,4 +1,4 @@
-"""What a prompt shows besides its token ids, and how the prompts of a batch are put together for a model."""
+"""What a model reads with a prompt besides token ids, and how the prompts of a batch are combined for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PromptImages:
-    """What a model reads with a prompt besides its token ids. Equal where the model is fed the same.
+    """What a model reads with a prompt besides its token ids. Equal if the model is fed the same.
 
     Attributes:
-        inputs: The images as a processor made them for this prompt alone, by the model's argument (`pixel_values`,
+        inputs: The processor's output for this prompt alone, by the model's argument (`pixel_values`,
             `image_grid_thw`, ...); images, tiles or patches along the first dimension.
-        token_inputs: One number for each prompt token, by the model's argument (`token_type_ids`, ...); 0 for the
-            tokens of every response.
-        digest: Of all of them.
+        token_inputs: One number per prompt token, by the model's argument (`token_type_ids`, ...); response tokens
+            get 0.
+        digest: Of both.
     """
 
     inputs: Mapping[str, Tensor]
@@ -41,18 +41,18 @@ class PromptImages:
 
 
 def image_inputs(shown: Sequence[PromptImages | None], width: int) -> dict[str, Tensor]:
-    """The further arguments of a model for padded rows of prompt and response, or for a packed row of prompts.
+    """Extra arguments of a model for padded rows of prompt and response, or for a packed row of prompts.
 
-    Images come in the order of the rows, once for each row that shows them. Where prompts differ in what is behind
-    the first dimension (images of one row, tiles, height and width), the smaller ones are filled up with zeros, as
-    the processors fill a batch.
+    Images are in the order of the rows, once for each row that shows them. Where prompts differ beyond the first
+    dimension (images of one row, tiles, height and width), the smaller ones are padded with zeros, as processors do
+    for a batch.
 
     Args:
-        shown: What the prompt of each row shows, or each prompt of a packed row; on the model's device.
+        shown: The images of each row's prompt, or of each prompt of a packed row; on the model's device.
         width: Tokens of the longest row.
 
     Returns:
-        Nothing where no row has images.
+        Empty if no row has images.
     """
     images = [each for each in shown if each is not None]
     names = dict.fromkeys(name for each in images for name in each.inputs)
@@ -64,18 +64,18 @@ def image_inputs(shown: Sequence[PromptImages | None], width: int) -> dict[str, 
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """One behind the other, filled up with zeros to the largest."""
+    """Concatenates along the first dimension, padding with zeros to the largest."""
     shape = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist()
     filled = []
     for part in parts:
-        sizes = zip(reversed(part.shape[1:]), reversed(shape), strict=True)  # `pad` begins at the last dimension
+        sizes = zip(reversed(part.shape[1:]), reversed(shape), strict=True)  # `pad` starts with the last dimension
         missing = [edge for size, largest in sizes for edge in (0, largest - size)]
         filled.append(torch.nn.functional.pad(part, missing) if any(missing) else part)
     return torch.cat(filled)
 
 
 def _rows(numbers: Sequence[Tensor | None], width: int) -> Tensor:
-    """The numbers of each row's prompt tokens, and 0 for everything behind them and for rows without images."""
+    """The numbers of each row's prompt tokens; 0 after them and for rows without images."""
     known = next(each for each in numbers if each is not None)
     rows = known.new_zeros(len(numbers), width)
     for row, each in zip(rows, numbers, strict=True):

@@ -1,4 +1,4 @@
-"""What a model says of the responses of a batch: one log-probability for each token, one response behind the other."""
+"""The log-probabilities that a model assigns to the response tokens of a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from tether.types.ragged import offsets_of
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the log, and WPO's weights, need of each response token; detached.
+    """What metrics and WPO's weights need of each response token; detached.
 
     Attributes:
         entropy: Entropy of the next-token distribution, in nats.
-        mean_logit: Mean over the vocabulary of the logits.
+        mean_logit: Mean logit over the vocabulary.
         is_top1: Whether the token was the most likely one.
-        log_expected_prob: `log sum_v pi(v)^2`: the log of the probability that a token drawn from the policy has
-            in the mean.
+        log_expected_prob: `log sum_v pi(v)^2`: the log of the expected probability of a token drawn from the policy.
     """
 
     entropy: Float[Tensor, " tokens"]
@@ -37,7 +36,7 @@ class ResponseLogProbs:
     Attributes:
         values: `log pi(y_t | x, y_<t)` of every response token, in nats, fp32.
         offsets: Where each response starts; last entry is the total.
-        statistics: What only logging needs, when it was asked for.
+        statistics: Per-token statistics, if requested.
         auxiliary_loss: The model's own auxiliary loss (router load balancing), when it has one.
     """
 
@@ -70,14 +69,14 @@ class ResponseLogProbs:
 
 
 def join_log_probs(parts: Sequence[ResponseLogProbs], order: Sequence[int]) -> ResponseLogProbs:
-    """Scores of parts of a batch as those of the whole batch.
+    """Joins the scores of parts of a batch into scores of the whole batch.
 
     Args:
         parts: Scores of some responses each.
-        order: For every response of the parts, one part behind the other, its index in the whole batch.
+        order: The index in the whole batch of each response of the parts, in the order of the parts.
 
     Returns:
-        All of them in the order of the whole batch; the auxiliary loss is the mean over the parts' responses.
+        Scores in the order of the whole batch; the auxiliary loss is the mean over the parts' responses.
     """
     place = {index: position for position, index in enumerate(order)}
     arranged = [place[index] for index in range(len(order))]

@@ -1,4 +1,4 @@
-"""Rows of different lengths, one behind the other."""
+"""Rows of different lengths, concatenated."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:
 
 
 def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, " rows_plus_1"]:
-    """Where each of several runs of `lengths` elements starts; the last entry is the total."""
+    """Start of each of several concatenated rows of `lengths` elements; the last entry is the total."""
     return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int64, device=device)

@@ -22,10 +22,10 @@ class PairScores:
         reference_rejected: `log pi_ref(y_l | x)`; no gradient.
         chosen_lengths: Tokens of each chosen response.
         rejected_lengths: Tokens of each rejected response.
-        margins: By how much the chosen response is better, in units of reward (`beta` times nats); None for no margin.
-        whole_policy_chosen: `log pi_theta(y_w | x)` with every token at full weight, where the sums above have LD-DPO's
-            weights in them; None where they have none.
-        reward_shift: BCO's running mean of rewards; None for none.
+        margins: How much better the chosen response is, in units of reward (`beta` times nats); None for no margin.
+        whole_policy_chosen: `log pi_theta(y_w | x)` with every token at full weight, if the sums above are weighted by
+            LD-DPO; otherwise None.
+        reward_shift: BCO's running mean of rewards, if it is used.
     """
 
     policy_chosen: Float[Tensor, " pairs"]

@@ -1,6 +1,6 @@
-"""`tether store ...`: what is in a store of reference log-probs, and what to do with it.
+"""`tether store ...`: inspects and manages a store of reference log-probs.
 
-What each verb takes and says of itself; `records` does what needs no model, `rows` what needs a recipe's.
+The verbs' arguments and help texts; `records` does what needs no model, `rows` what needs a recipe's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tether.cli.help import HELP_NAMES, WORDS, ToldGroup
+from tether.cli.help import HELP_NAMES, WORDS, FixedHelpGroup
 from tether.cli.mistakes import refuse, unknown_option
 from tether.cli.recipe import Request, read_request
 from tether.errors import ConfigurationError
@@ -20,21 +20,22 @@ is scored once.
 
   tether store info                   where the store is, which references it
                                       holds, and how much of each
-  tether store verify RECIPE.yaml     scores a sample of the recipe's rows
-                                      again and compares
-  tether store export FILE.parquet    the records of one reference, for anyone
-                                      to read; with --rows RECIPE.yaml the
+  tether store verify RECIPE.yaml     score a sample of the recipe's rows again
+                                      and compare
+  tether store export FILE.parquet    write the records of one reference to a
+                                      file; with --rows RECIPE.yaml, the
                                       recipe's rows with ref_chosen_logps and
                                       ref_rejected_logps, as TRL reads them
-  tether store import FILE.parquet    the records of such a file, into the store
-  tether store merge OTHER.sqlite ... what other stores hold and this one lacks
-  tether store prune                  removes a reference, or those that no run
-                                      has used for long
+  tether store import FILE.parquet    add the records of such a file
+  tether store merge OTHER.sqlite ... add what other stores hold and this one
+                                      lacks
+  tether store prune                  remove a reference, or those that no run
+                                      has used for a long time
 
-The store is the one that all your runs share, or the one that `--store FILE`
-names (for verify and export --rows: the recipe's `ref_store`).
-`tether store VERB --help` says more. docs/store.md explains what is kept, when
-it is used again, and how to share it.
+The store is the one that all your runs share, or the one named by `--store`
+(for verify and export --rows: the recipe's `ref_store`). `tether store VERB
+--help` explains more. docs/store.md explains what is kept, when it is used
+again, and how to share it.
 """
 
 Store = Annotated[str | None, typer.Option(metavar="FILE", help="The store. Default: the one that all runs share.")]
@@ -43,13 +44,13 @@ Digest = Annotated[
 ]
 File = Annotated[str, typer.Argument(metavar="FILE.parquet", help="The file.")]
 
-app = typer.Typer(cls=ToldGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
+app = typer.Typer(cls=FixedHelpGroup, help=HELP, context_settings=HELP_NAMES, rich_markup_mode=None)
 
 
 @app.command(context_settings=HELP_NAMES)
 def info(store: Store = None) -> int:
-    """Says where the store is, how large it is, and of each reference what it is, how many responses were scored, and
-    when they were last used. Changes nothing.
+    """Prints the store's path and size and, for each reference, what it is, how many responses were scored, and when
+    they were last used. Changes nothing.
     """
     from tether.cli.store import records
 
@@ -59,13 +60,13 @@ def info(store: Store = None) -> int:
 @app.command(context_settings=WORDS)
 def verify(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The run whose rows and reference are meant.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The run whose rows and reference to verify.")],
     store: Store = None,
-    sample: Annotated[int, typer.Option(metavar="ROWS", help="How many rows.")] = 64,
-    sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", metavar="INT", help="Which.")] = 0,
+    sample: Annotated[int, typer.Option(metavar="ROWS", help="Size of the sample.")] = 64,
+    sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", metavar="INT", help="Its seed.")] = 0,
 ) -> int:
-    """Draws rows of a recipe's training set, has its reference score them again, and reports the largest difference
-    to what is stored, in nats. Before that every record of the reference is read and its checksum proven. Options of
+    """Draws rows of a recipe's training set, scores them again with its reference, and reports the largest difference
+    from the stored values, in nats. Before that, checks the checksum of every record of the reference. Options of
     `tether train` may follow the recipe. Exit code 2 if the difference is more than rounding.
 
     tether store verify recipe.yaml --sample 200
@@ -79,18 +80,18 @@ def verify(
 @app.command(context_settings=WORDS)
 def export(
     ctx: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE.parquet", help="The file to write; replaced if it is there.")],
+    file: Annotated[str, typer.Argument(metavar="FILE.parquet", help="The file to write or replace.")],
     store: Store = None,
     identity: Digest = None,
     rows: Annotated[
         str | None, typer.Option(metavar="RECIPE.yaml", help="Write this recipe's pairs with their sums.")
     ] = None,
-    set: Annotated[Literal["train", "eval"], typer.Option(help="Which of its sets.")] = "train",
+    set: Annotated[Literal["train", "eval"], typer.Option(help="Which set of the recipe.")] = "train",
 ) -> int:
     """Writes the records of one reference to a Parquet file: `key` and `log_probs`, which `tether store import` reads.
 
-    With --rows, writes the pairs of a recipe instead, tokenized, with what its reference says of each response:
-    `ref_chosen_logps` and `ref_rejected_logps`, the sums that TRL reads. What the store lacks is scored. Options of
+    With --rows, writes the pairs of a recipe instead, tokenized, with the reference's log-prob of each response as
+    `ref_chosen_logps` and `ref_rejected_logps`, the sums that TRL reads. Missing responses are scored. Options of
     `tether train` may follow the recipe.
 
     tether store export scores.parquet --identity 1a2b
@@ -106,7 +107,7 @@ def export(
         return records.export(store, file, identity)
     if identity is not None:
         raise ConfigurationError(
-            problem="Cannot use `--identity` together with `--rows`: the recipe says which reference scores its rows.",
+            problem="Cannot use `--identity` together with `--rows`: the recipe determines the reference of its rows.",
             details="`--identity` chooses among the references whose records a store holds.",
             instead="Leave `--identity` out.",
         )
@@ -118,8 +119,8 @@ def export(
 
 @app.command("import", context_settings=HELP_NAMES)
 def import_file(file: File, store: Store = None, identity: Digest = None) -> int:
-    """Puts the records of a Parquet file (columns `key` and `log_probs`, as `tether store export` writes them) into
-    the store; of two for a response the longer stays. The store is made if it is not there.
+    """Adds the records of a Parquet file (columns `key` and `log_probs`, as written by `tether store export`) to the
+    store; of two records for a response, the longer is kept. The store is created if it does not exist.
 
     Rows with `ref_chosen_logps` and `ref_rejected_logps` need no import: name their file as `train_data`.
     """
@@ -130,10 +131,10 @@ def import_file(file: File, store: Store = None, identity: Digest = None) -> int
 
 @app.command(context_settings=HELP_NAMES)
 def merge(
-    others: Annotated[list[str], typer.Argument(metavar="OTHER.sqlite...", help="The stores to take from.")],
+    others: Annotated[list[str], typer.Argument(metavar="OTHER.sqlite...", help="The stores to read.")],
     store: Store = None,
 ) -> int:
-    """Puts every record of other stores into this one, those of several machines for instance (`tether precompute
+    """Adds every record of other stores to this one, such as those of several machines (`tether precompute
     --shard i/n`). The others are not changed, and may be in use.
 
     tether store merge machine-1.sqlite machine-2.sqlite --store all.sqlite
@@ -152,7 +153,7 @@ def prune(
     ] = None,
 ) -> int:
     """Removes the records of one reference (--identity), of those that no run has used for some days (--older_than),
-    or of one if it was not used for so long (both). What is removed is scored again when a run needs it.
+    or of one if it was not used for that long (both). Removed responses are scored again when a run needs them.
     """
     from tether.cli.store import records
 
@@ -160,7 +161,7 @@ def prune(
 
 
 def _request(verb: str, words: list[str], store: str | None) -> Request:
-    """A recipe over the store that `--store` names, of which nothing is trained."""
+    """A recipe that uses the store named by `--store`; nothing is trained."""
     named = {} if store is None else {"ref_store": store}
     return read_request(f"store {verb}", words, precompute_ref_log_probs=True, ref_store_mode="lazy", **named)
 

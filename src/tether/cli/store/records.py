@@ -1,4 +1,4 @@
-"""The verbs of `tether store` that read and write records: which store, which of its references. Needs no model."""
+"""The verbs of `tether store` that read and write records. They need no model."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def prune_store(name: str | None, start: str | None, older_than: float | None) -
 
 
 def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = True) -> LogProbStore:
-    """The store that `--store` names, or the shared one.
+    """The store named by `--store`, or the shared one.
 
     Raises:
-        StoreError: If it is not there, unless it may be made.
+        StoreError: If it does not exist and `must_exist`.
     """
     path = Path(name).expanduser() if name else default_store_path()
     if must_exist and not path.is_file():
@@ -77,7 +77,7 @@ def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = 
 
 
 def choose_identity(store: LogProbStore, start: str | None) -> str:
-    """The digest of a reference from its first letters, or the only one that a store holds.
+    """The digest of a reference by its first letters, or that of the only one in the store.
 
     Raises:
         StoreError: If there is none, or more than one; lists them.
@@ -96,7 +96,7 @@ def choose_identity(store: LogProbStore, start: str | None) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a store with its write-ahead log."""
+    """Size of a store with its write-ahead log, in bytes."""
     return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*") if part.is_file())
 
 

@@ -1,4 +1,4 @@
-"""The verbs of `tether store` that score a recipe's rows: nothing is trained, or written beside the store."""
+"""The verbs of `tether store` that score a recipe's rows. Nothing is trained, or written outside the store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROWS_AT_ONCE = 8
 
 
 def verify(request: Request, num_rows: int, seed: int) -> int:
-    """Scores a sample of rows again and compares with what is stored."""
+    """Scores a sample of rows again and compares it with the stored values."""
     with _trainer_of(request) as trainer:
         reference = trainer.reference
         assert isinstance(reference, PrecomputedReference)
@@ -43,7 +43,7 @@ def verify(request: Request, num_rows: int, seed: int) -> int:
     print(
         f"store      {store.path}\n"
         f"reference  {reference.identity.kind} {identity}\n"
-        f"records    {num_intact:,}, every checksum right\n"
+        f"records    {num_intact:,}, every checksum correct\n"
         f"sample     {found.num_responses:,} responses, {found.num_tokens:,} tokens scored again; "
         f"{found.num_missing:,} drawn ones not stored\n"
         f"difference {found.largest:.3g} nats at most ({found.where}), {found.mean:.3g} per token on average"
