@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from support.runs import facts_of
-from tether.config.rules.run import refused_reference
+from tether.config.rules.reference import refused_reference
 from tether.distributed import (
     any_process,
     cast_as_training_will,

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import tether.config.rules.run
+import tether.config.rules.reference
 import tether.reference.base
 import tether.reference.explicit
 import tether.reference.implicit
@@ -347,7 +347,7 @@ def no_drift_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.config.rules.run, "_ref_model", lambda facts: ())
+    patch.setattr(tether.config.rules.reference, "_ref_model", lambda facts: ())
 
 
 def trust_the_family(patch: pytest.MonkeyPatch) -> None:

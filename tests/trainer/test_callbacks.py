@@ -16,7 +16,7 @@ from support.observe import bits, same_bits
 from support.runs import curve, facts_of, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
 from tether import BEMACallback
-from tether.config.rules.run import refused_reference
+from tether.config.rules.reference import refused_reference
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
 
 pytestmark = pytest.mark.numerics

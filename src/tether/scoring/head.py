@@ -1,7 +1,6 @@
 """From hidden states to log-probabilities without full logits: the mathematics of a language model's head.
 
-The only file that knows about softcaps, logit scales and head biases. Knows tensors; must not know what a pair, a
-reference or a loss is. `projection.py` installs it in a model.
+Only this file knows softcaps, logit scales and head biases. `projection.py` installs it in a model.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tether.reference import Reference
 from tether.reference.watch import ReferenceWatch
 from tether.trainer.batches import Collator, RowsToScore
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
+from tether.trainer.saving import keep_savable
 
 _SENTINEL_PAIRS = 2
 
@@ -78,10 +79,12 @@ class ReferenceRun(TrainerCallback):
         self._accelerator.wait_for_everyone()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        policy = self._accelerator.unwrap_model(model)
+        keep_savable(policy)  # by now it has the tokenizer's special tokens; the reference shares its generation config
         if self._waits:
             self._waits = False
             self.prepare(self._sets())
-        self._watch_from_start(self._accelerator.unwrap_model(model), has_trained=state.global_step > 0)
+        self._watch_from_start(policy, has_trained=state.global_step > 0)
         warn_of_no_sync(self._args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

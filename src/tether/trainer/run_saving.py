@@ -20,7 +20,6 @@ from tether.trainer.checkpoint_weights import load_weights, save_adapters
 from tether.trainer.checkpoints import Kept, StreamPlace, load_companions, load_run, save_run
 from tether.trainer.model_card import write_model_card
 from tether.trainer.reference_run import ReferenceRun
-from tether.trainer.saving import keep_savable
 
 
 class RunSaving(Trainer):
@@ -70,7 +69,6 @@ class RunSaving(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the policy with its tokenizer and its card; weights that are NaN or infinite are refused."""
         self._check_weights()
-        keep_savable(self.model)  # which has the tokenizer's special tokens since training began
         super().save_model(output_dir, _internal_call)
         # A checkpoint; DeepSpeed's own files of one have every tensor under its name.
         if _internal_call and output_dir is not None and not self.is_deepspeed_enabled:

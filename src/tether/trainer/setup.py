@@ -21,8 +21,9 @@ from tether.config.rules.arguments import (
     refused_loss,
 )
 from tether.config.rules.facts import Facts, will_shard
+from tether.config.rules.model import refused_float16
 from tether.config.rules.options import refused_options
-from tether.config.rules.run import adds_figures, refused_float16, refused_run
+from tether.config.rules.run import adds_figures, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
 from tether.errors import ArgumentTypeError
 from tether.losses import PreferenceLoss

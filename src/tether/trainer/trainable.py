@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from tether.config.rules.facts import Facts
-from tether.config.rules.run import held_by
+from tether.config.rules.model import held_by
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,151 @@
+"""What a run is refused for because of its models: no head, other tokens, nothing that trains, a foreign optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from tether.config.rules.facts import Facts
+from tether.config.rules.launch import refused_cut
+from tether.models.preparing import differing_vocabulary
+from tether.reference.implicit import is_adapter_model
+from tether.refusals import Refusal, of_option
+
+# What evaluation gives besides the figures of pairs.
+_OF_THE_RUN = ("num_tokens", "runtime", "samples_per_second", "steps_per_second")
+_MAKE_OPTIMIZER = "or let the trainer make it, `optimizer_cls_and_kwargs=(torch.optim.AdamW, {...})`."
+
+
+def refused_model(name: str, model: Any) -> Iterator[Refusal]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    yield from refused_cut(name, base)
+    if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None and not base.can_generate():
+        yield Refusal(
+            f"a `{name}` of type {type(base).__name__}",
+            "it has no head that predicts tokens, so a response has no log-probability",
+            "Load it with `AutoModelForCausalLM.from_pretrained(...)`, or pass its path.",
+        )
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            yield Refusal(
+                f"a `{name}` in 4 bits that has been evaluated on a CPU before",
+                f"bitsandbytes has packed the weights of `{path}` for a product without a backward",
+                "Load the model anew and pass it as it is, or pass its path.",
+            )
+            return
+
+
+def refused_tokens(facts: Facts) -> Iterator[Refusal]:
+    """Token ids that mean something else to a model than to the tokenizer."""
+    pad_token = facts.args.pad_token
+    if pad_token is not None and pad_token not in facts.tokenizer.get_vocab():
+        why = f"the vocabulary of the {type(facts.tokenizer).__name__} has no such token"
+        yield of_option("pad_token", pad_token, why, "Name a token that it has, or leave `pad_token` out.")
+    if facts.ref_model is not None and (details := differing_vocabulary(facts.ref_model, facts.tokenizer)):
+        yield Refusal(
+            "this `ref_model`",
+            "it has another vocabulary than the policy, and both must read the same token ids",
+            "Use a reference of the same tokenizer family, or leave `ref_model` out to use the initial policy.",
+            details,
+        )
+
+
+def refused_training(facts: Facts) -> Iterator[Refusal]:
+    """A policy of which nothing would train, or not as it should."""
+    policy: nn.Module = facts.policy
+    if facts.new_adapter is not None:
+        if is_adapter_model(policy):
+            yield Refusal(
+                "`peft_config` with a model that already has an adapter",
+                "it would be unclear whether the first adapter belongs to the reference",
+                "Leave `peft_config` out to go on training the adapter, or merge it first "
+                "(`model = model.merge_and_unload()`) to start a new one on top.",
+            )
+        elif facts.new_adapter.inference_mode:
+            yield Refusal(
+                "a `peft_config` with `inference_mode=True`",
+                "PEFT freezes such an adapter, so nothing would train",
+                "Leave `inference_mode` out of it.",
+            )
+        elif facts.args.deepspeed_plugin is None:
+            yield from _copied_in_float16(policy, facts.new_adapter)
+        return
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        yield Refusal(
+            "a model of which nothing trains",
+            "`requires_grad` is False for all its parameters",
+            "Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an adapter.",
+            "PEFT leaves a base frozen after `merge_and_unload()`, and loads an adapter frozen unless "
+            "`is_trainable=True`.",
+        )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in policy.modules()):
+        yield Refusal(
+            "an adapter that is merged into its base",
+            "its layers compute with the merged weights alone, so its tensors would get no gradient",
+            "Call `model.unmerge_adapter()` before; or, to start a new adapter on top, "
+            "`model = model.merge_and_unload()` and pass `peft_config`.",
+        )
+    if facts.args.deepspeed_plugin is None:  # whose optimizer keeps float32 copies and scales the loss itself
+        yield from refused_float16(policy)
+
+
+def _copied_in_float16(base: nn.Module, adapter: PeftConfig) -> Iterator[Refusal]:
+    """Modules of a base in float16 that an adapter would train; PEFT makes its own tensors float32."""
+    trains = set(getattr(adapter, "modules_to_save", None) or ())
+    biases = getattr(adapter, "bias", "none") != "none"
+    for name, parameter in base.named_parameters():
+        path = set(name.split("."))
+        if parameter.dtype == torch.float16 and (path & trains or (biases and "bias" in path)):
+            yield _float16(name)
+            return
+
+
+def refused_float16(policy: nn.Module) -> Iterator[Refusal]:
+    """Weights that would train in float16."""
+    halves = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if halves:
+        yield _float16(halves[0])
+
+
+def _float16(name: str) -> Refusal:
+    return Refusal(
+        f"weights in `float16` for training, such as `{name}`",
+        "most steps are too small for it, and gradients overflow",
+        'Load the model in float32, `model_init_kwargs={"dtype": "float32"}` or `model.float()`, and write '
+        "`bf16=True` or `fp16=True` for products in 16 bits; or train in `bfloat16`.",
+        "`fp16=True` alone does not help: it scales the gradients of weights in `float32` only. An adapter in "
+        "float32 on a base in float16 is fine.",
+    )
+
+
+def refused_optimizer(facts: Facts) -> Iterator[Refusal]:
+    """An optimizer that would move nothing of the policy."""
+    trained, held = held_by(facts.optimizer, facts.policy, has_new_adapter=facts.new_adapter is not None)
+    if held is None or held & trained or (facts.new_adapter is not None and is_adapter_model(facts.policy)):
+        return
+    on_base = facts.new_adapter is not None
+    yield Refusal(
+        "the optimizer in `optimizers`",
+        "it was made of a fresh adapter's base, which is frozen"
+        if on_base
+        else "it holds none of the weights that train: its own are another model's, or frozen",
+        "Put the adapter on first (`model = get_peft_model(model, peft_config)`), leave `peft_config` out, and make "
+        f"the optimizer of that model's parameters; {_MAKE_OPTIMIZER}"
+        if on_base
+        else f"Make it of the parameters of the model that you pass as `model`; {_MAKE_OPTIMIZER}",
+    )
+
+
+def held_by(optimizer: Any, policy: nn.Module, *, has_new_adapter: bool) -> tuple[set[int], set[int] | None]:
+    """The parameters that train, and those of an optimizer, each by `id`; None for none, or DeepSpeed's stand-in."""
+    trained = set() if has_new_adapter else {id(p) for p in policy.parameters() if p.requires_grad}
+    if not hasattr(optimizer, "param_groups"):
+        return trained, None
+    return trained, {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
