@@ -27,7 +27,7 @@ from tether.config.rules.run import adds_figures, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
 from tether.errors import ArgumentTypeError
 from tether.losses import PreferenceLoss
-from tether.models.loading import default_output_dir, load, tokenizer_of, use_pad_token
+from tether.models.loading import Loaded, default_output_dir, load, tokenizer_of, use_pad_token
 from tether.models.offloading import activations_of
 from tether.models.preparing import add_adapter, broadcasts_buffers, disable_dropout, keep_differentiable
 from tether.reference.identity import check_finite, model_tensors
@@ -95,7 +95,39 @@ def check(asked: Asked) -> Checked:
         ConfigurationError: For what does not go together; all of it.
         DataError: For rows that are not preference pairs.
     """
-    refuse(refused_arguments(**_kinds(asked)), ArgumentTypeError)
+    args = _checked_options(asked)
+    set_seed(args.seed)  # a fresh adapter starts from it
+    loaded = load(
+        asked.model,
+        asked.ref_model,
+        asked.processing_class,
+        init_kwargs=args.model_init_kwargs,
+        quantization_config=asked.quantization_config,
+        trust_remote_code=args.trust_remote_code,
+    )
+    reader = SetReader(loaded.processing_class, args, asked.data_collator)
+    train_rows, eval_rows = as_dataset(asked.train_dataset), reader.as_datasets(asked.eval_dataset)
+    facts = _facts(asked, args, loaded, reader, named_sets(train_rows, eval_rows))
+    keep_differentiable(facts.policy)  # first, because a rule may make a forward
+    if facts.ref_model is not None:
+        keep_differentiable(facts.ref_model)
+    refuse(refused_run(facts))
+    if facts.ref_model is not None:
+        check_finite(model_tensors(facts.policy))  # a reference made from the policy looks at its weights itself
+    train_set, eval_sets = reader.read(train_rows, "train"), reader.read_all(eval_rows)
+    sets = named_sets(train_set, eval_sets)
+    check_ids(sets, facts.policy)
+    around = Surroundings(
+        origins=loaded.origins,
+        decode=lambda ids: str(facts.tokenizer.decode(list(ids))),
+        given=digest_given(sets) if facts.brings_log_probs else None,
+    )
+    return Checked(facts, around, reader, loaded.processing_class, train_set, eval_sets)
+
+
+def _checked_options(asked: Asked) -> DPOConfig:
+    names = ("args", "model", "ref_model", "callbacks", "peft_config", "processing_class", "reference")
+    refuse(refused_arguments(**{name: getattr(asked, name) for name in names}), ArgumentTypeError)
     args = asked.args or DPOConfig(default_output_dir(asked.model))
     refuse(
         (
@@ -106,53 +138,28 @@ def check(asked: Asked) -> Checked:
             *refused_loading(args, asked.model, asked.processing_class, asked.quantization_config),
         )
     )
-    set_seed(args.seed)  # a fresh adapter starts from it
-    policy, ref_model, processing, origins = load(
-        asked.model,
-        asked.ref_model,
-        asked.processing_class,
-        init_kwargs=args.model_init_kwargs,
-        quantization_config=asked.quantization_config,
-        trust_remote_code=args.trust_remote_code,
-    )
-    tokenizer, reader = tokenizer_of(processing), SetReader(processing, args, asked.data_collator)
-    train_rows, eval_rows = as_dataset(asked.train_dataset), reader.as_datasets(asked.eval_dataset)
-    facts = Facts(
+    return args
+
+
+def _facts(asked: Asked, args: DPOConfig, loaded: Loaded, reader: SetReader, sets: Mapping[str, PairDataset]) -> Facts:
+    callbacks = asked.callbacks or ()
+    return Facts(
         args=args,
-        policy=policy,
-        ref_model=ref_model,
+        policy=loaded.policy,
+        ref_model=loaded.ref_model,
         reference=asked.reference,
         new_adapter=asked.peft_config,
         optimizer=asked.optimizer,
-        tokenizer=tokenizer,
-        sets=named_sets(train_rows, eval_rows),
+        tokenizer=tokenizer_of(loaded.processing_class),
+        sets=sets,
         truncation=reader.truncation,
         objective=objective_of(args, asked.loss),
         has_own_figures=(asked.compute_metrics is not None and not args.prediction_loss_only)
         or asked.is_subclass
-        or any(map(adds_figures, asked.callbacks or ())),
-        leaders=[c for c in asked.callbacks or () if isinstance(c, BEMACallback) and c.update_ref_model],
+        or any(map(adds_figures, callbacks)),
+        leaders=[c for c in callbacks if isinstance(c, BEMACallback) and c.update_ref_model],
         is_sharded=will_shard(args),
     )
-    for loaded in (policy, *([] if ref_model is None else [ref_model])):
-        keep_differentiable(loaded)  # first, because a rule may make a forward
-    refuse(refused_run(facts))
-    if ref_model is not None:
-        check_finite(model_tensors(policy))  # a reference made from the policy looks at its weights itself
-    train_set, eval_sets = reader.read(train_rows, "train"), reader.read_all(eval_rows)
-    sets = named_sets(train_set, eval_sets)
-    check_ids(sets, policy)
-    around = Surroundings(
-        origins=origins,
-        decode=lambda ids: str(tokenizer.decode(list(ids))),
-        given=digest_given(sets) if facts.brings_log_probs else None,
-    )
-    return Checked(facts, around, reader, processing, train_set, eval_sets)
-
-
-def _kinds(asked: Asked) -> dict[str, Any]:
-    names = ("args", "model", "ref_model", "callbacks", "peft_config", "processing_class", "reference")
-    return {name: getattr(asked, name) for name in names}
 
 
 @dataclass(frozen=True)

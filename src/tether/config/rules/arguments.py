@@ -35,29 +35,10 @@ def refused_arguments(
             "the options of the reference and of the loss are missing in it, or mean something else",
             "Write `from tether import DPOConfig` and `DPOConfig(...)` with the same options.",
         )
-    for name, value in (("model", model), ("ref_model", ref_model)):
-        if isinstance(value, str) or (name == "ref_model" and value is None):
-            continue
-        if not isinstance(value, nn.Module) or not hasattr(value, "config"):
-            yield Refusal(
-                f"a `{name}` of type {type(value).__name__}",
-                "it is scored as a language model of transformers is",
-                "Pass a path or name as text, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
-            )
-    if callbacks is not None and not isinstance(callbacks, list):
-        yield Refusal(
-            f"`callbacks` of type {type(callbacks).__name__}",
-            "those of transformers are added to the list of them",
-            "Write a list: `callbacks=[...]`.",
-        )
-    for callback in callbacks if isinstance(callbacks, list) else ():
-        own = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(own, TrainerCallback):
-            yield Refusal(
-                f"{callback!r} in `callbacks`",
-                "it is not a `transformers.TrainerCallback`",
-                "Pass callbacks, or classes of them.",
-            )
+    yield from _no_model("model", model)
+    if ref_model is not None:
+        yield from _no_model("ref_model", ref_model)
+    yield from _no_callbacks(callbacks)
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         yield Refusal(
             f"a `peft_config` of type {type(peft_config).__name__}",
@@ -71,8 +52,38 @@ def refused_arguments(
             "Pass a transformers tokenizer (`AutoTokenizer.from_pretrained(...)`), or the processor of a "
             "vision-language model (`AutoProcessor.from_pretrained(...)`).",
         )
-    is_made = isinstance(reference, Reference) or (callable(reference) and not isinstance(reference, type | nn.Module))
-    if reference is not None and not is_made:
+    yield from _no_reference(reference)
+
+
+def _no_model(name: str, value: Any) -> Iterator[Refusal]:
+    if not isinstance(value, str) and (not isinstance(value, nn.Module) or not hasattr(value, "config")):
+        yield Refusal(
+            f"a `{name}` of type {type(value).__name__}",
+            "it is scored as a language model of transformers is",
+            "Pass a path or name as text, an `AutoModelForCausalLM.from_pretrained(...)`, or a `PeftModel` of one.",
+        )
+
+
+def _no_callbacks(callbacks: Any) -> Iterator[Refusal]:
+    if callbacks is not None and not isinstance(callbacks, list):
+        yield Refusal(
+            f"`callbacks` of type {type(callbacks).__name__}",
+            "those of transformers are added to the list of them",
+            "Write a list: `callbacks=[...]`.",
+        )
+        return
+    for callback in callbacks or ():
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            yield Refusal(
+                f"{callback!r} in `callbacks`",
+                "it is not a `transformers.TrainerCallback`",
+                "Pass callbacks, or classes of them.",
+            )
+
+
+def _no_reference(reference: Any) -> Iterator[Refusal]:
+    is_function = callable(reference) and not isinstance(reference, type | nn.Module)
+    if reference is not None and not isinstance(reference, Reference) and not is_function:
         kind = reference.__name__ if isinstance(reference, type) else f"of type {type(reference).__name__}"
         yield Refusal(
             f"a `reference` {kind}",
