@@ -275,7 +275,7 @@ def margins_of(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
 
 
 def batch_of(inputs: Mapping[str, Any]) -> PairBatch:
-    """The `PairBatch` in a collator's output."""
+    """The `PairBatch` in the inputs that a collator returned."""
     batch = inputs["batch"]
     assert isinstance(batch, PairBatch)
     return batch
