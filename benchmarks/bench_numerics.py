@@ -22,11 +22,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from tiny import tiny_model
+
 from tether.reference import ExplicitReference, ImplicitReference, Placement
 from tether.scoring import score
 from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, Response
-from tiny import tiny_model
 
 
 class Model(NamedTuple):

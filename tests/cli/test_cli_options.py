@@ -124,7 +124,7 @@ def flat_schema(hint: Any) -> dict[str, Any]:
     return flatten(schema)
 
 
-def option_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+def option_of(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:  # noqa: C901
     name, choices = field.name, field.metadata.get("choices")
     kinds = [kind for kind in typing.get_args(hint) or (hint,)] if typing.get_origin(hint) is not list else [hint]
     if any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):  # transformers' `Enum | str`

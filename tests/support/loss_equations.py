@@ -69,7 +69,7 @@ def worth(h: float, numbers: Numbers) -> float:
     return h
 
 
-def loss_by_hand(name: str, pair: Pair, numbers: Numbers) -> float:
+def loss_by_hand(name: str, pair: Pair, numbers: Numbers) -> float:  # noqa: C901  # one branch for each loss
     """The loss of one pair; of the AOT losses, in a batch of this pair alone."""
     beta, eps = numbers.beta, numbers.smoothing
     g_w, g_l = worth(pair.h_w, numbers), worth(pair.h_l, numbers)

@@ -77,7 +77,7 @@ def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -
             if given.get(name):
                 why = "there is no reference to score" if name == "reference_free" else "its answers change as it moves"
                 yield Mistake(
-                    f"`{prog}` with `{name}`", why, "Take it out: this verb is for references that stand still."
+                    f"`{prog}` with `{name}`", why, "Remove it: this verb is for references that stand still."
                 )
     if script.dry_run and not prog.endswith(" train"):
         yield Mistake(f"`{prog}` with `dry_run`", "only `tether train` can stop before its first step", "Remove it.")

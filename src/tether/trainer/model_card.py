@@ -67,9 +67,11 @@ def write_model_card(
         dataset_name: The data's name on the hub.
         tags: Further tags.
     """
-    hub_model_id = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    hub_model_id, base_model = (
+        getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id,
+        hub_name(trainer.model),
+    )
     name = model_name or (hub_model_id or folder.resolve().name).rsplit("/", 1)[-1]
-    base_model = hub_name(trainer.model)
     data = ModelCardData(
         base_model=base_model,
         datasets=dataset_name,

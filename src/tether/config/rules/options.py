@@ -46,7 +46,7 @@ def refused_names(given: Iterable[str], signature: inspect.Signature) -> Iterato
                 f"`{name}`", "TRL 1.16 and transformers 5 have no such option any more", f"Write {FORMER[name]}."
             )
         else:
-            instead = f"Did you mean `{nearest}`?" if nearest else "Take it out."
+            instead = f"Did you mean `{nearest}`?" if nearest else "Remove it."
             yield Refusal(f"`{name}`", "there is no such option", instead)
 
 
