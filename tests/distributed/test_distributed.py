@@ -19,13 +19,13 @@ from tether.distributed import (
     full_shape,
     gather,
     local_shard,
+    names_of_all,
     num_processes,
     on_main_process,
+    raising_together,
     reduced,
     shard_like,
     sharding_of,
-    together,
-    union,
 )
 from tether.errors import ConfigurationError, DataError, ReferenceModelError
 from tether.reference.identity import digest_tensors
@@ -49,17 +49,17 @@ def test_one_process_speaks_for_itself() -> None:
     tensor = torch.tensor([1.0, 2.0])
     assert num_processes() == 1
     assert torch.equal(reduced(tensor, "sum"), tensor) and torch.equal(reduced(tensor, "max"), tensor)
-    assert union(["b", "a", "b"]) == ["a", "b"]
+    assert names_of_all(["b", "a", "b"]) == ["a", "b"]
     assert any_process(True) and not any_process(False)
     check_alike("whatever", "reference")
 
 
 def test_a_failure_in_a_joint_block_is_raised_as_it_is() -> None:
     error = DataError(problem="a", details="b", instead="c")
-    with pytest.raises(DataError) as caught, together():
+    with pytest.raises(DataError) as caught, raising_together():
         raise error
     assert caught.value is error
-    with pytest.raises(OSError, match="disk full"), together():
+    with pytest.raises(OSError, match="disk full"), raising_together():
         raise OSError("disk full")
 
 

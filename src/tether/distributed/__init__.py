@@ -17,10 +17,10 @@ from tether.distributed.processes import (
     check_alike,
     is_distributed,
     is_main_process,
+    names_of_all,
     num_processes,
+    raising_together,
     reduced,
-    together,
-    union,
 )
 from tether.distributed.shards import (
     exchanged,
@@ -55,13 +55,13 @@ __all__ = [
     "is_main_process",
     "is_sharded",
     "local_shard",
+    "names_of_all",
     "num_processes",
     "on_main_process",
     "plain_class",
+    "raising_together",
     "reduced",
     "shard_like",
     "sharding_of",
-    "together",
     "twin_of_fsdp",
-    "union",
 ]

@@ -41,13 +41,13 @@ def any_process(flag: bool) -> bool:
     return any(_gathered(flag))
 
 
-def union(names: Iterable[str]) -> list[str]:
+def names_of_all(names: Iterable[str]) -> list[str]:
     """The names given on any process, sorted. Collective."""
     return sorted(set().union(*_gathered(list(names))))
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raising_together() -> Iterator[None]:
     """A block whose failure on one process is raised on all of them, so that none is left waiting.
 
     The block itself must not be collective, or must fail on every process alike. Collective at its end.

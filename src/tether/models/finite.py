@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import forget_gathered, has_shards, local_shard, reduced, union
+from tether.distributed import forget_gathered, has_shards, local_shard, names_of_all, reduced
 from tether.errors import NotFiniteError
 
 _INSTEAD = (
@@ -63,7 +63,7 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
     parts = {name: local_shard(p) for name, p in model.named_parameters() if p.requires_grad}
     broken = [name for name, part in parts.items() if not _is_finite(part)]
     if has_shards(model):
-        broken = union(broken)
+        broken = names_of_all(broken)
     if broken:
         others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise NotFiniteError(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import any_process, reduced, union
+from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.types import PairBatch, ResponseLogProbs
@@ -229,7 +229,7 @@ class ReferenceWatch:
             return
         own = self._reference.identity.compute_dtype
         allowed = tolerance(own, own, alike=not self._reference.traits.answers_are_stored)
-        names = union(self._reference.changed_tensors())  # reads every weight, so only when something is wrong
+        names = names_of_all(self._reference.changed_tensors())  # reads every weight, so only when something is wrong
         if gap.within(allowed) and not names:
             return
         raise DriftError(

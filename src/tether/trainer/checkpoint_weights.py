@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from tether.distributed import full_shape, gather, has_shards, local_shard, shard_like, together
+from tether.distributed import full_shape, gather, has_shards, local_shard, raising_together, shard_like
 from tether.errors import ResumeError
 from tether.reference.implicit import adapter_tensors, saves_adapter_alone
 
@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> bool:
         return False
     names = _names_in(checkpoint)
     if names <= model.state_dict().keys():
-        with together():
+        with raising_together():
             _refuse_missing(_without_file(model, names), model, checkpoint)
         return False
     _load_renamed(model, checkpoint)
@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> bool:
 
 def _load_adapters(model: nn.Module, checkpoint: Path) -> None:
     own = adapter_tensors(model)
-    with together():
+    with raising_together():
         saved = _read_adapters(own, model, checkpoint)
     with torch.no_grad():
         for name in sorted(own):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tether.distributed import together
+from tether.distributed import raising_together
 from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
@@ -148,9 +148,9 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
             not say against which.
     """
     folder = checkpoint / _FOLDER
-    with together():
+    with raising_together():
         _check_same(folder, reference)
-    with together():
+    with raising_together():
         reference.load(folder)
     return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
 

@@ -20,7 +20,7 @@ from tether.config.dpo_config import DPOConfig
 from tether.config.rules.run import refused_run, router_coefficient
 from tether.data.collators import Collator
 from tether.data.datasets import Rows, batch_of
-from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, sharding_of, together
+from tether.distributed import autocast_dtype, cast_as_training_will, check_alike, raising_together, sharding_of
 from tether.errors import ConfigurationError
 from tether.losses import PreferenceLoss
 from tether.losses.metrics import MetricSums, pair_metrics
@@ -165,7 +165,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         """Tries a save, and builds the reference beside the policy, which the accelerator holds by now."""
         if is_adapter_model(self.model) and self.args.activation_checkpointing:
             self.model.enable_input_require_grads()
-        with together():
+        with raising_together():
             if self.args.should_save:
                 try_saving(self._save, self.model, str(self.args.output_dir))
         self._run = self._run_of_reference(checked)
@@ -179,7 +179,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             refuse(refused_run(replace(facts, is_sharded=shard is not None)))
         cast_as_training_will(self.model, self.accelerator)
         around = replace(checked.around, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
-        with together():
+        with raising_together():
             reference = build_reference(self.model, facts, around)
         check_alike(reference.identity.digest, "reference")
         follow_average(reference, facts.leaders)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
 from tether.data.datasets import PairDataset, batch_of
-from tether.distributed import together
+from tether.distributed import raising_together
 from tether.reference import Reference
 from tether.reference.watch import ReferenceWatch
 from tether.trainer.batches import Collator, RowsToScore
@@ -74,7 +74,7 @@ class ReferenceRun(TrainerCallback):
         }
         show_progress = not self._args.disable_tqdm and self._accelerator.is_local_main_process
         # A row that one process cannot use stops them all; where scoring is collective they are in step already.
-        with nullcontext() if self.reference.traits.is_collective else together():
+        with nullcontext() if self.reference.traits.is_collective else raising_together():
             self.reference.prepare(batches, show_progress=show_progress)
         self._accelerator.wait_for_everyone()
 
