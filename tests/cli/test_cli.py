@@ -542,7 +542,7 @@ def test_train_makes_no_pass_after_precompute(tether: Run, recipe: Callable[...,
     code, out, err = tether("precompute", recipe(ref_store=str(tmp_path / "store.sqlite")))
     assert code == 0, err
     found, computed = map(int, re.search(r"(\d+) responses found, (\d+) computed", out).groups())  # type: ignore[union-attr]
-    digest = re.search(r"reference  explicit ([0-9a-f]+)", out).group(1)  # type: ignore[union-attr]
+    digest = re.search(r"reference  precomputed explicit ([0-9a-f]+)", out).group(1)  # type: ignore[union-attr]
     assert found == 0 and 16 < computed <= 32
     assert str(tmp_path / "store.sqlite") in out and not (tmp_path / "out").exists()
     code, out, err = tether(

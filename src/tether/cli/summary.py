@@ -69,8 +69,8 @@ def _which_weights(trainer: DPOTrainer) -> str:
 
 def describe_reference(trainer: DPOTrainer) -> str:
     """Its kind, its digest, and the size of its weights beside the policy."""
-    identity, extra = trainer.reference.identity, trainer.reference.extra_bytes
-    return f"{identity.kind} {identity.digest[:12]}, {extra / 1e6:,.1f} MB of weights beside the policy"
+    reference, extra = trainer.reference, trainer.reference.extra_bytes
+    return f"{reference.kind.name} {reference.identity.digest[:12]}, {extra / 1e6:,.1f} MB of weights beside the policy"
 
 
 def describe_store(trainer: DPOTrainer) -> list[str]:

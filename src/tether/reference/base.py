@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     """A kind of reference, as it appears in the model card.
 
     Attributes:
-        name: One word; the `kind` of its identity.
+        name: A word or two; of one that is not precomputed, the `kind` of its identity.
         description: What the reference is, to follow "the reference:".
         paper: The arXiv number of the paper it comes from, if not DPO's.
     """

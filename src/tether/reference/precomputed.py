@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tether.distributed import any_process
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError
-from tether.reference.base import BatchSource, Reference, Traits
+from tether.reference.base import BatchSource, Kind, Reference, Traits
 from tether.reference.filling import StorePass, names_of
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.wrapping import WrappingReference
@@ -85,6 +85,14 @@ class PrecomputedReference(WrappingReference[Reference]):
         self._num_found = self._num_computed = 0
         if mode == "require":
             self.release()
+
+    @property
+    def kind(self) -> Kind:
+        """The source's, scored ahead: `precomputed explicit`, say. The identity is the source's own."""
+        of_source = super().kind
+        return Kind(
+            f"precomputed {of_source.name}", f"{of_source.description}, scored once and kept on disk", of_source.paper
+        )
 
     @property
     def store(self) -> LogProbStore:

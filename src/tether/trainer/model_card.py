@@ -80,7 +80,7 @@ def write_model_card(
         tags=_merged_tags(tags, trainer._tag_names),
     )
     pairs = trainer.train_dataset
-    identity, losses = trainer.reference.identity, trainer._objective.functions
+    identity, kind, losses = trainer.reference.identity, trainer.reference.kind, trainer._objective.functions
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
@@ -95,12 +95,12 @@ def write_model_card(
         dpo=_links([DPO_PAPER]),
         losses="; ".join(f"{_code(name)} ({_links(_papers_of(loss)) or 'own'})" for name, loss in losses.items()),
         links=", ".join(f"[{name}]({quote(url, safe=_OF_ADDRESSES)})" for name, url in _tracker_links().items()),
-        about_reference=trainer.reference.kind.description,
-        reference=_cells({**identity.describe(), "digest": identity.digest}),
+        about_reference=kind.description,
+        reference=_cells({**identity.describe(), "kind": kind.name, "digest": identity.digest}),
         options=_cells(_options_of_run(trainer.args)),
         adapter=_cells(_options_of_adapter(trainer.model)),
         versions=_cells({library: _version(library) for library in _LIBRARIES}),
-        citations=[_citation(paper) for paper in _papers(trainer.reference.kind, losses)],
+        citations=[_citation(paper) for paper in _papers(kind, losses)],
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
