@@ -40,6 +40,26 @@ except MissingPackageError as error:
     assert "pip install matplotlib" in found.stdout
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tether import DPOConfig, DPOTrainer",
+        "from tether.trainer import BEMACallback, DPOConfig, DPOTrainer",
+        "from tether.trainer.dpo_trainer import DPOTrainer",
+        "from tether.data import DataCollatorForPreference, PairCollator, as_dataset, batch_of, tokenize_pairs",
+        "from tether.losses import LOSSES, LossOptions, Objective",
+        "from tether.reference import ExplicitReference, Reference, WrappingReference",
+        "from tether.scoring import score",
+        "from tether.store import LogProbStore",
+        "from tether.types import PairBatch, PairScores, Response, ResponseLogProbs",
+        "from tether.errors import ConfigurationError, TetherError",
+        "from tether.testing import ReferenceContract",
+    ],
+)
+def test_a_documented_import_path_works(line: str) -> None:
+    exec(line, {})
+
+
 def test_every_dependency_has_a_floor_and_a_tested_version_and_the_readme_names_the_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
