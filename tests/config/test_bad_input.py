@@ -464,6 +464,7 @@ COMBINATIONS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "inference_mode",
         lambda: {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True)},
     ),
+    "the best of no evaluation": ("load_best_model_at_end", lambda: {"load_best_model_at_end": True}),
     "evaluation of no set": (
         "eval_strategy",
         lambda: {"eval_strategy": "steps", "metric_for_best_model": "loss", "eval_dataset": {}},

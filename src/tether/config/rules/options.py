@@ -246,6 +246,10 @@ def _batches(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def _saving(args: DPOConfig) -> Iterator[Refusal]:
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        why = "nothing is evaluated, so no checkpoint is the best"
+        instead = "Set `eval_strategy` and `save_strategy` too, or leave it out."
+        yield of_option("load_best_model_at_end", True, why, instead)
     if args.save_strategy == "best" and args.eval_strategy == "no":
         yield of_option(
             "save_strategy",
