@@ -117,9 +117,10 @@ def check(asked: Asked) -> Checked:
     train_set, eval_sets = reader.read(train_rows, "train"), reader.read_all(eval_rows)
     sets = named_sets(train_set, eval_sets)
     check_ids(sets, facts.policy)
+    tokenizer = facts.tokenizer  # the facts hold the models, which this must not keep alive
     around = Surroundings(
         origins=loaded.origins,
-        decode=lambda ids: str(facts.tokenizer.decode(list(ids))),
+        decode=lambda ids: str(tokenizer.decode(list(ids))),
         given=digest_given(sets) if facts.brings_log_probs else None,
     )
     return Checked(facts, around, reader, loaded.processing_class, train_set, eval_sets)
