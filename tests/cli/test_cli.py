@@ -296,7 +296,11 @@ REFUSALS = [
     ("eval_strategy: sometimes", "it should be 'no', 'steps' or 'epoch'", "--help"),
     ("eval_strategy: steps", "nothing to evaluate on", "eval_fraction"),
     ("do_eval: true", "the verb of the command decides what a run does", "eval_fraction"),
-    ("eval_strategy: epoch\neval_fraction: 0.2\nload_best_model_at_end: true", "save and eval strategy to match", "--help"),
+    (
+        "eval_strategy: epoch\neval_fraction: 0.2\nload_best_model_at_end: true",
+        "save and eval strategy to match",
+        "--help",
+    ),
     ("loss_type: sigmoidal", "it should be 'sigmoid', 'hinge'", "Did you mean `sigmoid`?"),
     ("sync_ref_model: true\nprecompute_ref_log_probs: true", "stale", "one of the two"),
     ("lora_alpha: 8", "without a rank none is made", "lora_r"),

@@ -164,7 +164,7 @@ class DataCollatorForVisionPreference(DataCollatorMixin):
         return batch | image_inputs(shown, batch["input_ids"].shape[1])
 
 
-Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 def pair_collator(

@@ -142,7 +142,7 @@ def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
     """Whether every row has ids of the tokenizer in every column; looks at whole columns, which is fast."""
     if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return False
-    for table in _tables(dataset, TOKEN_COLUMNS):
+    for table in arrow_tables(dataset, TOKEN_COLUMNS):
         for column in (table[name] for name in TOKEN_COLUMNS):
             kind = column.type
             if not (hasattr(kind, "value_type") and str(kind.value_type).lstrip("u").startswith("int")):
@@ -156,14 +156,14 @@ def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
 
 
 def _prompt_lengths(dataset: Dataset) -> Any:
-    tables = _tables(dataset, TOKEN_COLUMNS[:1])
+    tables = arrow_tables(dataset, TOKEN_COLUMNS[:1])
     return np.concatenate([pc.list_value_length(table[TOKEN_COLUMNS[0]]).to_numpy() for table in tables])
 
 
 def largest_id(dataset: Dataset) -> tuple[int, int]:
     """The largest token id of a tokenized set, and the number of a row that has it."""
     largest, found, start = -1, 0, 0
-    for table in _tables(dataset, TOKEN_COLUMNS):
+    for table in arrow_tables(dataset, TOKEN_COLUMNS):
         ids = [column.combine_chunks() for column in (table[name] for name in TOKEN_COLUMNS)]
         here = max(pc.max(pc.list_flatten(column)).as_py() for column in ids)
         if here > largest:
@@ -174,10 +174,10 @@ def largest_id(dataset: Dataset) -> tuple[int, int]:
 
 
 def _texts(dataset: Dataset, column: str) -> Iterator[str | None]:
-    return (text for table in _tables(dataset, (column,)) for text in table[column].to_pylist())
+    return (text for table in arrow_tables(dataset, (column,)) for text in table[column].to_pylist())
 
 
-def _tables(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[Any]:
+def arrow_tables(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[Any]:
     """The columns as Arrow tables, in the order of the rows."""
     return dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)  # type: ignore[no-any-return]
 

@@ -18,18 +18,18 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from tether.config.dpo_config import DPOConfig
+from tether.data.collators import Collator
 from tether.data.datasets import TOKEN_COLUMNS, batch_columns, batch_of, truncation_of
 from tether.data.rounds import FilledOrder, FilledStream, MarkedRows
 from tether.data.rows import has_image_column
 from tether.data.sampling import EvenBatches
+from tether.data.tokenizing import arrow_tables
 from tether.data.truncation import Truncation
 from tether.types import PairBatch
 
 _Numbers: TypeAlias = npt.NDArray[np.int64]
-_ROWS_AT_ONCE, _ROWS_READ_AT_ONCE = 32, 10_000
+_ROWS_AT_ONCE = 32
 _ENOUGH_TOKENS = 16_384  # more at once is hardly faster, and a stopped pass loses what is in flight
-
-Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class RowsToScore:
@@ -67,7 +67,7 @@ class RowsToScore:
 def _prompts(dataset: Any) -> _Numbers:
     """A number for each row, which rows of one prompt share; in bounded memory."""
     prompts: list[int] = []
-    for table in _token_tables(dataset):
+    for table in arrow_tables(dataset, TOKEN_COLUMNS):
         lengths = pc.list_value_length(table[TOKEN_COLUMNS[0]]).to_numpy().astype(np.int64)
         ids = pc.list_flatten(table[TOKEN_COLUMNS[0]]).to_numpy()
         for part in np.split(ids, np.cumsum(lengths)[:-1]):
@@ -169,19 +169,13 @@ def pair_lengths(dataset: Dataset, truncation: Truncation | None) -> _Numbers:
         truncation: Where its rows are cut. None if nobody knows: both sequences count whole, which no cut exceeds.
     """
     lengths: list[_Numbers] = []
-    for table in _token_tables(dataset):
+    for table in arrow_tables(dataset, TOKEN_COLUMNS):
         prompt, chosen, rejected = (
             pc.list_value_length(table[column]).to_numpy().astype(np.int64) for column in TOKEN_COLUMNS
         )
         whole = 2 * prompt + chosen + rejected
         lengths.append(whole if truncation is None else truncation.num_tokens(prompt, chosen, rejected))
     return np.concatenate(lengths)
-
-
-def _token_tables(dataset: Dataset) -> Iterator[Any]:
-    """The token ids as Arrow tables, in the order of the rows."""
-    ids = dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")
-    return ids.iter(batch_size=_ROWS_READ_AT_ONCE)  # type: ignore[no-any-return]
 
 
 def token_columns(dataset: Dataset) -> Any:

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
+from tether.data.collators import Collator
 from tether.data.datasets import PairDataset, batch_of
 from tether.distributed import raising_together
 from tether.reference import Reference
 from tether.reference.watch import ReferenceWatch
-from tether.trainer.batches import Collator, RowsToScore
+from tether.trainer.batches import RowsToScore
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
 from tether.trainer.saving import keep_savable
 
