@@ -26,7 +26,6 @@ import tether.reference.explicit
 import tether.reference.implicit
 import tether.reference.watch
 import tether.trainer.checkpoints
-import tether.trainer.dpo_trainer
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
@@ -323,7 +322,6 @@ def one_identity(patch: pytest.MonkeyPatch) -> None:
 
 def never_release(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "release", lambda self: None)
-    patch.setattr(tether.trainer.dpo_trainer, "check_own", lambda *_: None)  # a second guard of the same
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from torch import nn
 
 from support.observe import bits, same_bits
 from support.runs import curve, make_trainer, trained
 from support.tiny import tiny_model
-from tether import BEMACallback
-from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
+from tether import BEMACallback, Placement, Traits
+from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
 from tether.reference import (
     BemaReference,
     ExplicitReference,
@@ -22,6 +23,7 @@ from tether.reference import (
     ImplicitReference,
     PrecomputedReference,
     SynchronizedReference,
+    WrappingReference,
 )
 from tether.store import LogProbStore
 
@@ -141,3 +143,87 @@ def test_the_reference_cannot_be_exchanged_afterwards(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     with pytest.raises(AttributeError, match=r"DPOTrainer\(\.\.\., reference=\.\.\.\)"):
         trainer.reference = ExplicitReference(tiny_model())  # type: ignore[misc]
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "that follows another model": (
+        lambda policy: SynchronizedReference(ExplicitReference.of_policy(policy), tiny_model, every=1),
+        ReferenceModelError,
+        "follows another model",
+    ),
+    "that would move the model it was made of": (
+        lambda policy: SynchronizedReference(ExplicitReference(tiny_model(seed=1)), lambda: policy, every=1),
+        ReferenceModelError,
+        "shared with the model it was made of",
+    ),
+    "that moves a wrapper": (
+        lambda policy: SynchronizedReference(  # type: ignore[type-var]
+            WrappingReference(ExplicitReference.of_policy(policy)), lambda: policy, every=1
+        ),
+        ArgumentTypeError,
+        "only a reference with its own weights",
+    ),
+    "that moves at no step": (
+        lambda policy: SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=0),
+        ConfigurationError,
+        "every=0",
+    ),
+    "without an adapter": (lambda policy: ImplicitReference(policy), ArgumentTypeError, "no adapter to switch"),
+    "of another vocabulary": (
+        lambda policy: ExplicitReference(tiny_model(vocab_size=128)),
+        ConfigurationError,
+        "another vocabulary",
+    ),
+    "without a head": (lambda policy: ExplicitReference(tiny_model().model), ConfigurationError, "no head"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_reference_is_refused(name: str, tmp_path: Path) -> None:
+    make, error, said = WRONG[name]
+    with pytest.raises(error, match=said):
+        make_trainer(tmp_path, reference=make)
+
+
+def test_a_moving_reference_never_writes_to_the_model_it_was_made_of(tmp_path: Path) -> None:
+    model = tiny_model(seed=1)
+    before = bits(model)
+    with pytest.raises(ReferenceModelError, match="shared with the model"):
+        trained(
+            tmp_path,
+            reference=BemaReference(ExplicitReference(model)),
+            callbacks=[BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=1)],
+        )
+    assert same_bits(bits(model), before)
+    trained(
+        tmp_path,
+        reference=lambda policy: SynchronizedReference(
+            ExplicitReference.of_other_model(model, policy, moves=True), lambda: policy, every=1
+        ),
+    )
+    assert same_bits(bits(model), before)
+
+
+def test_a_reference_in_another_dtype_than_the_policys_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    placed = Placement(autocast_dtype=torch.bfloat16)
+    make_trainer(tmp_path, bf16=True, reference=lambda policy: ExplicitReference.of_policy(policy, placed))
+    assert "differ by rounding" not in caplog.text
+    make_trainer(tmp_path, bf16=True, reference=ExplicitReference.of_policy)
+    assert "computes in float32 and the policy in bfloat16" in caplog.text and "Placement(" in caplog.text
+    with pytest.raises(ReferenceModelError, match="made for float32"):
+        make_trainer(tmp_path, bf16=True, **LORA, reference=lambda policy: ImplicitReference(policy))
+
+
+def test_drift_is_found_at_the_end_of_a_run_that_saves_nothing(tmp_path: Path) -> None:
+    class Stands(WrappingReference[Any]):
+        """A synchronized reference that says it stands still."""
+
+        traits = Traits()
+
+    def make(policy: nn.Module) -> Stands:
+        return Stands(SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=1))
+
+    with pytest.raises(DriftError, match="should not change"):
+        trained(tmp_path, reference=make, learning_rate=1e-2)

@@ -155,7 +155,7 @@ def test_evaluation_in_half_precision_leaves_weights_reference_and_training_alon
     assert curve(asked) == curve(plain) and same_bits(bits(asked.model), bits(plain.model))
     answers = said_in_evaluation(asked), said_in_evaluation(plain)
     assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
-    asked._run.watch.check_drift()
+    asked._reference_run.watch.check_drift()
     asked.predict(tiny_pairs(6, seed=1))
     asked.train()  # the optimizer's state is keyed by the parameters
     plain.train()
@@ -195,7 +195,7 @@ def test_drift_is_found_with_evaluation_in_half_precision(tmp_path: Path) -> Non
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.mul_(1.01)
     with pytest.raises(DriftError):
-        trainer._run.watch.check_drift()
+        trainer._reference_run.watch.check_drift()
 
 
 def test_evaluation_in_another_half_precision_than_training_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tether.errors import ReferenceModelError, ResumeError
 from tether.reference.base import Kind, Traits
 from tether.reference.identity import ReferenceIdentity
-from tether.reference.updates.groups import MovableReference
+from tether.reference.updates.groups import MovableReference, check_movable
 from tether.reference.wrapping import WrappingReference
 
 _TENSORS = "bema_reference.safetensors"
@@ -32,6 +32,7 @@ class BemaReference(WrappingReference[MovableReference]):
     kind = Kind("bema", "weights that follow an average of the policy's (BEMA)", paper="2508.00180")
 
     def __init__(self, source: MovableReference) -> None:
+        check_movable(source, "BemaReference")
         super().__init__(source)
         self._taken: set[str] = set()
 

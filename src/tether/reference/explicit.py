@@ -110,6 +110,7 @@ class ExplicitReference(MovableReference):
         self._is_apart = apart
         self._placement = replace(placement, device=next(self._module.parameters()).device)
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
+        self._given = _storages(model.parameters()) if not apart else set()
         self._num_passes = 0
         self._means_policy = means_policy
         self._digests = digest_tensors(model_tensors(self._module))
@@ -227,7 +228,18 @@ class ExplicitReference(MovableReference):
         return {name: local_shard(tensor) for name, tensor in named}
 
     def write(self, name: str, tensor: Tensor) -> None:
+        self._refuse_given(name)
         local_shard(self._own(name)).copy_(tensor)
+
+    def _refuse_given(self, name: str) -> None:
+        """Refuses to change a tensor of the model that the reference was made of, which is the caller's."""
+        if _storage(self._own(name)) in self._given:
+            raise ReferenceModelError(
+                problem=f"Cannot move this reference: its weight `{name}` is shared with the model it was made of, "
+                "which would change with it.",
+                instead="Make it with its own weights: `ExplicitReference.of_policy(policy)`, or "
+                "`ExplicitReference.of_other_model(model, policy, moves=True)`.",
+            )
 
     def shard(self, name: str, tensor: Tensor) -> Tensor:
         return shard_like(tensor, self._own(name))
@@ -254,6 +266,8 @@ class ExplicitReference(MovableReference):
             )
         trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         buffers = [name for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
+        for name in trained:
+            self._refuse_given(name)
         return [DenseGroup(name, rule.alpha) for name in (*trained, *buffers)]
 
     def _bring_back(self) -> nn.Module:

@@ -20,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
-from tether.errors import ConfigurationError, ReferenceModelError
+from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
@@ -64,6 +64,12 @@ class ImplicitReference(MovableReference):
     kind = Kind("implicit", "the policy's own base, with its adapter off or as it started")
 
     def __init__(self, policy: PeftModel, *, autocast_dtype: torch.dtype | None = None, moves: bool = False) -> None:
+        if not is_adapter_model(policy):
+            raise ArgumentTypeError(
+                problem=f"Cannot make an `ImplicitReference` of a {type(policy).__name__}: it has no adapter to switch "
+                "off.",
+                instead="Pass a `PeftModel`, or write `ExplicitReference.of_policy(policy)`.",
+            )
         self._policy = policy
         self._autocast_dtype = autocast_dtype
         self._num_passes = 0

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.distributed import forget_gathered
-from tether.errors import ResumeError
+from tether.errors import ConfigurationError, ResumeError
 from tether.models.finite import check_weights
 from tether.reference.base import Kind, Traits
 from tether.reference.identity import ReferenceIdentity, num_bytes
-from tether.reference.updates.groups import MovableReference, Tensors, UpdateRule
+from tether.reference.updates.groups import MovableReference, Tensors, UpdateRule, check_movable
 from tether.reference.updates.low_rank import truncation_error
 from tether.reference.wrapping import WrappingReference
 
@@ -57,6 +57,13 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         every: int,
         max_rank: int | None = None,
     ) -> None:
+        check_movable(source, "SynchronizedReference")
+        if every < 1:
+            raise ConfigurationError(
+                problem=f"Cannot use `SynchronizedReference(every={every})`: it is the number of optimizer steps "
+                "between syncs, so it must be at least 1.",
+                instead="Write a whole number of at least 1.",
+            )
         super().__init__(source)
         self._policy = policy
         self._rule, self._every = UpdateRule(alpha, max_rank), every
@@ -66,6 +73,11 @@ class SynchronizedReference(WrappingReference[MovableReference]):
         for group in self._groups:
             self._state |= group.start(own)
         self._num_syncs = 0
+
+    @property
+    def follows(self) -> nn.Module:
+        """The policy it follows."""
+        return self._policy()
 
     @property
     def identity(self) -> ReferenceIdentity:

@@ -40,6 +40,11 @@ class WrappingReference(Reference, Generic[Source]):
         self._source = source
 
     @property
+    def wrapped(self) -> Source:
+        """The reference it forwards to."""
+        return self._source
+
+    @property
     def identity(self) -> ReferenceIdentity:
         return self._source.identity
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 import logging
 import shlex
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.config.dpo_config import DPOConfig
 from tether.config.rules.facts import Facts
+from tether.config.rules.model import refused_model
 from tether.distributed import Sharding, has_shards
 from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
 from tether.models.origin import Origin
-from tether.reference.base import Reference
+from tether.models.preparing import differing_vocabulary
+from tether.reference.base import Reference, compute_dtype_name
 from tether.reference.bema import BemaReference
 from tether.reference.explicit import ExplicitReference, Placement
 from tether.reference.free import FreeReference
@@ -29,6 +33,8 @@ from tether.reference.given import GivenReference
 from tether.reference.implicit import ImplicitReference, is_adapter_model
 from tether.reference.precomputed import PrecomputedReference
 from tether.reference.synchronized import SynchronizedReference
+from tether.reference.wrapping import WrappingReference
+from tether.refusals import Refusal
 from tether.store import LogProbStore
 
 logger = logging.getLogger(__name__)
@@ -100,16 +106,30 @@ def _own(reference: Any, policy: nn.Module) -> Reference:
     return made
 
 
-def check_own(reference: Reference, policy: nn.Module) -> None:
-    """Refuses a reference that holds weights which the policy trains.
+def refused_own(reference: Reference, tokenizer: PreTrainedTokenizerBase) -> Iterator[Refusal]:
+    """A model of the user's reference that no `ref_model` could be."""
+    module = reference.module
+    if isinstance(module, PreTrainedModel | PeftModel):
+        yield from refused_model("reference", module)
+        if details := differing_vocabulary(module, tokenizer):
+            yield Refusal(
+                "this `reference`",
+                "its model has another vocabulary than the policy, and both must read the same token ids",
+                "Use a model of the same tokenizer family.",
+                details,
+            )
 
-    Called when it has scored ahead: one that is released by then may share them.
+
+def check_own(reference: Reference, policy: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+    """Refuses a reference that trains with the policy, follows another one, or is wrong about its own dtype.
+
+    Called when it has scored ahead: one that is released by then may share the policy's weights.
 
     Raises:
-        ReferenceModelError: Names the weight.
+        ReferenceModelError: Says what of it.
     """
-    trained = {p.untyped_storage().data_ptr() for p in policy.parameters() if p.requires_grad} - {0}
     module = None if reference.traits.runs_in_policy else reference.module
+    trained = {p.untyped_storage().data_ptr() for p in policy.parameters() if p.requires_grad} - {0}
     for name, parameter in () if module is None else module.named_parameters():
         if parameter.untyped_storage().data_ptr() in trained:
             raise ReferenceModelError(
@@ -118,6 +138,39 @@ def check_own(reference: Reference, policy: nn.Module) -> None:
                 instead="Copy what trains, `reference=lambda policy: ExplicitReference.of_policy(policy)`, or take "
                 "another model.",
             )
+    layer: Any = reference
+    while isinstance(layer, WrappingReference):
+        if isinstance(layer, SynchronizedReference) and _plain(layer.follows) is not _plain(policy):
+            raise ReferenceModelError(
+                problem="Cannot use this reference: it follows another model than the policy that trains.",
+                instead="Write `reference=lambda policy: SynchronizedReference(source, lambda: policy, every=...)`, "
+                "with the policy that the function is called with.",
+            )
+        layer = layer.wrapped
+    if reference.traits.means_policy:
+        _check_dtype(reference, compute_dtype_name(policy, autocast_dtype))
+
+
+def _check_dtype(reference: Reference, policy_dtype: str) -> None:
+    own = reference.identity.compute_dtype
+    if own == policy_dtype:
+        return
+    written = f"Write `Placement(autocast_dtype=torch.{policy_dtype})` for an `ExplicitReference`, "
+    written += f"`autocast_dtype=torch.{policy_dtype}` for an `ImplicitReference`."
+    if reference.traits.runs_in_policy:
+        raise ReferenceModelError(
+            problem=f"Cannot use this reference: it is made for {own}, and its passes run through the policy, in "
+            f"{policy_dtype}.",
+            instead=written,
+        )
+    logger.warning(
+        "The reference computes in %s and the policy in %s, so they differ by rounding. %s", own, policy_dtype, written
+    )
+
+
+def _plain(model: Any) -> Any:
+    """The model that `torch.compile` wrapped."""
+    return getattr(model, "_orig_mod", model)
 
 
 def follow_average(reference: Reference, leaders: Sequence[Any]) -> None:

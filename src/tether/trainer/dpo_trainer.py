@@ -29,7 +29,7 @@ from tether.reference import Reference
 from tether.reference.implicit import is_adapter_model
 from tether.refusals import refuse
 from tether.scoring import restore_attention, score
-from tether.trainer.build_reference import build_reference, check_own, follow_average, waits_for_device
+from tether.trainer.build_reference import build_reference, check_own, follow_average, refused_own, waits_for_device
 from tether.trainer.evaluation import full_evaluation, padded_logits
 from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
@@ -168,8 +168,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         with raising_together():
             if self.args.should_save:
                 try_saving(self._save, self.model, str(self.args.output_dir))
-        self._run = self._run_of_reference(checked)
-        self.add_callback(self._run)
+        self._reference_run = self._run_of_reference(checked)
+        self.add_callback(self._reference_run)
         self.add_callback(self._epochs)
         self.model.add_model_tags(list(self._tag_names))
 
@@ -181,6 +181,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         around = replace(checked.around, shard=shard, autocast_dtype=autocast_dtype(self.accelerator))
         with raising_together():
             reference = build_reference(self.model, facts, around)
+            if facts.reference is not None:
+                refuse(refused_own(reference, facts.tokenizer))
         check_alike(reference.identity.digest, "reference")
         follow_average(reference, facts.leaders)
         run = ReferenceRun(
@@ -192,7 +194,9 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             autocast_dtype=around.autocast_dtype,
             waits=shard is not None or waits_for_device(self.model, self.args.device),
         )
-        check_own(reference, self.model)
+        with raising_together():
+            if facts.reference is not None:
+                check_own(reference, self.model, around.autocast_dtype)
         return run
 
     # ---- the reference -------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     @property
     def reference(self) -> Reference:
         """The reference of this run; chosen at construction."""
-        return self._run.reference
+        return self._reference_run.reference
 
     @reference.setter
     def reference(self, value: Any) -> NoReturn:
@@ -252,7 +256,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         sums = self._train_sums if self.model.training else self._eval_sums
         reference = self.reference.log_probs(batch)
         unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
-        gap = self._run.watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
+        gap = self._reference_run.watch.gap_at_start(unwrapped, batch, reference, has_trained=has_trained)
         self._train_sums.add_once(gap)
         with self._precision():
             policy = score(
@@ -291,7 +295,9 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         if means:
             means.pop("loss", None)  # the trainer's own is the mean over the steps since the last log
             logs |= means | {"num_tokens": self._sum_tokens()}
-            logs |= self.reference.figures() | self._run.watch.distances(self.accelerator.unwrap_model(self.model))
+            logs |= self.reference.figures() | self._reference_run.watch.distances(
+                self.accelerator.unwrap_model(self.model)
+            )
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -96,7 +96,7 @@ class PairEvaluation(RunSaving):
         if tokenized is not self.eval_dataset:
             sets = named_sets(None, tokenized)
             check_ids(sets, self.accelerator.unwrap_model(self.model))
-            self._run.prepare(sets)
+            self._reference_run.prepare(sets)
         return tokenized
 
     def _precision(self) -> AbstractContextManager[Any]:

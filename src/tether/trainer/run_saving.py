@@ -27,7 +27,7 @@ class RunSaving(Trainer):
 
     args: DPOConfig
     model: Any
-    _run: ReferenceRun
+    _reference_run: ReferenceRun
     _objective: Objective
     _losses: LossWatch
     _place: StreamPlace | None
@@ -48,7 +48,7 @@ class RunSaving(Trainer):
             ReferenceModelError: If the reference has no weights of its own, or cannot be saved in that form.
         """
         writes = self.args.should_save
-        self._run.reference.export(Path(folder) if writes else None, merged=merged)
+        self._reference_run.reference.export(Path(folder) if writes else None, merged=merged)
         if writes:
             assert self.processing_class is not None
             self.processing_class.save_pretrained(folder)
@@ -88,7 +88,7 @@ class RunSaving(Trainer):
 
     @property
     def _kept(self) -> Kept:
-        return Kept(self._run.reference, self._run.watch, self._objective.reward_shift)
+        return Kept(self._reference_run.reference, self._reference_run.watch, self._objective.reward_shift)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tether.errors import ArgumentTypeError
 from tether.reference.base import Reference
 from tether.reference.updates.averaging import soft_update, soft_update_with_residual
 from tether.refusals import Refusal, of_option, refuse
@@ -85,6 +86,21 @@ class UpdateGroup(ABC):
             policy, reference: Their tensors by name.
             state: What `start`, or the last move, returned.
         """
+
+
+def check_movable(source: Reference, wrapper: str) -> None:
+    """Refuses a source that cannot move.
+
+    Raises:
+        ArgumentTypeError: Names both.
+    """
+    if not isinstance(source, MovableReference):
+        raise ArgumentTypeError(
+            problem=f"Cannot make a {wrapper} of a {type(source).__name__}: only a reference with its own weights can "
+            "move.",
+            instead=f"Pass an `ExplicitReference` or an `ImplicitReference(policy, moves=True)`; put other wrappers "
+            f"around the {wrapper}.",
+        )
 
 
 class MovableReference(Reference):
