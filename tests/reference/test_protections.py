@@ -330,6 +330,7 @@ def no_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ExplicitReference, "_refuse_given", lambda self, name: None)
     build = ExplicitReference.of_other_model.__func__  # type: ignore[attr-defined]
     patch.setattr(
         ExplicitReference,
