@@ -34,6 +34,7 @@ from tether.trainer.evaluation import full_evaluation, padded_logits
 from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
 from tether.trainer.reference_run import ReferenceRun
+from tether.trainer.samples import SampleReport
 from tether.trainer.saving import try_saving
 from tether.trainer.sets import named_sets
 from tether.trainer.setup import Asked, Checked, check, prepare
@@ -193,6 +194,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             waits=shard is not None or waits_for_device(self.model, self.args.device),
         )
         check_own(reference, self.model)
+        if self.args.report_samples:
+            self.add_callback(SampleReport(self, reference, around.autocast_dtype))
         return run
 
     # ---- the reference -------------------------------------------------------------------------------------------
