@@ -33,6 +33,7 @@ from tether.trainer.build_reference import build_reference, check_own, follow_av
 from tether.trainer.evaluation import full_evaluation, padded_logits
 from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
+from tether.trainer.reference_note import source_name
 from tether.trainer.reference_run import ReferenceRun
 from tether.trainer.samples import SampleReport
 from tether.trainer.saving import try_saving
@@ -194,6 +195,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             waits=shard is not None or waits_for_device(self.model, self.args.device),
         )
         check_own(reference, self.model)
+        self._reference_name = source_name(checked, reference)
         if self.args.report_samples:
             self.add_callback(SampleReport(self, reference, around.autocast_dtype))
         return run
