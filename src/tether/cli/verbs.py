@@ -182,7 +182,7 @@ def precompute(
 @app.command(context_settings=HELP_NAMES)
 def ask(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run or of a model, or a name.")],
-    question: Annotated[str | None, typer.Argument(metavar="[QUESTION]", help="Asked in a loop if left out.")] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Asked in a loop if left out.")] = None,
     ref_model: Annotated[
         str | None, typer.Option("--ref_model", "--ref-model", metavar="MODEL", help="Another reference.")
     ] = None,
