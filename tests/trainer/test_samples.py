@@ -214,6 +214,17 @@ def test_each_evaluation_and_the_end_are_sampled_once(tmp_path: Path) -> None:
     assert [row["step"] for row in samples(tmp_path)] == [2] * NUM + [4] * NUM + [5] * NUM
 
 
+def test_the_best_weights_are_sampled_under_their_step(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trained(tmp_path, load_best_model_at_end=True, **SAMPLES, **options)
+    best = trainer.state.best_global_step
+    assert best < 3
+    trainer.evaluate()
+    rows = samples(tmp_path)
+    assert [row["step"] for row in rows] == [1] * NUM + [2] * NUM + [3] * NUM + [best] * NUM
+    assert rows[-NUM:] == [row for row in rows[:-NUM] if row["step"] == best]
+
+
 def test_without_a_held_out_set_the_training_prompts_are_answered(tmp_path: Path) -> None:
     trained(tmp_path, rows=HELD_OUT, **SAMPLES | {"eval_dataset": None})
     assert [row["prompt"] for row in samples(tmp_path)] == [tiny_tokenizer().decode(ids) for ids in prompts()]

@@ -103,7 +103,7 @@ def _options_of(note: dict[str, Any]) -> dict[str, Any]:
 def _loaded(name: str, options: dict[str, Any], trust_remote_code: bool) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT (0.19) asks transformers (5.23) by an old name
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT (0.21) asks transformers (5.23) by an old name
             return load_model(name, options, trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__

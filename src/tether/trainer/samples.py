@@ -82,8 +82,11 @@ class SampleReport(TrainerCallback):
             self._report(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._done_at != state.global_step or self._args.load_best_model_at_end:
-            self._report(state.global_step)
+        is_best = self._args.load_best_model_at_end and state.best_model_checkpoint is not None
+        step = state.best_global_step if is_best else state.global_step  # whose weights these are
+        if self._done_at != step:
+            self._report(step)
+        self._done_at = state.global_step  # they stay as they are
 
     # ---- one report ----------------------------------------------------------------------------------------------
 
