@@ -145,7 +145,7 @@ def test_the_command_runs_as_a_module() -> None:
 def test_the_help_of_each_verb_fits_a_page_wide(tether: Run, verb: str) -> None:
     code, out, err = tether(verb, "--help")
     assert (code, err) == (0, "")
-    assert f"tether {verb}" in out and ("--output_dir" in out or verb in ("store", "schema", "env"))
+    assert f"tether {verb}" in out and ("--output_dir" in out or verb in ("ask", "store", "schema", "env"))
     assert max(map(len, (out + HELP).splitlines())) <= 80
 
 

@@ -52,7 +52,8 @@ GROUPS = {
     "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rank ref_dtype "
     "reference_free",
     "when to log, evaluate and save": "logging_steps eval_strategy eval_steps per_device_eval_batch_size save_strategy "
-    "save_steps save_total_limit report_to run_name disable_tqdm",
+    "save_steps save_total_limit report_to run_name disable_tqdm report_samples "
+    "report_samples_max_new_tokens",
     REST: "",
 }
 GROUP_OF = {name: title for title, names in GROUPS.items() for name in names.split()}

@@ -28,6 +28,8 @@ the reference model as an object you can hold, name, store, verify and swap.
                                   all four references, writes a report
   tether train RECIPE.yaml        train a policy on pairs; --dry_run stops
                                   before the first step
+  tether ask RUN ["question"]     what the trained model answers, and what its
+                                  reference answers
   tether precompute RECIPE.yaml   score the pairs under the reference once and
                                   keep the log-probs on disk
   tether store VERB               manage stored log-probs: info, verify,
@@ -175,6 +177,34 @@ def precompute(
     from tether.cli.precompute import run
 
     return run(request, part)
+
+
+@app.command(context_settings=HELP_NAMES)
+def ask(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run or of a model, or a name.")],
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Asked in a loop if left out.")] = None,
+    ref_model: Annotated[
+        str | None, typer.Option("--ref_model", "--ref-model", metavar="MODEL", help="Another reference.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", metavar="INT", min=1, help="Longest answer.")
+    ] = 256,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Allow a model's own code.")
+    ] = False,
+) -> int:
+    """Policy and reference answer the same question, each token the most likely one.
+
+    RUN is the output folder of a run or a checkpoint, a full model or an adapter; MODEL is any model. The reference is
+    the model that the run was trained against, or the adapter's base. Without a question it asks for one after the
+    other; Ctrl-D ends.
+    """
+    from tether.cli.quiet import quiet_deepspeed  # here, because both load torch
+
+    quiet_deepspeed()
+    from tether.cli.ask import ask as run
+
+    return run(model, question, ref_model, max_new_tokens, trust_remote_code)
 
 
 def _shard(text: str) -> tuple[int, int]:

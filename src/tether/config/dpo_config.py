@@ -18,7 +18,16 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.config.option_types import refused_types
 from tether.config.rules.launch import launched_precision, refused_launch
-from tether.config.rules.options import DTYPES, SYNC_ALPHA, SYNC_STEPS, Dtype, StoreMode, refused_names, refused_options
+from tether.config.rules.options import (
+    DTYPES,
+    SAMPLE_TOKENS,
+    SYNC_ALPHA,
+    SYNC_STEPS,
+    Dtype,
+    StoreMode,
+    refused_names,
+    refused_options,
+)
 from tether.errors import ArgumentTypeError
 from tether.losses import (
     DIVERGENCES,
@@ -163,6 +172,13 @@ class DPOConfig(TrainingArguments):
     ref_dtype: Dtype | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )
+
+    report_samples: int = _option(
+        0,
+        "Answer this many held-out prompts at each evaluation and after training; samples.jsonl in output_dir keeps "
+        "the answers, with the reference's own beside them, and their length, repetition and KL are logged.",
+    )
+    report_samples_max_new_tokens: int = _option(SAMPLE_TOKENS, "Most tokens of such an answer.")
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuses names that are no options, all of them, with what each is called today."""

@@ -33,7 +33,9 @@ from tether.trainer.build_reference import build_reference, check_own, follow_av
 from tether.trainer.evaluation import full_evaluation, padded_logits
 from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
+from tether.trainer.reference_note import source_name
 from tether.trainer.reference_run import ReferenceRun
+from tether.trainer.samples import SampleReport
 from tether.trainer.saving import try_saving
 from tether.trainer.sets import named_sets
 from tether.trainer.setup import Asked, Checked, check, prepare
@@ -197,6 +199,9 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         with raising_together():
             if facts.reference is not None:
                 check_own(reference, self.model, around.autocast_dtype)
+        self._reference_name = source_name(checked, reference)
+        if self.args.report_samples:
+            self.add_callback(SampleReport(self, reference, around.autocast_dtype))
         return run
 
     # ---- the reference -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tether.trainer.callbacks import BEMACallback
 from tether.trainer.checkpoint_weights import load_weights, save_adapters
 from tether.trainer.checkpoints import Kept, StreamPlace, load_companions, load_run, save_run
 from tether.trainer.model_card import write_model_card
+from tether.trainer.reference_note import write_reference_note
 from tether.trainer.reference_run import ReferenceRun
 
 
@@ -32,6 +33,7 @@ class RunSaving(Trainer):
     _losses: LossWatch
     _place: StreamPlace | None
     _num_train_tokens: int
+    _reference_name: str
 
     def export_reference(self, folder: str | Path, *, merged: bool = False) -> None:
         """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
@@ -77,6 +79,8 @@ class RunSaving(Trainer):
             self.create_model_card()
         elif self.is_world_process_zero():
             write_model_card(self, Path(output_dir))
+        if self.is_world_process_zero():
+            write_reference_note(self, Path(output_dir or str(self.args.output_dir)), self._reference_name)
 
     def _check_weights(self) -> None:
         check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)

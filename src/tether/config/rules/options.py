@@ -26,6 +26,7 @@ StoreMode = Literal["auto", "fill", "lazy", "require"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA, SYNC_STEPS = 0.6, 512
+SAMPLE_TOKENS = 64
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
 
 
@@ -68,6 +69,7 @@ def refused_options(args: DPOConfig) -> Iterator[Refusal]:
     yield from _device(args)
     yield from _batches(args)
     yield from _saving(args)
+    yield from _samples(args)
 
 
 def _ranges(args: DPOConfig) -> Iterator[Refusal]:
@@ -81,6 +83,8 @@ def _ranges(args: DPOConfig) -> Iterator[Refusal]:
         ("ref_model_sync_steps", 1, "it is a number of optimizer steps"),
         ("per_device_train_batch_size", 1, "it is a number of pairs"),
         ("gradient_accumulation_steps", 1, "it is a number of micro-batches"),
+        ("report_samples", 0, "it is a number of prompts"),
+        ("report_samples_max_new_tokens", 1, "it is a number of tokens"),
     ):
         value = getattr(args, name)
         if isinstance(value, int | float) and value < least:
@@ -242,6 +246,17 @@ def _batches(args: DPOConfig) -> Iterator[Refusal]:
             args.label_smoothing_factor,
             "it smooths the targets of a cross-entropy over tokens, which no preference loss is",
             "Write `label_smoothing=...`, the probability that a preference label is flipped, or leave it out.",
+        )
+
+
+def _samples(args: DPOConfig) -> Iterator[Refusal]:
+    if args.report_samples == 0 and args.report_samples_max_new_tokens != SAMPLE_TOKENS:
+        yield of_option(
+            "report_samples_max_new_tokens",
+            args.report_samples_max_new_tokens,
+            "no prompt is answered",
+            "Set `report_samples` to a number of prompts, or leave `report_samples_max_new_tokens` out.",
+            "without `report_samples`",
         )
 
 

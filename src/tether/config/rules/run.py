@@ -41,6 +41,7 @@ def refused_run(facts: Facts) -> Iterator[Refusal]:
     yield from _router(facts)
     yield from _rows(facts)
     yield from _best(facts)
+    yield from _samples(facts)
 
 
 # ---- forwards --------------------------------------------------------------------------------------------------------
@@ -157,6 +158,23 @@ def _best(facts: Facts) -> Iterator[Refusal]:
                 "a checkpoint of weights alone does not hold what the best policy was measured against",
                 "Leave `save_only_model` out, or `load_best_model_at_end`.",
             )
+
+
+def _samples(facts: Facts) -> Iterator[Refusal]:
+    """Answers by weights that are cut over processes, or to prompts with images."""
+    asked = facts.args.report_samples
+    if asked and facts.is_sharded:
+        yield of_option(
+            "report_samples",
+            asked,
+            "each process answers prompts of its own, and its answers are of different lengths, but a forward needs "
+            "the shards of all",
+            "Leave it out here; `tether ask OUTPUT_DIR` answers with the saved model.",
+            "with weights that are sharded (ZeRO-3, FSDP2)",
+        )
+    if asked and facts.sets_with_images:
+        why = "only text is answered, and the prompts are about their images"
+        yield of_option("report_samples", asked, why, "Leave it out.", "with rows that have images")
 
 
 def refused_metric(metric: str, names: Sequence[str], *, has_own: bool, has_router: bool) -> Iterator[Refusal]:
