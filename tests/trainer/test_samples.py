@@ -69,12 +69,13 @@ def figures(trainer: Any) -> dict[str, float]:
 
 
 class Keeping(WrappingReference[ExplicitReference]):
-    """Keeps the responses that it was asked for last."""
+    """Keeps the last batch of as many pairs as there are samples; the pairs watched for drift are two."""
 
     asked: PairBatch
 
     def log_probs(self, batch: PairBatch) -> Any:
-        self.asked = batch
+        if batch.num_pairs == NUM:
+            self.asked = batch
         return super().log_probs(batch)
 
 
