@@ -13,13 +13,13 @@ from transformers import TrainerCallback
 # while the model is ruined; the last two then fall.
 _COLUMNS = (
     ("    loss", "loss", ".4f"),
-    ("   margin", "rewards/margins", "+.4f"),
+    ("    margin", "rewards/margins", "+.4f"),
     ("  accuracy", "rewards/accuracies", ".3f"),
     ("  rewards/chosen", "rewards/chosen", "+.4f"),
     ("  token accuracy", "mean_token_accuracy", ".3f"),
 )
 HEADER = "".join(title for title, _, _ in _COLUMNS)
-_LABEL = 15
+_LABEL = 13
 
 
 class ProgressLines(TrainerCallback):
@@ -63,9 +63,9 @@ class ProgressLines(TrainerCallback):
             return
         if "loss" in logs:
             seconds = self._count(logs.get("num_tokens", 0.0))
-            self._print_row(f"step {state.global_step:>4}/{state.max_steps}", logs, "", _duration(seconds))
+            self._print_row(f"{state.global_step}/{state.max_steps}", logs, "", _duration(seconds))
         elif "eval_loss" in logs:
-            self._print_row(f"held out {state.global_step:>4}", logs, "eval_")
+            self._print_row(f"held out {state.global_step}", logs, "eval_")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -84,9 +84,9 @@ class ProgressLines(TrainerCallback):
 
     def _print_row(self, label: str, logs: Mapping[str, float], prefix: str, end: str = "") -> None:
         if not self._has_header:
-            self._print(" " * _LABEL + HEADER)
+            self._print(f"{'step':>{_LABEL}}{HEADER}")
             self._has_header = True
-        self._print(f"{label:<{_LABEL}}{figures(logs, prefix)}{end:>6}".rstrip())
+        self._print(f"{label:>{_LABEL}}{figures(logs, prefix)}{end:>7}".rstrip())
 
     def _print(self, line: str) -> None:
         if self._bar is not None:
@@ -107,7 +107,10 @@ def _shown(logs: Mapping[str, float], prefix: str, name: str, digits: str) -> st
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 9999 else f"{seconds / 3600:.0f} h"
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 999 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.0f} h"
 
 
 def accuracy_of(logs: Mapping[str, float], prefix: str, digits: str) -> str:

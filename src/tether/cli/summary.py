@@ -51,7 +51,7 @@ def describe_end(
     lines = [
         "",
         f"{steps}, {state.epoch or 0:.2f} epochs, {seconds:.1f} s{speed}",
-        *(f"{title:<21}{row}" for title, row in rows),
+        *(f"{title:<20}{row}" for title, row in rows),
         f"reference  {describe_reference(trainer)}, {_counted(trainer.reference.num_passes, 'pass', 'passes')}",
         *describe_store(trainer),
         f"saved      {trainer.args.output_dir}{_which_weights(trainer)}",
