@@ -121,6 +121,10 @@ def test_its_identity_is_that_of_the_same_weights_as_safetensors(
     assert trainer.reference.identity.weights == expected.weights
 
 
+# ------------------------------------------------------------------------------------------------------ longer
+
+
+@pytest.mark.slow
 def test_the_command_reads_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, options = loading()
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, real_pairs(1))))
@@ -133,14 +137,12 @@ def test_the_command_reads_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert "quantization_config" not in (tmp_path / "out" / "adapter_config.json").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------ longer
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["explicit", "LoRA"])
 def test_in_bf16_no_further_from_fp32_than_trl(kind: str, tokenizer: Any, folder: str, tmp_path: Path) -> None:
     options, adapter = asked_for(kind)
     options |= {"max_steps": 4, "learning_rate": 1e-9, "lr_scheduler_type": "constant"}  # rounding, and nothing else
+    options["use_cpu"] = not torch.cuda.is_available()  # or TRL finds no bf16
     rows, names = real_pairs(4), ("logps/chosen", "logps/rejected")
     plain = {"logging_steps": 1, "activation_checkpointing": False}
     trl = trl_curve(folder, rows, tokenizer, tmp_path / "trl", **plain, **options | {"bf16": True}, **adapter)
@@ -151,7 +153,7 @@ def test_in_bf16_no_further_from_fp32_than_trl(kind: str, tokenizer: Any, folder
     def distance(run: list[dict[str, float]]) -> float:
         return sum(abs(a[name] - b[name]) for a, b in zip(run, exact, strict=True) for name in names)
 
-    assert 0 < distance(ours) <= 1.2 * distance(trl)
+    assert 0 < distance(ours) <= 1.2 * distance(trl)  # measured: 2.2 and 2.3 nats over 8 responses; LoRA 1.1 and 2.0
 
 
 class _Killed(TrainerCallback):
