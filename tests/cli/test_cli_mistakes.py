@@ -72,6 +72,8 @@ MISTAKES: dict[str, tuple[str | None, list[str]]] = {
     "a configuration that is not there": ("accelerate_config: zero4", []),
     # files
     "a model that is not there": ("", ["--model", "./modle"]),
+    "a GGUF file as the model": ("", ["--model", "model/weights.gguf"]),
+    "a GGUF file that is not there": ("", ["--model_init_kwargs", '{"gguf_file": "weights.gguf"}']),
     "pairs that are not there": ("", ["--train_data", "pears.jsonl"]),
     "a file of another kind": ("", ["--train_data", "recipe.yaml"]),
     "wrong columns": ("", ["--train_data", "columns.jsonl"]),

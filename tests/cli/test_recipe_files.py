@@ -48,7 +48,7 @@ def test_the_first_recipe_trains_from_a_clone(tmp_path: Path, capsys: pytest.Cap
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     small = f"--model {tmp_path}/model --output_dir {tmp_path}/out --max_steps 1 --save_strategy no --max_length none"
     assert main(["train", "recipes/lora.yaml", *small.split()]) == 0, capsys.readouterr().err
-    assert "rewards/margins" in capsys.readouterr().out
+    assert "rewards/chosen" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "README.md").is_file()
 

@@ -106,6 +106,14 @@ def test_an_adapter_that_is_there_already_trains_in_bfloat16_too(folder: str, tm
     assert steps(trainer)[0]["reference/initial_gap"] == 0.0
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_quantized_weights_are_refused_without_an_adapter(bits: str, folder: str, tmp_path: Path) -> None:
+    model = quantized(folder, BITS[bits])
+    with pytest.raises(ConfigurationError, match="a quantized model for training") as caught:
+        make_trainer(tmp_path, model)
+    assert "peft_config" in caught.value.instead and model.is_quantized
+
+
 def test_a_reference_in_4_bits_is_left_as_it_was(folder: str, tmp_path: Path) -> None:
     reference = quantized(folder)
     before, ids = bits(reference), torch.tensor([[5, 6, 7, 8]])

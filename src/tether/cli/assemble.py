@@ -22,10 +22,13 @@ from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
 from tether.cli.quantization import quantization_of
 from tether.cli.quiet import quiet_deepspeed
 from tether.cli.recipe import Recipe, refuse_as_written
+from tether.config.rules.arguments import refused_gguf
 from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
+from tether.models.gguf import without_absent_file
 from tether.models.loading import load_processing_class_of
 from tether.models.preparing import lora_config
+from tether.refusals import refuse
 from tether.trainer.dpo_trainer import DPOTrainer
 
 
@@ -46,8 +49,7 @@ def build_trainer(
     _quiet_libraries(recipe)
     _check_evaluation(recipe)
     quantization = quantization_of(script)
-    for option, name in (("model", script.model), ("ref_model", script.ref_model)):
-        _check_model(option, name, recipe)
+    _check_models(recipe, quantization)
     processing_class = _load_processing_class(recipe)
     train_pairs, eval_pairs = load_sets(recipe)
     if shard is not None:
@@ -159,13 +161,28 @@ def _check_evaluation(recipe: Recipe) -> None:
             )
 
 
+def _check_models(recipe: Recipe, quantization: Any) -> None:
+    script = recipe.script
+    try:
+        refuse(refused_gguf(recipe.config, script.model, script.ref_model, quantization))
+    except ConfigurationError as error:
+        refuse_as_written(error, recipe.request)
+        raise
+    for option, name in (("model", script.model), ("ref_model", script.ref_model)):
+        _check_model(option, name, recipe)
+
+
 def _check_model(option: str, name: str | None, recipe: Recipe) -> None:
     """Finds a wrong name before any data is read."""
     if name is None or (Path(name) / "adapter_config.json").is_file():
         return
     config = recipe.config
     kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
-    passed = {key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir") if key in kwargs}
+    passed: dict[str, Any] = {
+        key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir", "gguf_file") if key in kwargs
+    }
+    if option == "ref_model":
+        passed = without_absent_file(name, passed)
     try:
         AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **passed)
     except (OSError, ValueError) as error:
@@ -177,9 +194,13 @@ def _load_processing_class(recipe: Recipe) -> PreTrainedTokenizerBase | Processo
     script = recipe.script
     name = script.tokenizer or script.model
     assert name is not None
-    revision = {"revision": script.model_revision} if script.model_revision and not script.tokenizer else {}
+    options: dict[str, Any] = {}
+    if not script.tokenizer:
+        kwargs = recipe.config.model_init_kwargs if isinstance(recipe.config.model_init_kwargs, dict) else {}
+        passed = {"revision": script.model_revision, "gguf_file": kwargs.get("gguf_file")}
+        options = without_absent_file(name, {key: value for key, value in passed.items() if value})
     try:
-        return load_processing_class_of(name, recipe.config.trust_remote_code, **revision)
+        return load_processing_class_of(name, recipe.config.trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         option = "tokenizer" if script.tokenizer else "model"
         raise _not_loadable(option, name, "tokenizer", error) from error

@@ -6,7 +6,9 @@ Knows how to report them; the readers of recipes and words find them.
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,10 +41,13 @@ def as_written(text: str, *, in_recipe: bool) -> str:
 
     def respelled(found: re.Match[str]) -> str:
         try:
-            value = yaml.safe_dump(ast.literal_eval(found[2]), default_flow_style=True).split("\n")[0]
+            meant = ast.literal_eval(found[2])
+            value = yaml.safe_dump(meant, default_flow_style=True).split("\n")[0]
         except (ValueError, SyntaxError, yaml.YAMLError):
             return found[0]
-        return f"`{found[1]}: {value}`" if in_recipe else f"`--{found[1]} {value}`"
+        if in_recipe:
+            return f"`{found[1]}: {value}`"
+        return f"`--{found[1]} {shlex.quote(json.dumps(meant)) if isinstance(meant, dict) else value}`"
 
     return re.sub(r"`(\w+)=([^`]+)`", respelled, text)
 

@@ -1,4 +1,4 @@
-"""The progress of a run in the terminal: one line per log, and a bar if there is a terminal."""
+"""The progress of a run in the terminal: a table with a row for each log, and a bar if there is a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+# The figures as they are headed, their metrics, and how they are written. Accuracy and margin can rise to perfection
+# while the model is ruined; the last two then fall.
+_COLUMNS = (
+    ("    loss", "loss", ".4f"),
+    ("    margin", "rewards/margins", "+.4f"),
+    ("  accuracy", "rewards/accuracies", ".3f"),
+    ("  rewards/chosen", "rewards/chosen", "+.4f"),
+    ("  token accuracy", "mean_token_accuracy", ".3f"),
+)
+HEADER = "".join(title for title, _, _ in _COLUMNS)
+_LABEL = 13
+
 
 class ProgressLines(TrainerCallback):
-    """Prints `step 20/100  loss 0.6512  margin +0.0831  accuracy 0.625  ...` at every log and evaluation.
+    """Prints a row of figures at every log and evaluation, within 80 columns.
 
     The last step is logged too, so that a run shorter than `logging_steps` shows its result.
 
@@ -25,6 +37,7 @@ class ProgressLines(TrainerCallback):
         self.tokens_per_second: float | None = None
         self.has_begun = False
         self._bar: Any = None
+        self._has_header = False
         self._start = 0.0
         self._counted: tuple[float, float] | None = None  # number of tokens, and the time of that count
 
@@ -50,10 +63,9 @@ class ProgressLines(TrainerCallback):
             return
         if "loss" in logs:
             seconds = self._count(logs.get("num_tokens", 0.0))
-            rate = f"learning rate {logs['learning_rate']:.1e}"
-            self._print(f"step {state.global_step:>4}/{state.max_steps}  {_figures(logs, '')}  {rate}  {seconds:.0f} s")
+            self._print_row(f"{state.global_step}/{state.max_steps}", logs, "", _duration(seconds))
         elif "eval_loss" in logs:
-            self._print(f"held out at {state.global_step:>4}  {_figures(logs, 'eval_')}")
+            self._print_row(f"held out {state.global_step}", logs, "eval_")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -70,6 +82,12 @@ class ProgressLines(TrainerCallback):
             self.tokens_per_second = (num_tokens - before) / (now - since)
         return now - self._start
 
+    def _print_row(self, label: str, logs: Mapping[str, float], prefix: str, end: str = "") -> None:
+        if not self._has_header:
+            self._print(f"{'step':>{_LABEL}}{HEADER}")
+            self._has_header = True
+        self._print(f"{label:>{_LABEL}}{figures(logs, prefix)}{end:>7}".rstrip())
+
     def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line)
@@ -77,11 +95,22 @@ class ProgressLines(TrainerCallback):
             print(line, flush=True)
 
 
-def _figures(logs: Mapping[str, float], prefix: str) -> str:
-    return (
-        f"loss {logs[f'{prefix}loss']:.4f}  margin {logs.get(f'{prefix}rewards/margins', 0.0):+.4f}  "
-        f"accuracy {accuracy_of(logs, prefix, '.3f')}"
-    )
+def figures(logs: Mapping[str, float], prefix: str) -> str:
+    """The figures of a log under `HEADER`; `-` for those that it lacks."""
+    return "".join(f"{_shown(logs, prefix, name, digits):>{len(title)}}" for title, name, digits in _COLUMNS)
+
+
+def _shown(logs: Mapping[str, float], prefix: str, name: str, digits: str) -> str:
+    if name == "rewards/accuracies":
+        return accuracy_of(logs, prefix, digits)
+    return format(logs[prefix + name], digits) if prefix + name in logs else "-"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 999 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.0f} h"
 
 
 def accuracy_of(logs: Mapping[str, float], prefix: str, digits: str) -> str:

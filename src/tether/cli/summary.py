@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 
-from tether.cli.progress import accuracy_of
+from tether.cli.progress import HEADER, figures
 from tether.cli.recipe import Recipe
 from tether.reference import PrecomputedReference
 from tether.trainer.dpo_trainer import DPOTrainer
-
-_ACCURACY = "rewards/accuracies"
-_FIGURES = ("loss", "rewards/margins", _ACCURACY)
 
 
 def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
@@ -42,19 +39,20 @@ def describe_end(
     """
     state = trainer.state
     logged = [entry for entry in state.log_history if "loss" in entry]
-    rows = [(f"train, to step {entry['step']}", _row(entry, "")) for entry in logged[:1] + logged[1:][-1:]]
+    rows = [(f"train, to step {entry['step']}", figures(entry, "")) for entry in logged[:1] + logged[1:][-1:]]
     if metrics:
         num = _num_rows(trainer.eval_dataset)
-        rows.append((f"held out, {num} pairs" if num.isdigit() else "held out", _row(metrics, "eval_")))
+        held_out = f"held out, {_counted(int(num), 'pair')}" if num.isdigit() else "held out"
+        rows.append((held_out, figures(metrics, "eval_")))
     if rows:
-        rows.insert(0, ("", "".join(f"{name:>20}" for name in _FIGURES)))
-    steps = f"{state.global_step} step{'s' if state.global_step != 1 else ''}"
+        rows.insert(0, ("", HEADER))
+    steps = _counted(state.global_step, "step")
     speed = f", {tokens_per_second:,.0f} tokens/s" if tokens_per_second is not None else ""
     lines = [
         "",
         f"{steps}, {state.epoch or 0:.2f} epochs, {seconds:.1f} s{speed}",
-        *(f"{title:<22}{figures}" for title, figures in rows),
-        f"reference  {describe_reference(trainer)}, {trainer.reference.num_passes} passes",
+        *(f"{title:<20}{row}" for title, row in rows),
+        f"reference  {describe_reference(trainer)}, {_counted(trainer.reference.num_passes, 'pass', 'passes')}",
         *describe_store(trainer),
         f"saved      {trainer.args.output_dir}{_which_weights(trainer)}",
     ]
@@ -87,13 +85,8 @@ def describe_store(trainer: DPOTrainer) -> list[str]:
     ]
 
 
-def _row(entry: Mapping[str, Any], prefix: str) -> str:
-    def shown(name: str) -> str:
-        if prefix + name not in entry:
-            return ""
-        return accuracy_of(entry, prefix, ".4f") if name == _ACCURACY else f"{entry[prefix + name]:.4f}"
-
-    return "".join(f"{shown(name):>20}" for name in _FIGURES)
+def _counted(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one}" if number == 1 else f"{number} {several or one + 's'}"
 
 
 def _num_rows(dataset: Any) -> str:

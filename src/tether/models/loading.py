@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from tether.models.gguf import gguf_option, use_as_plain, without_absent_file
 from tether.models.origin import Origin
 
 _READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
@@ -59,9 +60,10 @@ def load(
     """Loads models given by path or name; models in memory are passed through."""
     given = init_kwargs if isinstance(init_kwargs, dict) else None
     options = loading_options(given, quantization_config)
-    origins = where_from(model if ref_model is None else ref_model, options, trust_remote_code)
     policy = load_model(model, options, trust_remote_code)
-    reference = load_model(ref_model, options, trust_remote_code) if isinstance(ref_model, str) else ref_model
+    of_reference = without_absent_file(ref_model, options or {}) if isinstance(ref_model, str) else options
+    reference = None if ref_model is None else load_model(ref_model, of_reference, trust_remote_code)
+    origins = where_from(model if ref_model is None else ref_model, of_reference, trust_remote_code)
     revision = (options or {}).get("revision")
     return Loaded(
         policy, reference, load_processing_class(processing_class, policy, trust_remote_code, revision), origins
@@ -74,10 +76,16 @@ def load_model(
     """A causal language model from a path or name; an instance is passed through.
 
     As in TRL, the dtype is float32 unless `init_kwargs` sets it: weights trained in bf16 lose small updates.
-    The folder of an adapter gives its base with that adapter on it, ready to train.
+    The folder of an adapter gives its base with that adapter on it, ready to train. A `gguf_file` gives plain weights.
     """
     if not isinstance(model, str):
         return model
+    loaded = _load(model, init_kwargs, trust_remote_code)
+    use_as_plain(loaded)
+    return loaded
+
+
+def _load(model: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel | PeftModel:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     options["dtype"] = _dtype_of(options)
     if find_adapter_config_file(model) is None:
@@ -91,6 +99,8 @@ def load_model(
 
 def _auto_class(name: str, options: dict[str, Any]) -> Any:
     """The auto class of a model: one that reads images, if it was saved as such."""
+    if options.get("gguf_file") is not None:
+        return AutoModelForCausalLM
     passed = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
     config = AutoConfig.from_pretrained(name, **passed)
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
@@ -114,6 +124,7 @@ def where_from(
     kwargs = dict(init_kwargs or {})
     if not isinstance(model, str):
         kwargs["dtype"] = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        kwargs |= gguf_option(model)
     return (Origin(name, lambda: load_model(name, kwargs, trust_remote_code)),)
 
 
@@ -133,7 +144,7 @@ def load_processing_class(
     """The tokenizer, or the processor of a model that reads images; by default from the model's folder."""
     if processing_class is None:
         name = model.config._name_or_path
-        options = {"revision": revision} if revision else {}
+        options = ({"revision": revision} if revision else {}) | gguf_option(model)
         processing_class = load_processing_class_of(name, trust_remote_code, config=model.config, **options)
     assert isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin)
     return processing_class
@@ -154,7 +165,7 @@ def load_processing_class_of(
         OSError, ValueError, KeyError: If there is none.
     """
     options["trust_remote_code"] = trust_remote_code
-    if config is None:
+    if config is None and options.get("gguf_file") is None:
         with suppress(OSError, ValueError):  # a folder may have a tokenizer without a model
             config = AutoConfig.from_pretrained(name, **options)
     loads = AutoProcessor if reads_images(config) else AutoTokenizer

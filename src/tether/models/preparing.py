@@ -18,6 +18,7 @@ from transformers import (
 
 from tether.distributed import full_shape
 from tether.errors import ConfigurationError
+from tether.models.gguf import gguf_option
 from tether.scoring import rotary_limit
 
 # Dropout that attention modules and layers store as a number rather than as an `nn.Dropout`.
@@ -160,7 +161,7 @@ def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | 
     if not name:
         return None
     try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name, **gguf_option(ref_model)).get_vocab()
     except (OSError, ValueError, KeyError):  # a folder without a tokenizer
         return None
     return vocabulary

@@ -183,10 +183,19 @@ def _plain(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
+def _names_a_gguf_file(key: str, entry: Any) -> bool:
+    """Whether an entry only tells which file the weights were read from; packed or not, their own digests differ."""
+    return key == "quantization_config" and isinstance(entry, dict) and entry.get("quant_method") == "gguf"
+
+
 def _forward_config(config: Any) -> dict[str, Any]:
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {str(key): strip(entry) for key, entry in value.items() if key not in _COSMETIC}
+            return {
+                str(key): strip(entry)
+                for key, entry in value.items()
+                if key not in _COSMETIC and not _names_a_gguf_file(key, entry)
+            }
         return value
 
     stripped = strip(config.to_dict())

