@@ -216,7 +216,7 @@ def test_a_reference_in_another_dtype_than_the_policys_is_named(
         make_trainer(tmp_path, bf16=True, **LORA, reference=lambda policy: ImplicitReference(policy))
 
 
-def test_drift_is_found_at_the_end_of_a_run_that_saves_nothing(tmp_path: Path) -> None:
+def test_drift_of_a_reference_that_says_it_stands_still_is_found_at_a_save(tmp_path: Path) -> None:
     class Stands(WrappingReference[Any]):
         """A synchronized reference that says it stands still."""
 
@@ -226,4 +226,4 @@ def test_drift_is_found_at_the_end_of_a_run_that_saves_nothing(tmp_path: Path) -
         return Stands(SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=1))
 
     with pytest.raises(DriftError, match="should not change"):
-        trained(tmp_path, reference=make, learning_rate=1e-2)
+        trained(tmp_path, reference=make, learning_rate=1e-2, save_strategy="steps", save_steps=1)

@@ -97,9 +97,6 @@ class ReferenceRun(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.check_drift()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_drift()
-
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
         """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""
         pairs: Any = self._sets()["train"]
