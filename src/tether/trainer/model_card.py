@@ -67,10 +67,8 @@ def write_model_card(
         dataset_name: The data's name on the hub.
         tags: Further tags.
     """
-    hub_model_id, base_model = (
-        getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id,
-        hub_name(trainer.model),
-    )
+    hub_model_id = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    base_model = hub_name(trainer.model)
     name = model_name or (hub_model_id or folder.resolve().name).rsplit("/", 1)[-1]
     data = ModelCardData(
         base_model=base_model,
@@ -80,7 +78,6 @@ def write_model_card(
         tags=_merged_tags(tags, trainer._tag_names),
     )
     pairs = trainer.train_dataset
-    identity, kind, losses = trainer.reference.identity, trainer.reference.kind, trainer._objective.functions
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
@@ -93,17 +90,25 @@ def write_model_card(
         chats=getattr(trainer.processing_class, "chat_template", None) is not None,
         reads_images=isinstance(trainer.processing_class, ProcessorMixin),
         dpo=_links([DPO_PAPER]),
-        losses="; ".join(f"{_code(name)} ({_links(_papers_of(loss)) or 'own'})" for name, loss in losses.items()),
         links=", ".join(f"[{name}]({quote(url, safe=_OF_ADDRESSES)})" for name, url in _tracker_links().items()),
-        about_reference=kind.description,
-        reference=_cells({**identity.describe(), "kind": kind.name, "digest": identity.digest}),
+        **_reference_and_losses(trainer.reference, trainer._objective.functions),
         options=_cells(_options_of_run(trainer.args)),
         adapter=_cells(_options_of_adapter(trainer.model)),
         versions=_cells({library: _version(library) for library in _LIBRARIES}),
-        citations=[_citation(paper) for paper in _papers(kind, losses)],
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def _reference_and_losses(reference: Any, losses: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of the reference and of the losses, with what to cite for both."""
+    identity, kind = reference.identity, reference.kind
+    return {
+        "losses": "; ".join(f"{_code(name)} ({_links(_papers_of(loss)) or 'own'})" for name, loss in losses.items()),
+        "about_reference": kind.description,
+        "reference": _cells({**identity.describe(), "kind": kind.name, "digest": identity.digest}),
+        "citations": [_citation(paper) for paper in _papers(kind, losses)],
+    }
 
 
 # fmt: off
