@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.models.gguf import gguf_option, use_as_plain, without_absent_file
-from tether.models.origin import Origin
+from tether.models.origin import Origin, name_of
 
 _READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 _CONFIG_OPTIONS = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "code_revision")
@@ -118,7 +118,7 @@ def where_from(
 
     Whether it is still the same model is not checked here; a reference proves it by its digest.
     """
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    name = name_of(model)
     if not name:
         return ()
     kwargs = dict(init_kwargs or {})
@@ -143,9 +143,8 @@ def load_processing_class(
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """The tokenizer, or the processor of a model that reads images; by default from the model's folder."""
     if processing_class is None:
-        name = model.config._name_or_path
         options = ({"revision": revision} if revision else {}) | gguf_option(model)
-        processing_class = load_processing_class_of(name, trust_remote_code, config=model.config, **options)
+        processing_class = load_processing_class_of(name_of(model), trust_remote_code, config=model.config, **options)
     assert isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin)
     return processing_class
 
@@ -199,11 +198,10 @@ def use_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> 
 
 def hub_name(model: PreTrainedModel | PeftModel) -> str | None:
     """The name on the hub that a model was loaded by; None for a local folder or a model created in memory."""
-    name = getattr(model.config, "_name_or_path", "")
-    return None if not name or os.path.isdir(name) else str(name)
+    name = name_of(model)
+    return None if not name or os.path.isdir(name) else name
 
 
 def default_output_dir(model: str | PreTrainedModel | PeftModel) -> str:
     """The output folder if none is given: named after the model."""
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    return f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO"
+    return f"{name_of(model).rstrip('/').split('/')[-1] or 'model'}-DPO"

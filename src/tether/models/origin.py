@@ -1,9 +1,9 @@
-"""Where a model can be loaded from again."""
+"""Where a model was loaded from, and can be loaded from again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,3 +13,8 @@ class Origin(NamedTuple):
 
     name: str
     load: Callable[[], nn.Module]
+
+
+def name_of(model: Any) -> str:
+    """The path or name that a model was loaded by, or that names one; empty for a model created in memory."""
+    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")

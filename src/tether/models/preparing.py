@@ -19,6 +19,7 @@ from transformers import (
 from tether.distributed import full_shape
 from tether.errors import ConfigurationError
 from tether.models.gguf import gguf_option
+from tether.models.origin import name_of
 from tether.scoring import rotary_limit
 
 # Dropout that attention modules and layers store as a number rather than as an `nn.Dropout`.
@@ -157,7 +158,7 @@ def differing_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreT
 
 
 def _own_vocabulary(ref_model: PreTrainedModel | PeftModel) -> dict[str, int] | None:
-    name = getattr(ref_model.config, "_name_or_path", "")
+    name = name_of(ref_model)
     if not name:
         return None
     try:

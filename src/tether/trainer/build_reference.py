@@ -23,7 +23,7 @@ from tether.config.rules.facts import Facts
 from tether.config.rules.model import refused_model
 from tether.distributed import Sharding, has_shards
 from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
-from tether.models.origin import Origin
+from tether.models.origin import Origin, name_of
 from tether.models.preparing import differing_vocabulary
 from tether.reference.base import Reference, compute_dtype_name
 from tether.reference.bema import BemaReference
@@ -213,7 +213,7 @@ def _precomputed(
         mode=mode,
         release_when_filled=mode != "lazy",
         decode=around.decode,
-        how_to_fill=how_to_fill(args, getattr(facts.policy.config, "_name_or_path", "")),
+        how_to_fill=how_to_fill(args, name_of(facts.policy)),
     )
 
 

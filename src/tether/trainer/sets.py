@@ -6,7 +6,7 @@ Knows options and datasets, and of models what ids they embed; knows no referenc
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from datasets import Dataset
@@ -71,19 +71,20 @@ class SetReader:
 
     def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, as datasets, in the form in which they were passed."""
-        if sets is None:
-            return None
-        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
-            return {name: as_dataset(rows) for name, rows in sets.items()}
-        return as_dataset(sets)
+        return _each(sets, lambda rows, name: as_dataset(rows))
 
     def read_all(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, in the form in which they were passed."""
-        if sets is None:
-            return None
-        if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
-            return {name: self.read(rows, name) for name, rows in sets.items()}
-        return self.read(sets, "eval")
+        return _each(sets, self.read)
+
+
+def _each(sets: Rows | Mapping[str, Rows] | None, make: Callable[[Rows, str], PairDataset]) -> EvalSets:
+    """One set or several by name, each made anew; a mapping that has the columns of a set is one."""
+    if sets is None:
+        return None
+    if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
+        return {name: make(rows, name) for name, rows in sets.items()}
+    return make(sets, "eval")
 
 
 def _refuse_keep_end(name: str, truncation: Truncation) -> None:

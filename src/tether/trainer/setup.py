@@ -83,11 +83,6 @@ class Checked:
     train_set: PairDataset
     eval_sets: EvalSets
 
-    @property
-    def leaders(self) -> list[BEMACallback]:
-        """The callbacks whose averages the reference takes."""
-        return self.facts.leaders
-
 
 def check(asked: Asked) -> Checked:
     """Loads what is named, and refuses everything that cannot be, before anything of the caller's is changed.

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_gguf_available
 
 from tether.config.dpo_config import DPOConfig
 from tether.models.loading import tokenizer_of
+from tether.models.origin import name_of
 from tether.reference import Reference
 from tether.refusals import Refusal, of_option
 
@@ -142,7 +143,7 @@ def refused_loading(args: DPOConfig, model: Any, processing_class: Any, quantiza
                 "Pass the model's path or name, or load the instance with `quantization_config=` yourself and leave "
                 "it out here.",
             )
-        if processing_class is None and not getattr(model.config, "_name_or_path", ""):
+        if processing_class is None and not name_of(model):
             yield Refusal(
                 "a model made in memory without a `processing_class`",
                 "there is no folder to load a tokenizer from",
