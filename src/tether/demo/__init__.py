@@ -1,6 +1,5 @@
-"""A tiny model, a tiny task and the real pipeline, offline and on a CPU.
+"""`tether demo`: a small chat model learns from pairs of its own answers, and what tells a good run from a ruined one.
 
-`tether.demo.run.run_demo` runs all of it; the other files are its steps: `task` and `pretrain` make what a user
-would bring (pairs and a model), `compare` is what a user would write, `show` prints the result. Nothing else in
-the library depends on this folder.
+`run` is the script, on the public API; `models` gets the model, `show` prints and draws. `train.jsonl` and
+`held_out.jsonl` were made by `examples/demo_pairs.py`.
 """
