@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from tether.demo.result import DemoResult, Outcome
 from tether.demo.settings import DemoSettings
 from tether.demo.task import is_right
-from tether.report import Changes, Table, write_report
+from tether.report import Table, write_report
 
 # The terminal's table fits 80 columns; the page has one more column, and units on their own line.
 _COLUMNS = (
@@ -92,13 +92,7 @@ def write_demo_report(result: DemoResult, settings: DemoSettings, *, seed: int) 
         title="One task, one set of pairs, four references",
         lead=_lead(result, settings),
         runs={outcome.strategy.name: outcome.log_history for outcome in result.outcomes},
-        table=Table("Cost and result of each reference", _PAGE_COLUMNS, _page_rows(result), notes),
-        changes=Changes(
-            "Task accuracy on held-out prompts",
-            "share of sampled answers that are right",
-            "Before DPO (ring) and after it (dot).",
-            {o.strategy.name: (result.before.sampled_accuracy, o.after.sampled_accuracy) for o in result.outcomes},
-        ),
+        tables=[Table("Cost and result of each reference", _PAGE_COLUMNS, _page_rows(result), notes)],
         further=[_examples(result), _settings_table(settings, seed)],
     )
 
