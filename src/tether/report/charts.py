@@ -47,7 +47,7 @@ def draw_lines(lines: Sequence[Mapping[str, Sequence[float]]], unit: str, baseli
         baseline: A value to mark by a thin line.
         name: Of this drawing alone in the page.
     """
-    figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.add_subplot()
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
