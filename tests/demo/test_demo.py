@@ -248,7 +248,7 @@ def test_demo_prints_the_table_within_80_columns(quick: tuple[DemoResult, str]) 
 def test_demo_writes_the_report(quick: tuple[DemoResult, str]) -> None:
     result, _ = quick
     page = result.report.read_text(encoding="utf-8")
-    assert result.report.name == "report.html" and page.count('role="img"') == 6
+    assert result.report.name == "report.html" and page.count('role="img"') == 7
     for outcome in result.outcomes:
         assert outcome.strategy.name in page and f"{outcome.kl.mean:.2f} ± " in page
 
