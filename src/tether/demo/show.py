@@ -3,61 +3,62 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
+from transformers.utils import logging as transformers_logging
 
 from tether.report import Table, write_report
 
-WIDTH, SHOWN_ANSWERS = 80, 3
-COMPARED_AT = (1, 3, 6)  # steps; the synchronized reference moves after the second
+STEPS = (1, 3, 6)  # whose losses are compared between references
+MOVES_AFTER = 3  # the step after which the synchronized reference moves
+SHOWN_ANSWERS = 3  # in the terminal
 
-# The figures by which the runs are told apart: name, metric, format. The first three look best where the model is ruined.
+# What tells the runs apart: name, metric, format. The first three look best where the model is ruined.
 FIGURES = (
-    ("loss, held out", "eval_loss", ".3f"),
-    ("rewards/accuracies", "eval_rewards/accuracies", ".2f"),
-    ("rewards/margins", "eval_rewards/margins", "+.2f"),
+    ("accuracy", "eval_rewards/accuracies", ".2f"),
+    ("margin", "eval_rewards/margins", "+.2f"),
     ("rewards/chosen", "eval_rewards/chosen", "+.2f"),
     ("token accuracy", "eval_mean_token_accuracy", ".2f"),
-    ("answers: tokens", "samples/length", ".0f"),
-    ("answers: ended", "samples/ended", ".2f"),
-    ("answers: surprise, nats/token", "samples/surprise", ".2f"),
-    ("answers: KL, nats/token", "samples/kl", ".2f"),
+    ("tokens of an answer", "samples/length", ".0f"),
+    ("answers that end", "samples/ended", ".0%"),
+    ("surprise, nats a token", "samples/surprise", ".2f"),
+    ("KL, nats a token", "samples/kl", ".2f"),
+)
+_ANSWERS = ("before", "good", "too far")
+_REFERENCES = (
+    "reference",
+    *(f"loss,\nstep {step}" for step in STEPS),
+    "weights\nbeside",
+    "its\npasses",
+    "seconds\na step",
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """A run: its reference's kind, its log, the rows of `samples.jsonl`, and what the reference cost.
 
-    Attributes:
-        name: Its name.
-        kind: Of its reference.
-        log: The trainer's log.
-        samples: Answers to the held-out questions: rows of `samples.jsonl`.
-        extra_bytes: Weights that the reference holds beside the policy.
-        passes: Forward passes of the reference in the steps that are compared.
-        num_found: Responses that were found in the store.
-        num_scored: Responses that were scored before training and put in the store.
-        step_seconds: Median duration of a training step.
+    `passes` are those in the steps that are compared; `found` and `scored` count the responses of a store.
     """
 
-    name: str
     kind: str
     log: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     extra_bytes: int
     passes: int
-    num_found: int
-    num_scored: int
+    found: int
+    scored: int
     step_seconds: float
 
     @property
@@ -65,38 +66,27 @@ class Run:
         """Of each step."""
         return [entry["loss"] for entry in self.log if "loss" in entry]
 
-    def figure(self, metric: str, *, at_end: bool) -> float | None:
-        """The last value of a metric, or the first; None if it was not logged."""
-        values = [float(entry[metric]) for entry in self.log if metric in entry]
-        return (values[-1] if at_end else values[0]) if values else None
+    def figures(self, place: int) -> list[str]:
+        """`FIGURES` at the first evaluation (0) or the last (-1)."""
+        values = [[entry[metric] for entry in self.log if metric in entry][place] for _, metric, _ in FIGURES]
+        return [format(value, form) for value, (_, _, form) in zip(values, FIGURES, strict=True)]
 
-    def answers(self, *, at_end: bool) -> list[str]:
-        """To the held-out questions, after training or before it."""
-        step = max(row["step"] for row in self.samples) if at_end else 0
-        return [str(row["policy"]) for row in self.samples if row["step"] == step]
+    def answers(self, place: int) -> list[str]:
+        """To the held-out questions, at the first report (0) or the last (-1)."""
+        step = self.samples[place]["step"]
+        return [row["policy"] for row in self.samples if row["step"] == step]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `run_demo` measured.
+    """What `run_demo` measured: two runs with an implicit reference, and the first one's start with the others.
 
-    Attributes:
-        folder: Where everything is.
-        about: The model, in words.
-        policy: Its path or name.
-        num_pairs: Pairs trained on.
-        questions: What was asked.
-        good: The good run; its reference is implicit.
-        too_far: The run that ruined the model.
-        others: The first steps of the good run with each of the other references.
-        again: One more step with the precomputed reference, which finds its answers in the store.
-        seconds: Duration of the whole demo.
+    `about` is the model in words, `policy` its path or name; `again` ran after the precomputed one, on its store.
     """
 
     folder: Path
     about: str
     policy: str
-    num_pairs: int
     questions: list[str]
     good: Run
     too_far: Run
@@ -106,51 +96,96 @@ class Result:
 
     @property
     def report(self) -> Path:
+        """The page."""
         return self.folder / "report.html"
+
+    @property
+    def answers(self) -> list[list[str]]:
+        """Question, and its answer before, after the good run, and after the one that went too far."""
+        columns = self.questions, self.good.answers(0), self.good.answers(-1), self.too_far.answers(-1)
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    @property
+    def figures(self) -> list[list[str]]:
+        """A row for each of `FIGURES`; before training the pairs say nothing yet."""
+        names = [name for name, _, _ in FIGURES]
+        return [
+            list(row)
+            for row in zip(names, self.good.figures(0), self.good.figures(-1), self.too_far.figures(-1), strict=True)
+        ]
+
+    @property
+    def references(self) -> list[list[str]]:
+        """A row for each kind: losses at `STEPS`, and what it cost."""
+        return [
+            [
+                run.kind,
+                *(format(run.losses[step - 1], ".4f") for step in STEPS),
+                f"{run.extra_bytes / 1e6:,.1f} MB",
+                f"{run.passes}",
+                f"{run.step_seconds:.2f}",
+            ]
+            for run in (self.others[0], self.good, *self.others[1:])
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """On the references."""
+        first = next(run for run in self.others if run.kind == self.again.kind)
+        return [
+            f"The precomputed reference scored {first.scored} responses before training. The next run on these pairs "
+            f"scored {self.again.scored}: it found {self.again.found} in the store.",
+            f"The synchronized reference (TR-DPO) moves after step {MOVES_AFTER}, so its losses differ from then on.",
+        ]
 
 
 class Narrator:
-    """Says what happens and how long it took, with a moving bar in a terminal."""
+    """Says what happens and how long it takes, with a moving bar in a terminal."""
 
     def __init__(self) -> None:
-        self._console = Console(width=WIDTH, highlight=False)
+        self.console = Console(highlight=False)
+        self.console.width = min(self.console.width, 80)
 
-    def print(self, text: str = "") -> None:
-        self._console.print(escape(text))
+    def say(self, text: str = "") -> None:
+        self.console.print(escape(text))
 
     @contextmanager
-    def step(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """One part of the demo; yields a function to call after each of `total` steps."""
-        start, console = time.perf_counter(), self._console
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
-        shown = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-        if not console.is_terminal:
-            self.print(f"         {title} ...")
-        with shown:
-            task = shown.add_task(escape(title), total=total)
-            yield lambda: shown.advance(task)
-        self.print(f"{time.perf_counter() - start:6.1f} s {title}")
-
-    def show(self, table: RichTable) -> None:
-        self._console.print(table)
+    def part(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        """A part of the demo; yields a function to call after each of `total` steps."""
+        start = time.perf_counter()
+        self.say(title)
+        columns = (SpinnerColumn(), BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda: bar.advance(task)
+        self.say(f"  {time.perf_counter() - start:.1f} s")
 
 
 def print_result(narrator: Narrator, result: Result) -> None:
     """Prints answers, figures, references, and how to go on."""
-    say = narrator.print
-    say()
-    say("Held-out questions, answered before, after the good run, and after the one that went too far:")
-    narrator.show(_answers_in_terminal(result))
-    say("Loss, accuracy and margin call the ruined model the better one. The rest tells them apart:")
-    narrator.show(_plain_table(("", "before", "good", "too far"), figure_rows(result)))
-    say("The same pairs with each reference (all train the same LoRA adapter):")
-    narrator.show(_plain_table(_REFERENCE_COLUMNS, reference_rows(result)))
-    say(store_note(result))
-    say()
-    say(f"{result.seconds:.0f} s in all. The page with curves and all answers: {result.report}")
-    say("Go on with")
-    for command in next_commands(result):
-        say(command)
+    say, show = narrator.say, narrator.console.print
+    say("\nAnswers to held-out questions")
+    for question, *answers in result.answers[:SHOWN_ANSWERS]:
+        side_by_side = RichTable(*_ANSWERS, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, expand=True)
+        for column in side_by_side.columns:
+            column.ratio = 1
+        side_by_side.add_row(*(escape(answer.strip()) for answer in answers))
+        narrator.console.print(f"\n[bold]{escape(question)}")
+        show(side_by_side)
+    say("\nBy accuracy and margin the ruined model is as good or better. The rest tells:")
+    show(_aligned(("", *_ANSWERS), result.figures))
+    say("\nThe good run's first steps, with each reference:")
+    show(_aligned(_REFERENCES, result.references))
+    for note in result.notes:
+        say(note)
+    say(f"\n{result.seconds:.0f} s in all. All answers and the curves: {result.report}\n\nGo on with:")
+    commands = (
+        f'tether ask {result.folder / "good"} "{result.questions[0]}"',
+        f"tether train --model {result.policy} --train_data YOUR_PAIRS.jsonl \\",
+        "  --lora_r 16 --learning_rate 1e-4 --eval_fraction 0.1 --report_samples 8 \\",
+        f"  --output_dir {result.folder / 'own'}",
+    )
+    print("\n".join(f"  {command}" for command in commands))  # unwrapped, to be copied
 
 
 def write_page(result: Result) -> None:
@@ -159,92 +194,54 @@ def write_page(result: Result) -> None:
         result.report,
         title="A model that learned, and one that was ruined",
         lead=[
-            f"{result.about} learned from {result.num_pairs} pairs of its own answers to answer in one sentence: the "
-            "chosen response is the first sentence of the rejected one. The good run adds a term that keeps the chosen "
-            "response likely (`sft`). The other one went too far: its loss, accuracy and margin are better, and what "
-            "it says is worse.",
+            f"{result.about}, was trained to answer in one sentence: of each pair, the chosen response is the first "
+            "sentence of the rejected one. The good run also keeps the chosen responses likely (`sft`). The other one "
+            "does not: accuracy and margin look as good or better, and what the model says is ruined."
         ],
         tables=[
-            Table("Answers to held-out questions", ["question", "before", "good", "too far"],
-                  answer_rows(result),
-                  ["Each token is the most likely one, up to 64. These are the first held-out questions; none was selected."]),
-            Table("What tells them apart", ["figure", "before", "good", "too far"], figure_rows(result),
-                  ["On held-out pairs and questions. Surprise: the initial model's nats per token on the answers above. KL: "
-                   "of the policy from the initial model, on drawn answers."]),
-            Table("The four references", [title.replace("\n", " ") for title in _REFERENCE_COLUMNS], reference_rows(result),
-                  [store_note(result)]),
+            Table("Answers to held-out questions", ("question", *_ANSWERS), result.answers, [_ABOUT_ANSWERS]),
+            Table(
+                "What tells them apart",
+                ("on held-out pairs and questions", *_ANSWERS),
+                result.figures,
+                [_ABOUT_FIGURES],
+            ),
+            Table("The good run's first steps with each reference", _REFERENCES, result.references, result.notes),
         ],
         runs={"good": result.good.log, "too far": result.too_far.log},
     )
 
 
-def answer_rows(result: Result) -> list[list[str]]:
-    """Question, and its answers before, after the good run, and after the one that went too far."""
-    before, good = result.good.answers(at_end=False), result.good.answers(at_end=True)
-    return [list(row) for row in zip(result.questions, before, good, result.too_far.answers(at_end=True), strict=True)]
+_ABOUT_ANSWERS = "Each token is the likeliest, 64 at most. The first held-out questions; none was selected."
+_ABOUT_FIGURES = (
+    "Surprise: the initial model's nats per token on the answers above. KL: of the policy from the initial model, on "
+    "answers that were drawn."
+)
 
 
-def figure_rows(result: Result) -> list[list[str]]:
-    """Name, before, good, too far."""
-    rows = []
-    for name, metric, form in FIGURES:
-        values = [result.good.figure(metric, at_end=False), result.good.figure(metric, at_end=True)]
-        values.append(result.too_far.figure(metric, at_end=True))
-        rows.append([name, *("-" if value is None else format(value, form) for value in values)])
-    return rows
-
-
-_REFERENCE_COLUMNS = ("reference", "loss at\nstep 1", "\nstep 3", "\nstep 6", "weights\nbeside", "passes", "seconds\na step")
-
-
-def reference_rows(result: Result) -> list[list[str]]:
-    """The good run and the others: losses at three steps, and what the reference cost."""
-    return [
-        [
-            run.kind,
-            *(format(run.losses[step - 1], ".5f") for step in COMPARED_AT),
-            f"{run.extra_bytes / 1e6:,.1f} MB",
-            f"{run.passes:,}",
-            f"{run.step_seconds:.2f}",
-        ]
-        for run in (result.others[0], result.good, *result.others[1:])
-    ]
-
-
-def store_note(result: Result) -> str:
-    first = next(run for run in result.others if run.kind == result.again.kind)
-    return (
-        f"Passes: of the reference, in {COMPARED_AT[-1]} steps. The precomputed one scored {first.num_scored} responses before "
-        f"training, on disk; the next run on these pairs found {result.again.num_found}, and scored {result.again.num_scored}. "
-        "The synchronized one (TR-DPO) moved after step 3."
-    )
-
-
-def next_commands(result: Result) -> list[str]:
-    """How to go on: ask the models, and train on one's own pairs."""
-    run = result.folder
-    return [
-        f'  tether ask {run / "good"} "{result.questions[0]}"',
-        f"  tether train --model {result.policy} --train_data YOUR_PAIRS.jsonl \\",
-        f"      --lora_r 16 --learning_rate 1e-4 --eval_fraction 0.1 --report_samples 8 \\",
-        f"      --output_dir {run / 'own'}",
-    ]
-
-
-def _answers_in_terminal(result: Result) -> RichTable:
-    table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_lines=True, width=WIDTH)
-    for title in ("before", "good", "too far"):
-        table.add_column(title, ratio=1, vertical="top")
-    for question, *answers in list(answer_rows(result))[:SHOWN_ANSWERS]:
-        table.add_row(f"[bold]{escape(question)}[/]")
-        table.add_row(*(escape(answer) for answer in answers))
-    return table
-
-
-def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", vertical="bottom")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hides progress bars of libraries between ours, and warnings that users cannot act on."""
+    bars = [
+        (library.is_progress_bar_enabled(), library.disable_progress_bar, library.enable_progress_bar)
+        for library in (transformers_logging, datasets.utils.logging)
+    ]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT (0.21) asks transformers by an old name
+            for _, hide, _ in bars:
+                hide()
+            yield
+    finally:
+        for was_shown, _, show in bars:
+            if was_shown:
+                show()
