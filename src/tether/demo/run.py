@@ -21,7 +21,8 @@ from tether.errors import ConfigurationError
 from tether.reference import PrecomputedReference
 from tether.trainer.dpo_trainer import DPOTrainer
 
-NUM_PAIRS, NUM_QUESTIONS, NUM_STEPS, TINY_STEPS = 48, 12, 24, 300
+NUM_PAIRS, NUM_QUESTIONS, LONGEST = 48, 12, 48
+NUM_STEPS, TINY_STEPS = 24, 300
 
 SAFE: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 5.0]}
 BARE: dict[str, Any] = {"loss_type": "sigmoid"}
@@ -55,7 +56,7 @@ def run_demo(output_dir: str | Path, *, model: str | None = None, seed: int = 0,
         with narrator.part("Get the model", tiny_steps if name == TINY else 1) as advance:
             policy = save_model(name, folder / "model", train_pairs, tiny_steps, EachStep(advance))
         bench = Bench(policy, folder, train_pairs[:NUM_PAIRS], held_out, seed, narrator)
-        good = bench.train("good", "implicit", SAFE, steps)
+        good = bench.train("good", "implicit", SAFE | {"eval_on_start": True}, steps)
         too_far = bench.train("too far", "implicit", BARE, steps)
         references = _references(folder)
         others = [bench.train("good", kind, SAFE | references[kind], steps, stop_at=STEPS[-1]) for kind in references]
@@ -80,10 +81,12 @@ class Bench:
     narrator: Narrator
 
     def train(self, name: str, kind: str, options: dict[str, Any], num_steps: int, stop_at: int | None = None) -> Run:
-        """One run of a LoRA adapter. A whole one answers the held-out questions, before and after; others stop early."""
+        """One run of a LoRA adapter. A whole one answers the held-out questions at its end; others stop early."""
         is_whole = stop_at is None
         output_dir = self.folder / name.replace(" ", "-") if is_whole else self.folder / "first-steps"
-        report: dict[str, Any] = {"eval_on_start": True, "report_samples": NUM_QUESTIONS} if is_whole else {}
+        report: dict[str, Any] = (
+            {"report_samples": NUM_QUESTIONS, "report_samples_max_new_tokens": LONGEST} if is_whole else {}
+        )
         args = DPOConfig(
             str(output_dir),
             beta=0.1,

@@ -212,7 +212,7 @@ def write_page(result: Result) -> None:
     )
 
 
-_ABOUT_ANSWERS = "Each token is the likeliest, 64 at most. The first held-out questions; none was selected."
+_ABOUT_ANSWERS = "Each token is the likeliest, 48 at most. The first held-out questions; none was selected."
 _ABOUT_FIGURES = (
     "Surprise: the initial model's nats per token on the answers above. KL: of the policy from the initial model, on "
     "answers that were drawn."
