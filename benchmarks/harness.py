@@ -119,6 +119,19 @@ def useful_flops(model: Any, rows: list[dict]) -> int:
     return int(2 * layer_weights * tokens + attention_flops(model, rows) + head)
 
 
+def step_flops(model: Any, rows: list[dict], reference: str) -> int:
+    """Of a whole step: policy forward and backward, and the reference's forward if it runs.
+
+    An adapter's base needs no gradient of its weights, so an implicit reference comes with a forward's worth less.
+    """
+    return useful_flops(model, rows) * {"explicit": 4, "implicit": 3, "precomputed": 3}[reference]
+
+
+def num_tokens(rows: list[dict]) -> int:
+    """Tokens of the rows, each prompt once."""
+    return sum(len(ids) for row in rows for ids in row.values())
+
+
 def attention_flops(model: Any, rows: list[dict]) -> float:
     """Of these, the scores and the weighted values of the attention, the causal half of each."""
     scores = 0.0
@@ -164,6 +177,32 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def compared(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of every side, and how many times faster than each of the others Tether was."""
+    return {
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "times_faster": {n: median_ratio(t, seconds["tether"]) for n, t in seconds.items() if n != "tether"},
+    }
+
+
+def share_of_peak(flops: list[int], seconds: list[float], peak: float) -> float:
+    """Median rate of the runs, which go through the items of `flops` again and again, as a share of `peak`."""
+    return statistics.median(flops[i % len(flops)] / s for i, s in enumerate(seconds)) / peak
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """What was measured, in one line for the terminal."""
+    parts = [
+        "  ".join(f"{name} {value:6.2f} s" for name, value in result["median_seconds"].items()),
+        "  ".join(f"{value:4.1f}x {name}" for name, value in result["times_faster"].items()),
+    ]
+    if "share_of_matmul_peak" in result:
+        parts.append(f"{result['share_of_matmul_peak']:.0%} of matmul peak")
+    if "peak_bytes" in result:
+        parts.append("  ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in result["peak_bytes"].items()))
+    return " | ".join(parts)
+
+
 def peak_memory_of(script: str, *arguments: str) -> int:
     """Peak resident bytes of a process of its own that runs `script` with these arguments."""
     done = subprocess.run(
@@ -186,8 +225,8 @@ def _peak_resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def write_results(name: str, results: Any, device: str) -> Path:
-    """Keeps the results as data, with date, machine and versions."""
+def write_results(name: str, results: Any, device: str, **more: Any) -> Path:
+    """Keeps the results as data, with date, machine and versions, and what `more` is given."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}-{device}.json"
     record = {
@@ -195,6 +234,7 @@ def write_results(name: str, results: Any, device: str) -> Path:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(device),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft", "accelerate", "trl")},
+        **more,
         "results": results,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
