@@ -65,7 +65,6 @@ def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.N
         runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
         for name, times in harness.in_turns(runs, len(batches), device).items():
             seconds[name] += times
-    flops = [harness.step_flops(harness_model(device), batch, reference) for batch in batches]
     peak = statistics.median(peaks)
     result = {
         "shape": shape,
@@ -74,7 +73,9 @@ def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.N
         "tokens": [harness.num_tokens(batch) for batch in batches],
         **harness.compared(seconds),
         "matmul_gflops_per_second": peak / 1e9,
-        "share_of_matmul_peak": harness.share_of_peak(flops, seconds["tether"], peak),
+        "share_of_matmul_peak": harness.share_of_peak(
+            harness_model(device), batches, reference, seconds["tether"], peak
+        ),
     }
     if reference in arguments.memory:
         result["peak_bytes"] = {

@@ -28,6 +28,9 @@ DATA = ROOT.parent / "shared" / "data"
 SHAPES = {"chat": (90, 30), "instructions": (180, 320), "summarisation": (400, 40)}
 SPREAD = 1.0
 MAX_LENGTH = 1024
+# Forwards' worth of operations in a step: policy forward and backward (an adapter's base needs no gradient of its
+# weights), and the reference's forward if it runs.
+PASSES = {"explicit": 4, "implicit": 3, "precomputed": 3}
 
 
 def qwen2(size: str = "39m", *, vocab_size: int = 32_000, dtype: torch.dtype = torch.float32) -> Any:
@@ -119,14 +122,6 @@ def useful_flops(model: Any, rows: list[dict]) -> int:
     return int(2 * layer_weights * tokens + attention_flops(model, rows) + head)
 
 
-def step_flops(model: Any, rows: list[dict], reference: str) -> int:
-    """Of a whole step: policy forward and backward, and the reference's forward if it runs.
-
-    An adapter's base needs no gradient of its weights, so an implicit reference comes with a forward's worth less.
-    """
-    return useful_flops(model, rows) * {"explicit": 4, "implicit": 3, "precomputed": 3}[reference]
-
-
 def num_tokens(rows: list[dict]) -> int:
     """Tokens of the rows, each prompt once."""
     return sum(len(ids) for row in rows for ids in row.values())
@@ -185,8 +180,9 @@ def compared(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def share_of_peak(flops: list[int], seconds: list[float], peak: float) -> float:
-    """Median rate of the runs, which go through the items of `flops` again and again, as a share of `peak`."""
+def share_of_peak(model: Any, batches: list[list[dict]], reference: str, seconds: list[float], peak: float) -> float:
+    """Median rate of steps that went through the batches in turn, useful operations only, as a share of `peak`."""
+    flops = [useful_flops(model, batch) * PASSES[reference] for batch in batches]
     return statistics.median(flops[i % len(flops)] / s for i, s in enumerate(seconds)) / peak
 
 
