@@ -93,7 +93,8 @@ def _share(row: dict[str, Any]) -> str:
 
 def _real_steps(results: dict[str, Any]) -> str:
     return _table(
-        "pairs | in a step | threads | reference | Tether | TRL | times faster | peak memory, Tether / TRL | share of peak",
+        "pairs | in a step | threads | reference | Tether | TRL | times faster | peak memory, Tether / TRL "
+        "| share of peak",
         (
             [row["pairs"], row["batch"], row["threads"], row["reference"], *_seconds(row), _memory(row), _share(row)]
             for row in results["steps"]

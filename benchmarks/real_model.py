@@ -1,8 +1,8 @@
 """Claim: on a real language model a training step is several times faster than TRL's, and takes less memory.
 
 SmolLM2-135M-Instruct in fp32 on a CPU, no activation checkpointing; Tether and TRL on the same rows and weights, in
-turns. `short` is `examples/pairs.jsonl` (sequences of about 70 tokens), the others are the first pairs of `--pairs` whose
-sequences have at most 256 and 512 tokens. `GRID` is what is measured: a quarter of an hour on two cores.
+turns. `short` is `examples/pairs.jsonl` (sequences of about 70 tokens), the others are the first pairs of `--pairs`
+whose sequences have at most 256 and 512 tokens. `GRID` is what is measured: a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
