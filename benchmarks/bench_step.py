@@ -116,9 +116,9 @@ def _side(name: str, reference: str, device: str, rows: list[dict]) -> sides.Sid
     model = copy.deepcopy(harness_model(device))
     if reference == "precomputed":
         tokenizer = harness.word_tokenizer(model.config.vocab_size)
-    else:
-        tokenizer = harness.train_tokenizer(["a b c d"] * 8, 300)
-    return sides.make_side(name, reference, model, tokenizer, device, rows=rows, batch_size=BATCH)
+        return sides.make_side(name, reference, model, tokenizer, device, batch_size=BATCH, rows=rows)
+    tokenizer = harness.train_tokenizer(["a b c d"] * 8, 300)
+    return sides.make_side(name, reference, model, tokenizer, device, batch_size=BATCH)
 
 
 def _one_step(name: str, reference: str, shape: str, device: str) -> None:

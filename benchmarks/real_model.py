@@ -8,6 +8,7 @@ whose sequences have at most 256 and 512 tokens. `GRID` is what is measured: a q
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -112,6 +113,18 @@ def _measured(folder: str, path: Path, *, quick: bool) -> dict[str, Rows]:
 
 def _step(case: Case, folder: str, path: Path) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
+    result = {name: getattr(case, name) for name in ("pairs", "batch", "threads", "reference")}
+    result |= _timed(case, folder, path)
+    gc.collect()  # the trainers are cycles, and the next processes need their memory
+    if case.weighs:
+        child = ("--pairs", str(path), "--child")
+        result["peak_bytes"] = {
+            name: harness.peak_memory_of(__file__, *child, name, json.dumps(asdict(case)), folder) for name in NAMES
+        }
+    return result
+
+
+def _timed(case: Case, folder: str, path: Path) -> dict[str, Any]:
     rows = _rows(case, folder, path)
     batches = harness.batches_of(rows, case.batch)
     contenders = {name: _side(name, case, folder, rows) for name in NAMES}
@@ -121,23 +134,12 @@ def _step(case: Case, folder: str, path: Path) -> dict[str, Any]:
     runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
     seconds = harness.in_turns(runs, len(batches), "cpu")
     result = {
-        **{name: getattr(case, name) for name in ("pairs", "batch", "threads", "reference")},
         "tokens": [harness.num_tokens(batch) for batch in batches],
         **harness.compared(seconds),
         "matmul_gflops_per_second": peak / 1e9,
         "share_of_matmul_peak": harness.share_of_peak(_load(folder), batches, case.reference, seconds["tether"], peak),
     }
-    if case.scores:
-        result["scoring_100_pairs"] = _scoring(contenders, batches)
-    del contenders, runs  # before other processes need the memory
-    if case.weighs:
-        result["peak_bytes"] = {
-            name: harness.peak_memory_of(
-                __file__, "--pairs", str(path), "--child", name, json.dumps(asdict(case)), folder
-            )
-            for name in NAMES
-        }
-    return result
+    return result | ({"scoring_100_pairs": _scoring(contenders, batches)} if case.scores else {})
 
 
 def _scoring(contenders: dict[str, sides.Side], batches: list[Rows]) -> dict[str, dict[str, float]]:

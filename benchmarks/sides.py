@@ -156,9 +156,19 @@ class PlainSide(Side):
 
 
 def make_side(
-    name: str, reference: str, model: Any, tokenizer: Any, device: str, *, rows: list[dict[str, Any]], batch_size: int
+    name: str,
+    reference: str,
+    model: Any,
+    tokenizer: Any,
+    device: str,
+    *,
+    batch_size: int,
+    rows: list[dict[str, Any]] | None = None,
 ) -> Side:
-    """A side by its name, with this kind of reference; an adapter is LoRA of rank 16 on all linear layers."""
+    """A side by its name, with this kind of reference; an adapter is LoRA of rank 16 on all linear layers.
+
+    `rows` is the training set, of which TRL reads only text; in Tether a precomputed reference answers no others.
+    """
     if name == "plain":
         return PlainSide(model, device, autocast=torch.bfloat16 if device == "cuda" else None)
     options: dict[str, Any] = {"bf16": True} if device == "cuda" else {}
@@ -169,12 +179,13 @@ def make_side(
     if reference == "precomputed":
         options["precompute_ref_log_probs"] = True
     if name == "trl":
-        return TRLSide(model, tokenizer, device, batch_size=batch_size, **options)
+        texts = rows if rows and "prompt" in rows[0] else None
+        return TRLSide(model, tokenizer, device, batch_size=batch_size, rows=texts, **options)
     if name == "tether_bf16":
         options["ref_dtype"] = "bfloat16"
     if reference == "precomputed":
-        options |= {"ref_store": tempfile.mktemp(suffix=".sqlite"), "rows": rows}
-    return TetherSide(model, tokenizer, device, batch_size=batch_size, **options)
+        options["ref_store"] = tempfile.mktemp(suffix=".sqlite")
+    return TetherSide(model, tokenizer, device, batch_size=batch_size, rows=rows, **options)
 
 
 def _options(batch_size: int, device: str, options: dict[str, Any]) -> dict[str, Any]:
