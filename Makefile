@@ -57,13 +57,10 @@ format: dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: dev ## run every benchmarks/bench_*.py, one after the other
-	@set -e; found=0; \
-	for script in benchmarks/bench_*.py; do \
-		[ -e "$$script" ] || continue; \
-		found=1; printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(ARGS); \
-	done; \
-	[ $$found = 1 ] || printf 'No benchmark to run: there is no benchmarks/bench_*.py yet.\n'
+bench: dev ## run every benchmark, one after the other
+	@set -e; for script in benchmarks/bench_*.py benchmarks/real_model.py; do \
+		printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(ARGS); \
+	done
 
 docs: $(VENV)/.installed-docs ## build the site of docs/ and the docstrings into site/
 	$(BIN)/zensical build --clean --strict

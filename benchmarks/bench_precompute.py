@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from typing import Any
 
 import harness
@@ -59,12 +58,9 @@ def _measure(
     result = {
         "shape": shape,
         "pairs": BATCH,
-        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "times_faster": {n: harness.median_ratio(t, seconds["tether"]) for n, t in seconds.items() if n != "tether"},
+        **harness.compared(seconds),
     }
-    faster = "  ".join(f"{value:4.1f}x {name}" for name, value in result["times_faster"].items())
-    times = "  ".join(f"{name} {value:6.2f} s" for name, value in result["median_seconds"].items())
-    print(f"{shape:14s} {times} | {faster}", flush=True)
+    print(f"{shape:14s} {harness.line_of(result)}", flush=True)
     return result
 
 

@@ -52,8 +52,8 @@ def _measure(shape: str, rows: list[dict]) -> dict[str, Any]:
     shares["element by element, and the rest"] = 1 - sum(shares.values())
     peak = harness.matmul_flops_per_second("cpu", bench_step._dtype("cpu"))
     model = bench_step.harness_model("cpu")
-    whole, attention = harness.useful_flops(model, rows), harness.attention_flops(model, rows)
-    passes = bench_step.PASSES["explicit"]
+    whole, passes = harness.useful_flops(model, rows), harness.PASSES["explicit"]
+    attention = harness.attention_flops(model, rows)
     return {
         "shape": shape,
         "seconds": total / 1e6,

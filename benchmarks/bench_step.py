@@ -11,7 +11,6 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 from typing import Any
 
 import harness
@@ -19,9 +18,6 @@ import sides
 import torch
 
 BATCH = 8
-# Forwards' worth of operations in a step: policy forward and backward (an adapter's base needs no gradient of its
-# weights), and the reference's forward if it runs.
-PASSES = {"explicit": 4, "implicit": 3, "precomputed": 3}
 
 
 def main() -> None:
@@ -69,18 +65,17 @@ def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.N
         runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
         for name, times in harness.in_turns(runs, len(batches), device).items():
             seconds[name] += times
-    flops = [harness.useful_flops(harness_model(device), batch) * PASSES[reference] for batch in batches]
     peak = statistics.median(peaks)
-    rates = [flops[i % len(batches)] / s for i, s in enumerate(seconds["tether"])]
     result = {
         "shape": shape,
         "reference": reference,
         "pairs": BATCH,
-        "tokens": [sum(len(v) for row in batch for v in row.values()) for batch in batches],
-        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "times_faster": {n: harness.median_ratio(t, seconds["tether"]) for n, t in seconds.items() if n != "tether"},
+        "tokens": [harness.num_tokens(batch) for batch in batches],
+        **harness.compared(seconds),
         "matmul_gflops_per_second": peak / 1e9,
-        "share_of_matmul_peak": statistics.median(rates) / peak,
+        "share_of_matmul_peak": harness.share_of_peak(
+            harness_model(device), batches, reference, seconds["tether"], peak
+        ),
     }
     if reference in arguments.memory:
         result["peak_bytes"] = {
@@ -119,28 +114,11 @@ _models: dict[str, Any] = {}
 
 def _side(name: str, reference: str, device: str, rows: list[dict]) -> sides.Side:
     model = copy.deepcopy(harness_model(device))
-    tokenizer = harness.train_tokenizer(["a b c d"] * 8, 300)
-    options: dict[str, Any] = {}
-    if device == "cuda":
-        options["bf16"] = True
-    if reference == "implicit":
-        from peft import LoraConfig
-
-        options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
     if reference == "precomputed":
-        options["precompute_ref_log_probs"] = True
-    match name:
-        case "tether" | "tether_bf16":
-            if name == "tether_bf16":
-                options["ref_dtype"] = "bfloat16"
-            if reference == "precomputed":
-                tokenizer = harness.word_tokenizer(model.config.vocab_size)
-                options |= {"ref_store": tempfile.mktemp(suffix=".sqlite"), "rows": rows}
-            return sides.TetherSide(model, tokenizer, device, batch_size=BATCH, **options)
-        case "trl":
-            return sides.TRLSide(model, tokenizer, device, batch_size=BATCH, **options)
-        case _:
-            return sides.PlainSide(model, device, autocast=torch.bfloat16 if device == "cuda" else None)
+        tokenizer = harness.word_tokenizer(model.config.vocab_size)
+        return sides.make_side(name, reference, model, tokenizer, device, batch_size=BATCH, rows=rows)
+    tokenizer = harness.train_tokenizer(["a b c d"] * 8, 300)
+    return sides.make_side(name, reference, model, tokenizer, device, batch_size=BATCH)
 
 
 def _one_step(name: str, reference: str, shape: str, device: str) -> None:
@@ -152,11 +130,7 @@ def _one_step(name: str, reference: str, shape: str, device: str) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    seconds = "  ".join(f"{name} {value:6.2f} s" for name, value in result["median_seconds"].items())
-    faster = "  ".join(f"{value:4.1f}x {name}" for name, value in result["times_faster"].items())
-    memory = "  ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in result.get("peak_bytes", {}).items())
-    share = f"{result['share_of_matmul_peak']:.0%} of matmul peak"
-    print(f"{result['shape']:14s} {result['reference']:12s} {seconds} | {faster} | {share} | {memory}", flush=True)
+    print(f"{result['shape']:14s} {result['reference']:12s} {harness.line_of(result)}", flush=True)
 
 
 if __name__ == "__main__":

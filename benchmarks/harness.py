@@ -28,6 +28,9 @@ DATA = ROOT.parent / "shared" / "data"
 SHAPES = {"chat": (90, 30), "instructions": (180, 320), "summarisation": (400, 40)}
 SPREAD = 1.0
 MAX_LENGTH = 1024
+# Forwards' worth of operations in a step: policy forward and backward (an adapter's base needs no gradient of its
+# weights), and the reference's forward if it runs.
+PASSES = {"explicit": 4, "implicit": 3, "precomputed": 3}
 
 
 def qwen2(size: str = "39m", *, vocab_size: int = 32_000, dtype: torch.dtype = torch.float32) -> Any:
@@ -119,6 +122,11 @@ def useful_flops(model: Any, rows: list[dict]) -> int:
     return int(2 * layer_weights * tokens + attention_flops(model, rows) + head)
 
 
+def num_tokens(rows: list[dict]) -> int:
+    """Tokens of the rows, each prompt once."""
+    return sum(len(ids) for row in rows for ids in row.values())
+
+
 def attention_flops(model: Any, rows: list[dict]) -> float:
     """Of these, the scores and the weighted values of the attention, the causal half of each."""
     scores = 0.0
@@ -164,6 +172,33 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def compared(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of every side, and how many times faster than each of the others Tether was."""
+    return {
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "times_faster": {n: median_ratio(t, seconds["tether"]) for n, t in seconds.items() if n != "tether"},
+    }
+
+
+def share_of_peak(model: Any, batches: list[list[dict]], reference: str, seconds: list[float], peak: float) -> float:
+    """Median rate of steps that went through the batches in turn, useful operations only, as a share of `peak`."""
+    flops = [useful_flops(model, batch) * PASSES[reference] for batch in batches]
+    return statistics.median(flops[i % len(flops)] / s for i, s in enumerate(seconds)) / peak
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """What was measured, in one line for the terminal."""
+    parts = [
+        "  ".join(f"{name} {value:6.2f} s" for name, value in result["median_seconds"].items()),
+        "  ".join(f"{value:4.1f}x {name}" for name, value in result["times_faster"].items()),
+    ]
+    if "share_of_matmul_peak" in result:
+        parts.append(f"{result['share_of_matmul_peak']:.0%} of matmul peak")
+    if "peak_bytes" in result:
+        parts.append("  ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in result["peak_bytes"].items()))
+    return " | ".join(parts)
+
+
 def peak_memory_of(script: str, *arguments: str) -> int:
     """Peak resident bytes of a process of its own that runs `script` with these arguments."""
     done = subprocess.run(
@@ -186,8 +221,8 @@ def _peak_resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def write_results(name: str, results: Any, device: str) -> Path:
-    """Keeps the results as data, with date, machine and versions."""
+def write_results(name: str, results: Any, device: str, **more: Any) -> Path:
+    """Keeps the results as data, with date, machine and versions, and what `more` is given."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}-{device}.json"
     record = {
@@ -195,6 +230,7 @@ def write_results(name: str, results: Any, device: str) -> Path:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(device),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft", "accelerate", "trl")},
+        **more,
         "results": results,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")

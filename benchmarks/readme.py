@@ -1,7 +1,7 @@
 """Writes the measured tables and numbers of README.md and docs/ anew from benchmarks/results, between their markers.
 
-`<!-- measured:step-cpu -->` is followed by the whole table, `<!-- measured:step-cpu explicit -->` by a part of it or by
-one number in a sentence (`_PARTS`), up to `<!-- end -->`.
+`<!-- measured:real-model-cpu -->` is followed by the whole table, `<!-- measured:real-model-cpu scoring -->` by a part
+of it or by one number in a sentence (`_PARTS`), up to `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,52 +50,95 @@ def _section(name: str, part: str | None) -> str:
     return f"{table}\nMeasured {record['date']} on {where}; {versions}.\n"
 
 
+def _table(head: str, rows: Iterable[Iterable[object]]) -> str:
+    cells = [head.split(" | "), ["---"] * (head.count(" | ") + 1), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in cells)
+
+
+def _seconds(row: dict[str, Any], digits: int = 2) -> list[str]:
+    """Tether's time, TRL's, and how many times faster that is."""
+    seconds = row["median_seconds"]
+    return [*(f"{seconds[side]:.{digits}f} s" for side in ("tether", "trl")), f"{row['times_faster']['trl']:.1f}"]
+
+
+def _memory(row: dict[str, Any]) -> str:
+    peak = row.get("peak_bytes")
+    return f"{peak['tether'] / 2**30:.1f} / {peak['trl'] / 2**30:.1f} GiB" if peak else ""
+
+
 def _step(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| pairs | reference | Tether | TRL | times faster | with a bf16 reference | peak memory, Tether / TRL "
-        "| share of matmul peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in results:
-        seconds, peak = row["median_seconds"], row.get("peak_bytes")
-        memory = f"{peak['tether'] / 2**30:.1f} / {peak['trl'] / 2**30:.1f} GiB" if peak else ""
-        lines.append(
-            f"| {row['shape']} | {row['reference']} | {seconds['tether']:.2f} s | {seconds['trl']:.2f} s "
-            f"| {row['times_faster']['trl']:.1f} | {_with_bf16(seconds)} | {memory} "
-            f"| {row['share_of_matmul_peak']:.0%} |"
-        )
-    return "\n".join(lines) + "\n"
+    def with_bf16(seconds: dict[str, float]) -> str:
+        return f"{seconds['trl'] / seconds['tether_bf16']:.1f}" if "tether_bf16" in seconds else ""
+
+    return _table(
+        "pairs | reference | Tether | TRL | times faster | with a bf16 reference | peak memory, Tether / TRL "
+        "| share of matmul peak",
+        (
+            [
+                row["shape"],
+                row["reference"],
+                *_seconds(row),
+                with_bf16(row["median_seconds"]),
+                _memory(row),
+                _share(row),
+            ]
+            for row in results
+        ),
+    )
 
 
-def _explicit_steps(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| pairs | Tether | TRL | times faster | peak memory, Tether | peak memory, TRL |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in results:
-        if row["reference"] == "explicit":
-            seconds, peak = row["median_seconds"], row["peak_bytes"]
-            lines.append(
-                f"| {row['shape']} | {seconds['tether']:.1f} s | {seconds['trl']:.1f} s "
-                f"| {row['times_faster']['trl']:.1f} | {peak['tether'] / 2**30:.1f} GiB "
-                f"| {peak['trl'] / 2**30:.1f} GiB |"
-            )
-    return "\n".join(lines) + "\n"
+def _share(row: dict[str, Any]) -> str:
+    return f"{row['share_of_matmul_peak']:.0%}"
 
 
-def _with_bf16(seconds: dict[str, float]) -> str:
-    return f"{seconds['trl'] / seconds['tether_bf16']:.1f}" if "tether_bf16" in seconds else ""
+def _real_steps(results: dict[str, Any]) -> str:
+    return _table(
+        "pairs | in a step | threads | reference | Tether | TRL | times faster | peak memory, Tether / TRL "
+        "| share of peak",
+        (
+            [row["pairs"], row["batch"], row["threads"], row["reference"], *_seconds(row), _memory(row), _share(row)]
+            for row in results["steps"]
+        ),
+    )
+
+
+def _real_explicit_steps(results: dict[str, Any]) -> str:
+    """Those with the most threads."""
+    most = max(row["threads"] for row in results["steps"])
+    return _table(
+        "pairs | in a step | Tether | TRL | times faster | peak memory, Tether / TRL",
+        (
+            [row["pairs"], row["batch"], *_seconds(row, 1), _memory(row)]
+            for row in results["steps"]
+            if (row["reference"], row["threads"]) == ("explicit", most)
+        ),
+    )
+
+
+def _real_scoring(results: dict[str, Any]) -> str:
+    return _table(
+        "pairs | in a batch | reference | Tether | TRL | times faster",
+        (
+            [row["pairs"], row["batch"], row["reference"], *_seconds(row["scoring_100_pairs"], 1)]
+            for row in results["steps"]
+            if "scoring_100_pairs" in row
+        ),
+    )
+
+
+def _real_building(results: dict[str, Any]) -> str:
+    return _table(
+        "reference | loading the model | trainer, Tether | trainer, TRL",
+        ([row["reference"], f"{row['load_seconds']:.2f} s", *_seconds(row)[:2]] for row in results["building"]),
+    )
+
+
+def _factor(choose: Callable[[Iterable[float]], float]) -> Callable[[dict[str, Any]], str]:
+    return lambda results: f"{choose(row['times_faster']['trl'] for row in results['steps']):.1f}"
 
 
 def _precompute(results: list[dict[str, Any]]) -> str:
-    lines = ["| pairs | Tether | TRL | times faster |", "| --- | --- | --- | --- |"]
-    for row in results:
-        seconds = row["median_seconds"]
-        lines.append(
-            f"| {row['shape']} | {seconds['tether']:.2f} s | {seconds['trl']:.2f} s "
-            f"| {row['times_faster']['trl']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return _table("pairs | Tether | TRL | times faster", ([row["shape"], *_seconds(row)] for row in results))
 
 
 def _store(record: dict[str, Any]) -> str:
@@ -111,20 +155,16 @@ def _store(record: dict[str, Any]) -> str:
         "shortest step for which reading stays under 1 %, 32 pairs": f"{1e3 * shortest:.0f} ms",
         "share of the fastest measured training step": f"{share:.3%}" if share is not None else "not measured here",
     }
-    return (
-        "\n".join(["| what | measured |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
-        + "\n"
-    )
+    return _table("what | measured", rows.items())
 
 
 def _growth(results: list[dict[str, Any]]) -> str:
-    lines = ["| grows | to | Tether | plain way |", "| --- | --- | --- | --- |"]
-    for row in results:
+    def line(row: dict[str, Any]) -> list[str]:
         axis = row["axis"]
-        value = row[axis.removeprefix("frozen_")]
-        cells = (f"{row[side]['seconds']:.2f} s, {row[side]['peak_bytes'] / 2**20:,.0f} MiB" for side in _SIDES)
-        lines.append(f"| {_AXES.get(axis, axis)} | {value:,g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [f"{row[side]['seconds']:.2f} s, {row[side]['peak_bytes'] / 2**20:,.0f} MiB" for side in _SIDES]
+        return [_AXES.get(axis, axis), f"{row[axis.removeprefix('frozen_')]:,g}", *cells]
+
+    return _table("grows | to | Tether | plain way", map(line, results))
 
 
 _SIDES = ("tether", "plain")
@@ -137,16 +177,15 @@ _AXES = {
 
 
 def _profile(results: list[dict[str, Any]]) -> str:
-    kinds = list(results[0]["shares"])
-    lines = [f"| pairs | step | {' | '.join(kinds)} |", "| --- | --- |" + " --- |" * len(kinds)]
-    for row in results:
-        cells = []
+    def line(row: dict[str, Any]) -> list[str]:
+        cells = [row["shape"], f"{row['seconds']:.2f} s"]
         for kind, share in row["shares"].items():
             needed = row["needed_seconds"].get(kind)
             at_peak = f" ({needed:.2f} s at the peak)" if needed else ""
             cells.append(f"{share * row['seconds']:.2f} s{at_peak}")
-        lines.append(f"| {row['shape']} | {row['seconds']:.2f} s | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        return cells
+
+    return _table(f"pairs | step | {' | '.join(results[0]['shares'])}", map(line, results))
 
 
 def _numerics(results: list[dict[str, Any]]) -> str:
@@ -169,23 +208,22 @@ def _numerics(results: list[dict[str, Any]]) -> str:
 
 
 def _vision(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| family | tokens of an image | reference | Tether | TRL | times faster "
-        "| of it making the batch, Tether / TRL |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in results:
-        seconds, making = row["median_seconds"], row["median_seconds_of_making_a_batch"]
-        lines.append(
-            f"| {row['family']} | {row['image_tokens']} | {row['reference']} | {seconds['tether']:.2f} s "
-            f"| {seconds['trl']:.2f} s | {row['times_faster']:.1f} | {making['tether']:.2f} / {making['trl']:.2f} s |"
-        )
-    return "\n".join(lines) + "\n"
+    def line(row: dict[str, Any]) -> list[object]:
+        seconds = _seconds(row | {"times_faster": {"trl": row["times_faster"]}})
+        making = row["median_seconds_of_making_a_batch"]
+        share = f"{making['tether']:.2f} / {making['trl']:.2f} s"
+        return [row["family"], row["image_tokens"], row["reference"], *seconds, share]
+
+    return _table(
+        "family | tokens of an image | reference | Tether | TRL | times faster | of it making the batch, Tether / TRL",
+        map(line, results),
+    )
 
 
 _TABLES = {
     "vision": _vision,
     "step": _step,
+    "real-model": lambda record: _real_steps(record["results"]),
     "precompute": _precompute,
     "store": _store,
     "growth": _growth,
@@ -193,9 +231,11 @@ _TABLES = {
     "numerics": _numerics,
 }
 _PARTS = {
-    ("step", "explicit"): _explicit_steps,
-    ("step", "least"): lambda results: f"{min(row['times_faster']['trl'] for row in results):.1f}",
-    ("step", "most"): lambda results: f"{max(row['times_faster']['trl'] for row in results):.1f}",
+    ("real-model", "explicit"): _real_explicit_steps,
+    ("real-model", "scoring"): _real_scoring,
+    ("real-model", "building"): _real_building,
+    ("real-model", "least"): _factor(min),
+    ("real-model", "most"): _factor(max),
     ("store", "share"): lambda found: f"{found['share_of_a_training_step']:.3%}",
 }
 

@@ -83,9 +83,9 @@ class TRLSide(Side):
         peft_config = options.pop("peft_config", None)
         self._precomputed = options.pop("precompute_ref_log_probs", False)
         rows = options.pop("rows", None)
-        folder = tempfile.mkdtemp()
-        model.save_pretrained(folder)
-        model.config._name_or_path = folder
+        if not os.path.isdir(model.config._name_or_path):  # where its reference is loaded from
+            model.config._name_or_path = tempfile.mkdtemp()
+            model.save_pretrained(model.config._name_or_path)
         arguments = _options(batch_size, device, options)
         arguments.setdefault("bf16", False)
         self.trainer = DPOTrainer(
@@ -153,6 +153,39 @@ class PlainSide(Side):
         log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         responses = (place[1:] >= starts[:, None]) & mask[:, 1:].bool()
         return (log_probs * responses).sum(-1)
+
+
+def make_side(
+    name: str,
+    reference: str,
+    model: Any,
+    tokenizer: Any,
+    device: str,
+    *,
+    batch_size: int,
+    rows: list[dict[str, Any]] | None = None,
+) -> Side:
+    """A side by its name, with this kind of reference; an adapter is LoRA of rank 16 on all linear layers.
+
+    `rows` is the training set, of which TRL reads only text; in Tether a precomputed reference answers no others.
+    """
+    if name == "plain":
+        return PlainSide(model, device, autocast=torch.bfloat16 if device == "cuda" else None)
+    options: dict[str, Any] = {"bf16": True} if device == "cuda" else {}
+    if reference == "implicit":
+        from peft import LoraConfig
+
+        options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    if reference == "precomputed":
+        options["precompute_ref_log_probs"] = True
+    if name == "trl":
+        texts = rows if rows and "prompt" in rows[0] else None
+        return TRLSide(model, tokenizer, device, batch_size=batch_size, rows=texts, **options)
+    if name == "tether_bf16":
+        options["ref_dtype"] = "bfloat16"
+    if reference == "precomputed":
+        options["ref_store"] = tempfile.mktemp(suffix=".sqlite")
+    return TetherSide(model, tokenizer, device, batch_size=batch_size, rows=rows, **options)
 
 
 def _options(batch_size: int, device: str, options: dict[str, Any]) -> dict[str, Any]:

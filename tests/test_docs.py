@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -156,6 +157,70 @@ def test_the_measured_numbers_are_those_of_the_results() -> None:
     gaps = re.findall(r"^\| .* \| (\d\S*) \| \S+ \|$", evidence, flags=re.MULTILINE)
     assert set(gaps) == {"0"}
     assert f"For each of the {len(gaps)} models and adapters" in (ROOT / "README.md").read_text()
+
+
+MEASURED = """
+A step is <!-- measured:real-model-cpu least --><!-- end --> to <!-- measured:real-model-cpu most --><!-- end --> times.
+<!-- measured:real-model-cpu -->
+<!-- end -->
+<!-- measured:real-model-cpu explicit -->
+<!-- end -->
+<!-- measured:real-model-cpu scoring -->
+<!-- end -->
+<!-- measured:real-model-cpu building -->
+<!-- end -->
+"""
+LINES = """
+A step is 2.5 to 4.0 times.
+| pairs | in a step | threads | reference | Tether | TRL | times faster | peak memory, Tether / TRL | share of peak |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| short | 2 | 2 | explicit | 1.25 s | 5.00 s | 4.0 | 2.0 / 3.5 GiB | 50% |
+| short | 2 | 1 | implicit | 2.00 s | 5.00 s | 2.5 |  | 75% |
+
+Measured 2026-01-02 on a chip, 2 threads; trl 1.
+
+| pairs | in a step | Tether | TRL | times faster | peak memory, Tether / TRL |
+| --- | --- | --- | --- | --- | --- |
+| short | 2 | 1.2 s | 5.0 s | 4.0 | 2.0 / 3.5 GiB |
+
+| pairs | in a batch | reference | Tether | TRL | times faster |
+| --- | --- | --- | --- | --- | --- |
+| short | 2 | explicit | 20.0 s | 60.0 s | 3.0 |
+
+| reference | loading the model | trainer, Tether | trainer, TRL |
+| --- | --- | --- | --- |
+| implicit | 0.10 s | 1.50 s | 0.50 s |
+"""
+
+
+def test_the_tables_of_the_real_model_have_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compared(tether: float, trl: float) -> dict[str, Any]:
+        return {"median_seconds": {"tether": tether, "trl": trl}, "times_faster": {"trl": trl / tether}}
+
+    kept = {"peak_bytes": {"tether": 2 * 2**30, "trl": 3.5 * 2**30}, "scoring_100_pairs": compared(20, 60)}
+    short = {"pairs": "short", "batch": 2}
+    two = short | {"threads": 2, "reference": "explicit", "share_of_matmul_peak": 0.5} | compared(1.25, 5) | kept
+    one = short | {"threads": 1, "reference": "implicit", "share_of_matmul_peak": 0.75} | compared(2, 5)
+    record = {
+        "benchmark": "real-model",
+        "date": "2026-01-02",
+        "machine": {"device": "cpu", "name": "a chip", "threads": 2},
+        "versions": {"trl": "1"},
+        "settings": {},
+        "results": {
+            "steps": [two, one],
+            "building": [{"reference": "implicit", "load_seconds": 0.1} | compared(1.5, 0.5)],
+        },
+    }
+    (tmp_path / "real-model-cpu.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text(MEASURED)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    readme = importlib.import_module("readme")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    readme.main()
+    written = re.sub("<!-- .*? -->\n?", "", (tmp_path / "README.md").read_text())
+    assert written.split() == LINES.split()
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "preferences_en.jsonl"
 
 
-def _missing() -> str:
+def missing() -> str:
+    """What is not installed; empty where the model can be read."""
     if find_spec("gguf") is None:
         return "needs gguf: pip install gguf"
     if real_file() is None:
@@ -35,7 +36,7 @@ def real_file() -> Path | None:
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-needs_real_model = [pytest.mark.real, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+needs_real_model = [pytest.mark.real, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
 def loading() -> tuple[str, dict[str, Any]]:
