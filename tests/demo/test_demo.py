@@ -74,7 +74,8 @@ def test_a_file_as_output_folder_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, str]:
     printed = io.StringIO()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, has nothing to say, as in the command
         result = run_demo(tmp_path_factory.mktemp("demo"), quick=True)
     return result, printed.getvalue()
 
@@ -118,7 +119,7 @@ def test_answers_are_the_likeliest_ones_of_the_saved_models(quick: tuple[Result,
 def test_the_terminal_fits_80_columns_and_names_what_was_found(quick: tuple[Result, str]) -> None:
     result, printed = quick
     lines = printed.splitlines()
-    assert max(len(line.rstrip()) for line in lines if "--" not in line and str(result.folder) not in line) <= 80
+    assert not [line for line in lines if len(line) > 80 and str(result.folder) not in line]
     for row in result.figures + result.references:
         assert any(line.split() == " ".join(row).split() for line in lines), row
     assert str(result.report) in printed and f"tether ask {result.folder / 'good'}" in printed

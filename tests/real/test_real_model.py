@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -125,13 +126,17 @@ def test_its_identity_is_that_of_the_same_weights_as_safetensors(
 
 
 @pytest.mark.slow
-def test_the_command_reads_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_and_trains_on_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, options = loading()
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, real_pairs(1))))
-    words = ["train", "--model", folder, "--model_init_kwargs", json.dumps(options), "--train_data"]
-    words += [str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out"), "--lora_r", "4", "--max_steps", "1"]
-    assert main([*words, "--per_device_train_batch_size", "1"]) == 0, capsys.readouterr().err
-    assert " 1/1  0.6931" in capsys.readouterr().out
+    words = ["--model", folder, "--model_init_kwargs", json.dumps(options), "--lora_r", "4", "--max_steps", "1"]
+    words += ["--train_data", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out")]
+    words += ["--per_device_train_batch_size", "1", "--ref_store", str(tmp_path / "store.sqlite")]
+    assert main(["precompute", *words]) == 0, capsys.readouterr().err
+    assert main(["train", *words, "--precompute_ref_log_probs", "--report_samples", "1"]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert " 1/1  0.6931" in out and "2 responses found, 0 computed" in out
+    assert re.search(r"samples    \d+ tokens, \d+% ended, surprise \d\.\d\d, kl -?0\.\d\d", out)
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == folder
     assert "quantization_config" not in (tmp_path / "out" / "adapter_config.json").read_text()

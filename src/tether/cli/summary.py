@@ -12,6 +12,7 @@ from tether.cli.progress import HEADER, figures
 from tether.cli.recipe import Recipe
 from tether.reference import PrecomputedReference
 from tether.trainer.dpo_trainer import DPOTrainer
+from tether.trainer.samples import SAMPLES_FILE
 
 
 def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
@@ -54,9 +55,22 @@ def describe_end(
         *(f"{title:<20}{row}" for title, row in rows),
         f"reference  {describe_reference(trainer)}, {_counted(trainer.reference.num_passes, 'pass', 'passes')}",
         *describe_store(trainer),
+        *_describe_samples(trainer),
         f"saved      {trainer.args.output_dir}{_which_weights(trainer)}",
     ]
     return "\n".join(lines)
+
+
+def _describe_samples(trainer: DPOTrainer) -> list[str]:
+    """The figures of the last answers to held-out prompts, and where the answers are; empty if none were asked for."""
+    logged = [entry for entry in trainer.state.log_history if "samples/length" in entry]
+    if not logged:
+        return []
+    figures = [f"{logged[-1]['samples/length']:.0f} tokens, {logged[-1]['samples/ended']:.0%} ended"]
+    for name in ("surprise", "kl"):
+        if f"samples/{name}" in logged[-1]:
+            figures.append(f"{name} {logged[-1][f'samples/{name}']:.2f}")
+    return [f"samples    {', '.join(figures)} (nats a token): {trainer.args.output_dir}/{SAMPLES_FILE}"]
 
 
 def _which_weights(trainer: DPOTrainer) -> str:

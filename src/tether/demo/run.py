@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
 from tether.demo.models import TINY, find_model, save_model
 from tether.demo.show import MOVES_AFTER, STEPS, Narrator, Result, Run, print_result, quiet_libraries, write_page
 from tether.errors import ConfigurationError
+from tether.models.preparing import lora_config
 from tether.reference import PrecomputedReference
 from tether.trainer.dpo_trainer import DPOTrainer
 
@@ -109,7 +109,7 @@ class Bench:
                 args=args,
                 train_dataset=self.train_pairs,
                 eval_dataset=self.held_out if is_whole else None,
-                peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+                peft_config=lora_config(16, target_modules=["all-linear"]),
             )
             reference, each = trainer.reference, EachStep(advance, lambda: trainer.reference.num_passes, stop_at)
             trainer.add_callback(each)
