@@ -220,7 +220,23 @@ def _vision(results: list[dict[str, Any]]) -> str:
     )
 
 
+def _demo(results: list[dict[str, Any]]) -> str:
+    rows = ([f"seed {run['seed']}: {name}", *values] for run in results for name, *values in run["figures"])
+    return _table("figure | before | good | too far", rows)
+
+
+def _demo_figures(results: list[dict[str, Any]]) -> str:
+    return _table("on held-out pairs and questions | before | good | too far", results[0]["figures"])
+
+
+def _demo_answers(results: list[dict[str, Any]]) -> str:
+    """To the first questions."""
+    rows = (["<br>".join(text.split("\n")) or "(nothing)" for text in row] for row in results[0]["answers"][:3])
+    return _table("asked | before | good | too far", rows)
+
+
 _TABLES = {
+    "demo": _demo,
     "vision": _vision,
     "step": _step,
     "real-model": lambda record: _real_steps(record["results"]),
@@ -231,6 +247,8 @@ _TABLES = {
     "numerics": _numerics,
 }
 _PARTS = {
+    ("demo", "figures"): _demo_figures,
+    ("demo", "answers"): _demo_answers,
     ("real-model", "explicit"): _real_explicit_steps,
     ("real-model", "scoring"): _real_scoring,
     ("real-model", "building"): _real_building,
