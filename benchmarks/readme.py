@@ -231,7 +231,7 @@ def _demo_figures(results: list[dict[str, Any]]) -> str:
 
 def _demo_answers(results: list[dict[str, Any]]) -> str:
     """To the first questions."""
-    rows = (["<br>".join(text.split("\n")) or "(nothing)" for text in row] for row in results[0]["answers"][:3])
+    rows = ([" ".join(text.split()) for text in row] for row in results[0]["answers"][:3])
     return _table("asked | before | good | too far", rows)
 
 

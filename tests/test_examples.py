@@ -89,3 +89,15 @@ def test_the_recipe_trains_the_model_that_its_script_makes(
     assert main(["train", "examples/real_pairs/recipe.yaml", *changes.split()]) == 0
     out = capsys.readouterr().out
     assert "margin" in out and "rewards/chosen" in out
+
+
+def test_demo_pairs_prefer_the_first_sentence_to_all_whole_ones() -> None:
+    pair_of = load(EXAMPLES / "demo_pairs.py").pair_of
+    row = pair_of("Why?", " Boats float on water, since they are light. Stones sink! They are cut o")
+    assert {side: message["content"] for side, (message,) in row.items()} == {
+        "prompt": "Why?",
+        "chosen": "Boats float on water, since they are light.",
+        "rejected": "Boats float on water, since they are light. Stones sink!",
+    }
+    assert pair_of("Why?", "Boats float on water, since they are light.") is None  # there is no second
+    assert pair_of("Why?", "Because. Boats float on water, since they are light.") is None  # the first says nothing

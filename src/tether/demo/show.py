@@ -74,7 +74,7 @@ class Run:
     def answers(self, place: int) -> list[str]:
         """To the held-out questions, at the first report (0) or the last (-1)."""
         step = self.samples[place]["step"]
-        return [row["policy"] for row in self.samples if row["step"] == step]
+        return [row["policy"].strip() or "(nothing)" for row in self.samples if row["step"] == step]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def print_result(narrator: Narrator, result: Result) -> None:
         side_by_side = RichTable(*_ANSWERS, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, expand=True)
         for column in side_by_side.columns:
             column.ratio = 1
-        side_by_side.add_row(*(escape(answer.strip()) for answer in answers))
+        side_by_side.add_row(*(escape(answer) for answer in answers))
         narrator.console.print(f"\n[bold]{escape(question)}")
         show(side_by_side)
     say("\nBy accuracy and margin the ruined model is as good or better. The rest tells:")
@@ -195,8 +195,8 @@ def write_page(result: Result) -> None:
         title="A model that learned, and one that was ruined",
         lead=[
             f"{result.about}, was trained to answer in one sentence: of each pair, the chosen response is the first "
-            "sentence of the rejected one. The good run also keeps the chosen responses likely (`sft`). The other one "
-            "does not: accuracy and margin look as good or better, and what the model says is ruined."
+            "sentence of the rejected one. The good run adds a term that keeps the chosen responses likely. The other "
+            "one goes without: accuracy and margin look as good or better, and what the model says is ruined."
         ],
         tables=[
             Table("Answers to held-out questions", ("question", *_ANSWERS), result.answers, [_ABOUT_ANSWERS]),
