@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
-from tether.demo.models import TINY, find_model, save_model
+from tether.demo.models import HUB, PACKAGE, TINY, find_model, save_model
 from tether.demo.show import MOVES_AFTER, STEPS, Narrator, Result, Run, print_result, quiet_libraries, write_page
 from tether.errors import ConfigurationError
 from tether.models.preparing import lora_config
@@ -24,8 +24,11 @@ from tether.trainer.dpo_trainer import DPOTrainer
 NUM_PAIRS, NUM_QUESTIONS, LONGEST = 48, 12, 48
 NUM_STEPS, TINY_STEPS = 24, 300
 
+_LASTS = dict.fromkeys((PACKAGE, HUB), " About 4 minutes on two cores.") | {TINY: " About a minute."}
+
 SAFE: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 5.0]}
 BARE: dict[str, Any] = {"loss_type": "sigmoid"}
+ASKS: dict[str, Any] = {"report_samples": NUM_QUESTIONS, "report_samples_max_new_tokens": LONGEST}
 
 
 def run_demo(output_dir: str | Path, *, model: str | None = None, seed: int = 0, quick: bool = False) -> Result:
@@ -50,14 +53,14 @@ def run_demo(output_dir: str | Path, *, model: str | None = None, seed: int = 0,
         narrator.say(f"Model: {about}.")
         narrator.say(
             f"It learns to answer in one sentence, from {NUM_PAIRS} pairs: the first sentence of an answer is "
-            "preferred to all of it. About 4 minutes on two cores.\n"
+            f"preferred to all of it.{_LASTS.get(name, '')}\n"
         )
         steps, tiny_steps = (STEPS[-1], TINY_STEPS // 10) if quick else (NUM_STEPS, TINY_STEPS)
         with narrator.part("Get the model", tiny_steps if name == TINY else 1) as advance:
             policy = save_model(name, folder / "model", train_pairs, tiny_steps, EachStep(advance))
         bench = Bench(policy, folder, train_pairs[:NUM_PAIRS], held_out, seed, narrator)
-        good = bench.train("good", "implicit", SAFE | {"eval_on_start": True}, steps)
-        too_far = bench.train("too far", "implicit", BARE, steps)
+        good = bench.train("good", "implicit", SAFE | ASKS | {"eval_on_start": True}, steps)
+        too_far = bench.train("too far", "implicit", BARE | ASKS, steps)
         references = _references(folder)
         others = [bench.train("good", kind, SAFE | references[kind], steps, stop_at=STEPS[-1]) for kind in references]
         again = bench.train("good", "precomputed", SAFE | references["precomputed"], steps, stop_at=1)
@@ -84,9 +87,6 @@ class Bench:
         """One run of a LoRA adapter. A whole one answers the held-out questions at its end; others stop early."""
         is_whole = stop_at is None
         output_dir = self.folder / name.replace(" ", "-") if is_whole else self.folder / "first-steps"
-        report: dict[str, Any] = (
-            {"report_samples": NUM_QUESTIONS, "report_samples_max_new_tokens": LONGEST} if is_whole else {}
-        )
         args = DPOConfig(
             str(output_dir),
             beta=0.1,
@@ -99,7 +99,6 @@ class Bench:
             report_to="none",
             disable_tqdm=True,
             seed=self.seed,
-            **report,
             **options,
         )
         with self.narrator.part(_title(name, kind, args, stop_at), stop_at or num_steps) as advance:
@@ -118,14 +117,17 @@ class Bench:
             if is_whole:
                 trainer.evaluate()
                 trainer.save_model()
-        stored = (
-            (reference.num_found, reference.num_computed) if isinstance(reference, PrecomputedReference) else (0, 0)
+        stored = reference if isinstance(reference, PrecomputedReference) else None
+        return Run(
+            kind,
+            trainer.state.log_history,
+            _rows((output_dir / "samples.jsonl").read_text(encoding="utf-8")) if is_whole else [],
+            reference.extra_bytes,
+            each.passes[: STEPS[-1]][-1],
+            stored.num_found if stored else 0,
+            stored.num_computed if stored else 0,
+            median(each.seconds),
         )
-        samples = (
-            [json.loads(line) for line in (output_dir / "samples.jsonl").open(encoding="utf-8")] if is_whole else []
-        )
-        log, passes = trainer.state.log_history, each.passes[: STEPS[-1]][-1]
-        return Run(kind, log, samples, reference.extra_bytes, passes, *stored, median(each.seconds))
 
 
 class EachStep(TrainerCallback):
@@ -160,14 +162,18 @@ def _references(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _title(name: str, kind: str, args: DPOConfig, stop_at: int | None) -> str:
+    if stop_at is not None:
+        return f"Repeat the good run's first {stop_at} step{'s'[: stop_at - 1]}: {kind} reference"
     weights = args.loss_weights or [1.0]
     loss = " + ".join(f"{weight:g} {loss}" for weight, loss in zip(weights, args.loss_type, strict=True))
-    what = f"the run that is {name}" if stop_at is None else f"the first {stop_at} steps again"
-    return f"Train {what}: {kind} reference, loss {loss}"
+    return f"Train, {name}: {args.max_steps} steps, {kind} reference, loss {loss}"
 
 
 def _pairs(name: str) -> list[dict[str, Any]]:
-    text = files("tether.demo").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
+    return _rows(files("tether.demo").joinpath(f"{name}.jsonl").read_text(encoding="utf-8"))
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
