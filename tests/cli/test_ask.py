@@ -119,6 +119,18 @@ def test_an_adapter_is_asked_beside_its_base(initial: Path, tmp_path: Path, caps
     assert ask(capsys, str(second), QUESTION) == (lines(continued, policy), "")
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_from_a_relative_path_is_asked_from_elsewhere(
+    adapter: bool, initial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(initial.parent)
+    config = {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=64)} if adapter else {}
+    folder = run(tmp_path / "run", initial.name, **config)
+    policy = PeftModel.from_pretrained(tiny_model(), folder).eval() if adapter else load(folder)
+    monkeypatch.chdir("/")
+    assert ask(capsys, str(folder), QUESTION) == (lines(policy, tiny_model()), "")
+
+
 def test_any_model_is_asked_alone_with_a_line_on_why(initial: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said, remark = ask(capsys, str(initial), QUESTION)
     assert said == lines(tiny_model())
@@ -166,7 +178,7 @@ def test_without_a_question_it_reads_them_until_the_input_ends(
     initial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n{QUESTION}\n"))
-    assert ask(capsys, str(initial))[0] == lines(tiny_model()) * 2
+    assert ask(capsys, str(initial))[0] == ["", f"> {QUESTION}", *lines(tiny_model())] * 2
 
 
 def test_in_a_terminal_ctrl_d_ends_the_loop(

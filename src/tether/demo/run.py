@@ -38,25 +38,27 @@ def run_demo(output_dir: str | Path, *, model: str | None = None, seed: int = 0,
         output_dir: Folder for the models, the store and `report.html`; created if necessary.
         model: A folder or a name on the hub, or `tiny`; by default a real one if there is one at hand.
         seed: Random seed.
-        quick: The tiny model and few steps: a smoke test whose results mean nothing.
+        quick: Few steps, of the tiny model unless another is named: a smoke test whose results mean nothing.
 
     Returns:
         What was measured; printed and drawn as well.
 
     Raises:
-        ConfigurationError: If `output_dir` is a file.
+        ConfigurationError: There is no such model, or `output_dir` is no folder that can be written.
     """
-    folder, started, narrator = _made_folder(Path(output_dir)), time.perf_counter(), Narrator()
+    started, narrator = time.perf_counter(), Narrator()
     train_pairs, held_out = _pairs("train"), _pairs("held_out")[:NUM_QUESTIONS]
     with quiet_libraries():
         name, about = find_model(TINY if quick and model is None else model)
+        folder = _made_folder(Path(output_dir))
         narrator.say(f"Model: {about}.")
         narrator.say(
             f"It learns to answer in one sentence, from {NUM_PAIRS} pairs: the first sentence of an answer is "
-            f"preferred to all of it.{_LASTS.get(name, '')}\n"
+            f"preferred to all of it.{'' if quick else _LASTS.get(name, '')}\n"
         )
         steps, tiny_steps = (STEPS[-1], TINY_STEPS // 10) if quick else (NUM_STEPS, TINY_STEPS)
-        with narrator.part("Get the model", tiny_steps if name == TINY else 1) as advance:
+        title = f"Train the tiny model: {tiny_steps} steps" if name == TINY else "Get the model"
+        with narrator.part(title, tiny_steps if name == TINY else 1) as advance:
             policy = save_model(name, folder / "model", train_pairs, tiny_steps, EachStep(advance))
         bench = Bench(policy, folder, train_pairs[:NUM_PAIRS], held_out, seed, narrator)
         good = bench.train("good", "implicit", SAFE | ASKS | {"eval_on_start": True}, steps)
@@ -101,7 +103,7 @@ class Bench:
             seed=self.seed,
             **options,
         )
-        with self.narrator.part(_title(name, kind, args, stop_at), stop_at or num_steps) as advance:
+        with self.narrator.part(_title(name, kind, args, stop_at), stop_at or num_steps, "answers") as advance:
             trainer = DPOTrainer(
                 self.policy,
                 ref_model=self.policy if kind == "explicit" else None,
@@ -165,7 +167,9 @@ def _title(name: str, kind: str, args: DPOConfig, stop_at: int | None) -> str:
     if stop_at is not None:
         return f"Repeat the good run's first {stop_at} step{'s'[: stop_at - 1]}: {kind} reference"
     weights = args.loss_weights or [1.0]
-    loss = " + ".join(f"{weight:g} {loss}" for weight, loss in zip(weights, args.loss_type, strict=True))
+    loss = " + ".join(
+        f"{weight:g} {loss}".removeprefix("1 ") for weight, loss in zip(weights, args.loss_type, strict=True)
+    )
     return f"Train, {name}: {args.max_steps} steps, {kind} reference, loss {loss}"
 
 
@@ -178,12 +182,15 @@ def _rows(text: str) -> list[dict[str, Any]]:
 
 
 def _made_folder(folder: Path) -> Path:
-    if folder.exists() and not folder.is_dir():
+    """The folder, without the report and the store of an earlier demo, so that what is there is of this one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (folder / "report.html", *folder.glob("reference-log-probs.sqlite*")):
+            file.unlink(missing_ok=True)
+        (folder / "model").mkdir(exist_ok=True)
+    except OSError as error:
         raise ConfigurationError(
-            problem=f"Cannot use `output_dir={str(folder)!r}`: it is a file.",
-            instead="Name a folder, existing or new.",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("reference-log-probs.sqlite*"):  # so that the store's gain is seen in each demo
-        file.unlink()
+            problem=f"Cannot use `output_dir={str(folder)!r}`: it is no folder that can be written ({error.strerror}).",
+            instead="Name another one, existing or new.",
+        ) from error
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ import datasets
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 from transformers.utils import logging as transformers_logging
 
@@ -66,10 +68,13 @@ class Run:
         """Of each step."""
         return [entry["loss"] for entry in self.log if "loss" in entry]
 
+    def figure(self, metric: str, place: int = -1) -> float:
+        """A metric at the first evaluation (0) or the last (-1)."""
+        return float([entry[metric] for entry in self.log if metric in entry][place])
+
     def figures(self, place: int) -> list[str]:
-        """`FIGURES` at the first evaluation (0) or the last (-1)."""
-        values = [[entry[metric] for entry in self.log if metric in entry][place] for _, metric, _ in FIGURES]
-        return [format(value, form) for value, (_, _, form) in zip(values, FIGURES, strict=True)]
+        """All of `FIGURES`."""
+        return [format(round(self.figure(metric, place), 4) + 0.0, form) for _, metric, form in FIGURES]
 
     def answers(self, place: int) -> list[str]:
         """To the held-out questions, at the first report (0) or the last (-1)."""
@@ -115,6 +120,14 @@ class Result:
         ]
 
     @property
+    def verdict(self) -> str:
+        """What accuracy and margin say of the run that went too far."""
+        good, too_far = ([run.figure(metric) for _, metric, _ in FIGURES[:2]] for run in (self.good, self.too_far))
+        if all(theirs >= ours for ours, theirs in zip(good, too_far, strict=True)):
+            return "By accuracy and margin, the run that went too far is as good or better. The other figures tell:"
+        return "On held-out pairs and questions:"
+
+    @property
     def references(self) -> list[list[str]]:
         """A row for each kind: losses at `STEPS`, and what it cost."""
         return [
@@ -150,14 +163,21 @@ class Narrator:
         self.console.print(escape(text))
 
     @contextmanager
-    def part(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """A part of the demo; yields a function to call after each of `total` steps."""
+    def part(self, title: str, total: int, then: str = "") -> Iterator[Callable[[], None]]:
+        """A part of the demo; yields a function to call after each of `total` steps; `then` comes after them."""
         start = time.perf_counter()
         self.say(title)
-        columns = (SpinnerColumn(), BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn())
+        text = TextColumn("{task.description}")
+        columns = (SpinnerColumn(), BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn(), text)
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=total)
-            yield lambda: bar.advance(task)
+
+            def advance() -> None:
+                bar.advance(task)
+                if bar.finished:
+                    bar.update(task, description=then)
+
+            yield advance
         self.say(f"  {time.perf_counter() - start:.1f} s")
 
 
@@ -172,16 +192,18 @@ def print_result(narrator: Narrator, result: Result) -> None:
         side_by_side.add_row(*(escape(answer) for answer in answers))
         narrator.console.print(f"\n[bold]{escape(question)}")
         show(side_by_side)
-    say("\nBy accuracy and margin the ruined model is as good or better. The rest tells:")
+    say(f"\n{result.verdict}")
     show(_aligned(("", *_ANSWERS), result.figures))
     say("\nThe good run's first steps, with each reference:")
     show(_aligned(_REFERENCES, result.references))
     for note in result.notes:
         say(note)
     say(f"\n{result.seconds:.0f} s in all. All answers and the curves: {result.report}\n\nGo on with:")
+    beside = Path(sys.argv[0])  # where it was called by its path, as by `make demo`
+    command = beside if beside.name == "tether" and shutil.which("tether") is None else "tether"
     commands = (
-        f'tether ask {result.folder / "good"} "{result.questions[0]}"',
-        f"tether train --model {result.policy} --train_data YOUR_PAIRS.jsonl \\",
+        f'{command} ask {result.folder / "good"} "{result.questions[0]}"',
+        f"{command} train --model {result.policy} --train_data YOUR_PAIRS.jsonl \\",
         "  --lora_r 16 --learning_rate 1e-4 --eval_fraction 0.1 --report_samples 8 \\",
         f"  --output_dir {result.folder / 'own'}",
     )
@@ -192,11 +214,11 @@ def write_page(result: Result) -> None:
     """Writes `result.report`."""
     write_report(
         result.report,
-        title="A model that learned, and one that was ruined",
+        title="One lesson, well learned and taken too far",
         lead=[
             f"{result.about}, was trained to answer in one sentence: of each pair, the chosen response is the first "
-            "sentence of the rejected one. The good run adds a term that keeps the chosen responses likely. The other "
-            "one goes without: accuracy and margin look as good or better, and what the model says is ruined."
+            "sentence of the rejected one. The good run adds a term that keeps the chosen responses likely, the other "
+            "one goes without."
         ],
         tables=[
             Table("Answers to held-out questions", ("question", *_ANSWERS), result.answers, [_ABOUT_ANSWERS]),
@@ -204,7 +226,7 @@ def write_page(result: Result) -> None:
                 "What tells them apart",
                 ("on held-out pairs and questions", *_ANSWERS),
                 result.figures,
-                [_ABOUT_FIGURES],
+                [result.verdict, _ABOUT_FIGURES],
             ),
             Table("The good run's first steps with each reference", _REFERENCES, result.references, result.notes),
         ],

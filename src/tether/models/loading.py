@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.models.gguf import gguf_option, use_as_plain, without_absent_file
-from tether.models.origin import Origin, name_of
+from tether.models.origin import Origin, absolute, name_of
 
 _READS_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 _CONFIG_OPTIONS = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "code_revision")
@@ -80,7 +80,7 @@ def load_model(
     """
     if not isinstance(model, str):
         return model
-    loaded = _load(model, init_kwargs, trust_remote_code)
+    loaded = _load(absolute(model), init_kwargs, trust_remote_code)
     use_as_plain(loaded)
     return loaded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,4 +18,9 @@ class Origin(NamedTuple):
 
 def name_of(model: Any) -> str:
     """The path or name that a model was loaded by, or that names one; empty for a model created in memory."""
-    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+    return absolute(model) if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def absolute(name: str) -> str:
+    """A folder by its whole path, since what is saved names it and is read from elsewhere; other names as they are."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
