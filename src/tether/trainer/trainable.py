@@ -16,7 +16,7 @@ from tether.config.rules.model import held_by
 logger = logging.getLogger(__name__)
 
 
-def checkpoints_activations(model: nn.Module, asked: bool | None) -> bool | None:
+def checkpoints_activations(model: nn.Module, asked: bool) -> bool:
     """`gradient_checkpointing` for a policy: as asked, or False for adapters that a second forward of a layer loses."""
     configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
     why = next(filter(None, map(_lost_by_replay, configs)), None)
