@@ -35,8 +35,8 @@ class Counted(OffloadedActivations):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_with_moved_activations_has_the_same_numbers(checkpointing: bool, tmp_path: Path) -> None:
-    plain = trained(tmp_path / "1", activation_checkpointing=checkpointing)
-    moving = make_trainer(tmp_path / "2", activation_checkpointing=checkpointing)
+    plain = trained(tmp_path / "1", gradient_checkpointing=checkpointing)
+    moving = make_trainer(tmp_path / "2", gradient_checkpointing=checkpointing)
     counted = moving._activations = Counted(moving.model)
     moving.train()
     assert curve(moving) == curve(plain) and same_bits(bits(moving.model), bits(plain.model))

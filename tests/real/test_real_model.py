@@ -72,7 +72,7 @@ def curve_of_trl(folder: str, tokenizer: Any, tmp_path_factory: pytest.TempPathF
     @cache
     def of_kind(kind: str) -> list[dict[str, float]]:
         options, adapter = asked_for(kind)
-        plain = {"logging_steps": 1, "activation_checkpointing": False}
+        plain = {"logging_steps": 1, "gradient_checkpointing": False}
         return trl_curve(folder, ROWS, tokenizer, tmp_path_factory.mktemp("trl"), **plain, **options, **adapter)
 
     return lambda kind: of_kind("explicit" if kind == "precomputed" else kind)
@@ -149,7 +149,7 @@ def test_in_bf16_no_further_from_fp32_than_trl(kind: str, tokenizer: Any, folder
     options |= {"max_steps": 4, "learning_rate": 1e-9, "lr_scheduler_type": "constant"}  # rounding, and nothing else
     options["use_cpu"] = not torch.cuda.is_available()  # or TRL finds no bf16
     rows, names = real_pairs(4), ("logps/chosen", "logps/rejected")
-    plain = {"logging_steps": 1, "activation_checkpointing": False}
+    plain = {"logging_steps": 1, "gradient_checkpointing": False}
     trl = trl_curve(folder, rows, tokenizer, tmp_path / "trl", **plain, **options | {"bf16": True}, **adapter)
     given = {"processing_class": tokenizer, **options, **adapter}
     exact = steps(trained(tmp_path / "fp32", folder, rows, **given))

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": [],
     "disable_tqdm": True,
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }
 TRAINER_ARGUMENTS = (
     "callbacks",

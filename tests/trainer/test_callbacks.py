@@ -58,7 +58,7 @@ def test_the_saved_average_is_that_of_the_paper(kind: str, begin: int, tmp_path:
     average = BEMACallback(**RULE, update_after=begin)
     trainer = make_trainer(
         tmp_path, model, max_steps=5, learning_rate=1e-2, callbacks=[weights, average],
-        activation_checkpointing=True, **options,
+        gradient_checkpointing=True, **options,
     )  # fmt: skip
     initial = bits(trainer.model)
     trainer.train()

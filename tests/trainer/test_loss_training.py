@@ -95,7 +95,7 @@ def assert_equal_to_trl(name: str, reference: str, num_steps: int, folders: dict
         "per_device_train_batch_size": 4,
         "max_steps": num_steps,
         "logging_steps": 1,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
     } | RUNS[name]
     options["learning_rate"] *= 10 if reference == "implicit" else 1  # its B starts at 0, and few weights train
     folder, rows = folders[options.pop("family", "llama")], shortened(options.pop("response_characters", None))
@@ -187,11 +187,11 @@ def test_router_loss_of_a_model_without_a_router_is_refused(family: str, config:
 
 
 def test_router_loss_that_would_have_no_gradient_is_refused(tmp_path: Path) -> None:
-    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ConfigurationError, match="use_reentrant"):
         make_trainer(tmp_path, tiny_model("mixtral"), **reentrant)
     make_trainer(tmp_path, tiny_model("mixtral"), **reentrant, router_aux_loss_coef=0.0)
-    make_trainer(tmp_path, tiny_model("mixtral"), **reentrant | {"activation_checkpointing": False})
+    make_trainer(tmp_path, tiny_model("mixtral"), **reentrant | {"gradient_checkpointing": False})
 
 
 def test_router_loss_of_steps_after_the_last_log_is_in_the_last_entry(tmp_path: Path) -> None:

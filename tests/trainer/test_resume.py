@@ -27,7 +27,7 @@ RUN: dict[str, Any] = {
     "save_steps": STOP,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
-    "activation_checkpointing": True,
+    "gradient_checkpointing": True,
     "warmup_steps": 2,
 }
 

@@ -278,7 +278,7 @@ def test_losses_and_random_states_are_the_same_to_the_bit_as_without(adapter: An
 
 
 def test_the_order_of_a_run_with_checkpointed_activations_is_kept(tmp_path: Path) -> None:
-    options = SAMPLES | {"activation_checkpointing": True, "eval_strategy": "steps", "eval_steps": 1}
+    options = SAMPLES | {"gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 1}
     plain = {name: value for name, value in options.items() if not name.startswith("report_")}
     assert curve(trained(tmp_path / "with", **options)) == curve(trained(tmp_path / "without", **plain))
 

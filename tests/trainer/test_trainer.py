@@ -69,7 +69,7 @@ def changed_in_memory() -> Any:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"bf16": True, "use_cpu": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True, "use_cpu": True}], ids=str)
 @pytest.mark.parametrize("kind", INITIAL)
 def test_training_starts_at_log_2_with_rewards_of_0(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trained(tmp_path, max_steps=1, **INITIAL[kind](), **options)
@@ -85,7 +85,7 @@ def test_training_starts_at_log_2_with_rewards_of_0(kind: str, options: dict[str
 
 
 def test_static_references_give_the_same_curve_for_the_full_model(tmp_path: Path) -> None:
-    variants = ({}, {"ref_model": tiny_model()}, PRECOMPUTE, {"activation_checkpointing": True})
+    variants = ({}, {"ref_model": tiny_model()}, PRECOMPUTE, {"gradient_checkpointing": True})
     runs = [trained(tmp_path / str(number), max_steps=20, **options) for number, options in enumerate(variants)]
     assert max(curve(runs[0])) - min(curve(runs[0])) > 0.2, "nothing was learnt: the curves say little"
     for other in runs[1:]:
@@ -93,7 +93,7 @@ def test_static_references_give_the_same_curve_for_the_full_model(tmp_path: Path
 
 
 def test_static_references_give_the_same_curve_for_lora(tmp_path: Path) -> None:
-    variants = ({}, {"ref_model": tiny_model()}, PRECOMPUTE, {"activation_checkpointing": True})
+    variants = ({}, {"ref_model": tiny_model()}, PRECOMPUTE, {"gradient_checkpointing": True})
     runs = [
         trained(tmp_path / str(number), model=adapted(), max_steps=20, learning_rate=1e-2, **options)
         for number, options in enumerate(variants)
@@ -111,7 +111,7 @@ TOKEN_MEANS = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accura
     "options",
     [
         {"loss_type": ["sigmoid"]},
-        {"loss_type": ["sigmoid"], "activation_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"loss_type": ["sigmoid"], "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"loss_type": ["hinge"], "beta": 0.5},
         {"loss_type": ["ipo"], "max_length": 60},
         {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.3, 2.0], "max_steps": 4},
@@ -127,7 +127,7 @@ def test_training_curves_equal_those_of_trl(options: dict[str, Any], model_folde
         "per_device_train_batch_size": 4,
         "max_steps": 10,
         "logging_steps": 1,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
     } | options
     config = {"peft_config": LoraConfig(**LORA)} if options.pop("lora", False) else {}
     theirs = trl_curve(model_folder, rows, tiny_tokenizer(), tmp_path / "trl", **options, **config)
@@ -553,13 +553,13 @@ def test_a_new_set_without_stored_log_probs_is_an_error_once_the_reference_was_r
 # ------------------------------------------------------------------------------------------------ what is left
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_training_leaves_a_model_that_is_saved_and_loaded_as_any_other(
-    activation_checkpointing: bool, tmp_path: Path
+    gradient_checkpointing: bool, tmp_path: Path
 ) -> None:
     model = tiny_model()
     implementation, forward = model.config._attn_implementation, model.lm_head.forward
-    trainer = trained(tmp_path / "run", model, activation_checkpointing=activation_checkpointing)
+    trainer = trained(tmp_path / "run", model, gradient_checkpointing=gradient_checkpointing)
     assert trainer.model is model and type(model) is type(tiny_model())
     assert model.config._attn_implementation == implementation and model.lm_head.forward == forward
     trainer.save_model(str(tmp_path / "saved"))
@@ -570,7 +570,7 @@ def test_training_leaves_a_model_that_is_saved_and_loaded_as_any_other(
 
 
 def test_a_trained_adapter_is_saved_and_loaded_as_any_other(tmp_path: Path) -> None:
-    trainer = trained(tmp_path / "run", adapted(bias="lora_only"), learning_rate=0.05, activation_checkpointing=True)
+    trainer = trained(tmp_path / "run", adapted(bias="lora_only"), learning_rate=0.05, gradient_checkpointing=True)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "saved"))
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -580,9 +580,7 @@ def test_a_trained_adapter_is_saved_and_loaded_as_any_other(tmp_path: Path) -> N
 def test_training_leaves_the_attention_as_it_was_when_it_fails(tmp_path: Path) -> None:
     model = tiny_model()
     implementation = model.config._attn_implementation
-    trainer = make_trainer(
-        tmp_path, model, rows=stream([*tiny_pairs(5), {"prompt": "a"}]), activation_checkpointing=True
-    )
+    trainer = make_trainer(tmp_path, model, rows=stream([*tiny_pairs(5), {"prompt": "a"}]), gradient_checkpointing=True)
     with pytest.raises(DataError):
         trainer.train()
     assert model.config._attn_implementation == implementation

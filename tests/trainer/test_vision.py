@@ -302,7 +302,7 @@ def assert_trains_as_trl(
     }
     processor = tiny_processor(family)
     theirs = trl_curve(folder, rows, processor, tmp_path / "trl", **options)
-    given = options | more | {"activation_checkpointing": False, "processing_class": processor}
+    given = options | more | {"gradient_checkpointing": False, "processing_class": processor}
     ours = steps(trained(tmp_path / "tether", folder, rows, **given))
     assert len(ours) == num_steps and shared_names(ours[1]) == theirs[1].keys()
     for metric, difference in differences(ours, theirs).items():
@@ -338,7 +338,7 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_checkpointing_changes_no_curve(reentrant: bool, tmp_path: Path) -> None:
     plain = curve(vision_trained(tmp_path / "plain"))
     kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    checkpointed = vision_trained(tmp_path / "checkpointed", activation_checkpointing=True, **kwargs)
+    checkpointed = vision_trained(tmp_path / "checkpointed", gradient_checkpointing=True, **kwargs)
     assert curve(checkpointed) == pytest.approx(plain, abs=1e-6)
 
 

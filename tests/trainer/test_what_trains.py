@@ -113,10 +113,10 @@ def test_checkpointing_changes_no_number_of_any_adapter(
     make = (ADAPTERS | LOST_BY_REPLAY)[name]
     rows = tiny_pairs(8, conversational=True)
     options: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-2, "eval_dataset": as_dataset(rows)}
-    plain = trained(tmp_path / "plain", rows=rows, peft_config=make(), activation_checkpointing=False, **options)
+    plain = trained(tmp_path / "plain", rows=rows, peft_config=make(), gradient_checkpointing=False, **options)
     with caplog.at_level(logging.WARNING, logger="tether"):
         checkpointed = trained(
-            tmp_path / "checkpointed", rows=rows, peft_config=make(), activation_checkpointing=True,
+            tmp_path / "checkpointed", rows=rows, peft_config=make(), gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": reentrant}, eval_strategy="steps", eval_steps=1, **options,
         )  # fmt: skip
     for figure in ("loss", "grad_norm", "rewards/margins"):

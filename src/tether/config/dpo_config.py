@@ -48,6 +48,11 @@ else:
     LossType = list[str]
 
 
+# transformers' name of `gradient_checkpointing` since 5.23.
+_IS_RENAMED = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+_CHECKPOINTING = "activation_checkpointing" if _IS_RENAMED else "gradient_checkpointing"
+
+
 def _option(default: Any, text: str, **metadata: Any) -> Any:
     """A field with its help text, which `--help` shows."""
     if isinstance(default, list):
@@ -195,8 +200,8 @@ class DPOConfig(TrainingArguments):
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
             self.bf16 = bool(on_accelerator and not self.fp16 and launched_precision() in ("no", "bf16"))
-        if self.activation_checkpointing is None:  # transformers' new name of the same option
-            self.activation_checkpointing = self.gradient_checkpointing
+        if getattr(self, _CHECKPOINTING) is None:
+            self.recomputes_activations = self.gradient_checkpointing
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # without a device to copy to, DataLoader would warn
             self.use_cpu = True  # it is so anyway, and without it torchrun's processes would not find each other
@@ -215,10 +220,19 @@ class DPOConfig(TrainingArguments):
         )
 
     @property
+    def recomputes_activations(self) -> bool:
+        """Activation checkpointing, under the name that transformers' trainer reads."""
+        return bool(getattr(self, _CHECKPOINTING))
+
+    @recomputes_activations.setter
+    def recomputes_activations(self, value: bool) -> None:
+        setattr(self, _CHECKPOINTING, value)
+
+    @property
     def checkpoints_reentrantly(self) -> bool:
         """Whether layers first run without recording gradients, which only their replay in the backward does."""
-        kwargs = self.activation_checkpointing_kwargs
-        return bool(self.activation_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
+        kwargs = getattr(self, f"{_CHECKPOINTING}_kwargs")
+        return bool(self.recomputes_activations and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
 
     def set_beta(self, value: float) -> None:
         """Changes `beta` while training.

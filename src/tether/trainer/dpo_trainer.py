@@ -165,7 +165,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
 
     def _begin_run(self, checked: Checked) -> None:
         """Tries a save, and builds the reference beside the policy, which the accelerator holds by now."""
-        if is_adapter_model(self.model) and self.args.activation_checkpointing:
+        if is_adapter_model(self.model) and self.args.recomputes_activations:
             self.model.enable_input_require_grads()
         with raising_together():
             if self.args.should_save:

@@ -191,7 +191,7 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
     policy = add_adapter(facts.policy, asked.peft_config)
     if args.deepspeed_plugin is None:  # an adapter's copy of a module (`modules_to_save`) has the base's dtype
         refuse(refused_float16(policy))
-    args.activation_checkpointing = checkpoints_activations(policy, args.activation_checkpointing)
+    args.recomputes_activations = checkpoints_activations(policy, args.recomputes_activations)
     if args.disable_dropout:
         disable_dropout(policy)
     collator: Any = checked.reader.collator

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from tether.config.rules.facts import Facts
@@ -16,7 +16,7 @@ from tether.config.rules.model import held_by
 logger = logging.getLogger(__name__)
 
 
-def checkpoints_activations(model: nn.Module, asked: bool | None) -> bool | None:
+def checkpoints_activations(model: nn.Module, asked: bool) -> bool:
     """`gradient_checkpointing` for a policy: as asked, or False for adapters that a second forward of a layer loses."""
     configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
     why = next(filter(None, map(_lost_by_replay, configs)), None)
@@ -28,7 +28,7 @@ def checkpoints_activations(model: nn.Module, asked: bool | None) -> bool | None
 
 def _lost_by_replay(config: PeftConfig) -> str | None:
     """Why a layer can't be run again in the backward; None if it can."""
-    if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):  # by name: PEFT 0.18 does not know the second
         return "this adapter's prompt is in the layers' cache, which they go without when activations are recomputed"
     if getattr(config, "alora_invocation_tokens", None) is not None:
         return "PEFT allows an activated LoRA one forward for each backward, and evaluation makes others"

@@ -20,7 +20,7 @@ from support.tiny import tiny_model, tiny_pairs
 # With checkpointing, DDP looks for no unused parameters, and makes its buckets anew in the second step.
 OPTIONS: dict[str, dict[str, Any]] = {
     "dynamic": {},
-    "longrope": {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+    "longrope": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
 }
 RANK, NUM_PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -22,7 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "implicit": {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "learning_rate": 1e-2},
     "precomputed": {"precompute_ref_log_probs": True},
     "synchronized": {"sync_ref_model": True, "ref_model_sync_steps": 2},
-    "checkpointed": {"activation_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "checkpointed": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
 
 

@@ -74,7 +74,7 @@ def trainer_of(folder: Path, case: str, **more: Any) -> DPOTrainer:
     kind, stage, loaded, *flags = case.split("/")
     options = REFERENCES[kind] | more
     named = options.pop("named", False)
-    options["activation_checkpointing"] = "checkpointed" in flags
+    options["gradient_checkpointing"] = "checkpointed" in flags
     options["bf16"] = "bf16" in flags
     if NUM_PROCESSES > 1:
         options["deepspeed"] = deepspeed_config(int(stage), "persistent" in flags, "autocast" in flags)
