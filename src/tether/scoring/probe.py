@@ -1,0 +1,77 @@
+"""Rows on which ways of scoring a model are compared: some of the run's own, and shapes in which faults show.
+
+Knows batches; knows no model.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import NamedTuple
+
+from tether.types import PairBatch, Response
+
+_SHORTEST, _ROOM = 64, 16  # tokens of a probe's long rows, and of them at least so many of a response
+
+
+class Probe(NamedTuple):
+    """What is scored to compare ways of scoring.
+
+    Attributes:
+        batch: A prompt with two responses of the same length, up to the length that is proven, and another prompt with
+            two short ones.
+        contexts: One response behind two prompts.
+        length: Tokens of the long rows.
+    """
+
+    batch: PairBatch
+    contexts: PairBatch
+    length: int
+
+
+def proven_length(longest: int, limit: int | None) -> int:
+    """The length at which a model is proven that is asked for rows of `longest` tokens: a power of two.
+
+    So rows that grow by and by ask for few proofs.
+
+    Args:
+        longest: Tokens of the longest row.
+        limit: Tokens that the model can read, if known.
+    """
+    length = 1 << (max(longest + _ROOM, _SHORTEST) - 1).bit_length()
+    return max(longest, length if limit is None else min(length, limit))
+
+
+def probe_of(batch: PairBatch, length: int, *, alone: bool = False, seed: int = 0) -> Probe:
+    """Rows of a batch: its longest one and a sibling, extended with the batch's own tokens, and a short group.
+
+    Args:
+        batch: The batch at hand.
+        length: Tokens of the long rows; at least the batch's longest.
+        alone: Without the short group, for rows that are never scored together with shorter ones.
+        seed: Draws what is added.
+    """
+    draw = Random(seed)  # leaves the global random state alone
+    responses = batch.responses()
+    pool = [token for response in responses for token in response.token_ids]
+
+    def some(num: int) -> tuple[int, ...]:
+        start = draw.randrange(len(pool))
+        return tuple((pool[start:] + pool * (num // len(pool) + 1))[:num])
+
+    def other(ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The same ids, but for the first."""
+        return (next(token for token in (*pool, 0, 1) if token != ids[0]), *ids[1:])
+
+    first = max(responses, key=lambda response: len(response.prompt_ids) + len(response.token_ids))
+    room = length - len(first.prompt_ids)
+    second = next((r for r in responses if r.prompt == first.prompt and r.token_ids != first.token_ids), None)
+    one = (first.token_ids + some(room))[:room]
+    two = ((second.token_ids if second else ()) + some(room))[:room]
+    two = two if two[0] != one[0] else other(two)  # what one response begins with must not move the other
+    prompt, short, long = some(6), some(5), some(14)
+    short = short if short[0] != long[0] else other(short)
+    pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
+    if not alone:
+        pairs.append((Response(prompt, short), Response(prompt, long)))
+    contexts = Response(prompt, long), Response(other(prompt)[::-1], long)
+    return Probe(PairBatch.of_pairs(pairs).to(batch.device), PairBatch.of_pairs([contexts]).to(batch.device), length)
