@@ -52,10 +52,12 @@ def _moved_constants(model: nn.Module) -> Iterator[None]:
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
                 # `data` has a version of its own: a backward that waits for this weight does not notice.
                 parameter.data.copy_(value + 0.1 * noise if value else 0.05 * noise)
+        torch.clear_autocast_cache()
         yield
     finally:
         for data, value in moved:
             data.fill_(value)
+        torch.clear_autocast_cache()
 
 
 def _is_constant(parameter: Tensor) -> bool:

@@ -25,10 +25,13 @@ class Difference(NamedTuple):
     Attributes:
         largest: In nats, of a token.
         is_rounding: Whether it is rounding only.
+        is_certain: If not: whether other rows would differ as well. In half precision, experts that are chosen
+            otherwise can differ once in a while.
     """
 
     largest: float
     is_rounding: bool
+    is_certain: bool
 
 
 def exact_difference(found: Tensor, plain: Tensor, effect: float) -> Difference:
@@ -42,7 +45,7 @@ def exact_difference(found: Tensor, plain: Tensor, effect: float) -> Difference:
     gap, same = _gap(found, plain)
     allowed = max(ROUNDING, min(SHARE * effect, MEAN))
     is_rounding = same and float(gap.abs().mean()) <= allowed and float(gap.abs().max()) <= LARGEST
-    return Difference(float(gap.abs().max()), is_rounding)
+    return Difference(float(gap.abs().max()), is_rounding, is_certain=True)
 
 
 def rough_difference(found: Tensor, plain: Tensor, exact: Tensor | None, effect: float) -> Difference:
@@ -51,6 +54,9 @@ def rough_difference(found: Tensor, plain: Tensor, exact: Tensor | None, effect:
     The mean of the difference must be 0 within its own standard error. Errors against `exact` must be no larger than
     the plain ones: on average within their standard error, at most twice at the largest. Without `exact`, the
     difference must be small beside what another context changes.
+
+    Two of 720 probes of sound families fell out, both of experts that were chosen otherwise: a failure is looked at
+    again on other rows.
 
     Args:
         found: Log-probs of the tokens in the way that is judged.
@@ -62,11 +68,12 @@ def rough_difference(found: Tensor, plain: Tensor, exact: Tensor | None, effect:
     is_rounding = same and abs(float(gap.mean())) <= ROUGH_MEAN + ERRORS_OF_THE_MEAN * _error_of_mean(gap)
     if exact is None:
         is_rounding &= float(gap.abs().mean()) <= max(ROUGH_SHARE * effect, ROUGH_MEAN)
+        is_rounding &= float(gap.abs().max()) <= effect + ROUGH_LARGEST
     else:
         ours, theirs = (_gap(values, exact)[0].abs() for values in (found, plain))
         is_rounding &= float((ours - theirs).mean()) <= ROUGH_MEAN + ERRORS_OF_THE_MEAN * _error_of_mean(ours - theirs)
         is_rounding &= float(ours.max()) <= 2 * float(theirs.max()) + ROUGH_LARGEST
-    return Difference(float(gap.abs().max()), is_rounding)
+    return Difference(float(gap.abs().max()), is_rounding, is_certain=False)
 
 
 def _gap(found: Tensor, plain: Tensor) -> tuple[Tensor, bool]:

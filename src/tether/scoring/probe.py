@@ -17,8 +17,8 @@ class Probe(NamedTuple):
     """What is scored to compare ways of scoring.
 
     Attributes:
-        batch: A prompt with two responses of the same length, up to the length that is proven, and another prompt with
-            two short ones.
+        batch: A prompt with a response up to the length that is proven and one of half as many tokens, and another
+            prompt with two short ones.
         contexts: One response behind two prompts.
         length: Tokens of the long rows.
     """
@@ -47,7 +47,7 @@ def probe_of(batch: PairBatch, length: int, *, alone: bool = False, seed: int = 
     Args:
         batch: The batch at hand.
         length: Tokens of the long rows; at least the batch's longest.
-        alone: Without the short group, for rows that are never scored together with shorter ones.
+        alone: Rows of one length only, for those that are never scored together with shorter ones.
         seed: Draws what is added.
     """
     draw = Random(seed)  # leaves the global random state alone
@@ -66,7 +66,8 @@ def probe_of(batch: PairBatch, length: int, *, alone: bool = False, seed: int = 
     room = length - len(first.prompt_ids)
     second = next((r for r in responses if r.prompt == first.prompt and r.token_ids != first.token_ids), None)
     one = (first.token_ids + some(room))[:room]
-    two = ((second.token_ids if second else ()) + some(room))[:room]
+    rest = room if alone else max(min(room, _ROOM), room // 2)
+    two = ((second.token_ids if second else ()) + some(room))[:rest]
     two = two if two[0] != one[0] else other(two)  # what one response begins with must not move the other
     prompt, short, long = some(6), some(5), some(14)
     short = short if short[0] != long[0] else other(short)

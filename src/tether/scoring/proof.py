@@ -35,6 +35,7 @@ _SAYS = {
     "padded": "in the padded layout (one row per response), which is slower",
     "rows": "one response at a time, which is much slower",
 }
+_LOOKS = 3
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
@@ -147,7 +148,7 @@ def _first_that_works(
     why = ""
     with at_rest(model):
         trials = _Trials(model, base, batch, length)
-        if all(trial.sees_later_tokens for trial in trials.looks()):
+        if trials.see_later_tokens():
             raise ConfigurationError(
                 problem=f"Cannot train a {type(base).__name__} on preferences: it is not causal, so the log-prob of a "
                 "token would depend on the tokens after it.",
@@ -163,7 +164,7 @@ def _first_that_works(
 
 
 class _Trials:
-    """Comparisons on rows of a batch. Rounding is drawn anew in the second, which is made only if the first fails."""
+    """Comparisons on rows of a batch. Another one is made only where rounding may have failed those before."""
 
     def __init__(self, model: nn.Module, base: nn.Module, batch: PairBatch, length: int) -> None:
         self._model, self._base, self._batch = model, base, batch
@@ -172,27 +173,48 @@ class _Trials:
         self.length = length
 
     def looks(self) -> Iterator[Trial]:
-        for number in range(2):
+        for number in range(_LOOKS):
             if number == len(self._trials):
                 self._trials.append(trial_of(self._model, self._base, self._batch, self.length, seed=number))
                 self.length = self._trials[0].length
             yield self._trials[number]
 
+    def see_later_tokens(self) -> bool:
+        """Whether the model is not causal, on every look."""
+        for trial in self.looks():
+            sees = trial.sees_later_tokens
+            if not (any_process(sees) if self._is_collective else sees):
+                return False
+        return True
+
     def judge(self, way: Way) -> str | None:
         """Why a way is not to be used; None if it is equal to the plain one."""
-        reason: str | None = None
+        reason = ""
         for trial in self.looks():
-            try:
-                reason = trial.difference(way)
-            except OUT_OF_MEMORY:
-                raise
-            except Exception as error:
-                reason = f"its forward failed on {way.layout} rows ({type(error).__name__}: {error})"
-            if not (any_process(reason is not None) if self._is_collective else reason is not None):
-                return None
+            reason, is_certain = _judged(trial, way)
             if self._is_collective:
-                reason = reason or "another process found other numbers"
+                failed = any_process(bool(reason))
+                reason = reason or ("another process found other log-probs" if failed else "")
+                is_certain = any_process(is_certain)
+            if not reason:
+                return None
+            if is_certain:
+                return reason
         return reason
+
+
+def _judged(trial: Trial, way: Way) -> tuple[str, bool]:
+    """Why a way failed a trial, if it did, and whether rounding cannot be the reason."""
+    try:
+        found = trial.difference(way)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:
+        return f"its forward failed on {way.layout} rows ({type(error).__name__}: {error})", True
+    if found.is_rounding:
+        return "", False
+    what = "a response alone" if way.layout == "packed" else "the same row without padding"
+    return f"{way.layout} rows gave other log-probs than {what} (by {found.largest:.2g} nats)", found.is_certain
 
 
 def _tell(proof: _Proof, base: nn.Module, why: str) -> None:

@@ -62,33 +62,26 @@ class Trial:
             return not rough_difference(one, other, None, plain.effect).is_rounding
         return not exact_difference(one, other, plain.effect).is_rounding
 
-    def difference(self, way: Way) -> str | None:
-        """Why a way does not give the plain answers; None if it does.
+    def difference(self, way: Way) -> Difference:
+        """How far the answers of a way are from the plain ones.
 
         Raises:
             Exception: Whatever the model raises in that way.
         """
-        found: Difference
         if self.exact is not None:
             plain, call = self.exact
             found = exact_difference(self._values(call, way), plain.values, plain.effect)
             if not found.is_rounding:
-                return _reason(way, found)
+                return found
         values = self._values(self.model, way)
-        if self.is_rough:
-            exact = None if self.exact is None else self.exact[0].values
-            found = rough_difference(values, self.plain.values, exact, self.plain.effect)
-        else:
-            found = exact_difference(values, self.plain.values, self.plain.effect)
-        return None if found.is_rounding else _reason(way, found)
+        if not self.is_rough:
+            return exact_difference(values, self.plain.values, self.plain.effect)
+        exact = None if self.exact is None else self.exact[0].values
+        return rough_difference(values, self.plain.values, exact, self.plain.effect)
 
     def _values(self, call: Callable[..., Any], way: Way) -> Tensor:
         reset_rotary(self.model)
         return run(call, self.base, rows_of(self.probe.batch, way), way).values
-
-
-def _reason(way: Way, found: Difference) -> str:
-    return f"{way.layout} rows gave other log-probs than one plain forward per response (by {found.largest:.2g} nats)"
 
 
 def trial_of(model: nn.Module, base: nn.Module, batch: PairBatch, length: int, seed: int) -> Trial:
