@@ -351,8 +351,9 @@ def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.config.rules.reference, "_ref_model", lambda facts: ())
 
 
-def trust_the_family(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("tether.scoring.packing._is_proven", lambda base: True)
+def prove_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tether.scoring.proof._proofs", {})
+    patch.setattr("tether.scoring.proof._first_that_works", lambda _, __, ___, length, ways: (ways[0], "", length))
 
 
 def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -400,7 +401,7 @@ PROTECTIONS: dict[str, Protection] = {
     "the pass is under the policy's autocast": Protection(rounds_otherwise_under_autocast, no_autocast, silent=1e-5),
     "what trains stays what trains": Protection(trains_a_frozen_factor, plain_disable, silent=1),
     "hooks are taken off": Protection(leaves_hooks, keep_hooks, silent=3),
-    "packed only where it is proven": Protection(layers_of_another_model, trust_the_family),
+    "packed only where it is proven": Protection(layers_of_another_model, prove_nothing),
     # a reference model
     "what is shared and trains is copied": Protection(shares_with_the_policy, copy_nothing),
     "the policy is no reference model": Protection(is_the_policy, no_sharing_check, ConfigurationError),

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from tether.types import PairBatch, Response
 
-_SHORTEST, _ROOM = 64, 16  # tokens of a probe's long rows, and of them at least so many of a response
+_SHORTEST = 64  # tokens of a probe's long rows, at least
+_ROOM = 16  # of them a response's, at least; also the responses of the short group
+_SHORT_PROMPT = 6
 
 
 class Probe(NamedTuple):
@@ -18,7 +20,7 @@ class Probe(NamedTuple):
 
     Attributes:
         batch: A prompt with a response up to the length that is proven and one of half as many tokens, and another
-            prompt with two short ones.
+            prompt with two short ones. The last two are equally long.
         contexts: One response behind two prompts.
         length: Tokens of the long rows.
     """
@@ -69,10 +71,10 @@ def probe_of(batch: PairBatch, length: int, *, alone: bool = False, seed: int = 
     rest = room if alone else max(min(room, _ROOM), room // 2)
     two = ((second.token_ids if second else ()) + some(room))[:rest]
     two = two if two[0] != one[0] else other(two)  # what one response begins with must not move the other
-    prompt, short, long = some(6), some(5), some(14)
-    short = short if short[0] != long[0] else other(short)
+    prompt, three, four = some(_SHORT_PROMPT), some(_ROOM), some(_ROOM)
+    three = three if three[0] != four[0] else other(three)
     pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
     if not alone:
-        pairs.append((Response(prompt, short), Response(prompt, long)))
-    contexts = Response(prompt, long), Response(other(prompt)[::-1], long)
+        pairs.append((Response(prompt, three), Response(prompt, four)))
+    contexts = Response(prompt, four), Response(other(prompt)[::-1], four)
     return Probe(PairBatch.of_pairs(pairs).to(batch.device), PairBatch.of_pairs([contexts]).to(batch.device), length)

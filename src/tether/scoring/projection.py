@@ -97,7 +97,8 @@ def _capture(_module: nn.Module, _args: Any, output: Tensor) -> None:
 
     The gradient then passes through theirs, and the weight is gathered when the backward needs it.
     """
-    _open.get().log_probs = output
+    if (request := _open.get(None)) is not None:
+        request.log_probs = output
 
 
 def has_projection(base: nn.Module) -> bool:

@@ -22,7 +22,7 @@ _COMPARED = 16  # positions at the end of a prompt, whose predictions must not d
 
 
 class _Plain(NamedTuple):
-    """Plain answers: log-probs of the responses, what another context changes, predictions before two responses."""
+    """Plain log-probs of the responses, what another context changes, predictions before the last two responses."""
 
     values: Tensor
     effect: float
@@ -55,7 +55,7 @@ class Trial:
 
     @property
     def sees_later_tokens(self) -> bool:
-        """Whether a prompt's predictions depend on the response after it."""
+        """Whether a prompt's predictions depend on the tokens after it, for equally many (some see how many)."""
         plain = self.plain if self.exact is None else self.exact[0]
         one, other = plain.before
         if self.is_rough and self.exact is None:
@@ -130,7 +130,7 @@ def _plain(call: Callable[..., Any], model: nn.Module, base: nn.Module, probe: P
         one = probe.batch.only([index])
         answer = run(call, base, rows_of(one, PLAIN), PLAIN)
         values.append(answer.values)
-        if index < 2:
+        if index >= probe.batch.num_responses - 2:
             end = answer.outputs.logits.shape[1] - one.response_lengths[0]
             logits = answer.outputs.logits[0, end - min(_COMPARED, one.prompt_lengths[0]) : end]
             before.append(logits.float().log_softmax(-1).flatten())
