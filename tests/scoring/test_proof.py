@@ -62,9 +62,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     plain = proof.trial_of
 
-    def counted(model: Any, base: Any, batch: Any, length: int, seed: int) -> Any:
+    def counted(model: Any, base: Any, batch: Any, length: int, limit: int | None, seed: int) -> Any:
         made.append(length)
-        return plain(model, base, batch, length, seed)
+        return plain(model, base, batch, length, limit, seed)
 
     monkeypatch.setattr(proof, "trial_of", counted)
     return made

@@ -10,7 +10,7 @@ from torch import Tensor
 # In nats per token. What another context changes is the yardstick: a model with random weights hardly depends on its
 # context, so absolute bounds alone would let a wrong mask pass.
 SHARE = 1e-2
-MEAN, LARGEST = 3e-4, 5e-3
+MEAN, LARGEST = 1e-4, 1e-3
 ROUNDING = 2e-6  # of the log-softmax itself
 
 # In half precision and under autocast.
@@ -25,8 +25,7 @@ class Difference(NamedTuple):
     Attributes:
         largest: In nats, of a token.
         is_rounding: Whether it is rounding only.
-        is_certain: If not: whether other rows would differ as well. In half precision, experts that are chosen
-            otherwise can differ once in a while.
+        is_certain: If not: whether other rows would differ as well. Rounding can choose another expert once in a while.
     """
 
     largest: float
@@ -44,8 +43,9 @@ def exact_difference(found: Tensor, plain: Tensor, effect: float) -> Difference:
     """
     gap, same = _gap(found, plain)
     allowed = max(ROUNDING, min(SHARE * effect, MEAN))
-    is_rounding = same and float(gap.abs().mean()) <= allowed and float(gap.abs().max()) <= LARGEST
-    return Difference(float(gap.abs().max()), is_rounding, is_certain=True)
+    is_small = same and float(gap.abs().mean()) <= allowed
+    largest = float(gap.abs().max())
+    return Difference(largest, is_small and largest <= LARGEST, is_certain=not is_small)
 
 
 def rough_difference(found: Tensor, plain: Tensor, exact: Tensor | None, effect: float) -> Difference:

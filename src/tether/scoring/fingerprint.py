@@ -59,12 +59,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         config = state.get("config")
         if isinstance(config, PretrainedConfig):
             configs[id(config)] = config
-            if "rope_type" not in state:
-                parts.extend(
-                    (name, value)
-                    for name, value in state.items()
-                    if isinstance(value, _SCALARS) and name not in _STATES
-                )
+            if "layer_idx" in state or "is_causal" in state:
+                parts.extend(_scalars(state))
         if "peft_config" in state:
             parts.append(_adapters(state["peft_config"]))
     functions = tuple(_functions_of(kinds))
@@ -84,6 +80,13 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
         module = waiting.pop()
         yield module
         waiting.extend([child for child in module._modules.values() if child is not None])
+
+
+def _scalars(state: dict[str, Any]) -> Iterator[Any]:
+    """The fields of an attention or a layer: its scale, its window, whether it is causal."""
+    for name, value in state.items():
+        if isinstance(value, _SCALARS) and name not in _STATES:
+            yield name, value
 
 
 def _put_on(state: dict[str, Any]) -> Iterator[Any]:

@@ -47,9 +47,9 @@ class Answer(NamedTuple):
     outputs: Any
 
 
-def rows_of(batch: PairBatch, way: Way, router_weights: bool = False) -> ScoringRows:
-    """The rows of a batch in the layout of a way that makes a single forward."""
-    return packed_rows(batch, router_weights) if way.layout == "packed" else padded_rows(batch)
+def rows_of(batch: PairBatch, way: Way, *, router_weights: bool = False, spare: int = 0) -> ScoringRows:
+    """The rows of a batch in the layout of a way that makes a single forward; `spare` as in `padded_rows`."""
+    return packed_rows(batch, router_weights) if way.layout == "packed" else padded_rows(batch, spare=spare)
 
 
 def run(

@@ -13,6 +13,7 @@ from tether.types import PairBatch, Response
 _SHORTEST = 64  # tokens of a probe's long rows, at least
 _ROOM = 16  # of them a response's, at least; also the responses of the short group
 _SHORT_PROMPT = 6
+_SPARE = 10
 
 
 class Probe(NamedTuple):
@@ -22,12 +23,14 @@ class Probe(NamedTuple):
         batch: A prompt with a response up to the length that is proven and one of half as many tokens, and another
             prompt with two short ones. The last two are equally long.
         contexts: One response behind two prompts.
-        length: Tokens of the long rows.
+        length: Tokens of the long row.
+        spare: Columns of padding behind it in the padded layout: padding that takes part shows most in long rows.
     """
 
     batch: PairBatch
     contexts: PairBatch
     length: int
+    spare: int
 
 
 def proven_length(longest: int, limit: int | None) -> int:
@@ -43,12 +46,13 @@ def proven_length(longest: int, limit: int | None) -> int:
     return max(longest, length if limit is None else min(length, limit))
 
 
-def probe_of(batch: PairBatch, length: int, *, alone: bool = False, seed: int = 0) -> Probe:
+def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = False, seed: int = 0) -> Probe:
     """Rows of a batch: its longest one and a sibling, extended with the batch's own tokens, and a short group.
 
     Args:
         batch: The batch at hand.
         length: Tokens of the long rows; at least the batch's longest.
+        limit: Tokens that the model can read, if known.
         alone: Rows of one length only, for those that are never scored together with shorter ones.
         seed: Draws what is added.
     """
@@ -77,4 +81,6 @@ def probe_of(batch: PairBatch, length: int, *, alone: bool = False, seed: int = 
     if not alone:
         pairs.append((Response(prompt, three), Response(prompt, four)))
     contexts = Response(prompt, four), Response(other(prompt)[::-1], four)
-    return Probe(PairBatch.of_pairs(pairs).to(batch.device), PairBatch.of_pairs([contexts]).to(batch.device), length)
+    spare = 0 if alone else _SPARE if limit is None else max(0, min(_SPARE, limit - length))
+    made, behind = (PairBatch.of_pairs(one).to(batch.device) for one in (pairs, [contexts]))
+    return Probe(made, behind, length, spare)

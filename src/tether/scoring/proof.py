@@ -83,8 +83,7 @@ def way_of(
             ways = ways[ways.index(known.way) :]
         if failed is not None:
             ways = [way for way in ways if way.layout != failed.layout]
-        length = proven_length(longest, _limit(model, base, longest))
-        way, why, length = _first_that_works(model, base, batch, length, ways)
+        way, why, length = _first_that_works(_Trials(model, base, batch, longest), ways)
         if known is None or known.way != way:
             known = _proofs[key] = _Proof(way, length, found.functions)
         known.length = length
@@ -141,17 +140,14 @@ def _limit(model: nn.Module, base: nn.Module, longest: int) -> int | None:
     return min(known, default=None)
 
 
-def _first_that_works(
-    model: nn.Module, base: nn.Module, batch: PairBatch, length: int, ways: Sequence[Way]
-) -> tuple[Way, str, int]:
+def _first_that_works(trials: _Trials, ways: Sequence[Way]) -> tuple[Way, str, int]:
     """The first of the ways that is equal to the plain one; why the first one is not it; the length of the proof."""
     why = ""
-    with at_rest(model):
-        trials = _Trials(model, base, batch, length)
+    with at_rest(trials.model):
         if trials.see_later_tokens():
             raise ConfigurationError(
-                problem=f"Cannot train a {type(base).__name__} on preferences: it is not causal, so the log-prob of a "
-                "token would depend on the tokens after it.",
+                problem=f"Cannot train a {type(trials.base).__name__} on preferences: it is not causal, so the "
+                "log-prob of a token would depend on the tokens after it.",
                 details="With another token at the end of a row, its predictions before that token changed.",
                 instead="Use a model that reads from left to right (a decoder, `AutoModelForCausalLM`).",
             )
@@ -166,17 +162,19 @@ def _first_that_works(
 class _Trials:
     """Comparisons on rows of a batch. Another one is made only where rounding may have failed those before."""
 
-    def __init__(self, model: nn.Module, base: nn.Module, batch: PairBatch, length: int) -> None:
-        self._model, self._base, self._batch = model, base, batch
+    def __init__(self, model: nn.Module, base: nn.Module, batch: PairBatch, longest: int) -> None:
+        self.model, self.base, self._batch = model, base, batch
         self._is_collective = _is_collective(model)
         self._trials: list[Trial] = []
-        self.length = length
+        self._limit = _limit(model, base, longest)
+        self.length = proven_length(longest, self._limit)
 
     def looks(self) -> Iterator[Trial]:
         for number in range(_LOOKS):
             if number == len(self._trials):
-                self._trials.append(trial_of(self._model, self._base, self._batch, self.length, seed=number))
-                self.length = self._trials[0].length
+                trial = trial_of(self.model, self.base, self._batch, self.length, self._limit, seed=number)
+                self._trials.append(trial)
+                self.length = trial.length
             yield self._trials[number]
 
     def see_later_tokens(self) -> bool:

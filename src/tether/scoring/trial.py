@@ -81,10 +81,10 @@ class Trial:
 
     def _values(self, call: Callable[..., Any], way: Way) -> Tensor:
         reset_rotary(self.model)
-        return run(call, self.base, rows_of(self.probe.batch, way), way).values
+        return run(call, self.base, rows_of(self.probe.batch, way, spare=self.probe.spare), way).values
 
 
-def trial_of(model: nn.Module, base: nn.Module, batch: PairBatch, length: int, seed: int) -> Trial:
+def trial_of(model: nn.Module, base: nn.Module, batch: PairBatch, length: int, limit: int | None, seed: int) -> Trial:
     """Makes the plain answers on a probe of the batch.
 
     Args:
@@ -92,14 +92,15 @@ def trial_of(model: nn.Module, base: nn.Module, batch: PairBatch, length: int, s
         base: The causal language model inside.
         batch: The batch at hand.
         length: Tokens of the long rows; those of the batch's longest row if the model cannot read so many.
+        limit: Tokens that it can read, if known.
         seed: Draws the probe.
 
     Raises:
         ConfigurationError: If the model's plain forward fails.
     """
-    longest, limit = max(batch.fed_lengths()), rotary_limit(model)
+    longest, rotary = max(batch.fed_lengths()), rotary_limit(model)
     for tokens in dict.fromkeys((length, longest)):
-        probe = probe_of(batch, tokens, alone=limit is not None and tokens > limit, seed=seed)
+        probe = probe_of(batch, tokens, limit, alone=rotary is not None and tokens > rotary, seed=seed)
         try:
             plain = _plain(model, model, base, probe)
             break
