@@ -246,7 +246,7 @@ def scores_as(make: Callable[[], Any], batch: PairBatch = BATCH) -> Callable[[Pa
 
 def long_rows() -> PairBatch:
     ids = [tuple(torch.randint(5, 250, (120,), generator=torch.Generator().manual_seed(s)).tolist()) for s in range(3)]
-    return PairBatch.of_pairs([(Response(ids[0], ids[1]), Response(ids[0], ids[2]))])
+    return PairBatch.of_pairs([(Response(ids[0], ids[1]), Response(ids[0], ids[2][:60]))])
 
 
 def changed_after_it_was_proven() -> Any:
@@ -424,12 +424,10 @@ def prove_short(patch: pytest.MonkeyPatch) -> None:
     """What was proven of short rows holds for long ones."""
     patch.setattr("tether.scoring.proof._proofs", {})
     patch.setattr("tether.scoring.proof.proven_length", lambda longest, limit: 10**6)
-    patch.setattr(
-        "tether.scoring.trial.probe_of", lambda batch, length, *args, **options: _short(batch, *args, **options)
-    )
+    patch.setattr("tether.scoring.trial.probe_of", _short)
 
 
-def _short(batch: PairBatch, *args: Any, **options: Any) -> Any:
+def _short(batch: PairBatch, length: int, *args: Any, **options: Any) -> Any:
     longest = max(batch.fed_lengths())
     return probe_of(batch, longest, *args, **options)._replace(length=10**6)
 
