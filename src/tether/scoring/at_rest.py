@@ -43,20 +43,20 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _moved_constants(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
-    moved: list[tuple[Tensor, float]] = []
+    moved: list[tuple[nn.Parameter, float]] = []
     try:
         for parameter in model.parameters():
             if _is_constant(parameter):
                 value = parameter.data.flatten()[0].item()
-                moved.append((parameter.data, value))
+                moved.append((parameter, value))
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
                 # `data` has a version of its own: a backward that waits for this weight does not notice.
                 parameter.data.copy_(value + 0.1 * noise if value else 0.05 * noise)
         torch.clear_autocast_cache()
         yield
     finally:
-        for data, value in moved:
-            data.fill_(value)
+        for parameter, value in moved:
+            parameter.data.fill_(value)  # not the tensor of before: PEFT's CPT puts another one there in its forward
         torch.clear_autocast_cache()
 
 

@@ -25,7 +25,7 @@ from tether.scoring.router import router_loss
 from tether.types import PairBatch, Response, ResponseLogProbs, join_log_probs, offsets_of
 
 # Part of every reference's identity: raise it when a change here alters the numbers beyond rounding.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
 Layout = Literal["auto", "packed", "padded"]
 
