@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tether.scoring.attention import Kernel, packed_attention_of
-from tether.scoring.head import logits_scores
+from tether.scoring.head import LOGITS_AT_A_TIME, logits_scores
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.projection import scoring_head
 from tether.types import PairBatch, TokenStatistics
@@ -92,9 +92,14 @@ def run(
 
 def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> Answer:
     logits: Tensor = outputs.logits
-    selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)]
-    scores = logits_scores(selected, rows.targets, statistics)
-    return Answer(scores.log_probs, scores.statistics, outputs)
+    row, column = rows.row, rows.column + (logits.shape[1] - rows.width)  # adapters may put virtual tokens in front
+    if torch.is_grad_enabled() or statistics:
+        scores = logits_scores(logits[row, column], rows.targets, statistics)
+        return Answer(scores.log_probs, scores.statistics, outputs)
+    num = max(1, LOGITS_AT_A_TIME["cuda"] // logits.shape[-1])  # tokens at a time: in fp32 they need much memory
+    each = zip(row.split(num), column.split(num), rows.targets.split(num), strict=True)
+    values = [logits_scores(logits[a, b], targets, False).log_probs for a, b, targets in each]
+    return Answer(torch.cat(values), None, outputs)
 
 
 def replays_forward(model: nn.Module) -> bool:
