@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tether.distributed import is_sharded
+from tether.distributed import has_shards
 from tether.scoring.evaluation import evaluation_mode
 from tether.scoring.rotary import reset_rotary
 
@@ -45,7 +45,8 @@ def _moved_constants(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     moved: list[tuple[nn.Parameter, float]] = []
     try:
-        for parameter in model.parameters():
+        # A gathered parameter lives for one forward only.
+        for parameter in () if has_shards(model) else model.parameters():
             if _is_constant(parameter):
                 value = parameter.data.flatten()[0].item()
                 moved.append((parameter, value))
@@ -61,7 +62,7 @@ def _moved_constants(model: nn.Module) -> Iterator[None]:
 
 
 def _is_constant(parameter: Tensor) -> bool:
-    if is_sharded(parameter) or parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
         return False
     first = parameter.data.flatten()
     return bool(first[0] == first[-1]) and bool((first == first[0]).all())
@@ -86,7 +87,7 @@ def exact_call(model: nn.Module) -> Callable[..., Any] | None:
     adapter does.
     """
     parameters = list(model.parameters())
-    if any(is_sharded(one) or not one.is_floating_point() for one in parameters):
+    if has_shards(model) or not all(one.is_floating_point() for one in parameters):
         return None
     if not any(one.dtype in _HALF for one in parameters):
         return partial(_without_autocast, model, model)

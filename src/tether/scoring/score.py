@@ -162,7 +162,7 @@ def can_pack_images(model: nn.Module) -> bool:
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether packed rows give a model's own log-probs on short rows of random tokens."""
+    """Whether packed rows give a model's own log-probs on short rows of random tokens, before there are others."""
     base = base_model_of(model)
     embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
     vocabulary, draw = full_shape(embeddings.weight)[0], Random(0)
