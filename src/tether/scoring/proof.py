@@ -11,7 +11,7 @@ import logging
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -42,12 +42,14 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequenc
 @dataclass
 class _Proof:
     way: Way
+    why: str  # why it is not the first; empty if it is
     length: int
     functions: tuple[Any, ...]  # alive as long as their identities are in the key
     told: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
 
 _proofs: dict[Hashable, _Proof] = {}
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def way_of(
@@ -85,12 +87,12 @@ def way_of(
             ways = [way for way in ways if way.layout != failed.layout]
         way, why, length = _first_that_works(_Trials(model, base, batch, longest), ways)
         if known is None or known.way != way:
-            known = _proofs[key] = _Proof(way, length, found.functions)
+            known = _proofs[key] = _Proof(way, why or why_not, length, found.functions)
         known.length = length
-        _tell(known, base, why or why_not)
-    elif known is not None and not any(True for _ in known.told):
-        _tell(known, base, why_not)
     assert known is not None
+    if not len(known.told):  # once for a model and its copies
+        known.told.add(base)
+        _tell(known, base)
     return known.way
 
 
@@ -215,13 +217,13 @@ def _judged(trial: Trial, way: Way) -> tuple[str, bool]:
     return f"{way.layout} rows gave other log-probs than {what} (by {found.largest:.2g} nats)", found.is_certain
 
 
-def _tell(proof: _Proof, base: nn.Module, why: str) -> None:
+def _tell(proof: _Proof, base: nn.Module) -> None:
     name, layout = type(base).__name__, proof.way.layout
-    if len(proof.told):
+    if layout in (said := _said.setdefault(base, set())):  # with its adapter on and off
         return
-    proof.told.add(base)
+    said.add(layout)
     head = ", from its own full logits" if proof.way.own_head and layout != "rows" else ""
-    if not why:
-        logger.info("%s is scored %s%s: proven on rows of %d tokens.", name, _SAYS[layout], head, proof.length)
+    if proof.why:
+        logger.warning("%s is scored %s%s: %s.", name, _SAYS[layout], head, proof.why)
     else:
-        logger.warning("%s is scored %s%s: %s.", name, _SAYS[layout], head, why)
+        logger.info("%s is scored %s%s: proven on rows of %d tokens.", name, _SAYS[layout], head, proof.length)
