@@ -68,7 +68,8 @@ def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = 
         """The same ids, but for the first."""
         return (next(token for token in (*pool, 0, 1) if token != ids[0]), *ids[1:])
 
-    first = max(responses, key=lambda response: len(response.prompt_ids) + len(response.token_ids))
+    shown = [response for response in responses if response.images]  # a sharded tower is used on all processes or none
+    first = max(shown or responses, key=lambda response: len(response.prompt_ids) + len(response.token_ids))
     room = length - len(first.prompt_ids)
     second = next((r for r in responses if r.prompt == first.prompt and r.token_ids != first.token_ids), None)
     one = (first.token_ids + some(room))[:room]

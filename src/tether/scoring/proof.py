@@ -97,10 +97,10 @@ def way_of(
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
-    """What DDP and `torch.compile` wrap: both leave the answers alone. ZeRO's engine is needed to gather weights."""
+    """What DDP and `torch.compile` wrap: both leave the answers alone. What shards weights stays."""
     while True:
         inner: Any = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module) or (num_processes() > 1 and has_shards(model)):
+        if not isinstance(inner, nn.Module) or has_shards(model):
             return model
         model = inner
 
