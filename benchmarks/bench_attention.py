@@ -47,13 +47,12 @@ def _lengths(rows: list[dict], item: int) -> torch.Tensor:
 
 
 def _run(way: Any, lengths: torch.Tensor) -> None:
-    attention.CUDA_ATTENTION = way
     row = sum(group.prompt_length + sum(group.response_lengths) for group in groups_of(lengths))
     leaves = [
         torch.randn(1, heads, row, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
-    attention.packed_attention(*leaves, lengths, scale=SIZE**-0.5).sum().backward()
+    attention.packed_attention(*leaves, lengths, scale=SIZE**-0.5, kernel=way).sum().backward()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import trl
 from transformers import TrainingArguments
 
+from support.odd_models import mixes_neighbours
 from support.runs import DEFAULTS, make_trainer, trained
 from support.tiny import tiny_model, tiny_tokenizer
 from tether import DPOConfig
@@ -119,6 +120,8 @@ def test_padding_free_trains_where_rows_can_be_packed_and_is_refused_where_not(t
     trained(tmp_path, padding_free=True, max_steps=1)
     with pytest.raises(ConfigurationError, match="padding_free"):
         make_trainer(tmp_path, tiny_model("mamba"), padding_free=True)
+    with pytest.raises(ConfigurationError, match="padding_free"):
+        make_trainer(tmp_path, mixes_neighbours(), padding_free=True)
 
 
 def test_pad_token_is_accepted_with_the_warning_of_trl(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import tether.reference.explicit
 import tether.reference.implicit
 import tether.reference.watch
 import tether.trainer.checkpoints
+from support import odd_models as odd
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
@@ -41,8 +42,11 @@ from tether.reference import (
     SynchronizedReference,
 )
 from tether.scoring import score
+from tether.scoring.fingerprint import Fingerprint
+from tether.scoring.probe import probe_of
 from tether.store import LogProbStore
 from tether.testing import naive_log_probs_of
+from tether.types import PairBatch, Response
 
 LOG_2 = 0.6931472
 
@@ -229,6 +233,54 @@ def layers_of_another_model(folder: Path) -> float:
     return differs(score(model, BATCH).values.detach(), naive_log_probs_of(model, BATCH))
 
 
+def scores_as(make: Callable[[], Any], batch: PairBatch = BATCH) -> Callable[[Path], float]:
+    """How far a model's scores are from its plain forwards: policy and reference would both be as far off."""
+
+    def fault(folder: Path) -> float:
+        model = make()
+        with torch.no_grad():
+            return differs(score(model, batch).values, naive_log_probs_of(model, batch))
+
+    return fault
+
+
+def long_rows() -> PairBatch:
+    ids = [tuple(torch.randint(5, 250, (120,), generator=torch.Generator().manual_seed(s)).tolist()) for s in range(3)]
+    return PairBatch.of_pairs([(Response(ids[0], ids[1]), Response(ids[0], ids[2][:60]))])
+
+
+def changed_after_it_was_proven() -> Any:
+    model = tiny_model()
+    score(model, BATCH)
+    model.model.layers[0].register_forward_hook(lambda _, __, out: out + 0.1 * out.cumsum(1))
+    return model
+
+
+def trained_activated_adapter() -> Any:
+    calls = BATCH.responses()[0].prompt_ids[:1]
+    model = odd.activated(calls)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def longer_rows_than_were_proven() -> Any:
+    model = odd.windowed_beyond_64()
+    score(model, BATCH)
+    return model
+
+
+def sees_later_tokens(folder: Path) -> float:
+    """How far a token moves the predictions before it, in a model that is trained nevertheless."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    score(model, BATCH)
+    one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, :3] for last in (8, 9))
+    return differs(one, other)
+
+
 # ------------------------------------------------------------------------------- the protections, and their loss
 
 
@@ -351,8 +403,43 @@ def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.config.rules.reference, "_ref_model", lambda facts: ())
 
 
-def trust_the_family(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("tether.scoring.packing._is_proven", lambda base: True)
+def prove_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tether.scoring.proof._proofs", {})
+    patch.setattr("tether.scoring.proof._first_that_works", lambda trials, ways: (ways[0], "", trials.length))
+
+
+def trust_names(patch: pytest.MonkeyPatch) -> None:
+    """Nothing is proven, and an adapter that reads its row is not known by its option either."""
+    prove_nothing(patch)
+    patch.setattr("tether.scoring.packing.reads_rows", lambda adapter: False)
+
+
+def prove_once(patch: pytest.MonkeyPatch) -> None:
+    """What was proven of a model's class holds whatever comes later."""
+    patch.setattr("tether.scoring.proof._proofs", {})
+    patch.setattr("tether.scoring.proof.fingerprint", lambda model: Fingerprint((type(model),), ()))
+
+
+def prove_short(patch: pytest.MonkeyPatch) -> None:
+    """What was proven of short rows holds for long ones."""
+    patch.setattr("tether.scoring.proof._proofs", {})
+    patch.setattr("tether.scoring.proof.proven_length", lambda longest, limit: 10**6)
+    patch.setattr("tether.scoring.trial.probe_of", _short)
+
+
+def _short(batch: PairBatch, length: int, *args: Any, **options: Any) -> Any:
+    longest = max(batch.fed_lengths())
+    return probe_of(batch, longest, *args, **options)._replace(length=10**6)
+
+
+def trust_padding(patch: pytest.MonkeyPatch) -> None:
+    """What cannot be packed is padded, without another look."""
+    patch.setattr("tether.scoring.proof._proofs", {})
+    patch.setattr("tether.scoring.proof._first_that_works", lambda trials, ways: (_padded(ways), "", trials.length))
+
+
+def _padded(ways: Any) -> Any:
+    return next(way for way in ways if way.layout == "padded")
 
 
 def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -400,7 +487,20 @@ PROTECTIONS: dict[str, Protection] = {
     "the pass is under the policy's autocast": Protection(rounds_otherwise_under_autocast, no_autocast, silent=1e-5),
     "what trains stays what trains": Protection(trains_a_frozen_factor, plain_disable, silent=1),
     "hooks are taken off": Protection(leaves_hooks, keep_hooks, silent=3),
-    "packed only where it is proven": Protection(layers_of_another_model, trust_the_family),
+    "packed only where it is proven": Protection(layers_of_another_model, prove_nothing),
+    "a registered attention is kept": Protection(scores_as(odd.own_attention), prove_nothing),
+    "another class of attention is kept": Protection(scores_as(odd.own_attention_class), prove_nothing),
+    "a patched attention is kept": Protection(scores_as(odd.patched_on_the_instance), prove_nothing),
+    "a module may mix positions": Protection(scores_as(odd.mixes_neighbours), prove_nothing),
+    "a hook may depend on positions": Protection(scores_as(odd.late_tokens_steered), prove_nothing),
+    "a hook may change the logits": Protection(scores_as(odd.cooled_logits), prove_nothing),
+    "a change after the proof is seen": Protection(scores_as(changed_after_it_was_proven), prove_once),
+    "an adapter may read its row": Protection(scores_as(trained_activated_adapter), trust_names),
+    "rows are proven at their length": Protection(scores_as(longer_rows_than_were_proven, long_rows()), prove_short),
+    "padding is proven too": Protection(
+        scores_as(lambda: odd.small("glm_moe_dsa", index_topk=8), long_rows()), trust_padding
+    ),
+    "a model sees no later token": Protection(sees_later_tokens, prove_nothing, ConfigurationError),
     # a reference model
     "what is shared and trains is copied": Protection(shares_with_the_policy, copy_nothing),
     "the policy is no reference model": Protection(is_the_policy, no_sharing_check, ConfigurationError),

@@ -6,10 +6,12 @@ models beyond their config.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,55 +26,71 @@ from tether.scoring.varlen import plan_of, varlen_attention
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# How CUDA attends in half precision: "pairwise", proven on the CPU. Switch to "varlen" once the tests marked `gpu` have
-# passed on CUDA and `benchmarks/bench_attention.py` shows that it is faster.
-CUDA_ATTENTION: Literal["pairwise", "varlen"] = "pairwise"
+# How packed rows are attended to on CUDA. The CPU has one way, whatever this is.
+Kernel = Literal["varlen", "pairwise"]
 
-_SCORING, _KEPT = "tether_packed:", "tether_packed_or:"  # each followed by the model's own implementation
+# Each followed by the model's own implementation. The kernel is in the name, because checkpointing runs layers again.
+_SCORING, _KEPT = "tether_packed", "tether_packed_or"
+_NAME = re.compile(f"(?:{_SCORING}|{_KEPT})_[a-z]+:")
 
 
 class UnsupportedAttentionError(RuntimeError):
     """The model's attention does something that a packed row does not support, but the padded layout does."""
 
 
+def kernels_for(device: torch.device, half: bool) -> tuple[Kernel, ...]:
+    """The kernels that may attend to packed rows here, the fastest first."""
+    has_varlen = device.type == "cuda" and half and find_spec("torch.nn.attention.varlen") is not None
+    return ("varlen", "pairwise") if has_varlen else ("pairwise",)
+
+
+def own_implementation(name: str | None) -> str | None:
+    """The name of a model's own attention implementation, without what scoring puts before it."""
+    return name and _NAME.sub("", name)
+
+
 @contextmanager
-def packed_attention_of(model: nn.Module, keep: bool) -> Iterator[None]:
-    """While open, the model's attention reads packed rows, and no mask is made for them.
+def packed_attention_of(model: nn.Module, kernel: Kernel, keep: bool) -> Iterator[None]:
+    """While open, the attention of the model's text part reads packed rows, and no mask is made for them.
 
     Args:
         model: The base causal language model.
+        kernel: How to attend on CUDA.
         keep: Leave the attention able to read packed rows, because activation checkpointing runs it again during the
             backward, after scoring. Plain calls then go through to the model's own implementation.
     """
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     before = config._attn_implementation
-    plain = before.removeprefix(_KEPT)
-    _register(plain)
+    plain = own_implementation(before) or "eager"
+    scoring, kept = (f"{prefix}_{kernel}:{plain}" for prefix in (_SCORING, _KEPT))
+    _register(plain, kernel, scoring, kept)
     # The mask registry does not know this name, so transformers makes no mask.
-    config._attn_implementation = _SCORING + plain
+    config._attn_implementation = scoring
     try:
         yield
     finally:
-        config._attn_implementation = _KEPT + plain if keep else before
+        config._attn_implementation = kept if keep else before
 
 
 def restore(model: nn.Module) -> None:
     """Undoes what `packed_attention_of(..., keep=True)` left in place."""
-    config: Any = model.config
-    config._attn_implementation = (config._attn_implementation or "").removeprefix(_KEPT) or None
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if (config._attn_implementation or "").startswith(_KEPT):
+        config._attn_implementation = own_implementation(config._attn_implementation)
 
 
-def _register(plain: str) -> None:
-    if _KEPT + plain in AttentionInterface():
+def _register(plain: str, kernel: Kernel, scoring: str, kept: str) -> None:
+    if kept in AttentionInterface():
         return
-    for name in (_SCORING + plain, _KEPT + plain):
-        AttentionInterface.register(name, partial(_attend, plain))
+    for name in (scoring, kept):
+        AttentionInterface.register(name, partial(_attend, plain, kernel))
     if plain in AttentionMaskInterface():
-        AttentionMaskInterface.register(_KEPT + plain, AttentionMaskInterface()[plain])
+        AttentionMaskInterface.register(kept, AttentionMaskInterface()[plain])
 
 
 def _attend(
     plain: str,
+    kernel: Kernel,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -82,14 +100,15 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Called by transformers in each layer: handles packed rows, and passes everything else to the model's own."""
-    if packed_lengths is None:
+    # A vision tower may be handed the lengths too; it attends in both directions, to something that is not the row.
+    if packed_lengths is None or not getattr(module, "is_causal", True):
         # "eager" is not in the registry: each model file has its own.
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         usual: Any = AttentionInterface().get_interface(plain, own)  # type: ignore[arg-type]
         result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
         return result
-    if kwargs.get("s_aux") is not None or not getattr(module, "is_causal", True):
-        raise UnsupportedAttentionError("attention sinks and bidirectional attention need the padded layout")
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedAttentionError("attention sinks need the padded layout")
     scale = kwargs.get("scaling")
     output = packed_attention(
         query,
@@ -100,6 +119,7 @@ def _attend(
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
         dropout=kwargs.get("dropout") or 0.0,
+        kernel=kernel,
     )
     return output, None
 
@@ -114,6 +134,7 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    kernel: Kernel = "pairwise",
 ) -> Float[Tensor, "1 row heads value_size"]:
     """Attention over a packed row; for each response, equal to causal attention over `prompt + response`.
 
@@ -124,6 +145,7 @@ def packed_attention(
         window: Each query sees at most this many positions, its own included.
         softcap: Scores are `softcap * tanh(score / softcap)`.
         dropout: Probability of dropping an attention weight.
+        kernel: How to attend on CUDA; `varlen` only where it fits.
 
     Returns:
         Positions before heads, as transformers' attention functions return it.
@@ -133,7 +155,7 @@ def packed_attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cpu" and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
         output: Tensor = _packed_flash(query, key, value, lengths, scale, window or 0)[0]
-    elif CUDA_ATTENTION == "varlen" and _fits_varlen(query, value, softcap, dropout):
+    elif kernel == "varlen" and _fits_varlen(query, value, softcap, dropout):
         output = _packed_varlen(query, key, value, lengths, scale, window)
     else:
         output = _packed_pairwise(query, key, value, lengths, scale, window, softcap, dropout)

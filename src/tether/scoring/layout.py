@@ -92,16 +92,17 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
     return ScoringRows(inputs, start, torch.zeros_like(places), places, batch.response_ids)
 
 
-def padded_rows(batch: PairBatch, pad_token_id: int = 0) -> ScoringRows:
+def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> ScoringRows:
     """One row per response, `prompt response` padded on the right: the layout every causal model understands.
 
     Args:
         batch: The batch, on the model's device.
         pad_token_id: Fills the rows; masked, so it affects no result.
+        spare: Columns of padding behind the longest row.
     """
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
-    width = max(batch.fed_lengths())
+    width = max(batch.fed_lengths()) + spare
     source: _Places = np.zeros((batch.num_responses, width), dtype=np.int64)
     mask: _Places = np.zeros_like(source)
     rows: list[_Places] = []

@@ -5,29 +5,27 @@ Chooses the layout and the head; does not know whether it scores a policy or a r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from random import Random
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from tether.distributed import has_shards, num_processes
-from tether.refusals import refuse
-from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of, restore
-from tether.scoring.evaluation import evaluation_mode
-from tether.scoring.head import logits_scores
+from tether.distributed import full_shape, has_shards, num_processes
+from tether.refusals import Refusal, refuse
+from tether.scoring.attention import UnsupportedAttentionError, restore
+from tether.scoring.forward import Way, replays_forward, rows_of, run
 from tether.scoring.images import check_even_images
-from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
-from tether.scoring.packing import known_to_pack, layouts_agree, packs_images, probe_batch, remember
-from tether.scoring.projection import base_model_of, has_known_head, judge_head, scoring_head
+from tether.scoring.layout import ScoringRows
+from tether.scoring.packing import packs_images, why_unpacked
+from tether.scoring.projection import base_model_of
+from tether.scoring.proof import way_of
 from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
 from tether.scoring.router import router_loss
-from tether.types import PairBatch, ResponseLogProbs, TokenStatistics, join_log_probs, offsets_of
+from tether.types import PairBatch, Response, ResponseLogProbs, join_log_probs, offsets_of
 
 # Part of every reference's identity: raise it when a change here alters the numbers beyond rounding.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
 Layout = Literal["auto", "packed", "padded"]
 
@@ -54,7 +52,8 @@ def score(
         auxiliary_loss: Also return the load-balancing loss of a mixture of experts (`router.load_balancing_loss`), its
             model's own where that has one.
         layout: `packed` (one row, each prompt once) and `padded` (one row per response) give the same numbers;
-            `auto` packs where the model's family is proven, or proves it first; prompts with images only where proven.
+            `auto` packs where that is proven to give the model's own log-probs, before its first answer (`proof`); else
+            it pads, or scores one response at a time.
 
     Returns:
         Values in nats, fp32, in the batch's order of responses; with gradient if the caller records one.
@@ -71,16 +70,71 @@ def score(
             return _score_apart(model, batch, limit, statistics, auxiliary_loss, layout)
     base = base_model_of(model)
     check_even_images(base, batch)
-    packed = layout == "packed" or (layout == "auto" and _packs(model, base, batch, auxiliary_loss))
-    rows = packed_rows(batch, router_weights=auxiliary_loss) if packed else padded_rows(batch)
+    way = _way_of(model, base, batch, auxiliary_loss, layout)
+    try:
+        return _score_in(way, model, base, batch, statistics, auxiliary_loss)
+    except UnsupportedAttentionError as error:
+        if layout != "auto":
+            raise
+        way = _way_of(model, base, batch, auxiliary_loss, layout, failed=way, why_not=f"in a later batch, {error}")
+        return _score_in(way, model, base, batch, statistics, auxiliary_loss)
+
+
+def _way_of(
+    model: nn.Module,
+    base: nn.Module,
+    batch: PairBatch,
+    auxiliary_loss: bool,
+    layout: Layout,
+    *,
+    why_not: str = "",
+    failed: Way | None = None,
+) -> Way:
+    if layout != "auto":
+        return way_of(model, base, batch, [layout])
+    why_unpacked_at_all = why_unpacked(model, base, batch, auxiliary_loss)
+    layouts = ["padded", "rows"] if why_unpacked_at_all else ["packed", "padded", "rows"]
+    return way_of(model, base, batch, layouts, why_not or why_unpacked_at_all, failed)
+
+
+def _score_in(
+    way: Way, model: nn.Module, base: nn.Module, batch: PairBatch, statistics: bool, auxiliary_loss: bool
+) -> ResponseLogProbs:
+    """Scores in a way that is given."""
+    if way.layout == "rows" and batch.num_responses > 1:
+        if has_shards(model) and num_processes() > 1:
+            refuse([_one_by_one(base)])
+        parts = [
+            _score_in(way, model, base, batch.only([index]), statistics, auxiliary_loss)
+            for index in range(batch.num_responses)
+        ]
+        return join_log_probs(parts, range(batch.num_responses))
+    rows = rows_of(batch, way, router_weights=auxiliary_loss)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
-    answer = _run(model, base, rows, statistics, auxiliary_loss)
+    answer = run(
+        model,
+        base,
+        rows,
+        way,
+        statistics=statistics,
+        auxiliary_loss=auxiliary_loss,
+        keep=way.layout == "packed" and replays_forward(model),
+    )
     return ResponseLogProbs(
         values=answer.values,
         offsets=offsets_of(batch.response_lengths, batch.device),
         statistics=answer.statistics,
         auxiliary_loss=router_loss(base, answer.outputs, rows.inputs["attention_mask"]) if auxiliary_loss else None,
+    )
+
+
+def _one_by_one(base: nn.Module) -> Refusal:
+    return Refusal(
+        f"a sharded {type(base).__name__}",
+        "only one response at a time gives its own log-probs, processes may have different numbers of them, and would "
+        "wait for each other forever",
+        "Train without ZeRO-3 and FSDP2.",
     )
 
 
@@ -102,75 +156,24 @@ def _score_apart(
     return join_log_probs(scores, order)
 
 
-def _packs(model: nn.Module, base: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> bool:
-    if not batch.images:
-        return can_pack(model)
-    says_more = any(images is not None and images.token_inputs for images in batch.images)
-    return not says_more and not auxiliary_loss and packs_images(model, base)
-
-
 def can_pack_images(model: nn.Module) -> bool:
-    """Whether packed rows give a vision-language model's own log-probs for prompts with images."""
-    return packs_images(model, base_model_of(model))
+    """Whether prompts with images may be scored packed; whether they are is proven on the rows."""
+    return packs_images(base_model_of(model))
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether packed rows give a model's own log-probs; compares the layouts once for unknown families."""
+    """Whether packed rows give a model's own log-probs on short rows of random tokens, before there are others."""
     base = base_model_of(model)
-    known = known_to_pack(model, base)
-    if known is not None:
-        return known
-    batch = probe_batch(base)
-    generator = torch.Generator().manual_seed(1)
-    shuffled = torch.randperm(len(batch.prompt_ids), generator=generator).to(batch.device)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            padded = score(model, batch, layout="padded").values
-            elsewhere = replace(batch, prompt_ids=batch.prompt_ids[shuffled])
-            other_context = score(model, elsewhere, layout="padded").values
-            packed = score(model, batch, layout="packed").values
-    except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError) as error:
-        return remember(base, False, f"its attention cannot be packed ({error})")
-    return remember(
-        base, layouts_agree(packed, padded, other_context), "its attention gives other numbers on packed rows"
-    )
+    embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
+    vocabulary, draw = full_shape(embeddings.weight)[0], Random(0)
+    prompt, chosen, rejected = (tuple(draw.choices(range(vocabulary), k=num)) for num in (12, 9, 5))
+    batch = PairBatch.of_pairs([(Response(prompt, chosen), Response(prompt, rejected))])
+    return _way_of(model, base, batch.to(embeddings.weight.device), False, "auto").layout == "packed"
 
 
 def restore_attention(model: nn.Module) -> None:
     """Restores a model's own attention implementation, which checkpointed training leaves replaced."""
     restore(base_model_of(model))
-
-
-class _Answer(NamedTuple):
-    values: Float[Tensor, " tokens"]
-    statistics: TokenStatistics | None
-    outputs: Any
-
-
-def _run(model: nn.Module, base: nn.Module, rows: ScoringRows, statistics: bool, auxiliary_loss: bool) -> _Answer:
-    options: dict[str, Any] = {"use_cache": False}
-    if auxiliary_loss:
-        options["output_router_logits"] = True
-    is_packed = "packed_lengths" in rows.inputs
-    attention = packed_attention_of(base, keep=_replays_forward(model)) if is_packed else nullcontext()
-    with attention:
-        verdict = has_known_head(base)
-        if verdict is not False:
-            with scoring_head(base, rows, statistics) as request:
-                outputs = model(**rows.inputs, **options)
-            answered = request.log_probs is not None
-            if answered and (verdict or judge_head(base, request.log_probs, outputs)):  # type: ignore[arg-type]
-                return _Answer(request.log_probs.flatten(), request.statistics, outputs)  # type: ignore[union-attr]
-        outputs = model(**rows.inputs, **options)
-    return _answer_of_logits(outputs, rows, statistics)
-
-
-def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> _Answer:
-    """The fallback for heads that are more than a projection and a known transform: the model's own full logits."""
-    logits: Tensor = outputs.logits
-    selected = logits[rows.row, rows.column + (logits.shape[1] - rows.width)]
-    scores = logits_scores(selected, rows.targets, statistics)
-    return _Answer(scores.log_probs, scores.statistics, outputs)
 
 
 def _expect_other_sizes(rows: ScoringRows) -> None:
@@ -179,10 +182,3 @@ def _expect_other_sizes(rows: ScoringRows) -> None:
         for dimension, size in enumerate(tensor.shape):
             if size > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-
-
-def _replays_forward(model: nn.Module) -> bool:
-    """Whether activation checkpointing will run layers again during the backward."""
-    return torch.is_grad_enabled() and any(
-        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    )

@@ -1,0 +1,87 @@
+"""Rows on which ways of scoring a model are compared: some of the run's own, and shapes in which faults show.
+
+Knows batches; knows no model.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import NamedTuple
+
+from tether.types import PairBatch, Response
+
+_SHORTEST = 64  # tokens of a probe's long rows, at least
+_ROOM = 16  # of them a response's, at least; also the responses of the short group
+_SHORT_PROMPT = 6
+_SPARE = 10
+
+
+class Probe(NamedTuple):
+    """What is scored to compare ways of scoring.
+
+    Attributes:
+        batch: A prompt with a response up to the length that is proven and one of half as many tokens, and another
+            prompt with two short ones. The last two are equally long.
+        contexts: One response behind two prompts.
+        length: Tokens of the long row.
+        spare: Columns of padding behind it in the padded layout: padding that takes part shows most in long rows.
+    """
+
+    batch: PairBatch
+    contexts: PairBatch
+    length: int
+    spare: int
+
+
+def proven_length(longest: int, limit: int | None) -> int:
+    """The length at which a model is proven that is asked for rows of `longest` tokens: a power of two.
+
+    So rows that grow by and by ask for few proofs.
+
+    Args:
+        longest: Tokens of the longest row.
+        limit: Tokens that the model can read, if known.
+    """
+    length = 1 << (max(longest + _ROOM, _SHORTEST) - 1).bit_length()
+    return max(longest, length if limit is None else min(length, limit))
+
+
+def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = False, seed: int = 0) -> Probe:
+    """Rows of a batch: its longest one and a sibling, extended with the batch's own tokens, and a short group.
+
+    Args:
+        batch: The batch at hand.
+        length: Tokens of the long rows; at least the batch's longest.
+        limit: Tokens that the model can read, if known.
+        alone: Rows of one length only, for those that are never scored together with shorter ones.
+        seed: Draws what is added.
+    """
+    draw = Random(seed)  # leaves the global random state alone
+    responses = batch.responses()
+    pool = [token for response in responses for token in response.token_ids]
+
+    def some(num: int) -> tuple[int, ...]:
+        start = draw.randrange(len(pool))
+        return tuple((pool[start:] + pool * (num // len(pool) + 1))[:num])
+
+    def other(ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The same ids, but for the first."""
+        return (next(token for token in (*pool, 0, 1) if token != ids[0]), *ids[1:])
+
+    shown = [response for response in responses if response.images]  # a sharded tower is used on all processes or none
+    first = max(shown or responses, key=lambda response: len(response.prompt_ids) + len(response.token_ids))
+    room = length - len(first.prompt_ids)
+    second = next((r for r in responses if r.prompt == first.prompt and r.token_ids != first.token_ids), None)
+    one = (first.token_ids + some(room))[:room]
+    rest = room if alone else max(min(room, _ROOM), room // 2)
+    two = ((second.token_ids if second else ()) + some(room))[:rest]
+    two = two if two[0] != one[0] else other(two)  # what one response begins with must not move the other
+    prompt, three, four = some(_SHORT_PROMPT), some(_ROOM), some(_ROOM)
+    three = three if three[0] != four[0] else other(three)
+    pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
+    if not alone:
+        pairs.append((Response(prompt, three), Response(prompt, four)))
+    contexts = Response(prompt, four), Response(other(prompt)[::-1], four)
+    spare = 0 if alone else _SPARE if limit is None else max(0, min(_SPARE, limit - length))
+    made, behind = (PairBatch.of_pairs(one).to(batch.device) for one in (pairs, [contexts]))
+    return Probe(made, behind, length, spare)
