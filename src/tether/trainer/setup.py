@@ -41,6 +41,7 @@ from tether.trainer.reference_columns import digest_given
 from tether.trainer.saving import keep_savable
 from tether.trainer.sets import EvalSets, SetReader, check_ids, named_sets
 from tether.trainer.trainable import checkpoints_activations, warn_of_optimizer
+from tether.trainer.versions import note_untested
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
     facts, args = checked.facts, checked.facts.args
     use_pad_token(facts.tokenizer, args.pad_token)
     warn_of_optimizer(facts)
+    note_untested()
     for model in (facts.policy, facts.ref_model):
         if model is not None:
             use_as_plain(model)
