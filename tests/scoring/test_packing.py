@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,19 @@ def gradients(model: Any, batch: PairBatch) -> tuple[torch.Tensor, list[torch.Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", TESTED)
 def test_families_of_the_table_pack(family: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    assert can_pack(tiny_model(family, dtype=dtype))
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    expected = family != "gemma2" or not sdpa_forgets_softcap()
+    assert can_pack(tiny_model(family, dtype=dtype)) is expected
+    assert bool([record for record in caplog.records if record.levelno >= logging.WARNING]) is not expected
+
+
+@cache
+def sdpa_forgets_softcap() -> bool:
+    """Whether the model's own attention differs from its eager one, as in transformers 5.17; packed rows do not."""
+    model, ids = tiny_model("gemma2"), torch.arange(24)[None]
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+        model.set_attn_implementation("eager")
+        return not torch.allclose(own, model(input_ids=ids).logits, atol=1e-4)
 
 
 # --- falling back -------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -88,6 +90,8 @@ def switched_off_adapter() -> Any:
     return model
 
 
+DOGE_SEES_LATER_TOKENS = Version(transformers.__version__) < Version("5.23")  # and is refused
+
 CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "attention registered under a name of its own": (odd.own_attention, "padded"),
     "another class of attention": (odd.own_attention_class, "padded"),
@@ -107,6 +111,10 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "keys by rank, and padding takes part: DeepSeek": (lambda: odd.small("deepseek_v32", index_topk=20), "rows"),
     "keys by rank, and padding takes part: GLM": (lambda: odd.small("glm_moe_dsa", index_topk=20), "rows"),
 }
+
+
+if DOGE_SEES_LATER_TOKENS:
+    del CHANGED["keys by rank, and padding takes part: Doge"]
 
 
 def _with_layer_of(model: Any, other: Any) -> Any:
@@ -138,6 +146,7 @@ def test_whatever_a_forward_raises_without_a_mask_it_is_padded(error: type[Excep
     assert layout() == "padded"
 
 
+@pytest.mark.skipif(DOGE_SEES_LATER_TOKENS, reason="a Doge is refused with this transformers")
 def test_gradients_of_one_response_at_a_time_are_those_of_plain_forwards() -> None:
     model = odd.small("doge", keep_window_size=8)
     weights = torch.linspace(-1, 1, sum(BATCH.response_lengths))
@@ -330,7 +339,7 @@ def test_an_own_forward_that_fails_is_the_users_and_named() -> None:
 
 
 def test_one_response_at_a_time_is_refused_where_processes_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = odd.small("doge", keep_window_size=8)
+    model = odd.small("deepseek_v32", index_topk=20)
     score(model, BATCH)
     scoring = importlib.import_module("tether.scoring.score")
     monkeypatch.setattr(scoring, "has_shards", lambda _: True)

@@ -99,9 +99,10 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 LOST_BY_REPLAY: dict[str, Callable[[], peft.PeftConfig]] = {
     "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-    "Cartridge": lambda: peft.CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "activated LoRA": lambda: peft.LoraConfig(**LORA, alora_invocation_tokens=CALL),
 }
+if hasattr(peft, "CartridgeConfig"):  # since PEFT 0.19
+    LOST_BY_REPLAY["Cartridge"] = lambda: peft.CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
 
 
 @pytest.mark.numerics
@@ -138,13 +139,13 @@ def test_every_kind_of_prompt_that_is_a_cache_is_known() -> None:
         model = get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", **options))
         in_cache = not isinstance(model.get_prompt(1, task_ids=torch.tensor([0])), Tensor)
         assert checkpoints_activations(model, True) is not in_cache, kind
-    assert len(kinds) >= 6
+    assert len(kinds) >= 5
 
 
 def test_checkpointing_that_was_not_asked_for_stays_off_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     for make in (*ADAPTERS.values(), *LOST_BY_REPLAY.values()):
         assert checkpoints_activations(get_peft_model(tiny_model(), make()), False) is False
-    assert caplog.text == ""
+    assert not [record for record in caplog.records if record.name.startswith("tether")]
 
 
 @pytest.mark.numerics

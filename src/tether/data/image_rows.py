@@ -146,6 +146,11 @@ class ImageRows:
             fed = dict(self._processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt"))
         except Exception as error:  # processors raise errors of any type
             raise _not_fed(where, error) from error
+        if self._image_token_ids and not self._image_token_ids & set(fed["input_ids"].flatten().tolist()):
+            raise DataError(  # older processors accept it
+                problem=f"{where} has images, but its prompt has no place for them.",
+                instead=f"Put `{getattr(self._processor, 'image_token', '<image>')}` where each image belongs.",
+            )
         unknown = sorted(name for name, value in fed.items() if not isinstance(value, Tensor))
         if unknown or "cross_attention_mask" in fed:
             raise ConfigurationError(

@@ -60,6 +60,8 @@ def refused_cut(name: str, model: Any) -> Iterator[Refusal]:
     """
     if getattr(model, "is_distributed_loading_by_transformers", False):
         yield from _sizes(model.config.distributed_config, f"a `{name}` loaded with `{{}}={{}}`")
+    elif (getattr(model, "_tp_size", None) or 1) > 1:  # older transformers
+        yield _cut(f"a `{name}` loaded with `tp_size={model._tp_size}`", "tp_size")
 
 
 def _full_evaluation(args: DPOConfig) -> Iterator[Refusal]:
