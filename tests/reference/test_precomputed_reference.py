@@ -448,6 +448,7 @@ def test_a_model_that_is_no_longer_what_its_folder_says_is_not_brought_back(fold
     trainer = trained(tmp_path, model, rows=ROWS, **PRECOMPUTE)
     with pytest.raises(MissingLogProbsError) as caught:
         trainer.evaluate(as_dataset(NEW))
+    assert "response of row" in caught.value.problem
     assert f"{folder} has other weights by now" in caught.value.details
     assert "the policy in memory has other weights by now" in caught.value.details
 

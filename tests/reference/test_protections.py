@@ -41,7 +41,7 @@ from tether.reference import (
     SynchronizedReference,
 )
 from tether.scoring import score
-from tether.store import LogProbStore
+from tether.store import LogProbStore, prune
 from tether.testing import naive_log_probs_of
 
 LOG_2 = 0.6931472
@@ -229,6 +229,64 @@ def layers_of_another_model(folder: Path) -> float:
     return differs(score(model, BATCH).values.detach(), naive_log_probs_of(model, BATCH))
 
 
+def off_in_training(trainer: Any, initial: Any) -> float:
+    """The largest error of the reference's answers during training, against plain forwards of the initial policy."""
+    said, ask = [], trainer.reference.log_probs
+
+    def listening(batch: Any) -> Any:
+        answer = ask(batch)
+        said.append((batch, answer.values.clone()))
+        return answer
+
+    trainer.reference.log_probs = listening
+    trainer.train()
+    errors = [float((values - naive_log_probs_of(initial, batch)).abs().max()) for batch, values in said]
+    return max(errors) if max(errors) > 2e-5 else 0.0  # the rounding of rows of a hundred tokens
+
+
+class Varies:
+    """A collator that cuts every row one token shorter each time it sees it again."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator, self.truncation, self.seen = collator, collator.truncation, 0
+
+    def __call__(self, rows: Any) -> Any:
+        self.seen += 1
+        cut = [row | {"chosen_ids": list(row["chosen_ids"])[: -self.seen] or [5]} for row in rows]
+        return self.collator(cut)
+
+
+def lose_the_store(trainer: Any) -> None:
+    prune(trainer.reference.store, identity=trainer.reference.identity.digest)
+
+
+def replace_the_rows(trainer: Any) -> None:
+    other = make_trainer(Path(trainer.args.output_dir) / "other", rows=as_dataset(tiny_pairs(24, seed=5)))
+    trainer.train_dataset = other.train_dataset
+
+
+def vary_the_rows(trainer: Any) -> None:
+    trainer.data_collator = Varies(trainer.data_collator)
+
+
+def brought_back(change: Callable[[Any], None]) -> Callable[[Path], float]:
+    """Rows that are missing at step 0 and later, after the policy's weights were given up as reference."""
+
+    def fault(folder: Path) -> float:
+        initial = tiny_model()
+        trainer = make_trainer(
+            folder,
+            precompute_ref_log_probs=True,
+            ref_store=str(folder / "store.sqlite"),
+            learning_rate=0.03,
+            max_steps=4,
+        )
+        change(trainer)
+        return off_in_training(trainer, initial)
+
+    return fault
+
+
 # ------------------------------------------------------------------------------- the protections, and their loss
 
 
@@ -355,6 +413,11 @@ def trust_the_family(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("tether.scoring.packing._is_proven", lambda base: True)
 
 
+def share_what_is_brought_back(patch: pytest.MonkeyPatch) -> None:
+    twin = tether.reference.explicit.frozen_twin
+    patch.setattr(ExplicitReference, "_twin_of", lambda self, origin: twin(origin.load(), lambda p: False))
+
+
 def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
     def remove(patch: pytest.MonkeyPatch) -> None:
         for removal in removals:
@@ -409,6 +472,13 @@ PROTECTIONS: dict[str, Protection] = {
     "records are found by identity": Protection(reads_another_models_store, one_identity),
     "released weights do not answer": Protection(
         answers_with_trained_weights, never_release, MissingLogProbsError, silent=1
+    ),
+    "what is brought back is a copy: lost store": Protection(brought_back(lose_the_store), share_what_is_brought_back),
+    "what is brought back is a copy: other rows": Protection(
+        brought_back(replace_the_rows), share_what_is_brought_back
+    ),
+    "what is brought back is a copy: rows that vary": Protection(
+        brought_back(vary_the_rows), share_what_is_brought_back
     ),
     # checks
     "the gap is checked": Protection(changed_in_between, no_gap_check, InitialGapError),

@@ -270,13 +270,18 @@ class ExplicitReference(MovableReference):
             self._refuse_given(name)
         return [DenseGroup(name, rule.alpha) for name in (*trained, *buffers)]
 
+    def _twin_of(self, origin: Origin) -> nn.Module:
+        """Shares nothing with a live model: who holds that may train it."""
+        return frozen_twin(
+            origin.load(), lambda parameter: origin.is_live, self._placement.dtype, self._placement.device
+        )
+
     def _bring_back(self) -> nn.Module:
-        """Loads the weights again from an origin, checked by their digest."""
+        """Has the weights again from an origin: of a live model as a copy, and in any case proven by their digest."""
         refused = []
         for origin in self._origins:
             try:
-                model = origin.load()
-                twin = frozen_twin(model, lambda parameter: False, self._placement.dtype, self._placement.device)
+                twin = self._twin_of(origin)
                 found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
             except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
                 refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")

@@ -224,7 +224,10 @@ class PrecomputedReference(WrappingReference[Reference]):
             raise self._missing(self._named(batch, 0, name_of(0)))
         if self.traits.is_collective:
             any_process(True)
-        computed = self._source.log_probs(batch)
+        try:
+            computed = self._source.log_probs(batch)
+        except MissingLogProbsError as error:  # a released source knows no row
+            raise self._missing(self._named(batch, 0, name_of(0)), error) from error
         values = [value.cpu().numpy() for value in computed.split()]
         for index, value in enumerate(values):
             if not np.isfinite(value).all():
@@ -249,7 +252,14 @@ class PrecomputedReference(WrappingReference[Reference]):
         text = " ".join(self._decode(response.prompt_ids[:_EXCERPT_TOKENS]).split())
         return f"{name} (prompt: {text[:_EXCERPT_LETTERS]!r})"
 
-    def _missing(self, what: str) -> MissingLogProbsError:
+    def _missing(self, what: str, why: MissingLogProbsError | None = None) -> MissingLogProbsError:
+        if why is not None:
+            return MissingLogProbsError(
+                problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does "
+                "not hold them, and the reference's weights are not to be had again.",
+                details=f"{why.problem} {why.details}",
+                instead=why.instead,
+            )
         return MissingLogProbsError(
             problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does not "
             f"hold them for the reference {self._identity.digest}.",
