@@ -30,6 +30,7 @@ from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
+from tether.data.datasets import batch_of
 from tether.errors import ConfigurationError, DriftError, InitialGapError, MissingLogProbsError, ResumeError
 from tether.reference import (
     ExplicitReference,
@@ -287,6 +288,56 @@ def brought_back(change: Callable[[Any], None]) -> Callable[[Path], float]:
     return fault
 
 
+def changed_after(use: Callable[[Any], object], folder: Path) -> float:
+    """A policy that changes after the trainer was used once: the reference is another model than it starts from."""
+    trainer = make_trainer(folder, max_steps=2, learning_rate=0.03, eval_dataset=as_dataset(tiny_pairs(4, seed=3)))
+    use(trainer)
+    if trainer.state.global_step == 0:
+        train(trainer.model)
+    initial = copy.deepcopy(trainer.model)
+    return off_in_training(trainer, initial)
+
+
+def predict(trainer: Any) -> None:
+    trainer.predict(trainer.eval_dataset)
+
+
+def wrong_behind_the_first_batch(folder: Path) -> float:
+    """Stored answers of another model, for all rows but those of the first batch."""
+    options = {"precompute_ref_log_probs": True, "ref_store": str(folder / "s.sqlite"), "max_steps": 4}
+    options |= {"train_sampling_strategy": "sequential"}
+    trainer = make_trainer(folder, **options)
+    rows = trainer.train_dataset
+    batch = batch_of(trainer.data_collator([rows[row] for row in range(4, len(rows))]))
+    other = ExplicitReference(tiny_model(seed=1)).log_probs(batch).split()
+    store, own = trainer.reference.store, trainer.reference.identity
+    prune(store, identity=own.digest)
+    store.put(own.digest, batch.keys, [np.asarray(values) for values in other], description=own.describe())
+    return off_in_training(make_trainer(folder, **options), tiny_model())
+
+
+def new_rows_of_the_embedding(folder: Path) -> float:
+    """Embeddings of two tokens that only one row has change before training."""
+    rows = tiny_pairs(24)
+    rows[9] = rows[9] | {"chosen": rows[9]["chosen"] + "\u00ff"}
+    trainer = make_trainer(folder, rows=rows, train_sampling_strategy="sequential", max_steps=3)
+    largest = max(max(row["chosen_ids"]) for row in trainer.train_dataset)
+    with torch.no_grad():
+        trainer.model.model.embed_tokens.weight[largest] *= -3
+    return off_in_training(trainer, copy.deepcopy(trainer.model))
+
+
+def evaluated_with_the_adapter_off(folder: Path) -> float:
+    """The user switches the adapter off around an evaluation; the reference is the adapter as it started."""
+    policy = adapted(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    meant = naive_log_probs_of(policy, BATCH)
+    trainer = make_trainer(folder, policy, eval_dataset=as_dataset(tiny_pairs(4)), max_steps=1)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        trainer.evaluate()
+        return differs(trainer.reference.log_probs(BATCH).values, meant)
+
+
 # ------------------------------------------------------------------------------- the protections, and their loss
 
 
@@ -418,6 +469,26 @@ def share_what_is_brought_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "_twin_of", lambda self, origin: twin(origin.load(), lambda p: False))
 
 
+def disarm_the_gap_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "begin", lambda self: None)
+    look_at_the_first_batch_alone(patch)
+    gap = tether.reference.watch.ReferenceWatch.gap_at_start
+
+    def once(self: Any, *args: Any, **options: Any) -> Any:
+        return {} if self._gaps_known else gap(self, *args, **options)
+
+    patch.setattr(tether.reference.watch.ReferenceWatch, "gap_at_start", once)
+
+
+def look_at_the_first_batch_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_rows", lambda *_: None)
+
+
+def leave_the_adapter_off(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.implicit, "adapter_on", lambda policy: nullcontext())
+    no_drift_check(patch)
+
+
 def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
     def remove(patch: pytest.MonkeyPatch) -> None:
         for removal in removals:
@@ -482,6 +553,22 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     # checks
     "the gap is checked": Protection(changed_in_between, no_gap_check, InitialGapError),
+    "an evaluation does not use the gap check up": Protection(
+        lambda folder: changed_after(lambda trainer: trainer.evaluate(), folder), disarm_the_gap_check, InitialGapError
+    ),
+    "a prediction does not use the gap check up": Protection(
+        lambda folder: changed_after(predict, folder), disarm_the_gap_check, InitialGapError
+    ),
+    "a second training has a gap check": Protection(
+        lambda folder: changed_after(lambda trainer: trainer.train(), folder), disarm_the_gap_check, InitialGapError
+    ),
+    "the gap is checked behind the first batch: stored": Protection(
+        wrong_behind_the_first_batch, look_at_the_first_batch_alone, InitialGapError
+    ),
+    "the gap is checked behind the first batch: new tokens": Protection(
+        new_rows_of_the_embedding, look_at_the_first_batch_alone, InitialGapError
+    ),
+    "the adapter is on, whatever the user does": Protection(evaluated_with_the_adapter_off, leave_the_adapter_off),
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
     "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),

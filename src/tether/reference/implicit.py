@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -126,8 +126,8 @@ class ImplicitReference(MovableReference):
 
     @contextmanager
     def in_policy(self) -> Iterator[None]:
-        off = adapter_off(self._policy) if self._adapter_off else nullcontext()
-        with off, self._exchanged():
+        state = adapter_off if self._adapter_off else adapter_on
+        with state(self._policy), self._exchanged():
             yield
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
@@ -209,6 +209,39 @@ def adapter_off(policy: PeftModel) -> Iterator[None]:
     finally:
         for parameter, flag in trains:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def adapter_on(policy: PeftModel) -> Iterator[None]:
+    """The adapter in force, also where the user has it off just now; PEFT's own way would change `requires_grad`."""
+    off = [module for module in policy.modules() if _is_off(module)]
+    # With prompts, `disable_adapter` puts the base's forward in place of the model's own.
+    bypass = vars(policy).pop("forward", None) if policy in off else None
+    _set_off(off, False)
+    try:
+        yield
+    finally:
+        _set_off(off, True)
+        if bypass is not None:
+            policy.forward = bypass
+
+
+def has_adapter_off(policy: nn.Module) -> bool:
+    """Whether an adapter of the policy is off just now."""
+    return any(map(_is_off, policy.modules()))
+
+
+def _is_off(module: nn.Module) -> bool:
+    return vars(module).get(_flag(module)) is True
+
+
+def _set_off(modules: list[nn.Module], off: bool) -> None:
+    for module in modules:
+        setattr(module, _flag(module), off)
+
+
+def _flag(module: nn.Module) -> str:
+    return "_adapters_disabled" if is_adapter_model(module) else "_disable_adapters"
 
 
 def has_zero_delta(policy: PeftModel) -> bool:

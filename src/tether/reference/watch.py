@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
+from tether.reference.implicit import has_adapter_off
 from tether.types import PairBatch, ResponseLogProbs
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
@@ -105,8 +106,8 @@ def initial_gap(
     return Gap.between(scores.values, reference.values, reduce)
 
 
-def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None:
-    """Refuses a gap that rounding does not explain.
+def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str, where: str = "the first batch") -> None:
+    """Refuses a gap that rounding does not explain; `where` says on which rows it was found.
 
     Raises:
         InitialGapError: With the gap's size and its likely causes.
@@ -117,11 +118,11 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
         return
     raise InitialGapError(
         problem=f"Cannot train against the {reference.identity.kind} reference: it should be the initial policy, but "
-        f"scores the first batch differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
+        f"scores {where} differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
         details=f"Rounding ({_dtypes(policy_dtype, own)}) explains a mean of {mean:g} and a largest of {largest:g}. "
-        "Likely causes: the policy was changed between building the trainer and training; an adapter whose initial "
-        "delta is not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another "
-        "dtype; log-probs stored for other weights.",
+        "Likely causes: the policy was changed between building the trainer and training, also by an earlier "
+        "`train()`; an adapter whose initial delta is not zero; dropout that evaluation mode does not switch off; "
+        "resized or reloaded embeddings; another dtype; log-probs stored for other weights.",
         instead="Build the trainer last, with the policy as it will train. If you mean another model as the reference, "
         "pass it as `ref_model`.",
     )
@@ -165,27 +166,47 @@ class ReferenceWatch:
         reduce: Callable[[Tensor, str], Tensor] = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
-        self._knows_gap = self._knows_start = False
+        self._gaps_known: set[bool] = set()  # whether the policy was in training
+        self._knows_start = False
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
 
+    def begin(self) -> None:
+        """Called at each start of training from step 0; a reference that moves claims the policy at the first only."""
+        if not self._reference.traits.moves:
+            self._gaps_known.clear()
+
     def gap_at_start(
         self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
     ) -> dict[str, float]:
-        """The gap between policy and reference on the first batch; nothing on later calls, or once it has trained.
+        """The gap between policy and reference on the first batch; nothing on later ones, or once it has trained.
+
+        The first batch of an evaluation before training counts by itself, and not where the user has the adapter off.
 
         Raises:
             InitialGapError: If the reference is meant to be the initial policy and rounding does not explain the gap.
         """
-        if self._knows_gap or has_trained:
+        if has_trained or policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
             return {}
-        self._knows_gap = True
+        self._gaps_known.add(policy.training)
+        return {"reference/initial_gap": self._checked_gap(policy, batch, answer, "the first batch").mean}
+
+    def check_rows(self, policy: nn.Module, batch: PairBatch, where: str) -> None:
+        """Looks at further rows before the first step; collective.
+
+        Raises:
+            InitialGapError: As `gap_at_start`; names the rows by `where`.
+        """
+        if self._reference.traits.means_policy:
+            self._checked_gap(policy, batch, self._reference.log_probs(batch), where)
+
+    def _checked_gap(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> Gap:
         traits = self._reference.traits
         gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, traits.knows_tokens)
         if traits.means_policy:
-            check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype))
-        return {"reference/initial_gap": gap.mean}
+            check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype), where)
+        return gap
 
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""

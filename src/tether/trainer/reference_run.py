@@ -21,11 +21,12 @@ from tether.data.datasets import PairDataset, batch_of
 from tether.distributed import raising_together
 from tether.reference import Reference
 from tether.reference.watch import ReferenceWatch
-from tether.trainer.batches import RowsToScore
+from tether.trainer.batches import RowsToScore, sampled_rows
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
 from tether.trainer.saving import keep_savable
 
 _SENTINEL_PAIRS = 2
+_SAMPLED_PAIRS = 4
 
 
 class ReferenceRun(TrainerCallback):
@@ -86,6 +87,9 @@ class ReferenceRun(TrainerCallback):
             self._waits = False
             self.prepare(self._sets())
         self._watch_from_start(policy, has_trained=state.global_step > 0)
+        if state.global_step == 0:
+            self.watch.begin()
+            self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -96,6 +100,14 @@ class ReferenceRun(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.check_drift()
+
+    def _check_sample(self, policy: nn.Module) -> None:
+        """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
+        sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
+        most = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        for name, rows in sampled_rows(sets, min(most, _SAMPLED_PAIRS)).items():
+            batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
+            self.watch.check_rows(policy, batch, f"row {', '.join(map(str, rows))} of the {name} set")
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
         """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""
