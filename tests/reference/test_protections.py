@@ -8,6 +8,7 @@ protection is removed from the package, and when it is no longer needed.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import tether.config.rules.reference
 import tether.reference.base
 import tether.reference.explicit
 import tether.reference.implicit
+import tether.reference.twin
 import tether.reference.watch
 import tether.trainer.checkpoints
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
@@ -31,7 +33,14 @@ from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
 from tether.data.datasets import batch_of
-from tether.errors import ConfigurationError, DriftError, InitialGapError, MissingLogProbsError, ResumeError
+from tether.errors import (
+    ConfigurationError,
+    DriftError,
+    InitialGapError,
+    MissingLogProbsError,
+    ReferenceModelError,
+    ResumeError,
+)
 from tether.reference import (
     ExplicitReference,
     ImplicitReference,
@@ -338,6 +347,49 @@ def evaluated_with_the_adapter_off(folder: Path) -> float:
         return differs(trainer.reference.log_probs(BATCH).values, meant)
 
 
+def compiled(model: Any) -> Any:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def by_default(model: Any) -> Any:
+    """Each layer's forward inside a function that has it as a default."""
+    for layer in model.model.layers:
+
+        def forward(*args: Any, _own: Any = layer.forward, **options: Any) -> Any:
+            return _own(*args, **options)
+
+        layer.forward = forward
+    return model
+
+
+def by_closure(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = functools.update_wrapper(functools.partial(lambda module, x: own(x), mlp), own)
+    return model
+
+
+def by_a_hook(model: Any) -> Any:
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    first.register_forward_hook(lambda module, inputs, output: output + second(inputs[0]))
+    return model
+
+
+def inside_an_object(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    held = {"forward": mlp.forward}
+    mlp.forward = lambda x: held["forward"](x)
+    return model
+
+
+def compiled_reference(folder: Path) -> float:
+    """The copy's attention is switched, and its forward is the original's."""
+    other = compiled(tiny_model(seed=1))
+    meant = naive_log_probs_of(tiny_model(seed=1), BATCH)
+    return differs(ExplicitReference.of_other_model(other, tiny_model()).log_probs(BATCH).values, meant)
+
+
 # ------------------------------------------------------------------------------- the protections, and their loss
 
 
@@ -489,6 +541,10 @@ def leave_the_adapter_off(patch: pytest.MonkeyPatch) -> None:
     no_drift_check(patch)
 
 
+def rebind_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.twin, "rebind", lambda model, twin: None)
+
+
 def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
     def remove(patch: pytest.MonkeyPatch) -> None:
         for removal in removals:
@@ -535,6 +591,23 @@ PROTECTIONS: dict[str, Protection] = {
     "what trains stays what trains": Protection(trains_a_frozen_factor, plain_disable, silent=1),
     "hooks are taken off": Protection(leaves_hooks, keep_hooks, silent=3),
     "packed only where it is proven": Protection(layers_of_another_model, trust_the_family),
+    # functions on the model
+    "a compiled forward is the copy's own": Protection(
+        lambda _: moves_with_training(frozen, compiled(tiny_model())), rebind_nothing
+    ),
+    "a compiled reference's forward is its own": Protection(compiled_reference, rebind_nothing),
+    "a wrapped forward is the copy's own: default": Protection(
+        lambda _: moves_with_training(frozen, by_default(tiny_model())), rebind_nothing
+    ),
+    "a wrapped forward is the copy's own: closure": Protection(
+        lambda _: moves_with_training(frozen, by_closure(tiny_model())), rebind_nothing
+    ),
+    "a hook is the copy's own": Protection(
+        lambda _: moves_with_training(frozen, by_a_hook(tiny_model())), rebind_nothing
+    ),
+    "what cannot be the copy's own is refused": Protection(
+        lambda _: moves_with_training(frozen, inside_an_object(tiny_model())), rebind_nothing, ReferenceModelError
+    ),
     # a reference model
     "what is shared and trains is copied": Protection(shares_with_the_policy, copy_nothing),
     "the policy is no reference model": Protection(is_the_policy, no_sharing_check, ConfigurationError),
