@@ -32,7 +32,7 @@ from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
-from tether.data.datasets import batch_of
+from tether.data.datasets import TOKEN_COLUMNS, batch_of
 from tether.errors import (
     ConfigurationError,
     DriftError,
@@ -390,6 +390,120 @@ def compiled_reference(folder: Path) -> float:
     return differs(ExplicitReference.of_other_model(other, tiny_model()).log_probs(BATCH).values, meant)
 
 
+def fresh_lora(model: Any) -> Any:
+    return adapted(model, LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def unfrozen_later(freeze: Callable[[Any], Any], folder: Path) -> float:
+    """What was frozen when the trainer was built trains after all. No save, no evaluation."""
+    policy = freeze(tiny_model())
+    initial = copy.deepcopy(policy)
+    trainer = make_trainer(folder, policy, max_steps=3, learning_rate=0.03)
+    policy.requires_grad_(True)
+    return off_in_training(trainer, initial)
+
+
+def with_frozen_layers(policy: Any) -> Any:
+    policy.model.layers.requires_grad_(False)
+    return policy
+
+
+class Does(TrainerCallback):
+    def __init__(self, change: Callable[[], object]) -> None:
+        self.change = change
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.change()
+
+
+def changed_by_its_owner(change: Callable[[Any], object], folder: Path) -> float:
+    other = tiny_model(seed=1)
+    callbacks = [Does(lambda: change(other.model.layers[0].mlp.up_proj.weight))]
+    return off_in_training(make_trainer(folder, ref_model=other, callbacks=callbacks, max_steps=4), tiny_model(seed=1))
+
+
+def in_place(weight: Any) -> None:
+    with torch.no_grad():
+        weight.mul_(3)
+
+
+def without_a_trace(weight: Any) -> None:
+    weight.data.mul_(3)
+
+
+def by_another_tensor(weight: Any) -> None:
+    weight.data = weight.data * 3
+
+
+def rows_that_no_watched_pair_has(folder: Path) -> float:
+    """The base's embedding of all ids but those of the pairs that are scored again; saved at every step."""
+    policy = fresh_lora(tiny_model())
+    embedding = policy.get_base_model().model.embed_tokens.weight
+    rows = tiny_pairs(24)
+    trainer = make_trainer(folder, policy, rows, max_steps=4, save_strategy="steps", save_steps=1)
+    seen = {i for row in trainer.train_dataset.take(2) for name in TOKEN_COLUMNS for i in row[name]}
+    others = [i for i in range(len(embedding)) if i not in seen]
+
+    def change() -> None:
+        embedding.data[others] *= -3
+
+    trainer.add_callback(Does(change))
+    return off_in_training(trainer, tiny_model())
+
+
+class Decays(torch.optim.SGD):
+    """Decays all that it holds, also what has no gradient."""
+
+    def step(self, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.8)
+        return super().step(*args, **options)
+
+
+def decayed_base(folder: Path) -> float:
+    policy = fresh_lora(tiny_model())
+    optimizer = Decays(policy.parameters(), lr=0.01)
+    return off_in_training(make_trainer(folder, policy, optimizers=(optimizer, None)), tiny_model())
+
+
+class Centered(torch.nn.Module):
+    """A layer that takes the running mean of its inputs away, as normalisation by batch does."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            self.mean.lerp_(x.detach().mean().reshape(1) + 1, 0.5)
+        return self.inner(x - self.mean)
+
+
+def centered(model: Any) -> Any:
+    model.model.layers[0].mlp = Centered(model.model.layers[0].mlp)
+    return model
+
+
+def running_means(folder: Path) -> float:
+    trainer = make_trainer(folder, fresh_lora(centered(tiny_model())))
+    return off_in_training(trainer, centered(tiny_model()))
+
+
+def another_adapter(folder: Path) -> float:
+    policy = adapted(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        policy.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    initial = copy.deepcopy(policy)
+    trainer = make_trainer(folder, policy)
+    policy.set_adapter("second")
+    return off_in_training(trainer, initial)
+
+
 # ------------------------------------------------------------------------------- the protections, and their loss
 
 
@@ -483,6 +597,7 @@ def one_identity(patch: pytest.MonkeyPatch) -> None:
 
 def never_release(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "release", lambda self: None)
+    look_at_no_held_tensor(patch)
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:
@@ -492,6 +607,7 @@ def no_state(patch: pytest.MonkeyPatch) -> None:
 
 def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "_refuse_given", lambda self, name: None)
+    look_at_no_held_tensor(patch)
     build = ExplicitReference.of_other_model.__func__  # type: ignore[attr-defined]
     patch.setattr(
         ExplicitReference,
@@ -506,6 +622,27 @@ def no_identity_check(patch: pytest.MonkeyPatch) -> None:
 
 def no_drift_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda self: None)
+    look_at_no_held_tensor(patch)
+
+
+def look_at_no_held_tensor(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_optimizer", lambda *_: None)
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_held", lambda *_, **__: None)
+
+
+def share_what_is_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.implicit, "_written_buffers", lambda policy: [])
+    look_at_no_held_tensor(patch)
+
+
+def forget_the_active_adapter(patch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def in_policy(self: Any) -> Iterator[None]:
+        with self._exchanged():
+            yield
+
+    patch.setattr(ImplicitReference, "in_policy", in_policy)
+    look_at_no_held_tensor(patch)
 
 
 def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
@@ -643,6 +780,26 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     "the adapter is on, whatever the user does": Protection(evaluated_with_the_adapter_off, leave_the_adapter_off),
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
+    # what others hold
+    "what is shared stays frozen: layers": Protection(
+        lambda folder: unfrozen_later(with_frozen_layers, folder), look_at_no_held_tensor, DriftError
+    ),
+    "what is shared stays frozen: the base": Protection(
+        lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor, DriftError
+    ),
+    "the owner's changes are seen: in place": Protection(
+        lambda folder: changed_by_its_owner(in_place, folder), look_at_no_held_tensor, DriftError
+    ),
+    "the owner's changes are seen: without a trace": Protection(
+        lambda folder: changed_by_its_owner(without_a_trace, folder), look_at_no_held_tensor, DriftError
+    ),
+    "the owner's changes are seen: another tensor": Protection(
+        lambda folder: changed_by_its_owner(by_another_tensor, folder), look_at_no_held_tensor, DriftError
+    ),
+    "every byte is read": Protection(rows_that_no_watched_pair_has, look_at_no_held_tensor, DriftError),
+    "the base stays as it is": Protection(decayed_base, look_at_no_held_tensor, DriftError),
+    "running means are exchanged": Protection(running_means, share_what_is_written),
+    "the reference's adapter is the active one": Protection(another_adapter, forget_the_active_adapter, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
     "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),
     "a synchronized reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),

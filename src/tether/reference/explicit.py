@@ -25,6 +25,7 @@ from tether.distributed import (
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.models.origin import Origin
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
+from tether.reference.held import Slot, slots_of
 from tether.reference.identity import (
     ReferenceIdentity,
     digest_tensors,
@@ -187,6 +188,11 @@ class ExplicitReference(MovableReference):
             return []
         now = digest_tensors(model_tensors(self._module))
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
+
+    def held_by_others(self) -> list[Slot]:
+        if self._module is None:
+            return []
+        return slots_of(self._module, {n: p for n, p in self._module.named_parameters() if _storage(p) in self._given})
 
     @property
     def extra_bytes(self) -> int:

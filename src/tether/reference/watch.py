@@ -6,9 +6,9 @@ trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
+from tether.reference.held import HeldTensors
 from tether.reference.implicit import has_adapter_off
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -168,6 +169,7 @@ class ReferenceWatch:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
         self._gaps_known: set[bool] = set()  # whether the policy was in training
         self._knows_start = False
+        self._held = HeldTensors(())
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
@@ -207,6 +209,50 @@ class ReferenceWatch:
         if traits.means_policy:
             check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype), where)
         return gap
+
+    def hold(self) -> None:
+        """Begins to watch what of the reference others hold too."""
+        self._held = HeldTensors(self._reference.held_by_others())
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Refuses to train what the reference shares.
+
+        Raises:
+            DriftError: Names the tensors.
+        """
+        if names := self._held.trained_by(optimizer):
+            raise DriftError(
+                problem=f"Cannot train {_listed(names)}: the {self._reference.identity.kind} reference shares what was "
+                "frozen when the trainer was built, and would change with it.",
+                instead="Let train what shall train before building the trainer (`requires_grad_(True)`): the "
+                "reference copies that.",
+            )
+
+    def check_held(self, *, everything: bool) -> None:
+        """Looks at what others hold too: for traces of a change and, in rotation, at the bytes.
+
+        Args:
+            everything: Read every byte; then every process must take part.
+
+        Raises:
+            DriftError: Names the tensors that changed.
+        """
+        names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
+        if not names:
+            return
+        by = ""
+        if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
+            gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, lambda t, how: t)
+            by = (
+                f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
+            )
+        raise DriftError(
+            problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
+            f"these of its tensors did: {_listed(names)}{by}.",
+            details="It shares them with the policy or with the model that it was made of, and something wrote to "
+            "them: an optimizer that holds them, a callback, whoever else has the model.",
+            instead=_INSTEAD,
+        )
 
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""
@@ -257,12 +303,21 @@ class ReferenceWatch:
             problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
             f"scores fixed pairs differently than before training (mean gap {gap.mean:.3g} nats per token, largest "
             f"{gap.largest:.3g}).",
-            details=f"These of its tensors changed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+            details=f"These of its tensors changed: {_listed(names)}."
             if names
             else "None of its weights changed, so a buffer, a mode or the stored values did.",
-            instead="Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or "
-            "give the reference its own weights with `ref_model`.",
+            instead=_INSTEAD,
         )
+
+
+_INSTEAD = (
+    "Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or give the "
+    "reference its own weights with `ref_model`."
+)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _keys(batch: PairBatch) -> list[str]:

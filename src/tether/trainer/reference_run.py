@@ -62,6 +62,7 @@ class ReferenceRun(TrainerCallback):
         self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
         self._waits = waits and reference.traits.runs_in_policy
         self.prepare(sets())
+        self.watch.hold()
         if reference.traits.moves:
             warn_of_weights_alone(args)
 
@@ -86,20 +87,29 @@ class ReferenceRun(TrainerCallback):
         if self._waits:
             self._waits = False
             self.prepare(self._sets())
+            self.watch.hold()
+        self.watch.check_held(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
+        self.watch.check_optimizer(kwargs.get("optimizer"))
         if state.global_step == 0:
             self.watch.begin()
             self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=False)
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=True)
         self.watch.check_drift()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=True)
         self.watch.check_drift()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=True)
 
     def _check_sample(self, policy: nn.Module) -> None:
         """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
