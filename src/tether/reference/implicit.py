@@ -1,11 +1,10 @@
 """`ImplicitReference`: the policy's own base, with its adapter off or with the adapter it started from.
 
-The one home of PEFT's adapter mechanics. Holds no second set of base weights.
+Knows what an adapter changes; `adapter_state` switches it. Holds no second set of base weights.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
+from tether.reference.adapter_state import adapter_off, adapter_on
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.held import Slot, slots_of
@@ -216,56 +216,6 @@ def _adapter_config(policy: PeftModel) -> Any:
         for name, config in policy.peft_config.items()
     }
     return [configs, policy.active_adapters]
-
-
-@contextmanager
-def adapter_off(policy: PeftModel) -> Iterator[None]:
-    """PEFT's `disable_adapter`, with every `requires_grad` as it was afterwards and without its advice on biases.
-
-    Trained biases stay in force under it; `ImplicitReference` exchanges them.
-    """
-    trains = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
-            with policy.disable_adapter():
-                yield
-    finally:
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def adapter_on(policy: PeftModel) -> Iterator[None]:
-    """The adapter in force, also where the user has it off just now; PEFT's own way would change `requires_grad`."""
-    off = [module for module in policy.modules() if _is_off(module)]
-    # With prompts, `disable_adapter` puts the base's forward in place of the model's own.
-    bypass = vars(policy).pop("forward", None) if policy in off else None
-    _set_off(off, False)
-    try:
-        yield
-    finally:
-        _set_off(off, True)
-        if bypass is not None:
-            vars(policy)["forward"] = bypass
-
-
-def has_adapter_off(policy: nn.Module) -> bool:
-    """Whether an adapter of the policy is off just now."""
-    return any(map(_is_off, policy.modules()))
-
-
-def _is_off(module: nn.Module) -> bool:
-    return vars(module).get(_flag(module)) is True
-
-
-def _set_off(modules: list[nn.Module], off: bool) -> None:
-    for module in modules:
-        setattr(module, _flag(module), off)
-
-
-def _flag(module: nn.Module) -> str:
-    return "_adapters_disabled" if is_adapter_model(module) else "_disable_adapters"
 
 
 def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
+from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.reference.held import HeldTensors
-from tether.reference.implicit import has_adapter_off
 from tether.types import PairBatch, ResponseLogProbs
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
