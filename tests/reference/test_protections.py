@@ -493,6 +493,13 @@ def running_means(folder: Path) -> float:
     return off_in_training(trainer, centered(tiny_model()))
 
 
+def a_hook_on_the_base(hook: Callable[..., Any], folder: Path) -> float:
+    policy = fresh_lora(tiny_model())
+    mlp = policy.get_base_model().model.layers[0].mlp
+    callbacks = [Does(lambda: mlp.register_forward_hook(hook))]
+    return off_in_training(make_trainer(folder, policy, callbacks=callbacks, max_steps=4), tiny_model())
+
+
 def another_adapter(folder: Path) -> float:
     policy = adapted(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     with torch.random.fork_rng():
@@ -621,7 +628,7 @@ def no_identity_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_drift_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda self: None)
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda *_, **__: None)
     look_at_no_held_tensor(patch)
 
 
@@ -798,6 +805,11 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     "every byte is read": Protection(rows_that_no_watched_pair_has, look_at_no_held_tensor, DriftError),
     "the base stays as it is": Protection(decayed_base, look_at_no_held_tensor, DriftError),
+    "a hook on the base is seen": Protection(
+        lambda folder: a_hook_on_the_base(lambda module, inputs, output: 3 * output, folder),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
     "running means are exchanged": Protection(running_means, share_what_is_written),
     "the reference's adapter is the active one": Protection(another_adapter, forget_the_active_adapter, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
@@ -817,3 +829,7 @@ def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, m
     with monkeypatch.context() as patch:
         protection.remove(patch)
         assert protection.fault(tmp_path / "bare") >= protection.silent
+
+
+def test_a_hook_that_only_looks_stops_no_run(tmp_path: Path) -> None:
+    assert a_hook_on_the_base(lambda module, inputs, output: None, tmp_path) == 0

@@ -6,7 +6,9 @@ An operation in place leaves a trace in a tensor's version, a new storage in its
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +115,29 @@ class HeldTensors:
             flat = flat.clone()
         whole = len(flat) // 8 * 8
         return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
+
+
+class Behaviour:
+    """What else of a model a pass through it depends on: hooks, forwards put on single modules, the config.
+
+    Args:
+        model: As it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules, self._config = list(model.modules()), vars(getattr(model, "config", SimpleNamespace()))
+        self._known = self._now()
+
+    def has_changed(self) -> bool:
+        """Whether any of it has since this was last asked; a hook that only looks is a change too."""
+        known, self._known = self._known, self._now()
+        return known != self._known
+
+    def _now(self) -> tuple[list[Any], dict[str, Any]]:
+        modules = [
+            (tuple(m._forward_hooks), tuple(m._forward_pre_hooks), vars(m).get("forward")) for m in self._modules
+        ]
+        return modules, copy.deepcopy(self._config)
 
 
 def _is_plain(tensor: Any) -> bool:

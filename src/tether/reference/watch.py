@@ -17,7 +17,7 @@ from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
 from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.held import HeldTensors
+from tether.reference.held import Behaviour, HeldTensors
 from tether.types import PairBatch, ResponseLogProbs
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
@@ -170,6 +170,7 @@ class ReferenceWatch:
         self._gaps_known: set[bool] = set()  # whether the policy was in training
         self._knows_start = False
         self._held = HeldTensors(())
+        self._behaviour: Behaviour | None = None
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
@@ -214,6 +215,10 @@ class ReferenceWatch:
         """Begins to watch what of the reference others hold too."""
         self._held = HeldTensors(self._reference.held_by_others())
 
+    def watch_behaviour(self, policy: nn.Module) -> None:
+        """Begins to watch what else a pass through the policy's own modules depends on."""
+        self._behaviour = Behaviour(policy) if self._reference.traits.runs_in_policy else None
+
     def check_optimizer(self, optimizer: Any) -> None:
         """Refuses to train what the reference shares.
 
@@ -239,10 +244,12 @@ class ReferenceWatch:
         """
         names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
         if not names:
+            if self._behaviour is not None and self._behaviour.has_changed():
+                self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
             return
         by = ""
         if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
-            gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, lambda t, how: t)
+            gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, _alone)
             by = (
                 f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
             )
@@ -283,20 +290,26 @@ class ReferenceWatch:
             found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
         return found
 
-    def check_drift(self) -> None:
+    def check_drift(self, *, alone: bool = False) -> None:
         """Scores the sentinel's pairs again.
+
+        Args:
+            alone: Ask no other process; nothing is checked where each pass needs all of them.
 
         Raises:
             DriftError: If a reference that stands still moved by more than rounding; names the tensors that changed.
         """
-        if self._sentinel is None or self._before is None or self._reference.traits.moves:
+        traits = self._reference.traits
+        if self._sentinel is None or self._before is None or traits.moves or (alone and traits.is_collective):
             return
-        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, self._reduce)
+        reduce = _alone if alone else self._reduce
+        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, reduce)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        allowed = tolerance(own, own, alike=not self._reference.traits.answers_are_stored)
-        names = names_of_all(self._reference.changed_tensors())  # reads every weight, so only when something is wrong
+        allowed = tolerance(own, own, alike=not traits.answers_are_stored)
+        names = self._reference.changed_tensors()  # reads every weight, so only when something is wrong
+        names = names if alone else names_of_all(names)
         if gap.within(allowed) and not names:
             return
         raise DriftError(
@@ -305,9 +318,13 @@ class ReferenceWatch:
             f"{gap.largest:.3g}).",
             details=f"These of its tensors changed: {_listed(names)}."
             if names
-            else "None of its weights changed, so a buffer, a mode or the stored values did.",
+            else "None of its weights changed, so a buffer, a hook, the config, a mode or the stored values did.",
             instead=_INSTEAD,
         )
+
+
+def _alone(tensor: Tensor, how: str) -> Tensor:
+    return tensor
 
 
 _INSTEAD = (

@@ -91,6 +91,7 @@ class ReferenceRun(TrainerCallback):
         self.watch.check_held(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
         self.watch.check_optimizer(kwargs.get("optimizer"))
+        self.watch.watch_behaviour(policy)
         if state.global_step == 0:
             self.watch.begin()
             self._check_sample(policy)
