@@ -53,6 +53,7 @@ from tether.reference import (
 from tether.scoring import score
 from tether.store import LogProbStore, prune
 from tether.testing import naive_log_probs_of
+from tether.trainer.reference_columns import with_reference_columns
 
 LOG_2 = 0.6931472
 
@@ -323,6 +324,13 @@ def wrong_behind_the_first_batch(folder: Path) -> float:
     prune(store, identity=own.digest)
     store.put(own.digest, batch.keys, [np.asarray(values) for values in other], description=own.describe())
     return off_in_training(make_trainer(folder, **options), tiny_model())
+
+
+def given_by_another_model(folder: Path) -> float:
+    """Rows that bring sums of another model, as if they were the policy's."""
+    trainer = make_trainer(folder, tiny_model(seed=1))
+    rows = with_reference_columns(trainer.train_dataset, trainer.reference, trainer.data_collator)
+    return distance_from_start(trained(folder, rows=rows, max_steps=1))
 
 
 def new_rows_of_the_embedding(folder: Path) -> float:
@@ -779,6 +787,7 @@ PROTECTIONS: dict[str, Protection] = {
     "a second training has a gap check": Protection(
         lambda folder: changed_after(lambda trainer: trainer.train(), folder), disarm_the_gap_check, InitialGapError
     ),
+    "the gap of given sums is checked": Protection(given_by_another_model, no_gap_check, InitialGapError),
     "the gap is checked behind the first batch: stored": Protection(
         wrong_behind_the_first_batch, look_at_the_first_batch_alone, InitialGapError
     ),

@@ -117,15 +117,16 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str, where: 
     mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
     if gap.within(allowed):
         return
+    own_kind = reference.identity.kind
     raise InitialGapError(
-        problem=f"Cannot train against the {reference.identity.kind} reference: it should be the initial policy, but "
+        problem=f"Cannot train against the {own_kind} reference: it should be the initial policy, but "
         f"scores {where} differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
         details=f"Rounding ({_dtypes(policy_dtype, own)}) explains a mean of {mean:g} and a largest of {largest:g}. "
         "Likely causes: the policy was changed between building the trainer and training, also by an earlier "
         "`train()`; an adapter whose initial delta is not zero; dropout that evaluation mode does not switch off; "
         "resized or reloaded embeddings; another dtype; log-probs stored for other weights.",
         instead="Build the trainer last, with the policy as it will train. If you mean another model as the reference, "
-        "pass it as `ref_model`.",
+        + ("say so: `ref_columns='other'`." if own_kind == "given" else "pass it as `ref_model`."),
     )
 
 

@@ -74,7 +74,7 @@ def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Re
     if facts.reference is not None:
         return _own(facts.reference, policy)
     if around.given is not None:
-        return GivenReference(around.given)
+        return GivenReference(around.given, means_policy=args.ref_columns == "policy")
     if args.reference_free:
         return FreeReference()
     mode = store_mode(facts)
