@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import tether.config.rules.reference
 import tether.reference.base
 import tether.reference.explicit
+import tether.reference.held
 import tether.reference.implicit
 import tether.reference.twin
 import tether.reference.watch
@@ -440,6 +441,15 @@ def without_a_trace(weight: Any) -> None:
     weight.data.mul_(3)
 
 
+def stored_of_a_changed_model(folder: Path) -> float:
+    """A row that is scored into the store after the owner of `ref_model` changed it."""
+    other = tiny_model(seed=1)
+    trainer = make_trainer(folder, ref_model=other, precompute_ref_log_probs=True, ref_store_mode="lazy")
+    without_a_trace(other.model.layers[0].mlp.up_proj.weight)
+    answer = trainer.reference.log_probs(BATCH).values
+    return differs(answer, naive_log_probs_of(tiny_model(seed=1), BATCH))
+
+
 def by_another_tensor(weight: Any) -> None:
     weight.data = weight.data * 3
 
@@ -645,6 +655,10 @@ def look_at_no_held_tensor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.watch.ReferenceWatch, "check_held", lambda *_, **__: None)
 
 
+def write_all_the_same(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.held.HeldTensors, "changed", lambda self: [])
+
+
 def share_what_is_written(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.implicit, "_written_buffers", lambda policy: [])
     look_at_no_held_tensor(patch)
@@ -812,6 +826,7 @@ PROTECTIONS: dict[str, Protection] = {
     "the owner's changes are seen: another tensor": Protection(
         lambda folder: changed_by_its_owner(by_another_tensor, folder), look_at_no_held_tensor, DriftError
     ),
+    "a changed source does not write": Protection(stored_of_a_changed_model, write_all_the_same, DriftError),
     "every byte is read": Protection(rows_that_no_watched_pair_has, look_at_no_held_tensor, DriftError),
     "the base stays as it is": Protection(decayed_base, look_at_no_held_tensor, DriftError),
     "a hook on the base is seen": Protection(

@@ -93,7 +93,9 @@ class HeldTensors:
         return [
             slot.name
             for slot in self._slots
-            if slot.tensor is not None and slot.tensor.untyped_storage().data_ptr() in storages
+            if slot.tensor is not None
+            and not is_sharded(slot.tensor)
+            and slot.tensor.untyped_storage().data_ptr() in storages
         ]
 
     def _changed(self, parts: Iterable[int]) -> list[str]:
