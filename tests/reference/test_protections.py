@@ -494,9 +494,11 @@ class Centered(torch.nn.Module):
         super().__init__()
         self.inner = inner
         self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("num_batches", torch.tensor(0))
 
     def forward(self, x: Any) -> Any:
         if self.training:
+            self.num_batches += 1
             self.mean.lerp_(x.detach().mean().reshape(1) + 1, 0.5)
         return self.inner(x - self.mean)
 

@@ -221,11 +221,11 @@ def _adapter_config(policy: PeftModel) -> Any:
 def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:
     """Copies of the buffers that a training forward may write to, as running means are written, and their places.
 
-    Those are floating-point, small, and saved with the model; what a quantized layer keeps as a buffer is large.
+    Those are small and saved with the model; what a quantized layer keeps as a buffer is large.
     """
     saved = policy.state_dict().keys()
     named = {name: tensor for name, tensor in policy.named_buffers() if name in saved}
-    small = {n: t for n, t in named.items() if t.is_floating_point() and t.numel() <= _MOST_WRITTEN}
+    small = {name: tensor for name, tensor in named.items() if tensor.numel() <= _MOST_WRITTEN}
     return [(slot, slot.holder[slot.key].clone()) for slot in slots_of(policy, small)]
 
 

@@ -61,6 +61,7 @@ class ReferenceRun(TrainerCallback):
         self.reference, self.watch = reference, ReferenceWatch(reference, autocast_dtype)
         self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
         self._waits = waits and reference.traits.runs_in_policy
+        self._prepared: dict[str, PairDataset] = {}
         self.prepare(sets())
         self.watch.hold()
         if reference.traits.moves:
@@ -70,6 +71,7 @@ class ReferenceRun(TrainerCallback):
         """Lets the reference score sets ahead, if it does that and the policy is in place."""
         if self._waits:
             return
+        self._prepared |= sets
         batches = {
             name: lambda dataset=dataset: RowsToScore(dataset, self._collator, self._args)
             for name, dataset in sets.items()
@@ -115,6 +117,8 @@ class ReferenceRun(TrainerCallback):
     def _check_sample(self, policy: nn.Module) -> None:
         """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
         sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
+        # A set that came later may have no stored answers, and no step may need them.
+        sets = {name: rows for name, rows in sets.items() if rows is self._prepared.get(name)}
         most = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         for name, rows in sampled_rows(sets, min(most, _SAMPLED_PAIRS)).items():
             batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
