@@ -470,6 +470,23 @@ def rows_that_no_watched_pair_has(folder: Path) -> float:
     return off_in_training(trainer, tiny_model())
 
 
+class Unfreezes(TrainerCallback):
+    """A layer joins training after the first step, in a fused optimizer: its steps leave no version behind."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            layer = list(model.model.layers[0].requires_grad_(True).parameters())
+            kwargs["optimizer"].add_param_group({"params": layer, "lr": 0.03, "initial_lr": 0.03})
+            kwargs["lr_scheduler"].base_lrs.append(0.03)
+            kwargs["lr_scheduler"].lr_lambdas.append(lambda step: 1.0)
+
+
+def unfrozen_step_by_step(folder: Path) -> float:
+    policy = with_frozen_layers(tiny_model())
+    options: dict[str, Any] = {"optim": "adamw_torch_fused", "max_steps": 4, "callbacks": [Unfreezes()]}
+    return off_in_training(make_trainer(folder, policy, **options), with_frozen_layers(tiny_model()))
+
+
 class Decays(torch.optim.SGD):
     """Decays all that it holds, also what has no gradient."""
 
@@ -819,6 +836,7 @@ PROTECTIONS: dict[str, Protection] = {
     "what is shared stays frozen: the base": Protection(
         lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor, DriftError
     ),
+    "what is shared stays frozen: step by step": Protection(unfrozen_step_by_step, look_at_no_held_tensor, DriftError),
     "the owner's changes are seen: in place": Protection(
         lambda folder: changed_by_its_owner(in_place, folder), look_at_no_held_tensor, DriftError
     ),

@@ -101,6 +101,7 @@ class ReferenceRun(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.check_held(everything=False)
+        self.watch.check_optimizer(kwargs.get("optimizer"))
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
