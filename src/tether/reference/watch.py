@@ -176,10 +176,14 @@ class ReferenceWatch:
         self._before: Tensor | None = None
         self.start: Start | None = None
 
-    def begin(self) -> None:
-        """Called at each start of training from step 0; a reference that moves claims the policy at the first only."""
-        if not self._reference.traits.moves:
-            self._gaps_known.clear()
+    def begin(self) -> bool:
+        """Called at each start from step 0; returns whether the reference claims the policy now, as one that has moved
+        with an earlier training does not.
+        """
+        if self._reference.traits.moves and True in self._gaps_known:
+            return False
+        self._gaps_known.clear()
+        return True
 
     def gap_at_start(
         self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool

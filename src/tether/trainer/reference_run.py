@@ -94,8 +94,7 @@ class ReferenceRun(TrainerCallback):
         self._watch_from_start(policy, has_trained=state.global_step > 0)
         self.watch.check_optimizer(kwargs.get("optimizer"))
         self.watch.watch_behaviour(policy)
-        if state.global_step == 0:
-            self.watch.begin()
+        if state.global_step == 0 and self.watch.begin():
             self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
 
