@@ -642,6 +642,7 @@ def one_identity(patch: pytest.MonkeyPatch) -> None:
 def never_release(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "release", lambda self: None)
     look_at_no_held_tensor(patch)
+    write_all_the_same(patch)
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:
