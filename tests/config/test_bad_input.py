@@ -89,6 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bad_rows": {"bad_rows": "keep"},
     "precompute_ref_batch_size": {"precompute_ref_batch_size": 0},
     "ref_dtype": {"ref_dtype": "int8"},
+    "ref_columns": {"ref_columns": "mine"},
     "fp16 on a CPU": {"fp16": True, "use_cpu": True},
     "activation_offloading": {"activation_offloading": True, "use_cpu": True},
     "use_liger_kernel": {"use_liger_kernel": True},

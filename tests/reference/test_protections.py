@@ -8,6 +8,7 @@ protection is removed from the package, and when it is no longer needed.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import tether.config.rules.reference
 import tether.reference.base
 import tether.reference.explicit
+import tether.reference.held
 import tether.reference.implicit
+import tether.reference.twin
 import tether.reference.watch
 import tether.trainer.checkpoints
 from support import odd_models as odd
@@ -31,7 +34,15 @@ from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
-from tether.errors import ConfigurationError, DriftError, InitialGapError, MissingLogProbsError, ResumeError
+from tether.data.datasets import TOKEN_COLUMNS, batch_of
+from tether.errors import (
+    ConfigurationError,
+    DriftError,
+    InitialGapError,
+    MissingLogProbsError,
+    ReferenceModelError,
+    ResumeError,
+)
 from tether.reference import (
     ExplicitReference,
     ImplicitReference,
@@ -44,8 +55,9 @@ from tether.reference import (
 from tether.scoring import score
 from tether.scoring.fingerprint import Fingerprint
 from tether.scoring.probe import probe_of
-from tether.store import LogProbStore
+from tether.store import LogProbStore, prune
 from tether.testing import naive_log_probs_of
+from tether.trainer.reference_columns import with_reference_columns
 from tether.types import PairBatch, Response
 
 LOG_2 = 0.6931472
@@ -244,6 +256,64 @@ def scores_as(make: Callable[[], Any], batch: PairBatch = BATCH) -> Callable[[Pa
     return fault
 
 
+def off_in_training(trainer: Any, initial: Any) -> float:
+    """The largest error of the reference's answers during training, against plain forwards of the initial policy."""
+    said, ask = [], trainer.reference.log_probs
+
+    def listening(batch: Any) -> Any:
+        answer = ask(batch)
+        said.append((batch, answer.values.clone()))
+        return answer
+
+    trainer.reference.log_probs = listening
+    trainer.train()
+    errors = [float((values - naive_log_probs_of(initial, batch)).abs().max()) for batch, values in said]
+    return max(errors) if max(errors) > 2e-5 else 0.0  # the rounding of rows of a hundred tokens
+
+
+class Varies:
+    """A collator that cuts every row one token shorter each time it sees it again."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator, self.truncation, self.seen = collator, collator.truncation, 0
+
+    def __call__(self, rows: Any) -> Any:
+        self.seen += 1
+        cut = [row | {"chosen_ids": list(row["chosen_ids"])[: -self.seen] or [5]} for row in rows]
+        return self.collator(cut)
+
+
+def lose_the_store(trainer: Any) -> None:
+    prune(trainer.reference.store, identity=trainer.reference.identity.digest)
+
+
+def replace_the_rows(trainer: Any) -> None:
+    other = make_trainer(Path(trainer.args.output_dir) / "other", rows=as_dataset(tiny_pairs(24, seed=5)))
+    trainer.train_dataset = other.train_dataset
+
+
+def vary_the_rows(trainer: Any) -> None:
+    trainer.data_collator = Varies(trainer.data_collator)
+
+
+def brought_back(change: Callable[[Any], None]) -> Callable[[Path], float]:
+    """Rows that are missing at step 0 and later, after the policy's weights were given up as reference."""
+
+    def fault(folder: Path) -> float:
+        initial = tiny_model()
+        trainer = make_trainer(
+            folder,
+            precompute_ref_log_probs=True,
+            ref_store=str(folder / "store.sqlite"),
+            learning_rate=0.03,
+            max_steps=4,
+        )
+        change(trainer)
+        return off_in_training(trainer, initial)
+
+    return fault
+
+
 def long_rows() -> PairBatch:
     ids = [tuple(torch.randint(5, 250, (120,), generator=torch.Generator().manual_seed(s)).tolist()) for s in range(3)]
     return PairBatch.of_pairs([(Response(ids[0], ids[1]), Response(ids[0], ids[2][:60]))])
@@ -279,6 +349,255 @@ def sees_later_tokens(folder: Path) -> float:
     score(model, BATCH)
     one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, :3] for last in (8, 9))
     return differs(one, other)
+
+
+def changed_after(use: Callable[[Any], object], folder: Path) -> float:
+    """A policy that changes after the trainer was used once: the reference is another model than it starts from."""
+    trainer = make_trainer(folder, max_steps=2, learning_rate=0.03, eval_dataset=as_dataset(tiny_pairs(4, seed=3)))
+    use(trainer)
+    if trainer.state.global_step == 0:
+        train(trainer.model)
+    initial = copy.deepcopy(trainer.model)
+    return off_in_training(trainer, initial)
+
+
+def predict(trainer: Any) -> None:
+    trainer.predict(trainer.eval_dataset)
+
+
+def wrong_behind_the_first_batch(folder: Path) -> float:
+    """Stored answers of another model, for all rows but those of the first batch."""
+    options = {"precompute_ref_log_probs": True, "ref_store": str(folder / "s.sqlite"), "max_steps": 4}
+    options |= {"train_sampling_strategy": "sequential"}
+    trainer = make_trainer(folder, **options)
+    rows = trainer.train_dataset
+    batch = batch_of(trainer.data_collator([rows[row] for row in range(4, len(rows))]))
+    other = ExplicitReference(tiny_model(seed=1)).log_probs(batch).split()
+    store, own = trainer.reference.store, trainer.reference.identity
+    prune(store, identity=own.digest)
+    store.put(own.digest, batch.keys, [np.asarray(values) for values in other], description=own.describe())
+    return off_in_training(make_trainer(folder, **options), tiny_model())
+
+
+def given_by_another_model(folder: Path) -> float:
+    """Rows that bring sums of another model, as if they were the policy's."""
+    trainer = make_trainer(folder, tiny_model(seed=1))
+    rows = with_reference_columns(trainer.train_dataset, trainer.reference, trainer.data_collator)
+    return distance_from_start(trained(folder, rows=rows, max_steps=1))
+
+
+def new_rows_of_the_embedding(folder: Path) -> float:
+    """Embeddings of two tokens that only one row has change before training."""
+    rows = tiny_pairs(24)
+    rows[9] = rows[9] | {"chosen": rows[9]["chosen"] + "\u00ff"}
+    trainer = make_trainer(folder, rows=rows, train_sampling_strategy="sequential", max_steps=3)
+    largest = max(max(row["chosen_ids"]) for row in trainer.train_dataset)
+    with torch.no_grad():
+        trainer.model.model.embed_tokens.weight[largest] *= -3
+    return off_in_training(trainer, copy.deepcopy(trainer.model))
+
+
+def evaluated_with_the_adapter_off(folder: Path) -> float:
+    """The user switches the adapter off around an evaluation; the reference is the adapter as it started."""
+    policy = adapted(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    meant = naive_log_probs_of(policy, BATCH)
+    trainer = make_trainer(folder, policy, eval_dataset=as_dataset(tiny_pairs(4)), max_steps=1)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        trainer.evaluate()
+        return differs(trainer.reference.log_probs(BATCH).values, meant)
+
+
+def compiled(model: Any) -> Any:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def by_default(model: Any) -> Any:
+    """Each layer's forward inside a function that has it as a default."""
+    for layer in model.model.layers:
+
+        def forward(*args: Any, _own: Any = layer.forward, **options: Any) -> Any:
+            return _own(*args, **options)
+
+        layer.forward = forward
+    return model
+
+
+def by_closure(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = functools.update_wrapper(functools.partial(lambda module, x: own(x), mlp), own)
+    return model
+
+
+def by_a_hook(model: Any) -> Any:
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    first.register_forward_hook(lambda module, inputs, output: output + second(inputs[0]))
+    return model
+
+
+def inside_an_object(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    held = {"forward": mlp.forward}
+    mlp.forward = lambda x: held["forward"](x)
+    return model
+
+
+def compiled_reference(folder: Path) -> float:
+    """The copy's attention is switched, and its forward is the original's."""
+    other = compiled(tiny_model(seed=1))
+    meant = naive_log_probs_of(tiny_model(seed=1), BATCH)
+    return differs(ExplicitReference.of_other_model(other, tiny_model()).log_probs(BATCH).values, meant)
+
+
+def fresh_lora(model: Any) -> Any:
+    return adapted(model, LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def unfrozen_later(freeze: Callable[[Any], Any], folder: Path) -> float:
+    """What was frozen when the trainer was built trains after all. No save, no evaluation."""
+    policy = freeze(tiny_model())
+    initial = copy.deepcopy(policy)
+    trainer = make_trainer(folder, policy, max_steps=3, learning_rate=0.03)
+    policy.requires_grad_(True)
+    return off_in_training(trainer, initial)
+
+
+def with_frozen_layers(policy: Any) -> Any:
+    policy.model.layers.requires_grad_(False)
+    return policy
+
+
+class Does(TrainerCallback):
+    def __init__(self, change: Callable[[], object]) -> None:
+        self.change = change
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.change()
+
+
+def changed_by_its_owner(change: Callable[[Any], object], folder: Path) -> float:
+    other = tiny_model(seed=1)
+    callbacks = [Does(lambda: change(other.model.layers[0].mlp.up_proj.weight))]
+    return off_in_training(make_trainer(folder, ref_model=other, callbacks=callbacks, max_steps=4), tiny_model(seed=1))
+
+
+def in_place(weight: Any) -> None:
+    with torch.no_grad():
+        weight.mul_(3)
+
+
+def without_a_trace(weight: Any) -> None:
+    weight.data.mul_(3)
+
+
+def stored_of_a_changed_model(folder: Path) -> float:
+    """A row that is scored into the store after the owner of `ref_model` changed it."""
+    other = tiny_model(seed=1)
+    trainer = make_trainer(folder, ref_model=other, precompute_ref_log_probs=True, ref_store_mode="lazy")
+    without_a_trace(other.model.layers[0].mlp.up_proj.weight)
+    answer = trainer.reference.log_probs(BATCH).values
+    return differs(answer, naive_log_probs_of(tiny_model(seed=1), BATCH))
+
+
+def by_another_tensor(weight: Any) -> None:
+    weight.data = weight.data * 3
+
+
+def rows_that_no_watched_pair_has(folder: Path) -> float:
+    """The base's embedding of all ids but those of the pairs that are scored again; saved at every step."""
+    policy = fresh_lora(tiny_model())
+    embedding = policy.get_base_model().model.embed_tokens.weight
+    rows = tiny_pairs(24)
+    trainer = make_trainer(folder, policy, rows, max_steps=4, save_strategy="steps", save_steps=1)
+    seen = {i for row in trainer.train_dataset.take(2) for name in TOKEN_COLUMNS for i in row[name]}
+    others = [i for i in range(len(embedding)) if i not in seen]
+
+    def change() -> None:
+        embedding.data[others] *= -3
+
+    trainer.add_callback(Does(change))
+    return off_in_training(trainer, tiny_model())
+
+
+class Unfreezes(TrainerCallback):
+    """A layer joins training after the first step, in a fused optimizer: its steps leave no version behind."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            layer = list(model.model.layers[0].requires_grad_(True).parameters())
+            kwargs["optimizer"].add_param_group({"params": layer, "lr": 0.03, "initial_lr": 0.03})
+            kwargs["lr_scheduler"].base_lrs.append(0.03)
+            kwargs["lr_scheduler"].lr_lambdas.append(lambda step: 1.0)
+
+
+def unfrozen_step_by_step(folder: Path) -> float:
+    policy = with_frozen_layers(tiny_model())
+    options: dict[str, Any] = {"optim": "adamw_torch_fused", "max_steps": 4, "callbacks": [Unfreezes()]}
+    return off_in_training(make_trainer(folder, policy, **options), with_frozen_layers(tiny_model()))
+
+
+class Decays(torch.optim.SGD):
+    """Decays all that it holds, also what has no gradient."""
+
+    def step(self, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.8)
+        return super().step(*args, **options)
+
+
+def decayed_base(folder: Path) -> float:
+    policy = fresh_lora(tiny_model())
+    optimizer = Decays(policy.parameters(), lr=0.01)
+    return off_in_training(make_trainer(folder, policy, optimizers=(optimizer, None)), tiny_model())
+
+
+class Centered(torch.nn.Module):
+    """A layer that takes the running mean of its inputs away, as normalisation by batch does."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("num_batches", torch.tensor(0))
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            self.num_batches += 1
+            self.mean.lerp_(x.detach().mean().reshape(1) + 1, 0.5)
+        return self.inner(x - self.mean)
+
+
+def centered(model: Any) -> Any:
+    model.model.layers[0].mlp = Centered(model.model.layers[0].mlp)
+    return model
+
+
+def running_means(folder: Path) -> float:
+    trainer = make_trainer(folder, fresh_lora(centered(tiny_model())))
+    return off_in_training(trainer, centered(tiny_model()))
+
+
+def a_hook_on_the_base(hook: Callable[..., Any], folder: Path) -> float:
+    policy = fresh_lora(tiny_model())
+    mlp = policy.get_base_model().model.layers[0].mlp
+    callbacks = [Does(lambda: mlp.register_forward_hook(hook))]
+    return off_in_training(make_trainer(folder, policy, callbacks=callbacks, max_steps=4), tiny_model())
+
+
+def another_adapter(folder: Path) -> float:
+    policy = adapted(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        policy.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    initial = copy.deepcopy(policy)
+    trainer = make_trainer(folder, policy)
+    policy.set_adapter("second")
+    return off_in_training(trainer, initial)
 
 
 # ------------------------------------------------------------------------------- the protections, and their loss
@@ -374,6 +693,8 @@ def one_identity(patch: pytest.MonkeyPatch) -> None:
 
 def never_release(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "release", lambda self: None)
+    look_at_no_held_tensor(patch)
+    write_all_the_same(patch)
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:
@@ -383,6 +704,7 @@ def no_state(patch: pytest.MonkeyPatch) -> None:
 
 def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExplicitReference, "_refuse_given", lambda self, name: None)
+    look_at_no_held_tensor(patch)
     build = ExplicitReference.of_other_model.__func__  # type: ignore[attr-defined]
     patch.setattr(
         ExplicitReference,
@@ -396,7 +718,32 @@ def no_identity_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_drift_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda self: None)
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda *_, **__: None)
+    look_at_no_held_tensor(patch)
+
+
+def look_at_no_held_tensor(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_optimizer", lambda *_: None)
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_held", lambda *_, **__: None)
+
+
+def write_all_the_same(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.held.HeldTensors, "changed", lambda self: [])
+
+
+def share_what_is_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.implicit, "_written_buffers", lambda policy: [])
+    look_at_no_held_tensor(patch)
+
+
+def forget_the_active_adapter(patch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def in_policy(self: Any) -> Iterator[None]:
+        with self._exchanged():
+            yield
+
+    patch.setattr(ImplicitReference, "in_policy", in_policy)
+    look_at_no_held_tensor(patch)
 
 
 def no_sharing_check(patch: pytest.MonkeyPatch) -> None:
@@ -440,6 +787,35 @@ def trust_padding(patch: pytest.MonkeyPatch) -> None:
 
 def _padded(ways: Any) -> Any:
     return next(way for way in ways if way.layout == "padded")
+
+
+def share_what_is_brought_back(patch: pytest.MonkeyPatch) -> None:
+    twin = tether.reference.explicit.frozen_twin
+    patch.setattr(ExplicitReference, "_twin_of", lambda self, origin: twin(origin.load(), lambda p: False))
+
+
+def disarm_the_gap_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "begin", lambda self: None)
+    look_at_the_first_batch_alone(patch)
+    gap = tether.reference.watch.ReferenceWatch.gap_at_start
+
+    def once(self: Any, *args: Any, **options: Any) -> Any:
+        return {} if self._gaps_known else gap(self, *args, **options)
+
+    patch.setattr(tether.reference.watch.ReferenceWatch, "gap_at_start", once)
+
+
+def look_at_the_first_batch_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.watch.ReferenceWatch, "check_rows", lambda *_: None)
+
+
+def leave_the_adapter_off(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.implicit, "adapter_on", lambda policy: nullcontext())
+    no_drift_check(patch)
+
+
+def rebind_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.twin, "rebind", lambda model, twin: None)
 
 
 def also(*removals: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -501,6 +877,23 @@ PROTECTIONS: dict[str, Protection] = {
         scores_as(lambda: odd.small("glm_moe_dsa", index_topk=8), long_rows()), trust_padding
     ),
     "a model sees no later token": Protection(sees_later_tokens, prove_nothing, ConfigurationError),
+    # functions on the model
+    "a compiled forward is the copy's own": Protection(
+        lambda _: moves_with_training(frozen, compiled(tiny_model())), rebind_nothing
+    ),
+    "a compiled reference's forward is its own": Protection(compiled_reference, rebind_nothing),
+    "a wrapped forward is the copy's own: default": Protection(
+        lambda _: moves_with_training(frozen, by_default(tiny_model())), rebind_nothing
+    ),
+    "a wrapped forward is the copy's own: closure": Protection(
+        lambda _: moves_with_training(frozen, by_closure(tiny_model())), rebind_nothing
+    ),
+    "a hook is the copy's own": Protection(
+        lambda _: moves_with_training(frozen, by_a_hook(tiny_model())), rebind_nothing
+    ),
+    "what cannot be the copy's own is refused": Protection(
+        lambda _: moves_with_training(frozen, inside_an_object(tiny_model())), rebind_nothing, ReferenceModelError
+    ),
     # a reference model
     "what is shared and trains is copied": Protection(shares_with_the_policy, copy_nothing),
     "the policy is no reference model": Protection(is_the_policy, no_sharing_check, ConfigurationError),
@@ -510,9 +903,60 @@ PROTECTIONS: dict[str, Protection] = {
     "released weights do not answer": Protection(
         answers_with_trained_weights, never_release, MissingLogProbsError, silent=1
     ),
+    "what is brought back is a copy: lost store": Protection(brought_back(lose_the_store), share_what_is_brought_back),
+    "what is brought back is a copy: other rows": Protection(
+        brought_back(replace_the_rows), share_what_is_brought_back
+    ),
+    "what is brought back is a copy: rows that vary": Protection(
+        brought_back(vary_the_rows), share_what_is_brought_back
+    ),
     # checks
     "the gap is checked": Protection(changed_in_between, no_gap_check, InitialGapError),
+    "an evaluation does not use the gap check up": Protection(
+        lambda folder: changed_after(lambda trainer: trainer.evaluate(), folder), disarm_the_gap_check, InitialGapError
+    ),
+    "a prediction does not use the gap check up": Protection(
+        lambda folder: changed_after(predict, folder), disarm_the_gap_check, InitialGapError
+    ),
+    "a second training has a gap check": Protection(
+        lambda folder: changed_after(lambda trainer: trainer.train(), folder), disarm_the_gap_check, InitialGapError
+    ),
+    "the gap of given sums is checked": Protection(given_by_another_model, no_gap_check, InitialGapError),
+    "the gap is checked behind the first batch: stored": Protection(
+        wrong_behind_the_first_batch, look_at_the_first_batch_alone, InitialGapError
+    ),
+    "the gap is checked behind the first batch: new tokens": Protection(
+        new_rows_of_the_embedding, look_at_the_first_batch_alone, InitialGapError
+    ),
+    "the adapter is on, whatever the user does": Protection(evaluated_with_the_adapter_off, leave_the_adapter_off),
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
+    # what others hold
+    "what is shared stays frozen: layers": Protection(
+        lambda folder: unfrozen_later(with_frozen_layers, folder), look_at_no_held_tensor, DriftError
+    ),
+    "what is shared stays frozen: the base": Protection(
+        lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor, DriftError
+    ),
+    "what is shared stays frozen: step by step": Protection(unfrozen_step_by_step, look_at_no_held_tensor, DriftError),
+    "the owner's changes are seen: in place": Protection(
+        lambda folder: changed_by_its_owner(in_place, folder), look_at_no_held_tensor, DriftError
+    ),
+    "the owner's changes are seen: without a trace": Protection(
+        lambda folder: changed_by_its_owner(without_a_trace, folder), look_at_no_held_tensor, DriftError
+    ),
+    "the owner's changes are seen: another tensor": Protection(
+        lambda folder: changed_by_its_owner(by_another_tensor, folder), look_at_no_held_tensor, DriftError
+    ),
+    "a changed source does not write": Protection(stored_of_a_changed_model, write_all_the_same, DriftError),
+    "every byte is read": Protection(rows_that_no_watched_pair_has, look_at_no_held_tensor, DriftError),
+    "the base stays as it is": Protection(decayed_base, look_at_no_held_tensor, DriftError),
+    "a hook on the base is seen": Protection(
+        lambda folder: a_hook_on_the_base(lambda module, inputs, output: 3 * output, folder),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
+    "running means are exchanged": Protection(running_means, share_what_is_written),
+    "the reference's adapter is the active one": Protection(another_adapter, forget_the_active_adapter, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
     "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),
     "a synchronized reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),
@@ -530,3 +974,7 @@ def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, m
     with monkeypatch.context() as patch:
         protection.remove(patch)
         assert protection.fault(tmp_path / "bare") >= protection.silent
+
+
+def test_a_hook_that_only_looks_stops_no_run(tmp_path: Path) -> None:
+    assert a_hook_on_the_base(lambda module, inputs, output: None, tmp_path) == 0

@@ -19,6 +19,7 @@ MEMBERS = sorted(name for name in vars(Reference) if not name.startswith("_"))
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "log_probs": ((BATCH,), {}),
     "changed_tensors": ((), {}),
+    "held_by_others": ((), {}),
     "in_policy": ((), {}),
     "figures": ((), {}),
     "export": ((Path("folder"),), {"merged": True}),

@@ -14,7 +14,7 @@ from support.runs import as_dataset, curve, make_trainer, steps, stream, trained
 from support.tiny import ADAM_EPSILON, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback
 from tether.data.datasets import REFERENCE_COLUMNS
-from tether.errors import ConfigurationError, DataError, MissingLogProbsError
+from tether.errors import ConfigurationError, DataError, InitialGapError, MissingLogProbsError
 from tether.trainer.reference_columns import with_reference_columns
 
 pytestmark = pytest.mark.numerics
@@ -100,10 +100,18 @@ def test_rows_that_bring_sums_train_without_any_reference_pass(loss_type: str, t
     )
 
 
-def test_a_gap_of_given_sums_is_logged_and_not_refused(tmp_path: Path) -> None:
+def test_a_gap_of_given_sums_is_refused_unless_they_are_another_model_s(tmp_path: Path) -> None:
     rows = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 5.0} for row in exported(tmp_path)]
-    trainer = trained(tmp_path / "1", rows=rows, max_length=MAX_LENGTH)
+    with pytest.raises(InitialGapError, match="given reference") as caught:
+        trained(tmp_path / "1", rows=rows, max_length=MAX_LENGTH)
+    assert "`ref_columns='other'`" in caught.value.instead
+    trainer = trained(tmp_path / "2", rows=rows, max_length=MAX_LENGTH, ref_columns="other")
     assert steps(trainer)[0]["reference/initial_gap"] > 0.05
+
+
+def test_whose_the_columns_are_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="ref_columns"):
+        make_trainer(tmp_path, ref_columns="other")
 
 
 def test_one_response_may_have_another_sum_in_another_row(tmp_path: Path) -> None:

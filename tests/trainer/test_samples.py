@@ -192,6 +192,7 @@ def test_a_reference_that_only_knows_the_rows_leaves_its_figures_out(
     else:
         sums = {"ref_chosen_logps": -9.0, "ref_rejected_logps": -8.0}
         rows, options["eval_dataset"] = ([row | sums for row in some] for some in (rows, HELD_OUT))
+        options["ref_columns"] = "other"
     trainer = trained(tmp_path, rows=rows, eval_strategy="steps", eval_steps=1, **options)
     assert figures(trainer).keys() == {"samples/length", "samples/ended", "samples/repetition"}
     assert {(row["reference"], row["surprise"], row["kl"]) for row in samples(tmp_path)} == {("-", "-", "-")}

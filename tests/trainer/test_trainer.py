@@ -319,7 +319,7 @@ def test_explicit_reference_holds_the_trainable_weights_twice_and_no_others(tmp_
 
 def test_reference_passes_of_a_run_are_counted(tmp_path: Path) -> None:
     options: dict[str, Any] = {"rows": tiny_pairs(8), "max_steps": 4, "per_device_train_batch_size": 2}
-    assert trained(tmp_path / "1", **options).reference.num_passes == 4 + 1  # and the pairs that are watched for drift
+    assert trained(tmp_path / "1", **options).reference.num_passes == 4 + 2  # and the rows looked at before the first
     # Each row once, before training, and more of them at a time than training takes.
     assert trained(tmp_path / "2", **options, **PRECOMPUTE).reference.num_passes == 1
 

@@ -174,6 +174,11 @@ class DPOConfig(TrainingArguments):
         "When the store is filled: before training (fill), when a row is first read (lazy), or never (require; a "
         "missing row is then an error). auto is fill, but lazy for streams.",
     )
+    ref_columns: Literal["policy", "other"] = _option(
+        "policy",
+        "Whose log-probs the columns ref_chosen_logps and ref_rejected_logps are: those of the policy as it starts, "
+        "which is checked, or of another model.",
+    )
     ref_dtype: Dtype | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )

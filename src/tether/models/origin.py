@@ -10,10 +10,17 @@ from torch import nn
 
 
 class Origin(NamedTuple):
-    """Where a model can be loaded from again, and its name for messages."""
+    """Where a model can be had from again.
+
+    Attributes:
+        name: For messages.
+        load: Gives the model.
+        is_live: It is somebody's model in memory, which may change at any time.
+    """
 
     name: str
     load: Callable[[], nn.Module]
+    is_live: bool = False
 
 
 def name_of(model: Any) -> str:

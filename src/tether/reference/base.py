@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tether.errors import ReferenceModelError
+from tether.reference.held import Slot
 from tether.reference.identity import ReferenceIdentity
 from tether.scoring import score
 from tether.scoring.evaluation import evaluation_mode
@@ -104,6 +105,10 @@ class Reference(ABC):
 
     def changed_tensors(self) -> list[str]:
         """Names of tensors that have changed since the reference was made."""
+        return []
+
+    def held_by_others(self) -> list[Slot]:
+        """Where the tensors are that shape its answers, must not change, and belong to someone else as well."""
         return []
 
     @property

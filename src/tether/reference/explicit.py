@@ -25,6 +25,7 @@ from tether.distributed import (
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.models.origin import Origin
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
+from tether.reference.held import Slot, slots_of
 from tether.reference.identity import (
     ReferenceIdentity,
     digest_tensors,
@@ -188,6 +189,11 @@ class ExplicitReference(MovableReference):
         now = digest_tensors(model_tensors(self._module))
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
+    def held_by_others(self) -> list[Slot]:
+        if self._module is None:
+            return []
+        return slots_of(self._module, {n: p for n, p in self._module.named_parameters() if _storage(p) in self._given})
+
     @property
     def extra_bytes(self) -> int:
         if self._module is None:
@@ -270,13 +276,18 @@ class ExplicitReference(MovableReference):
             self._refuse_given(name)
         return [DenseGroup(name, rule.alpha) for name in (*trained, *buffers)]
 
+    def _twin_of(self, origin: Origin) -> nn.Module:
+        """Shares nothing with a live model: who holds that may train it."""
+        return frozen_twin(
+            origin.load(), lambda parameter: origin.is_live, self._placement.dtype, self._placement.device
+        )
+
     def _bring_back(self) -> nn.Module:
-        """Loads the weights again from an origin, checked by their digest."""
+        """Has the weights again from an origin: of a live model as a copy, and in any case proven by their digest."""
         refused = []
         for origin in self._origins:
             try:
-                model = origin.load()
-                twin = frozen_twin(model, lambda parameter: False, self._placement.dtype, self._placement.device)
+                twin = self._twin_of(origin)
                 found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
             except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
                 refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")

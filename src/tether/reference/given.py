@@ -22,11 +22,13 @@ class GivenReference(Reference):
 
     Args:
         digest: Of the given numbers, if they can be known in advance; distinguishes one set of them from another.
+        means_policy: They are meant to be the initial policy's.
     """
 
     kind = Kind("given", "log-probs that the rows brought along")
 
-    def __init__(self, digest: str) -> None:
+    def __init__(self, digest: str, *, means_policy: bool = False) -> None:
+        self._means_policy = means_policy
         self._identity = ReferenceIdentity(self.kind.name, weights=digest, compute_dtype="float32", scoring_version=0)
 
     @property
@@ -35,7 +37,7 @@ class GivenReference(Reference):
 
     @property
     def traits(self) -> Traits:
-        return Traits(answers_are_stored=True, knows_tokens=False)
+        return Traits(means_policy=self._means_policy, answers_are_stored=True, knows_tokens=False)
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         sums = [known for known in batch.reference_sums if known is not None]

@@ -1,13 +1,12 @@
 """`ImplicitReference`: the policy's own base, with its adapter off or with the adapter it started from.
 
-The one home of PEFT's adapter mechanics. Holds no second set of base weights.
+Knows what an adapter changes; `adapter_state` switches it. Holds no second set of base weights.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,9 +19,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
-from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
+from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
+from tether.reference.adapter_state import adapter_off, adapter_on
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
+from tether.reference.held import Slot, slots_of
 from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
 from tether.reference.updates.adapters import adapter_groups, refused_shards
 from tether.reference.updates.groups import MovableReference, Tensors, UpdateGroup, UpdateRule
@@ -30,6 +31,8 @@ from tether.refusals import refuse
 from tether.scoring import SCORING_VERSION, rotary_limit
 from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
+
+_MOST_WRITTEN = 1 << 20  # numbers in a buffer
 
 
 def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -79,6 +82,8 @@ class ImplicitReference(MovableReference):
         kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
         # By name: FSDP2 puts other parameter objects into the modules when it shards them.
         self._copies = {name: local_shard(parameter).clone() for name, parameter in kept.items()}
+        self._buffers = _written_buffers(policy)
+        self._active = list(policy.active_adapters)
         self._digests = digest_tensors(self._tensors())
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
@@ -104,6 +109,13 @@ class ImplicitReference(MovableReference):
             now = digest_tensors(self._tensors())
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
+    def held_by_others(self) -> list[Slot]:
+        """Of the base, and of what of an adapter is not copied because it does not train."""
+        trains = {id(p) for name, p in self._policy.named_parameters() if p.requires_grad or name in self._copies}
+        own = trains | {id(slot.tensor) for slot, _ in self._buffers}
+        shared = {name: tensor for name, tensor in self._tensors().items() if id(tensor) not in own}
+        return slots_of(self._policy, shared)
+
     @property
     def length_limit(self) -> int | None:
         return rotary_limit(self._policy)
@@ -126,8 +138,15 @@ class ImplicitReference(MovableReference):
 
     @contextmanager
     def in_policy(self) -> Iterator[None]:
-        off = adapter_off(self._policy) if self._adapter_off else nullcontext()
-        with off, self._exchanged():
+        state = adapter_off if self._adapter_off else adapter_on
+        if not self._adapter_off and list(self._policy.active_adapters) != self._active:
+            raise DriftError(
+                problem=f"Cannot use the implicit reference: it is the adapter {self._active}, and "
+                f"{list(self._policy.active_adapters)} is active now.",
+                instead=f"Make it active again, `model.set_adapter({self._active[0]!r})`, or build a new trainer with "
+                "the other one.",
+            )
+        with state(self._policy), self._exchanged():
             yield
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
@@ -137,6 +156,11 @@ class ImplicitReference(MovableReference):
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
+        with _put_in(self._buffers), self._exchanged_parameters():
+            yield
+
+    @contextmanager
+    def _exchanged_parameters(self) -> Iterator[None]:
         if not self._copies:
             yield
             return
@@ -194,21 +218,28 @@ def _adapter_config(policy: PeftModel) -> Any:
     return [configs, policy.active_adapters]
 
 
-@contextmanager
-def adapter_off(policy: PeftModel) -> Iterator[None]:
-    """PEFT's `disable_adapter`, with every `requires_grad` as it was afterwards and without its advice on biases.
+def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:
+    """Copies of the buffers that a training forward may write to, as running means are written, and their places.
 
-    Trained biases stay in force under it; `ImplicitReference` exchanges them.
+    Those are small and saved with the model; what a quantized layer keeps as a buffer is large.
     """
-    trains = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    saved = policy.state_dict().keys()
+    named = {name: tensor for name, tensor in policy.named_buffers() if name in saved}
+    small = {name: tensor for name, tensor in named.items() if tensor.numel() <= _MOST_WRITTEN}
+    return [(slot, slot.holder[slot.key].clone()) for slot in slots_of(policy, small)]
+
+
+@contextmanager
+def _put_in(buffers: list[tuple[Slot, Tensor]]) -> Iterator[None]:
+    """While open, the places have these tensors."""
+    before = [slot.holder[slot.key] for slot, _ in buffers]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
-            with policy.disable_adapter():
-                yield
+        for slot, tensor in buffers:
+            slot.holder[slot.key] = tensor.to(slot.holder[slot.key].device)
+        yield
     finally:
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
+        for (slot, _), tensor in zip(buffers, before, strict=True):
+            slot.holder[slot.key] = tensor
 
 
 def has_zero_delta(policy: PeftModel) -> bool:

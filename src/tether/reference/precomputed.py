@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tether.distributed import any_process
-from tether.errors import ConfigurationError, DataError, MissingLogProbsError
+from tether.errors import ConfigurationError, DataError, DriftError, MissingLogProbsError
 from tether.reference.base import BatchSource, Kind, Reference, Traits
 from tether.reference.filling import StorePass, names_of
+from tether.reference.held import HeldTensors
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.wrapping import WrappingReference
 from tether.store import LogProbStore, key_at_length
@@ -83,6 +84,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         self._decode = decode
         self._how_to_fill = how_to_fill or "Fill the store first (`tether precompute`)."
         self._num_found = self._num_computed = 0
+        self._held: HeldTensors | None = HeldTensors(self._source.held_by_others())
         if mode == "require":
             self.release()
 
@@ -167,6 +169,8 @@ class PrecomputedReference(WrappingReference[Reference]):
     def release(self) -> None:
         """Releases the source. An adapter's base costs nothing and stays right, so it still scores new rows."""
         self._source.release()
+        if not self._source.held_by_others():  # it would keep the weights; what comes back is nobody else's
+            self._held = None
 
     def _lacking(self, batch: PairBatch) -> list[int]:
         return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
@@ -222,9 +226,14 @@ class PrecomputedReference(WrappingReference[Reference]):
         """Lets the source score a batch, and stores the log-probs."""
         if self.source is None:
             raise self._missing(self._named(batch, 0, name_of(0)))
+        if self._held is not None and (changed := self._held.changed()):
+            raise self._moved(changed)
         if self.traits.is_collective:
             any_process(True)
-        computed = self._source.log_probs(batch)
+        try:
+            computed = self._source.log_probs(batch)
+        except MissingLogProbsError as error:  # a released source knows no row
+            raise self._missing(self._named(batch, 0, name_of(0)), error) from error
         values = [value.cpu().numpy() for value in computed.split()]
         for index, value in enumerate(values):
             if not np.isfinite(value).all():
@@ -249,7 +258,14 @@ class PrecomputedReference(WrappingReference[Reference]):
         text = " ".join(self._decode(response.prompt_ids[:_EXCERPT_TOKENS]).split())
         return f"{name} (prompt: {text[:_EXCERPT_LETTERS]!r})"
 
-    def _missing(self, what: str) -> MissingLogProbsError:
+    def _missing(self, what: str, why: MissingLogProbsError | None = None) -> MissingLogProbsError:
+        if why is not None:
+            return MissingLogProbsError(
+                problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does "
+                "not hold them, and the reference's weights are not to be had again.",
+                details=f"{why.problem} {why.details}",
+                instead=why.instead,
+            )
         return MissingLogProbsError(
             problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does not "
             f"hold them for the reference {self._identity.digest}.",
@@ -257,6 +273,15 @@ class PrecomputedReference(WrappingReference[Reference]):
             if self._mode == "require"
             else "This reference has no source to compute them with.",
             instead=self._how_to_fill,
+        )
+
+    def _moved(self, names: list[str]) -> DriftError:
+        return DriftError(
+            problem=f"Cannot score a row for the log-prob store {self._store.path}: the reference should not change, "
+            f"but its tensor `{names[0]}` did.",
+            details=f"{len(names)} of its tensors changed since it was made. What it answers now would stand in the "
+            "store under the weights that it had.",
+            instead="Keep everything from changing it, or score all rows before (`ref_store_mode='fill'`).",
         )
 
     def _not_finite(self, batch: PairBatch, index: int, name: str, value: Any) -> DataError:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tether.distributed import Sharding, copy_of_sharded, has_shards, is_fsdp, is_sharded, twin_of_fsdp
 from tether.errors import ReferenceModelError
+from tether.reference.rebinding import rebind
 
 
 def frozen_twin(
@@ -28,7 +29,9 @@ def frozen_twin(
     must. The copy of a sharded parameter is sharded alike.
     """
     if is_fsdp(model):
-        return twin_of_fsdp(model, dtype)
+        twin = twin_of_fsdp(model, dtype)
+        rebind(model, twin)
+        return twin
 
     def copies(parameter: nn.Parameter) -> bool:
         casts = dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
@@ -37,10 +40,7 @@ def frozen_twin(
     kept = {id(parameter): parameter for parameter in model.parameters() if not copies(parameter)}
     kept |= {id(p): copy_of_sharded(p, dtype) for p in model.parameters() if id(p) not in kept and is_sharded(p)}
     twin = copy.deepcopy(model, dict(kept))
-    for module in twin.modules():
-        if "_original_forward" in vars(module):  # accelerate's autocast wrapper still points to the original
-            vars(module).pop("_original_forward")
-            vars(module).pop("forward", None)
+    _unwrap_forwards(twin)
     for parameter in twin.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
@@ -48,7 +48,18 @@ def frozen_twin(
     for module in twin.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    rebind(model, twin)
     return twin.eval()
+
+
+def _unwrap_forwards(twin: nn.Module) -> None:
+    """Takes accelerate's autocast wrapper off, which still points to the original."""
+    for module in twin.modules():
+        if "_original_forward" in vars(module):
+            vars(module).pop("forward", None)
+            forward = vars(module).pop("_original_forward")
+            if getattr(forward, "__func__", None) is not type(module).forward:
+                vars(module)["forward"] = forward
 
 
 def refuse_lost_hooks(model: nn.Module, shard: Sharding | None) -> None:

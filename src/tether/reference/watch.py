@@ -6,16 +6,18 @@ trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
+from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
+from tether.reference.held import Behaviour, HeldTensors
 from tether.types import PairBatch, ResponseLogProbs
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
@@ -105,8 +107,8 @@ def initial_gap(
     return Gap.between(scores.values, reference.values, reduce)
 
 
-def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None:
-    """Refuses a gap that rounding does not explain.
+def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str, where: str = "the first batch") -> None:
+    """Refuses a gap that rounding does not explain; `where` says on which rows it was found.
 
     Raises:
         InitialGapError: With the gap's size and its likely causes.
@@ -115,15 +117,16 @@ def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str) -> None
     mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
     if gap.within(allowed):
         return
+    own_kind = reference.identity.kind
     raise InitialGapError(
-        problem=f"Cannot train against the {reference.identity.kind} reference: it should be the initial policy, but "
-        f"scores the first batch differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
+        problem=f"Cannot train against the {own_kind} reference: it should be the initial policy, but "
+        f"scores {where} differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
         details=f"Rounding ({_dtypes(policy_dtype, own)}) explains a mean of {mean:g} and a largest of {largest:g}. "
-        "Likely causes: the policy was changed between building the trainer and training; an adapter whose initial "
-        "delta is not zero; dropout that evaluation mode does not switch off; resized or reloaded embeddings; another "
-        "dtype; log-probs stored for other weights.",
+        "Likely causes: the policy was changed between building the trainer and training, also by an earlier "
+        "`train()`; an adapter whose initial delta is not zero; dropout that evaluation mode does not switch off; "
+        "resized or reloaded embeddings; another dtype; log-probs stored for other weights.",
         instead="Build the trainer last, with the policy as it will train. If you mean another model as the reference, "
-        "pass it as `ref_model`.",
+        + ("say so: `ref_columns='other'`." if own_kind == "given" else "pass it as `ref_model`."),
     )
 
 
@@ -165,27 +168,103 @@ class ReferenceWatch:
         reduce: Callable[[Tensor, str], Tensor] = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
-        self._knows_gap = self._knows_start = False
+        self._gaps_known: set[bool] = set()  # whether the policy was in training
+        self._knows_start = False
+        self._held = HeldTensors(())
+        self._behaviour: Behaviour | None = None
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
 
+    def begin(self) -> bool:
+        """Called at each start from step 0; returns whether the reference claims the policy now, as one that has moved
+        with an earlier training does not.
+        """
+        if self._reference.traits.moves and True in self._gaps_known:
+            return False
+        self._gaps_known.clear()
+        return True
+
     def gap_at_start(
         self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
     ) -> dict[str, float]:
-        """The gap between policy and reference on the first batch; nothing on later calls, or once it has trained.
+        """The gap between policy and reference on the first batch; nothing on later ones, or once it has trained.
+
+        The first batch of an evaluation before training counts by itself, and not where the user has the adapter off.
 
         Raises:
             InitialGapError: If the reference is meant to be the initial policy and rounding does not explain the gap.
         """
-        if self._knows_gap or has_trained:
+        if has_trained or policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
             return {}
-        self._knows_gap = True
+        self._gaps_known.add(policy.training)
+        return {"reference/initial_gap": self._checked_gap(policy, batch, answer, "the first batch").mean}
+
+    def check_rows(self, policy: nn.Module, batch: PairBatch, where: str) -> None:
+        """Looks at further rows before the first step; collective.
+
+        Raises:
+            InitialGapError: As `gap_at_start`; names the rows by `where`.
+        """
+        if self._reference.traits.means_policy:
+            self._checked_gap(policy, batch, self._reference.log_probs(batch), where)
+
+    def _checked_gap(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> Gap:
         traits = self._reference.traits
         gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, traits.knows_tokens)
         if traits.means_policy:
-            check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype))
-        return {"reference/initial_gap": gap.mean}
+            check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype), where)
+        return gap
+
+    def hold(self) -> None:
+        """Begins to watch what of the reference others hold too."""
+        self._held = HeldTensors(self._reference.held_by_others())
+
+    def watch_behaviour(self, policy: nn.Module) -> None:
+        """Begins to watch what else a pass through the policy's own modules depends on."""
+        self._behaviour = Behaviour(policy) if self._reference.traits.runs_in_policy else None
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Refuses to train what the reference shares.
+
+        Raises:
+            DriftError: Names the tensors.
+        """
+        if names := self._held.trained_by(optimizer):
+            raise DriftError(
+                problem=f"Cannot train {_listed(names)}: the {self._reference.identity.kind} reference shares what was "
+                "frozen when the trainer was built, and would change with it.",
+                instead="Let train what shall train before building the trainer (`requires_grad_(True)`): the "
+                "reference copies that.",
+            )
+
+    def check_held(self, *, everything: bool) -> None:
+        """Looks at what others hold too: for traces of a change and, in rotation, at the bytes.
+
+        Args:
+            everything: Read every byte; then every process must take part.
+
+        Raises:
+            DriftError: Names the tensors that changed.
+        """
+        names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
+        if not names:
+            if self._behaviour is not None and self._behaviour.has_changed():
+                self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
+            return
+        by = ""
+        if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
+            gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, _alone)
+            by = (
+                f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
+            )
+        raise DriftError(
+            problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
+            f"these of its tensors did: {_listed(names)}{by}.",
+            details="It shares them with the policy or with the model that it was made of, and something wrote to "
+            "them: an optimizer that holds them, a callback, whoever else has the model.",
+            instead=_INSTEAD,
+        )
 
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""
@@ -216,32 +295,51 @@ class ReferenceWatch:
             found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
         return found
 
-    def check_drift(self) -> None:
+    def check_drift(self, *, alone: bool = False) -> None:
         """Scores the sentinel's pairs again.
+
+        Args:
+            alone: Ask no other process; nothing is checked where each pass needs all of them.
 
         Raises:
             DriftError: If a reference that stands still moved by more than rounding; names the tensors that changed.
         """
-        if self._sentinel is None or self._before is None or self._reference.traits.moves:
+        traits = self._reference.traits
+        if self._sentinel is None or self._before is None or traits.moves or (alone and traits.is_collective):
             return
-        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, self._reduce)
+        reduce = _alone if alone else self._reduce
+        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, reduce)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        allowed = tolerance(own, own, alike=not self._reference.traits.answers_are_stored)
-        names = names_of_all(self._reference.changed_tensors())  # reads every weight, so only when something is wrong
+        allowed = tolerance(own, own, alike=not traits.answers_are_stored)
+        names = self._reference.changed_tensors()  # reads every weight, so only when something is wrong
+        names = names if alone else names_of_all(names)
         if gap.within(allowed) and not names:
             return
         raise DriftError(
             problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
             f"scores fixed pairs differently than before training (mean gap {gap.mean:.3g} nats per token, largest "
             f"{gap.largest:.3g}).",
-            details=f"These of its tensors changed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+            details=f"These of its tensors changed: {_listed(names)}."
             if names
-            else "None of its weights changed, so a buffer, a mode or the stored values did.",
-            instead="Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or "
-            "give the reference its own weights with `ref_model`.",
+            else "None of its weights changed, so a buffer, a hook, the config, a mode or the stored values did.",
+            instead=_INSTEAD,
         )
+
+
+def _alone(tensor: Tensor, how: str) -> Tensor:
+    return tensor
+
+
+_INSTEAD = (
+    "Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or give the "
+    "reference its own weights with `ref_model`."
+)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _keys(batch: PairBatch) -> list[str]:

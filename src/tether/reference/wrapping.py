@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from tether.reference.base import BatchSource, Kind, Reference, Traits
+from tether.reference.held import Slot
 from tether.reference.identity import ReferenceIdentity
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -65,6 +66,9 @@ class WrappingReference(Reference, Generic[Source]):
 
     def changed_tensors(self) -> list[str]:
         return self._source.changed_tensors()
+
+    def held_by_others(self) -> list[Slot]:
+        return self._source.held_by_others()
 
     @property
     def length_limit(self) -> int | None:

@@ -5,7 +5,7 @@ Knows loaders, samplers and accelerate's way with them; knows no model and no re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -23,12 +23,13 @@ from tether.data.datasets import TOKEN_COLUMNS, batch_columns, batch_of, truncat
 from tether.data.rounds import FilledOrder, FilledStream, MarkedRows
 from tether.data.rows import has_image_column
 from tether.data.sampling import EvenBatches
-from tether.data.tokenizing import arrow_tables
+from tether.data.tokenizing import arrow_tables, largest_id
 from tether.data.truncation import Truncation
 from tether.types import PairBatch
 
 _Numbers: TypeAlias = npt.NDArray[np.int64]
 _ROWS_AT_ONCE = 32
+_ENOUGH_ROWS = 2048
 _ENOUGH_TOKENS = 16_384  # more at once is hardly faster, and a stopped pass loses what is in flight
 
 
@@ -62,6 +63,35 @@ class RowsToScore:
             rows = self._order[start : start + _ROWS_AT_ONCE].tolist()
             batch = batch_of(self._collator(self._dataset.__getitems__(rows)))
             yield replace(batch, rows=tuple(rows))
+
+
+def sampled_rows(sets: Mapping[str, Dataset], count: int) -> dict[str, list[int]]:
+    """A few rows of all sets together, by set: the last one, others evenly before it, and one with a large token id.
+
+    Tokens that were added last have the largest ids, and may be in few rows.
+    """
+    sampled: dict[str, set[int]] = {name: set() for name, rows in sets.items() if len(rows)}
+    if not sampled:
+        return {}
+    largest = {name: _row_of_large_id(sets[name]) for name in sampled}
+    newest = max(largest, key=lambda name: largest[name][0])
+    sampled[newest].add(largest[newest][1])
+    total = sum(map(len, sets.values()))
+    for number in range(1, count):
+        place = max(total * number // (count - 1) - 1, 0)
+        for name, rows in sampled.items():
+            if place < len(sets[name]):
+                rows.add(place)
+                break
+            place -= len(sets[name])
+    return {name: sorted(rows) for name, rows in sampled.items() if rows}
+
+
+def _row_of_large_id(dataset: Dataset) -> tuple[int, int]:
+    """The largest token id of a set and its row, among so many rows that looking takes no time to speak of."""
+    apart = -(-len(dataset) // _ENOUGH_ROWS)
+    found, row = largest_id(dataset.select(range(0, len(dataset), apart)))
+    return found, row * apart
 
 
 def _prompts(dataset: Any) -> _Numbers:

@@ -74,7 +74,7 @@ def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Re
     if facts.reference is not None:
         return _own(facts.reference, policy)
     if around.given is not None:
-        return GivenReference(around.given)
+        return GivenReference(around.given, means_policy=args.ref_columns == "policy")
     if args.reference_free:
         return FreeReference()
     mode = store_mode(facts)
@@ -231,7 +231,7 @@ def _source(
         return ImplicitReference(policy, autocast_dtype=around.autocast_dtype, moves=moves)
     stays = placement == Placement(autocast_dtype=around.autocast_dtype) and not has_shards(policy)
     if is_released and stays:
-        itself = Origin("the policy in memory", lambda: policy)  # until it has trained
+        itself = Origin("the policy in memory", lambda: policy, is_live=True)  # until it has trained
         return ExplicitReference.before_training(
             policy, autocast_dtype=around.autocast_dtype, origins=(itself, *around.origins)
         )
@@ -260,7 +260,7 @@ def _in_memory(ref_model: nn.Module) -> Origin:
             raise OSError("it was given up")
         return model
 
-    return Origin("`ref_model` in memory", load)
+    return Origin("`ref_model` in memory", load, is_live=True)
 
 
 def waits_for_device(policy: nn.Module, device: torch.device | None) -> bool:

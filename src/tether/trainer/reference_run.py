@@ -21,11 +21,12 @@ from tether.data.datasets import PairDataset, batch_of
 from tether.distributed import raising_together
 from tether.reference import Reference
 from tether.reference.watch import ReferenceWatch
-from tether.trainer.batches import RowsToScore
+from tether.trainer.batches import RowsToScore, sampled_rows
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
 from tether.trainer.saving import keep_savable
 
 _SENTINEL_PAIRS = 2
+_SAMPLED_PAIRS = 4
 
 
 class ReferenceRun(TrainerCallback):
@@ -60,7 +61,9 @@ class ReferenceRun(TrainerCallback):
         self.reference, self.watch = reference, ReferenceWatch(reference, autocast_dtype)
         self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
         self._waits = waits and reference.traits.runs_in_policy
+        self._prepared: dict[str, PairDataset] = {}
         self.prepare(sets())
+        self.watch.hold()
         if reference.traits.moves:
             warn_of_weights_alone(args)
 
@@ -68,6 +71,7 @@ class ReferenceRun(TrainerCallback):
         """Lets the reference score sets ahead, if it does that and the policy is in place."""
         if self._waits:
             return
+        self._prepared |= sets
         batches = {
             name: lambda dataset=dataset: RowsToScore(dataset, self._collator, self._args)
             for name, dataset in sets.items()
@@ -85,17 +89,40 @@ class ReferenceRun(TrainerCallback):
         if self._waits:
             self._waits = False
             self.prepare(self._sets())
+            self.watch.hold()
+        self.watch.check_held(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
+        self.watch.check_optimizer(kwargs.get("optimizer"))
+        self.watch.watch_behaviour(policy)
+        if state.global_step == 0 and self.watch.begin():
+            self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=False)
+        self.watch.check_optimizer(kwargs.get("optimizer"))
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=True)
         self.watch.check_drift()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=True)
         self.watch.check_drift()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.check_held(everything=True)
+
+    def _check_sample(self, policy: nn.Module) -> None:
+        """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
+        sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
+        # A set that came later may have no stored answers, and no step may need them.
+        sets = {name: rows for name, rows in sets.items() if rows is self._prepared.get(name)}
+        most = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        for name, rows in sampled_rows(sets, min(most, _SAMPLED_PAIRS)).items():
+            batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
+            self.watch.check_rows(policy, batch, f"row {', '.join(map(str, rows))} of the {name} set")
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
         """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""

@@ -107,6 +107,7 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
         ("bad_rows", ("raise", "drop")),
         ("ref_dtype", (None, *DTYPES)),
         ("ref_store_mode", STORE_MODES),
+        ("ref_columns", ("policy", "other")),
     ):
         value = getattr(args, name)
         if value not in choices:

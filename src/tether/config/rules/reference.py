@@ -20,8 +20,7 @@ def refused_reference(facts: Facts) -> Iterator[Refusal]:
     """What options, models, rows and sharding say of the reference, where they do not go together."""
     args = facts.args
     yield from _ref_model(facts)
-    if facts.brings_log_probs:
-        yield from _given(facts)
+    yield from _given(facts) if facts.brings_log_probs else _columns(facts)
     if args.sync_ref_model:
         yield from _sync(facts)
     if facts.follows_average:
@@ -82,6 +81,13 @@ def _given(facts: Facts) -> Iterator[Refusal]:
             f"Leave `{option.split('=')[0]}` out, or take the columns out (`dataset.remove_columns`) and set "
             "`precompute_ref_log_probs=True`: its store keeps every token.",
         )
+
+
+def _columns(facts: Facts) -> Iterator[Refusal]:
+    if facts.args.ref_columns != "policy":
+        why = "the training rows have no reference log-probs, so it would have no effect"
+        instead = "Leave it out, or add the columns `ref_chosen_logps` and `ref_rejected_logps` to every set."
+        yield of_option("ref_columns", facts.args.ref_columns, why, instead)
 
 
 def _sync(facts: Facts) -> Iterator[Refusal]:

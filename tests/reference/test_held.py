@@ -1,0 +1,98 @@
+"""What of a reference others hold: a change is found by its trace, or when its bytes have their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from support.tiny import tiny_model
+from tether.reference.held import ROTATION_STEPS, Behaviour, HeldTensors, slots_of
+from tether.reference.twin import frozen_twin
+
+TENSORS: dict[str, Callable[[], torch.Tensor]] = {
+    "float32": lambda: torch.ones(7, 3),
+    "bfloat16, of a size that is no multiple of eight bytes": lambda: torch.ones(5, dtype=torch.bfloat16),
+    "one number": lambda: torch.tensor(1.0),
+    "bytes at an odd place": lambda: torch.ones(41, dtype=torch.int8)[3:],
+    "booleans": lambda: torch.ones(9, dtype=torch.bool),
+    "not contiguous": lambda: torch.ones(4, 6).T,
+    "larger than a part": lambda: torch.ones((1 << 20) + 3, dtype=torch.int8),
+}
+
+
+def held(tensor: torch.Tensor) -> tuple[nn.Module, HeldTensors]:
+    module = nn.Module()
+    module.register_buffer("first", torch.zeros(8))
+    module.register_buffer("last", tensor)
+    return module, HeldTensors(slots_of(module, dict(module.named_buffers())))
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_any_number_that_changes_without_a_trace_is_found_within_the_rotation(kind: str) -> None:
+    for place in (0, -1):
+        module, watched = held(TENSORS[kind]())
+        last: Any = module.last
+        assert not any(watched.changed_at_step() for _ in range(ROTATION_STEPS))
+        index = tuple(place for _ in last.shape)
+        last.data[index] = 0
+        assert watched.changed() == ["last"]
+        found = [watched.changed_at_step() for _ in range(ROTATION_STEPS)]
+        assert ["last"] in found
+
+
+def test_a_change_that_leaves_a_trace_is_found_at_once() -> None:
+    for change in (
+        lambda module: module.last.mul_(2),
+        lambda module: setattr(module, "last", module.last * 2),
+        lambda module: setattr(module.last, "data", module.last * 2),
+        lambda module: setattr(module, "last", None),
+    ):
+        module, watched = held(torch.ones(3 << 20, dtype=torch.int8))
+        change(module)
+        assert watched.changed_at_step() == ["last"]
+
+
+def test_the_same_numbers_are_no_change() -> None:
+    module, watched = held(torch.ones(5))
+    last: Any = module.last
+    last.mul_(1)
+    assert watched.changed_at_step() == []
+    module.last = last.clone()
+    assert watched.changed_at_step() == watched.changed() == []
+
+
+def test_what_an_optimizer_trains_is_named_and_what_it_only_holds_is_not() -> None:
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    watched = HeldTensors(slots_of(module, dict(module.named_parameters())))
+    assert watched.trained_by(torch.optim.SGD(module.parameters(), lr=0.1)) == ["weight"]
+    assert watched.trained_by(None) == []
+
+
+def test_a_change_of_hooks_or_config_is_told_once() -> None:
+    model = tiny_model()
+    behaviour = Behaviour(model)
+    assert not behaviour.has_changed()
+    for change in (
+        lambda: model.lm_head.register_forward_hook(lambda *_: None),
+        lambda: setattr(model.model.layers[0], "forward", model.model.layers[0].forward),
+        lambda: setattr(model.config, "rms_norm_eps", 1.0),
+        lambda: model.config.rope_parameters.update(rope_theta=1.0),
+    ):
+        change()
+        assert behaviour.has_changed() and not behaviour.has_changed()
+
+
+def test_a_function_that_has_nothing_to_do_with_the_model_is_kept_as_it_is() -> None:
+    model, seen = tiny_model(), []
+
+    def looks(module: Any, inputs: Any, output: Any) -> None:
+        seen.append(type(module))
+
+    model.lm_head.register_forward_hook(looks)
+    twin: Any = frozen_twin(model, lambda parameter: True)
+    assert list(twin.lm_head._forward_hooks.values()) == [looks]
