@@ -352,7 +352,7 @@ def test_a_bad_recipe_is_refused_with_what_to_write(
         (["precompute", "--betta", "1"], "Did you mean `--beta`?"),
         (["train", "--model_init_kwargs", "nonsense"], "it should be a valid dictionary"),
         (["train", "--lr_scheduler_type", "cosin"], "Did you mean `cosine`?"),
-        (["demo", "--sede", "1"], "Did you mean --seed?"),
+        (["demo", "--sede", "1"], "Did you mean --model, --seed?"),
     ],
 )
 def test_bad_words_are_refused_with_what_to_write(tether: Run, words: list[str], said: str) -> None:

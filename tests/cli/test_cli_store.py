@@ -13,6 +13,7 @@ import pytest
 from test_cli import Run, own_cache, recipe, start, tether  # noqa: F401
 
 from tether.cli.store import HELP, VERBS
+from tether.scoring import SCORING_VERSION
 from tether.store import LogProbStore
 
 Recipes = Callable[..., str]
@@ -51,7 +52,7 @@ def test_info_tells_which_references_a_store_holds(tether: Run, filled: tuple[st
     with LogProbStore(path) as store:
         (identity,) = store.identities()
     assert code == 0 and f"store      {path} (" in out
-    assert f"reference  explicit {identity.digest}: compute dtype float32, scoring version 1" in out
+    assert f"reference  explicit {identity.digest}: compute dtype float32, scoring version {SCORING_VERSION}" in out
     assert f"{identity.num_records} responses, {identity.num_tokens:,} tokens" in out
 
 

@@ -444,13 +444,6 @@ def inside_an_object(model: Any) -> Any:
     return model
 
 
-def compiled_reference(folder: Path) -> float:
-    """The copy's attention is switched, and its forward is the original's."""
-    other = compiled(tiny_model(seed=1))
-    meant = naive_log_probs_of(tiny_model(seed=1), BATCH)
-    return differs(ExplicitReference.of_other_model(other, tiny_model()).log_probs(BATCH).values, meant)
-
-
 def fresh_lora(model: Any) -> Any:
     return adapted(model, LoraConfig(r=4, target_modules=["q_proj"]))
 
@@ -881,7 +874,6 @@ PROTECTIONS: dict[str, Protection] = {
     "a compiled forward is the copy's own": Protection(
         lambda _: moves_with_training(frozen, compiled(tiny_model())), rebind_nothing
     ),
-    "a compiled reference's forward is its own": Protection(compiled_reference, rebind_nothing),
     "a wrapped forward is the copy's own: default": Protection(
         lambda _: moves_with_training(frozen, by_default(tiny_model())), rebind_nothing
     ),

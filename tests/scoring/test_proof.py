@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import CPTConfig, get_peft_model
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -454,3 +455,13 @@ def test_unsupported_attention_is_an_error_where_packed_rows_are_demanded() -> N
     model = odd.small("gpt_oss", sliding_window=8, layer_types=["full_attention"] * 2)
     with pytest.raises(UnsupportedAttentionError):
         score(model, BATCH, layout="packed")
+
+
+def test_a_tensor_that_a_forward_replaces_is_left_as_it_was() -> None:
+    """PEFT's CPT puts another tensor into its parameter; the one of before may be a reference's."""
+    config = CPTConfig(cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), config)
+    (delta,) = (parameter for name, parameter in model.named_parameters() if "delta_embedding" in name)
+    before = delta.data
+    score(model, BATCH)
+    assert not before.any() and not delta.any()

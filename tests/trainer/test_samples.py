@@ -259,13 +259,13 @@ def test_prompts_without_room_for_an_answer_are_left_out(tmp_path: Path, caplog:
 @pytest.mark.parametrize("adapter", [None, lora], ids=["full", "lora"])
 def test_losses_and_random_states_are_the_same_to_the_bit_as_without(adapter: Any, tmp_path: Path) -> None:
     seen = []
-    for num in (0, NUM):
+    for num in (0, 0, NUM):  # the first one proves how the model is scored: beartype draws numbers to check its lists
         options = SAMPLES | {"report_samples": num, "peft_config": adapter and adapter()}
         if num == 0:
             del options["report_samples_max_new_tokens"]
         model = tiny_model("gpt2", resid_pdrop=0.2, attn_pdrop=0.2)
         trainer = trained(
-            tmp_path / str(num),
+            tmp_path / str(len(seen)),
             model,
             disable_dropout=False,
             eval_strategy="steps",
@@ -275,7 +275,7 @@ def test_losses_and_random_states_are_the_same_to_the_bit_as_without(adapter: An
         )
         states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
         seen.append((curve(trainer), curve(trainer, "grad_norm"), states))
-    assert seen[0] == seen[1]
+    assert seen[1] == seen[2]
 
 
 def test_the_order_of_a_run_with_checkpointed_activations_is_kept(tmp_path: Path) -> None:

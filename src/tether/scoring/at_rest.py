@@ -43,21 +43,22 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _moved_constants(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
-    moved: list[tuple[nn.Parameter, float]] = []
+    moved: list[tuple[nn.Parameter, Tensor, float]] = []
     try:
         # A gathered parameter lives for one forward only.
         for parameter in () if has_shards(model) else model.parameters():
             if _is_constant(parameter):
                 value = parameter.data.flatten()[0].item()
-                moved.append((parameter, value))
+                moved.append((parameter, parameter.data, value))
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
                 # `data` has a version of its own: a backward that waits for this weight does not notice.
                 parameter.data.copy_(value + 0.1 * noise if value else 0.05 * noise)
         torch.clear_autocast_cache()
         yield
     finally:
-        for parameter, value in moved:
-            parameter.data.fill_(value)  # not the tensor of before: PEFT's CPT puts another one there in its forward
+        for parameter, before, value in moved:
+            before.fill_(value)
+            parameter.data = before  # PEFT's CPT puts another tensor there in its forward; this may be the reference's
         torch.clear_autocast_cache()
 
 

@@ -122,6 +122,9 @@ class ReferenceRun(TrainerCallback):
         most = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         for name, rows in sampled_rows(sets, min(most, _SAMPLED_PAIRS)).items():
             batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
+            if self.reference.traits.answers_are_stored and not self.reference.traits.is_collective:
+                with self._accelerator.main_process_first():  # so that no row is scored by two
+                    self.reference.log_probs(batch)
             self.watch.check_rows(policy, batch, f"row {', '.join(map(str, rows))} of the {name} set")
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
