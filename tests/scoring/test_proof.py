@@ -430,7 +430,7 @@ def real() -> Iterator[tuple[Any, PairBatch]]:
         pytest.param(0.02, True, id="up, against fp32", marks=pytest.mark.slow),
         pytest.param(-0.02, True, id="down, against fp32", marks=pytest.mark.slow),
         pytest.param(0.02, False, id="up, against bf16"),
-        pytest.param(-0.02, False, id="down, against bf16"),
+        pytest.param(-0.02, False, id="down, against bf16", marks=pytest.mark.slow),
     ],
 )
 def test_a_shift_of_two_hundredths_of_a_nat_in_bf16_is_caught(
