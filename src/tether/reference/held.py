@@ -132,14 +132,16 @@ class Behaviour:
 
     def has_changed(self) -> bool:
         """Whether any of it has since this was last asked; a hook that only looks is a change too."""
-        known, self._known = self._known, self._now()
-        return known != self._known
+        if (self._on_modules(), self._config) == self._known:
+            return False
+        self._known = self._now()
+        return True
 
     def _now(self) -> tuple[list[Any], dict[str, Any]]:
-        modules = [
-            (tuple(m._forward_hooks), tuple(m._forward_pre_hooks), vars(m).get("forward")) for m in self._modules
-        ]
-        return modules, copy.deepcopy(self._config)
+        return self._on_modules(), copy.deepcopy(self._config)
+
+    def _on_modules(self) -> list[Any]:
+        return [(tuple(m._forward_hooks), tuple(m._forward_pre_hooks), vars(m).get("forward")) for m in self._modules]
 
 
 def _is_plain(tensor: Any) -> bool:

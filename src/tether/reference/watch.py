@@ -200,14 +200,13 @@ class ReferenceWatch:
         self._gaps_known.add(policy.training)
         return {"reference/initial_gap": self._checked_gap(policy, batch, answer, "the first batch").mean}
 
-    def check_rows(self, policy: nn.Module, batch: PairBatch, where: str) -> None:
+    def check_rows(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> None:
         """Looks at further rows before the first step; collective.
 
         Raises:
             InitialGapError: As `gap_at_start`; names the rows by `where`.
         """
-        if self._reference.traits.means_policy:
-            self._checked_gap(policy, batch, self._reference.log_probs(batch), where)
+        self._checked_gap(policy, batch, answer, where)
 
     def _checked_gap(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> Gap:
         traits = self._reference.traits

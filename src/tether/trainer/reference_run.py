@@ -116,16 +116,19 @@ class ReferenceRun(TrainerCallback):
 
     def _check_sample(self, policy: nn.Module) -> None:
         """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
+        traits = self.reference.traits
+        if not traits.means_policy:
+            return
         sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
         # A set that came later may have no stored answers, and no step may need them.
         sets = {name: rows for name, rows in sets.items() if rows is self._prepared.get(name)}
         most = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        fills_store = traits.answers_are_stored and not traits.is_collective  # then no row is scored by two processes
         for name, rows in sampled_rows(sets, min(most, _SAMPLED_PAIRS)).items():
             batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
-            if self.reference.traits.answers_are_stored and not self.reference.traits.is_collective:
-                with self._accelerator.main_process_first():  # so that no row is scored by two
-                    self.reference.log_probs(batch)
-            self.watch.check_rows(policy, batch, f"row {', '.join(map(str, rows))} of the {name} set")
+            with self._accelerator.main_process_first() if fills_store else nullcontext():
+                answer = self.reference.log_probs(batch)
+            self.watch.check_rows(policy, batch, answer, f"row {', '.join(map(str, rows))} of the {name} set")
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
         """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""
