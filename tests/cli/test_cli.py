@@ -450,7 +450,7 @@ def test_a_file_may_have_text_in_some_rows_and_messages_in_others(form: str, tmp
     ]
     path = tmp_path / f"pairs.{form}"
     path.write_text(json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows)))
-    found = load_pairs(str(path), "train_data").to_list()
+    found = load_pairs(str(path), "train_data")
     assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
     with pytest.raises(DataError, match="messages in others can only be read from a whole"):
         load_pairs(str(path), "train_data", streaming=True)
