@@ -5,9 +5,10 @@ Never writes to a model it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,8 @@ from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceMod
 from tether.models.origin import Origin
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.held import Slot, slots_of
-from tether.reference.identity import (
-    ReferenceIdentity,
-    digest_tensors,
-    digest_weights,
-    identity_digests,
-    model_tensors,
-    num_bytes,
-)
+from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
+from tether.reference.implicit import adapter_settings, all_tensors, base_tensors, is_adapter_model
 from tether.reference.twin import frozen_twin, refuse_lost_hooks
 from tether.reference.updates.groups import DenseGroup, MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.scoring import SCORING_VERSION, rotary_limit
@@ -114,10 +109,10 @@ class ExplicitReference(MovableReference):
         self._given = _storages(model.parameters()) if not apart else set()
         self._num_passes = 0
         self._means_policy = means_policy
-        self._digests = digest_tensors(model_tensors(self._module))
+        self._digests = digest_tensors(all_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind=self.kind.name,
-            **identity_digests(self._digests, self._module.config),
+            **_digests_of(self._module, self._digests),
             compute_dtype=compute_dtype_name(self._module, placement.autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
@@ -186,7 +181,7 @@ class ExplicitReference(MovableReference):
     def changed_tensors(self) -> list[str]:
         if self._module is None:
             return []
-        now = digest_tensors(model_tensors(self._module))
+        now = digest_tensors(all_tensors(self._module))
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
     def held_by_others(self) -> list[Slot]:
@@ -288,7 +283,7 @@ class ExplicitReference(MovableReference):
         for origin in self._origins:
             try:
                 twin = self._twin_of(origin)
-                found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
+                found = _digests_of(twin, digest_tensors(all_tensors(twin)))["weights"]
             except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
                 refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")
                 continue
@@ -310,6 +305,13 @@ class ExplicitReference(MovableReference):
             instead="Pass every set at construction (`train_dataset`, `eval_dataset`), pass the model or `ref_model` "
             "by path, or set `ref_store_mode='lazy'`, which keeps the weights.",
         )
+
+
+def _digests_of(model: nn.Module, digests: Mapping[str, bytes]) -> dict[str, str]:
+    """The digests of an identity: of a base its own, of a model with an adapter also the adapter's."""
+    base: Any = model.get_base_model() if is_adapter_model(model) else model
+    of_adapter = digests.keys() - base_tensors(base).keys()
+    return identity_digests(digests, base.config, of_adapter, adapter_settings(model))
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:

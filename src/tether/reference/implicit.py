@@ -33,6 +33,7 @@ from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 _MOST_WRITTEN = 1 << 20  # numbers in a buffer
+_SWITCHES = ("active_adapters", "disable_adapters", "_adapters_disabled", "merged_adapters", "scaling")
 
 
 def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -87,7 +88,10 @@ class ImplicitReference(MovableReference):
         self._digests = digest_tensors(self._tensors())
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
-        adapter_config = None if self._adapter_off else _adapter_config(policy)
+        adapter_config = None
+        if not self._adapter_off:
+            with adapter_on(policy):
+                adapter_config = adapter_settings(policy)
         self._identity = ReferenceIdentity(
             kind=self.kind.name,
             **identity_digests(self._digests, base.config, of_adapter, adapter_config),
@@ -208,14 +212,25 @@ class ImplicitReference(MovableReference):
             export_adapter(self._policy, folder, merged=merged)
 
 
-def _adapter_config(policy: PeftModel) -> Any:
-    """The configurations of all adapters, and which are active, without fields that do not change the answer."""
+def adapter_settings(model: nn.Module) -> Any:
+    """The adapters' configurations, and what is active, off, merged or scaled in each layer; None without an adapter.
+
+    Without the fields that do not change the answer.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
     cosmetic = ("base_model_name_or_path", "inference_mode")
-    configs = {
+    described = {
         name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
-        for name, config in policy.peft_config.items()
+        for name, config in configs.items()
     }
-    return [configs, policy.active_adapters]
+    states = {
+        path: [getattr(module, name, None) for name in _SWITCHES]
+        for path, module in model.named_modules()
+        if isinstance(module, PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    return [described, states]
 
 
 def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:
@@ -287,6 +302,12 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
             name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
         tensors[name] = tensor
     return tensors
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that stands still: of an adapter too, beside those of its base under their plain names."""
+    base = base_tensors(model.get_base_model() if is_adapter_model(model) else model)
+    return base | beside_base(model, base)
 
 
 def beside_base(model: nn.Module, base: Tensors) -> dict[str, Tensor]:
