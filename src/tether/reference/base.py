@@ -19,7 +19,7 @@ from torch import nn
 from tether.errors import ReferenceModelError
 from tether.reference.held import Slot
 from tether.reference.identity import ReferenceIdentity
-from tether.scoring import score
+from tether.scoring import Reads, score
 from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -114,6 +114,11 @@ class Reference(ABC):
     @property
     def length_limit(self) -> int | None:
         """Tokens of prompt and response above which an answer depends on the length fed; None if it never does."""
+        return None
+
+    @property
+    def reads(self) -> Reads | None:
+        """Which texts it can be asked that are no rows of the run; None if only the rows' own tokens are known."""
         return None
 
     @property

@@ -31,7 +31,7 @@ from tether.reference.identity import ReferenceIdentity, digest_tensors, identit
 from tether.reference.implicit import adapter_settings, all_tensors, base_tensors, is_adapter_model
 from tether.reference.twin import frozen_twin, refuse_lost_hooks
 from tether.reference.updates.groups import DenseGroup, MovableReference, Tensors, UpdateGroup, UpdateRule
-from tether.scoring import SCORING_VERSION, rotary_limit
+from tether.scoring import SCORING_VERSION, Reads, reads_of, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
 
@@ -100,7 +100,7 @@ class ExplicitReference(MovableReference):
             placement = replace(placement, dtype=shard.dtype)
         copied = (lambda p: True) if apart else copies
         self._module: nn.Module | None = frozen_twin(model, copied, placement.dtype, placement.device)
-        self._length_limit = rotary_limit(self._module)
+        self._length_limit, self._reads = rotary_limit(self._module), reads_of(self._module)
         # Reading weights again would be collective, and one process alone may need an answer.
         self._origins = () if apart else tuple(origins)
         self._is_apart = apart
@@ -198,6 +198,10 @@ class ExplicitReference(MovableReference):
     @property
     def length_limit(self) -> int | None:
         return self._length_limit
+
+    @property
+    def reads(self) -> Reads | None:
+        return self._reads
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         if self._module is None:

@@ -28,7 +28,7 @@ from tether.reference.identity import ReferenceIdentity, digest_tensors, identit
 from tether.reference.updates.adapters import adapter_groups, refused_shards
 from tether.reference.updates.groups import MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.refusals import refuse
-from tether.scoring import SCORING_VERSION, rotary_limit
+from tether.scoring import SCORING_VERSION, Reads, reads_of, rotary_limit
 from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -123,6 +123,10 @@ class ImplicitReference(MovableReference):
     @property
     def length_limit(self) -> int | None:
         return rotary_limit(self._policy)
+
+    @property
+    def reads(self) -> Reads | None:
+        return reads_of(self._policy)
 
     @property
     def identity(self) -> ReferenceIdentity:

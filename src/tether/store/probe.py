@@ -34,13 +34,15 @@ class KeptProbe(NamedTuple):
         """Tokens of the longest text."""
         return max(len(prompt) + len(response) for prompt, response in self.texts)
 
-    def as_json(self) -> str:
-        """All of it; float32 as decimal text comes back bit for bit."""
-        return json.dumps(self._replace(log_probs=self.log_probs.tolist())._asdict())
+    def as_fields(self) -> dict[str, Any]:
+        """All of it as JSON can hold it; float32 as decimal text comes back bit for bit."""
+        return self._asdict() | {"log_probs": self.log_probs.tolist()}
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        return cls._of(json.loads(text))
+    def of_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """The probe of what `as_fields` returned."""
+        texts = tuple((tuple(prompt), tuple(response)) for prompt, response in fields["texts"])
+        return cls(texts, np.asarray(fields["log_probs"], dtype=np.float32), fields["made_with"])
 
     def pack(self, codec: RecordCodec) -> tuple[str, bytes, bytes]:
         """What stands in the table `probes`: `about`, `checksum`, `log_probs`."""
@@ -52,12 +54,7 @@ class KeptProbe(NamedTuple):
     def unpack(cls, codec: RecordCodec, about: str, checksum: bytes, log_probs: bytes) -> Self | None:
         """The probe of a row of that table; None if it is damaged."""
         record = Record(_key(str(about)), len(log_probs) // 4, checksum, log_probs)
-        return cls._of(json.loads(about) | {"log_probs": unpack(record)}) if codec.is_intact(record) else None
-
-    @classmethod
-    def _of(cls, fields: Mapping[str, Any]) -> Self:
-        texts = tuple((tuple(prompt), tuple(response)) for prompt, response in fields["texts"])
-        return cls(texts, np.asarray(fields["log_probs"], dtype=np.float32), fields["made_with"])
+        return cls.of_fields(json.loads(about) | {"log_probs": unpack(record)}) if codec.is_intact(record) else None
 
 
 def _key(about: str) -> bytes:
