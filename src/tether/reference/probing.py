@@ -1,0 +1,186 @@
+"""A probe of a reference: what it answers to texts that are no rows, to tell it from one with the same weights.
+
+A digest covers weights, config and adapters. Code, hooks, activations and buffers that are not saved change the answers
+too; these are compared. So a change that changes no answer, as of a source file's layout, goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tether.errors import ResumeError
+from tether.reference.base import Reference
+from tether.reference.watch import Gap, Tolerance, tolerance
+from tether.store import KeptProbe, content_key
+from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
+
+logger = logging.getLogger(__name__)
+
+GROUP_TOKENS = 256  # of a row of the group
+_PROMPT_TOKENS = 16
+_LIBRARIES = ("torch", "transformers", "peft")
+_FILE = "probe.json"
+
+Text = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Scope(NamedTuple):
+    """What of a run its probes depend on.
+
+    Attributes:
+        longest: Tokens of its longest row.
+        token_ids: Those of its rows, for a reference that does not say what it reads.
+    """
+
+    longest: int
+    token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[PairBatch]) -> Scope:
+        """Of some batches, the longest rows among them; images leave ids in a prompt that are no text."""
+        longest, ids = 0, set[int]()
+        for batch in batches:
+            longest = max(longest, *batch.fed_lengths())
+            for response in batch.responses():
+                ids.update(response.token_ids, () if response.images else response.prompt_ids)
+        return cls(longest, tuple(sorted(ids)))
+
+
+class Difference(NamedTuple):
+    """How far the answers to a probe are from those that were kept, and how far they may be."""
+
+    gap: Gap
+    allowed: Tolerance
+    kept: KeptProbe
+
+    def __str__(self) -> str:
+        return (
+            f"on a probe of {self.kept.length} tokens, mean gap {self.gap.mean:.3g} nats per token, largest "
+            f"{self.gap.largest:.3g}"
+        )
+
+    def explain(self, dtype: str) -> str:
+        """The tolerance, and what is known of the cause."""
+        now, (mean, largest) = _made_with(), self.allowed
+        other = [f"{name} {was} then, {now[name]} now" for name, was in self.kept.made_with.items() if now[name] != was]
+        return (
+            f"Rounding in {dtype} explains a mean of {mean:g} and a largest of {largest:g}. Weights, config and "
+            "adapters are the same, so the code of the model, a hook, an activation, a forward or a buffer differs"
+            + (f", or what it runs on ({'; '.join(other)})." if other else ".")
+        )
+
+
+def lengths_of(reference: Reference, longest: int) -> list[int]:
+    """Tokens of the texts by which a reference is probed for rows of up to `longest` tokens."""
+    reads, limit = reference.reads, reference.length_limit
+    if reads is None:  # longer texts may be more than it can read
+        return [longest]
+    most = [reads.max_tokens] if reads.max_tokens is not None else []
+    most += [limit] if limit is not None and longest <= limit else []
+    longer = max(1 << (longest - 1).bit_length(), GROUP_TOKENS)
+    return sorted({min([length, *most]) for length in (GROUP_TOKENS, longer)})
+
+
+def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> KeptProbe | None:
+    """Asks a reference texts of some length. Collective where the reference is.
+
+    Returns:
+        The texts and answers. None if it has no answer to what is no row: a table of answers, say. Only a reference
+        that does not say what it reads may have none, and its rows are then all that can be compared.
+    """
+    reads = reference.reads
+    texts = _texts(length, token_ids if reads is None else reads.token_ids)
+    try:
+        values = _ask(reference, texts)
+    except Exception as error:
+        if reads is not None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        logger.warning(
+            "The %s reference answers nothing but its rows (%s: %s), so no probe tells it from others of its identity.",
+            *(reference.identity.kind, type(error).__name__, error),
+        )
+        return None
+    return KeptProbe(texts, values.values.float().cpu().numpy(), _made_with())
+
+
+def compare(reference: Reference, kept: KeptProbe, known: Tensor | None = None) -> Difference | None:
+    """Asks a reference again; None if it answers as it did, within the tolerance of stored answers.
+
+    Args:
+        reference: The reference.
+        kept: What it is compared with.
+        known: What the reference answers, if that is known.
+    """
+    was = torch.from_numpy(kept.log_probs.copy())
+    offsets = offsets_of(tuple(len(response) for _, response in kept.texts), was.device)
+    now = ResponseLogProbs((_ask(reference, kept.texts).values if known is None else known).float().cpu(), offsets)
+    then = ResponseLogProbs(was, offsets)
+    one, other = (r.values if reference.traits.knows_tokens else r.means() for r in (then, now))
+    same = (one == other) | (one.isnan() & other.isnan())  # such as a token that is ruled out
+    gap = Gap.between(one.masked_fill(same, 0), other.masked_fill(same, 0), lambda tensor, how: tensor)
+    own = reference.identity.compute_dtype
+    allowed = tolerance(own, own, alike=False)
+    return None if gap.within(allowed) else Difference(gap, allowed, kept)
+
+
+def write_probes(folder: Path, probes: Sequence[KeptProbe]) -> None:
+    """Writes probes into a checkpoint's folder of the reference."""
+    (folder / _FILE).write_text(json.dumps([probe.as_fields() for probe in probes]))
+
+
+def check_probes(
+    folder: Path, reference: Reference, known: Callable[[KeptProbe], Tensor | None] | None = None
+) -> list[KeptProbe]:
+    """Compares a reference with the probes of a checkpoint, if it has any, and returns these.
+
+    Args:
+        folder: The checkpoint's folder of the reference.
+        reference: The reference, as it goes on.
+        known: What it answers to a probe; what is not known is not compared. By default it is asked.
+
+    Raises:
+        ResumeError: If it answers otherwise.
+    """
+    path = folder / _FILE
+    probes = [KeptProbe.of_fields(fields) for fields in json.loads(path.read_text())] if path.is_file() else []
+    for probe in probes:
+        answer = None if known is None else known(probe)
+        if known is not None and answer is None:
+            continue
+        if (found := compare(reference, probe, answer)) is not None:
+            raise ResumeError(
+                problem=f"Cannot resume from {folder.parent}: the reference of its run had the same weights, but "
+                f"answers differently now ({found}).",
+                details=found.explain(reference.identity.compute_dtype),
+                instead="Build the trainer with the model, the hooks and the code of that run, or start a new run.",
+            )
+    return probes
+
+
+def _ask(reference: Reference, texts: Sequence[Text]) -> ResponseLogProbs:
+    responses = [Response(prompt, ids, content_key(prompt, ids)) for prompt, ids in texts]
+    return reference.log_probs(PairBatch.of_pairs([(response, response) for response in responses]))
+
+
+def _texts(length: int, token_ids: Sequence[int]) -> tuple[Text, ...]:
+    """A prompt with two responses, or beyond the group's length with one; always the same for the same ids."""
+    draw, prompt_length = Random(0), max(1, min(_PROMPT_TOKENS, length // 4))
+    prompt = tuple(draw.choices(token_ids, k=prompt_length))
+    number = 2 if length <= GROUP_TOKENS else 1
+    drawn = [tuple(draw.choices(token_ids, k=length - prompt_length)) for _ in range(number)]
+    return tuple((prompt, response) for response in dict.fromkeys(drawn))
+
+
+def _made_with() -> dict[str, str]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = torch.cuda.get_device_name() if device is not None and device.type == "cuda" else str(device or "cpu")
+    return {library: version(library) for library in _LIBRARIES} | {"device": name}
