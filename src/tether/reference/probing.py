@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tether.distributed import of_main
 from tether.errors import ResumeError
 from tether.reference.base import Reference
 from tether.reference.watch import Gap, Tolerance, tolerance
@@ -130,6 +131,48 @@ def compare(reference: Reference, kept: KeptProbe, known: Tensor | None = None) 
     own = reference.identity.compute_dtype
     allowed = tolerance(own, own, alike=False)
     return None if gap.within(allowed) else Difference(gap, allowed, kept)
+
+
+class RunProbes:
+    """What the checkpoints of a run keep of its reference's answers: as they are of one that moves, else as at first.
+
+    A reference whose answers are stored keeps its store's probes itself.
+
+    Args:
+        reference: The reference.
+        rows: Gives some rows of the run, the longest among them.
+    """
+
+    def __init__(self, reference: Reference, rows: Callable[[], PairBatch | None]) -> None:
+        self._reference, self._rows = reference, rows
+        self._kept: list[KeptProbe] | None = None
+
+    def save(self, folder: Path | None) -> None:
+        """Writes them; with None, only takes part. Every process calls it."""
+        traits = self._reference.traits
+        if traits.answers_are_stored or (folder is None and not traits.is_collective):
+            return
+        if self._kept is None or traits.moves:
+            self._kept = list(self._made())
+        if folder is not None:
+            write_probes(folder, self._kept)
+
+    def check(self, folder: Path) -> None:
+        """Compares the reference with those of a checkpoint. Every process calls it.
+
+        Raises:
+            ResumeError: If it answers otherwise.
+        """
+        if not self._reference.traits.answers_are_stored:
+            self._kept = check_probes(folder, self._reference) or None
+
+    def _made(self) -> Iterator[KeptProbe]:
+        rows = self._rows()
+        scope = Scope.of([] if rows is None else [rows])
+        scope = of_main(scope) if self._reference.traits.is_collective else scope
+        for length in lengths_of(self._reference, scope.longest) if scope.longest else ():
+            if (probe := make_probe(self._reference, length, scope.token_ids)) is not None:
+                yield probe
 
 
 def write_probes(folder: Path, probes: Sequence[KeptProbe]) -> None:
