@@ -102,6 +102,7 @@ BESIDE: dict[str, tuple[dict[str, Any], str]] = {
     "reference_free": ({"reference_free": True}, "reference_free=False"),
     "ref_dtype": ({"ref_dtype": "bfloat16"}, "dtype="),
     "ref_store": ({"ref_store": "x", "precompute_ref_log_probs": True}, "LogProbStore(path)"),
+    "ref_store_verify": ({"ref_store_verify": 8, "precompute_ref_log_probs": True}, "verify="),
     "ref_store_mode": ({"ref_store_mode": "lazy", "precompute_ref_log_probs": True}, "mode="),
 }
 

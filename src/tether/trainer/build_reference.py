@@ -214,6 +214,7 @@ def _precomputed(
         release_when_filled=mode != "lazy",
         decode=around.decode,
         how_to_fill=how_to_fill(args, name_of(facts.policy)),
+        verify=args.ref_store_verify,
     )
 
 
