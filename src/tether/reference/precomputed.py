@@ -187,7 +187,7 @@ class PrecomputedReference(WrappingReference[Reference]):
     def save(self, folder: Path | None) -> None:
         super().save(folder)
         if folder is not None:
-            write_probes(folder, self._checks.kept)
+            write_probes(folder, list(self._checks.answers.values()))
 
     def load(self, folder: Path) -> None:
         """Compares the store's probes with those of the checkpoint's run, which may have had another store.
@@ -196,8 +196,7 @@ class PrecomputedReference(WrappingReference[Reference]):
             ResumeError: If the reference answered otherwise there.
         """
         super().load(folder)
-        known = {probe.texts: torch.from_numpy(probe.log_probs.copy()) for probe in self._checks.kept}
-        check_probes(folder, self, lambda probe: known.get(probe.texts))
+        check_probes(folder, self, self._checks.answers)
 
     def release(self) -> None:
         """Releases the source. An adapter's base costs nothing and stays right, so it still scores new rows."""

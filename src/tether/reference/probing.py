@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from tether.distributed import of_main
 from tether.errors import ResumeError
@@ -26,8 +25,8 @@ from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
 logger = logging.getLogger(__name__)
 
-GROUP_TOKENS = 256  # of a row of the group
-_PROMPT_TOKENS = 16
+LEAST_TOKENS = 256  # shorter texts hide what acts on later positions
+_PROMPT_TOKENS, _SHORT_TOKENS = 16, 112
 _LIBRARIES = ("torch", "transformers", "peft")
 _FILE = "probe.json"
 
@@ -80,15 +79,19 @@ class Difference(NamedTuple):
         )
 
 
-def lengths_of(reference: Reference, longest: int) -> list[int]:
-    """Tokens of the texts by which a reference is probed for rows of up to `longest` tokens."""
+def length_for(reference: Reference, longest: int) -> int:
+    """Tokens of the text by which a reference is probed for rows of up to `longest` tokens."""
     reads, limit = reference.reads, reference.length_limit
-    if reads is None:  # longer texts may be more than it can read
-        return [longest]
+    if reads is None:  # a longer text may be more than it can read
+        return longest
     most = [reads.max_tokens] if reads.max_tokens is not None else []
     most += [limit] if limit is not None and longest <= limit else []
-    longer = max(1 << (longest - 1).bit_length(), GROUP_TOKENS)
-    return sorted({min([length, *most]) for length in (GROUP_TOKENS, longer)})
+    return max(min([LEAST_TOKENS, *most]), longest)
+
+
+def is_near(length: int, longest: int) -> bool:
+    """Whether a probe of that length serves rows of up to `longest` tokens."""
+    return length >= 0.8 * longest
 
 
 def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> KeptProbe | None:
@@ -101,7 +104,7 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
     reads = reference.reads
     texts = _texts(length, token_ids if reads is None else reads.token_ids)
     try:
-        values = _ask(reference, texts)
+        return ask(reference, texts)
     except Exception as error:
         if reads is not None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -110,22 +113,20 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
             *(reference.identity.kind, type(error).__name__, error),
         )
         return None
-    return KeptProbe(texts, values.values.float().cpu().numpy(), _made_with())
 
 
-def compare(reference: Reference, kept: KeptProbe, known: Tensor | None = None) -> Difference | None:
-    """Asks a reference again; None if it answers as it did, within the tolerance of stored answers.
+def ask(reference: Reference, texts: tuple[Text, ...]) -> KeptProbe:
+    """A reference's answers to texts. Collective where the reference is."""
+    responses = [Response(prompt, ids, content_key(prompt, ids)) for prompt, ids in texts]
+    answer = reference.log_probs(PairBatch.of_pairs([(response, response) for response in responses]))
+    return KeptProbe(texts, answer.values.float().cpu().numpy(), _made_with())
 
-    Args:
-        reference: The reference.
-        kept: What it is compared with.
-        known: What the reference answers, if that is known.
-    """
-    was = torch.from_numpy(kept.log_probs.copy())
-    offsets = offsets_of(tuple(len(response) for _, response in kept.texts), was.device)
-    now = ResponseLogProbs((_ask(reference, kept.texts).values if known is None else known).float().cpu(), offsets)
-    then = ResponseLogProbs(was, offsets)
-    one, other = (r.values if reference.traits.knows_tokens else r.means() for r in (then, now))
+
+def compare(reference: Reference, kept: KeptProbe, now: KeptProbe) -> Difference | None:
+    """How far a reference's answers are from those that were kept; None if within the tolerance of stored answers."""
+    offsets = offsets_of([len(response) for _, response in kept.texts])
+    answers = [ResponseLogProbs(torch.tensor(probe.log_probs), offsets) for probe in (kept, now)]
+    one, other = (answer.values if reference.traits.knows_tokens else answer.means() for answer in answers)
     same = (one == other) | (one.isnan() & other.isnan())  # such as a token that is ruled out
     gap = Gap.between(one.masked_fill(same, 0), other.masked_fill(same, 0), lambda tensor, how: tensor)
     own = reference.identity.compute_dtype
@@ -153,7 +154,7 @@ class RunProbes:
         if traits.answers_are_stored or (folder is None and not traits.is_collective):
             return
         if self._kept is None or traits.moves:
-            self._kept = list(self._made())
+            self._kept = self._made()
         if folder is not None:
             write_probes(folder, self._kept)
 
@@ -166,13 +167,13 @@ class RunProbes:
         if not self._reference.traits.answers_are_stored:
             self._kept = check_probes(folder, self._reference) or None
 
-    def _made(self) -> Iterator[KeptProbe]:
+    def _made(self) -> list[KeptProbe]:
         rows = self._rows()
         scope = Scope.of([] if rows is None else [rows])
         scope = of_main(scope) if self._reference.traits.is_collective else scope
-        for length in lengths_of(self._reference, scope.longest) if scope.longest else ():
-            if (probe := make_probe(self._reference, length, scope.token_ids)) is not None:
-                yield probe
+        length = length_for(self._reference, scope.longest)
+        probe = make_probe(self._reference, length, scope.token_ids) if scope.longest else None
+        return [] if probe is None else [probe]
 
 
 def write_probes(folder: Path, probes: Sequence[KeptProbe]) -> None:
@@ -181,14 +182,14 @@ def write_probes(folder: Path, probes: Sequence[KeptProbe]) -> None:
 
 
 def check_probes(
-    folder: Path, reference: Reference, known: Callable[[KeptProbe], Tensor | None] | None = None
+    folder: Path, reference: Reference, known: Mapping[tuple[Text, ...], KeptProbe] | None = None
 ) -> list[KeptProbe]:
     """Compares a reference with the probes of a checkpoint, if it has any, and returns these.
 
     Args:
         folder: The checkpoint's folder of the reference.
         reference: The reference, as it goes on.
-        known: What it answers to a probe; what is not known is not compared. By default it is asked.
+        known: Its answers by the texts; other texts are not compared. By default it is asked.
 
     Raises:
         ResumeError: If it answers otherwise.
@@ -196,10 +197,8 @@ def check_probes(
     path = folder / _FILE
     probes = [KeptProbe.of_fields(fields) for fields in json.loads(path.read_text())] if path.is_file() else []
     for probe in probes:
-        answer = None if known is None else known(probe)
-        if known is not None and answer is None:
-            continue
-        if (found := compare(reference, probe, answer)) is not None:
+        now = ask(reference, probe.texts) if known is None else known.get(probe.texts)
+        if now is not None and (found := compare(reference, probe, now)) is not None:
             raise ResumeError(
                 problem=f"Cannot resume from {folder.parent}: the reference of its run had the same weights, but "
                 f"answers differently now ({found}).",
@@ -209,17 +208,12 @@ def check_probes(
     return probes
 
 
-def _ask(reference: Reference, texts: Sequence[Text]) -> ResponseLogProbs:
-    responses = [Response(prompt, ids, content_key(prompt, ids)) for prompt, ids in texts]
-    return reference.log_probs(PairBatch.of_pairs([(response, response) for response in responses]))
-
-
 def _texts(length: int, token_ids: Sequence[int]) -> tuple[Text, ...]:
-    """A prompt with two responses, or beyond the group's length with one; always the same for the same ids."""
-    draw, prompt_length = Random(0), max(1, min(_PROMPT_TOKENS, length // 4))
-    prompt = tuple(draw.choices(token_ids, k=prompt_length))
-    number = 2 if length <= GROUP_TOKENS else 1
-    drawn = [tuple(draw.choices(token_ids, k=length - prompt_length)) for _ in range(number)]
+    """A prompt with a response up to that length, and a shorter one; always the same for the same ids."""
+    draw = Random(0)
+    prompt = tuple(draw.choices(token_ids, k=max(1, min(_PROMPT_TOKENS, length // 4))))
+    room = length - len(prompt)
+    drawn = [tuple(draw.choices(token_ids, k=number)) for number in (room, min(_SHORT_TOKENS, room))]
     return tuple((prompt, response) for response in dict.fromkeys(drawn))
 
 

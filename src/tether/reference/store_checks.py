@@ -16,7 +16,7 @@ from tether.distributed import any_process, is_main_process, of_main, raising_to
 from tether.errors import StoreError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.filling import IDLE, few_rows
-from tether.reference.probing import Difference, Scope, compare, lengths_of, make_probe
+from tether.reference.probing import Difference, Scope, Text, ask, compare, is_near, length_for, make_probe
 from tether.reference.verifying import check, verify
 from tether.store import KeptProbe
 from tether.types import PairBatch
@@ -37,7 +37,7 @@ class StoreChecks:
         num_pairs: Stored pairs of each set to score again.
 
     Attributes:
-        kept: The probes that were compared or made.
+        answers: The source's answers to the probes that were compared or made, by their texts.
         num_passes: Passes that the source made for the checks.
     """
 
@@ -45,7 +45,7 @@ class StoreChecks:
         self._reference, self._source, self._num_pairs = reference, source, num_pairs
         self._is_collective = source.traits.is_collective
         self._scope, self._may_lack = Scope(0, ()), False
-        self.kept: list[KeptProbe] = []
+        self.answers: dict[tuple[Text, ...], KeptProbe] = {}
         self.num_passes = 0
 
     def look_at(self, sets: Mapping[str, BatchSource]) -> None:
@@ -64,7 +64,7 @@ class StoreChecks:
         """The same for the first batch, where no set was looked at; later, compares probes for longer rows."""
         if not self._scope.longest:
             self.look_at({"": lambda: [batch]})
-        elif max(batch.fed_lengths()) > self._scope.longest and not self._is_collective:
+        elif not self._is_collective and not is_near(self._scope.longest, max(batch.fed_lengths())):
             with self._counted():
                 self._compare(Scope.of([batch]))
 
@@ -73,33 +73,31 @@ class StoreChecks:
         if not self._may_lack or self._reference.store.read_only:
             return
         self._may_lack = False
-        longest = max((probe.length for probe in self.kept), default=0)
+        if any(is_near(probe.length, self._scope.longest) for probe in self.answers.values()):
+            return
+        if not (self._is_collective or is_main_process()):
+            return
         with self._counted():
-            for length in lengths_of(self._source, self._scope.longest):
-                if length > longest and (self._is_collective or is_main_process()):
-                    self._make(length)
-
-    def _make(self, length: int) -> None:
-        probe, identity = make_probe(self._source, length, self._scope.token_ids), self._reference.identity
+            probe = make_probe(self._source, self._scope.longest, self._scope.token_ids)
+        identity = self._reference.identity
         if probe is not None:
-            self.kept.append(probe)
+            self.answers[probe.texts] = probe
             if is_main_process():
                 self._reference.store.put_probe(identity.digest, probe, description=identity.describe())
 
     def _compare(self, scope: Scope) -> None:
         if self._is_collective:
             scope = of_main(scope)
-        if scope.longest <= self._scope.longest:
+        if is_near(self._scope.longest, scope.longest):
             return
-        lengths = lengths_of(self._source, scope.longest)
-        self._scope, self._may_lack = scope._replace(longest=max(lengths[-1], scope.longest)), True
+        length = length_for(self._source, scope.longest)
+        self._scope, self._may_lack = scope._replace(longest=length), True
         known = self._reference.store.probes(self._reference.identity.digest)
-        for probe in _due(of_main(known) if self._is_collective else known, lengths):
-            if any(probe is other for other in self.kept):
-                continue
-            if (found := compare(self._source, probe)) is not None:
+        for probe in _due(of_main(known) if self._is_collective else known, length):
+            if probe.texts not in self.answers:
+                self.answers[probe.texts] = ask(self._source, probe.texts)
+            if (found := compare(self._source, probe, self.answers[probe.texts])) is not None:
                 raise self._refused(found)
-            self.kept.append(probe)
 
     def _verify(self, name: str, batch: PairBatch | None) -> None:
         """Scores a few stored pairs of a batch again, and compares."""
@@ -138,16 +136,16 @@ class StoreChecks:
             self.num_passes += self._source.num_passes - before
 
 
-def _due(known: Sequence[KeptProbe], lengths: Sequence[int]) -> list[KeptProbe]:
-    """The probes to compare, the shortest first: for each length the next that is kept, or else the longest."""
+def _due(known: Sequence[KeptProbe], length: int) -> list[KeptProbe]:
+    """The probes to compare: the shortest that serve rows of that length, or else the longest."""
     kept = [probe.length for probe in known]
-    due = {min((other for other in kept if other >= length), default=max(kept)) for length in lengths if kept}
-    return [probe for probe in known if probe.length in due]
+    due = min((other for other in kept if is_near(other, length)), default=max(kept, default=0))
+    return [probe for probe in known if probe.length == due]
 
 
 def _spread(things: Sequence[int], num: int) -> list[int]:
     num = min(num, len(things))
-    return [things[len(things) * place // num] for place in range(num)]
+    return [things[len(things) * (2 * place + 1) // (2 * num)] for place in range(num)]
 
 
 def _only_pairs(batch: PairBatch, pairs: Sequence[int]) -> PairBatch:

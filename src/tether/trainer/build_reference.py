@@ -155,8 +155,11 @@ def _check_dtype(reference: Reference, policy_dtype: str) -> None:
     own = reference.identity.compute_dtype
     if own == policy_dtype:
         return
-    written = f"Write `Placement(autocast_dtype=torch.{policy_dtype})` for an `ExplicitReference`, "
-    written += f"`autocast_dtype=torch.{policy_dtype}` for an `ImplicitReference`."
+    if "tf32" in (own, policy_dtype):
+        written = "Make it in a function, `reference=lambda policy: ...`, which is called when TF32 has been set."
+    else:
+        written = f"Write `Placement(autocast_dtype=torch.{policy_dtype})` for an `ExplicitReference`, "
+        written += f"`autocast_dtype=torch.{policy_dtype}` for an `ImplicitReference`."
     if reference.traits.runs_in_policy:
         raise ReferenceModelError(
             problem=f"Cannot use this reference: it is made for {own}, and its passes run through the policy, in "

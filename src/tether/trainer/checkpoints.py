@@ -249,7 +249,7 @@ _FORMER_KINDS = ("frozen", "adapter", "moving", "following", "uniform")
 _REMEDIES = {
     "scoring_version": "Resume with the version of Tether that wrote the checkpoint.",
     "kind": "Use that run's options for the reference (`sync_ref_model`, `ref_model`, an adapter or none).",
-    "compute_dtype": "Use that run's dtypes: the model's own, `bf16` or `fp16`, and `ref_dtype`.",
+    "compute_dtype": "Use that run's dtypes: the model's own, `bf16` or `fp16`, `tf32`, and `ref_dtype`.",
     "base": "Build the trainer with the weights that the run began with, and with its `ref_model` if it had one. Do "
     "not use the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, or a folder that "
     "has changed since.",
