@@ -21,6 +21,7 @@ from tether.errors import ResumeError
 from tether.reference.base import Reference
 from tether.reference.watch import Gap, Tolerance, tolerance
 from tether.store import KeptProbe, content_key
+from tether.store.probe import Text
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ LEAST_TOKENS = 256  # shorter texts hide what acts on later positions
 _PROMPT_TOKENS, _SHORT_TOKENS = 16, 112
 _LIBRARIES = ("torch", "transformers", "peft")
 _FILE = "probe.json"
-
-Text = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Scope(NamedTuple):

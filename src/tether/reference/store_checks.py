@@ -16,9 +16,9 @@ from tether.distributed import any_process, is_main_process, of_main, raising_to
 from tether.errors import StoreError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.filling import IDLE, few_rows
-from tether.reference.probing import Difference, Scope, Text, ask, compare, is_near, length_for, make_probe
+from tether.reference.probing import Difference, Scope, ask, compare, is_near, length_for, make_probe
 from tether.reference.verifying import check, verify
-from tether.store import KeptProbe
+from tether.store.probe import KeptProbe, Text
 from tether.types import PairBatch
 
 if TYPE_CHECKING:
