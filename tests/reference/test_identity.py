@@ -85,6 +85,22 @@ def test_identity_depends_on_the_dtype_of_the_weights_and_of_the_products() -> N
     assert len(set(digests)) == 3
 
 
+def test_identity_knows_that_a_gpu_multiplies_float32_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = digest_of(tiny_model())
+    before = torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        identity = ExplicitReference(tiny_model()).identity
+        assert identity.compute_dtype == "tf32" and identity.digest != plain
+        half = ExplicitReference(tiny_model(), Placement(autocast_dtype=torch.bfloat16)).identity
+        assert half.compute_dtype == "bfloat16"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert digest_of(tiny_model()) == plain
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_identity_of_a_base_under_a_fresh_adapter_is_that_of_the_base_alone() -> None:
     assert adapter_digest() == adapter_digest(seed=1) == digest_of(tiny_model())
     assert adapter_digest(bias="all") == digest_of(tiny_model())

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from support.runs import as_dataset, curve, make_trainer, stream, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tether import DPOConfig, DPOTrainer
-from tether.data.datasets import PairCollator
+from tether.data.collators import PairsOfPadded
+from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.reference import ExplicitReference, PrecomputedReference, Reference
 from tether.store import LogProbStore, content_key
@@ -467,3 +468,56 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "out", model, rows=ROWS, **PRECOMPUTE)
     with pytest.raises(MissingLogProbsError, match="gone cannot be read"):
         trainer.evaluate(as_dataset(NEW))
+
+
+# -------------------------------------------------------------------------------------------------------- the keys
+
+
+def masked(start: int) -> Any:
+    """A collator of the padded layout whose responses begin at that token of the sequence."""
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows])
+        marks = (torch.arange(ids.shape[1]) >= start).long().expand_as(ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": marks}
+
+    return PairsOfPadded(collate)
+
+
+COLLATORS: dict[str, Any] = {
+    "a mask from token 3 on": masked(3),
+    "a mask from token 5 on": masked(5),
+    "a mask from token 1 on": masked(1),
+    "whole": PairCollator(),
+    "its start": PairCollator(6),
+    "its end": PairCollator(6, "keep_end"),
+    "less of its end": PairCollator(4, "keep_end"),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_decides_where_a_response_stands_is_part_of_its_key(order: int, tmp_path: Path) -> None:
+    """Masks and truncations of one row, one store; a shorter start of the same response may be served by a longer."""
+    row = {"prompt_ids": [9, 8, 7], "chosen_ids": [5, 6, 11, 12, 13], "rejected_ids": [6, 5, 14, 15, 16]}
+    model = tiny_model()
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), ExplicitReference(model), mode="lazy")
+    for name in list(COLLATORS)[::order]:
+        batch = batch_of(COLLATORS[name]([row]))
+        for response, values in zip(batch.responses(), reference.log_probs(batch).split(), strict=True):
+            expected = naive_log_probs(model, response.prompt_ids, response.token_ids).detach()
+            torch.testing.assert_close(values, expected, atol=5e-6, rtol=1e-6)
+
+
+def test_two_chat_templates_have_records_of_their_own(tmp_path: Path) -> None:
+    options = PRECOMPUTE | {"ref_store": str(tmp_path / "s"), "rows": tiny_pairs(6, conversational=True)}
+    for number, mark in enumerate((": ", " says ")):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("'\\n' + message", f"'{mark}' + message").replace(
+            "assistant\\n", f"assistant{mark}"
+        )
+        trainer = make_trainer(tmp_path / str(number), **options, processing_class=tokenizer)
+        assert stored_of(trainer).num_found == 0
+        batch = batch_of(trainer.data_collator(list(trainer.train_dataset)))
+        for response, values in zip(batch.responses(), trainer.reference.log_probs(batch).split(), strict=True):
+            expected = naive_log_probs(tiny_model(), response.prompt_ids, response.token_ids).detach()
+            torch.testing.assert_close(values, expected, atol=2e-5, rtol=1e-5)
