@@ -61,7 +61,8 @@ class ImplicitReference(MovableReference):
 
     Args:
         policy: The PEFT model that trains.
-        autocast_dtype: Run under autocast with this dtype, as the policy does.
+        autocast_dtype: Run under autocast with this dtype, as the policy does; by default that of the autocast which is
+            on when the reference is made.
         moves: The reference will follow the policy, so the adapter is copied even if it changes nothing yet.
     """
 
@@ -75,6 +76,9 @@ class ImplicitReference(MovableReference):
                 instead="Pass a `PeftModel`, or write `ExplicitReference.of_policy(policy)`.",
             )
         self._policy = policy
+        device = next(policy.parameters()).device.type
+        if autocast_dtype is None and torch.is_autocast_enabled(device):
+            autocast_dtype = torch.get_autocast_dtype(device)
         self._autocast_dtype = autocast_dtype
         self._num_passes = 0
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
