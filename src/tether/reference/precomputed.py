@@ -89,8 +89,6 @@ class PrecomputedReference(WrappingReference[Reference]):
         self._num_found = self._num_computed = 0
         self._held: HeldTensors | None = HeldTensors(self._source.held_by_others())
         self._checks, self._is_at_hand = StoreChecks(self, self._source, verify), source is not None
-        if mode == "require" and self._source.traits.is_collective:  # a missing row stops one process alone
-            self.release()
 
     @property
     def kind(self) -> Kind:
@@ -168,7 +166,8 @@ class PrecomputedReference(WrappingReference[Reference]):
             self.release()
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
-        self._compare_with_source(lambda: self._checks.look_before(batch))
+        if self._is_at_hand and self._checks.is_due(batch):
+            self._compare_with_source(lambda: self._checks.look_before(batch))
         values = self.stored(batch)
         lacking = [index for index, value in enumerate(values) if value is None]
         if lacking:
@@ -196,7 +195,10 @@ class PrecomputedReference(WrappingReference[Reference]):
             ResumeError: If the reference answered otherwise there.
         """
         super().load(folder)
-        check_probes(folder, self, self._checks.answers)
+        if self._is_at_hand and self._source.traits.runs_in_policy:  # `prepare` may still wait for the policy
+            check_probes(folder, self._source)
+        else:
+            check_probes(folder, self, self._checks.answers)
 
     def release(self) -> None:
         """Releases the source. An adapter's base costs nothing and stays right, so it still scores new rows."""
@@ -209,12 +211,14 @@ class PrecomputedReference(WrappingReference[Reference]):
         """Looks at the store with the source, if it is at hand as it was."""
         if not self._is_at_hand:
             return
+        may_score = self._mode != "require"
         changed = self._held.changed() if self._held is not None else []
-        if changed and self._mode != "require":
+        if changed and may_score:
             raise self._moved(changed)
-        if not changed:
+        # Under `require`, processes read and stop each on its own.
+        if not changed and (may_score or not self._source.traits.is_collective):
             look()
-        if self._mode == "require":
+        if not may_score:
             self.release()
 
     def _lacking(self, batch: PairBatch) -> list[int]:

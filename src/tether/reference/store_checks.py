@@ -43,10 +43,13 @@ class StoreChecks:
 
     def __init__(self, reference: PrecomputedReference, source: Reference, num_pairs: int) -> None:
         self._reference, self._source, self._num_pairs = reference, source, num_pairs
-        self._is_collective = source.traits.is_collective
         self._scope, self._may_lack = Scope(0, ()), False
         self.answers: dict[tuple[Text, ...], KeptProbe] = {}
         self.num_passes = 0
+
+    @property
+    def _is_collective(self) -> bool:
+        return self._source.traits.is_collective  # training may shard the policy later
 
     def look_at(self, sets: Mapping[str, BatchSource]) -> None:
         """Compares probes as long as the rows of these sets, and a few stored ones of their rows.
@@ -60,13 +63,19 @@ class StoreChecks:
             for name, batch in rows.items():
                 self._verify(name, batch)
 
+    def is_due(self, batch: PairBatch) -> bool:
+        """Whether nothing was looked at yet, or only rows much shorter than this batch's."""
+        if self._is_collective and self._scope.longest:  # other processes may have no such rows
+            return False
+        return not is_near(self._scope.longest, max(batch.fed_lengths()))
+
     def look_before(self, batch: PairBatch) -> None:
-        """The same for the first batch, where no set was looked at; later, compares probes for longer rows."""
+        """As `look_at` for a batch where no set was looked at; later, compares probes for longer rows."""
         if not self._scope.longest:
             self.look_at({"": lambda: [batch]})
-        elif not self._is_collective and not is_near(self._scope.longest, max(batch.fed_lengths())):
-            with self._counted():
-                self._compare(Scope.of([batch]))
+            return
+        with self._counted():
+            self._compare(Scope.of([batch]))
 
     def make(self) -> None:
         """Makes the probes that the store lacks for the rows looked at."""
