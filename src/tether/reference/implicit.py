@@ -33,7 +33,12 @@ from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 _MOST_WRITTEN = 1 << 20  # numbers in a buffer
-_SWITCHES = ("active_adapters", "disable_adapters", "_adapters_disabled", "merged_adapters", "scaling")
+# What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
+_SWITCHES: dict[type, tuple[str, ...]] = {
+    PeftModel: ("active_adapters", "_adapters_disabled"),
+    BaseTunerLayer: ("active_adapters", "disable_adapters", "merged_adapters", "scaling"),
+    AuxiliaryTrainingWrapper: ("active_adapters", "disable_adapters"),
+}
 
 
 def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -234,9 +239,10 @@ def adapter_settings(model: nn.Module) -> Any:
         for name, config in configs.items()
     }
     states = {
-        path: [getattr(module, name, None) for name in _SWITCHES]
+        path: [getattr(module, name, None) for name in switches]
         for path, module in model.named_modules()
-        if isinstance(module, PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for kind, switches in _SWITCHES.items()
+        if isinstance(module, kind)
     }
     return [described, states]
 
