@@ -49,8 +49,8 @@ GROUPS = {
     "LoRA": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
     "use_rslora use_dora",
     "the reference": "ref_model precompute_ref_log_probs precompute_ref_batch_size ref_store ref_store_mode "
-    "ref_columns sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rank ref_dtype "
-    "reference_free",
+    "ref_store_verify ref_columns sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_sync_rank "
+    "ref_dtype reference_free",
     "when to log, evaluate and save": "logging_steps eval_strategy eval_steps per_device_eval_batch_size save_strategy "
     "save_steps save_total_limit report_to run_name disable_tqdm report_samples "
     "report_samples_max_new_tokens",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from support.tiny import tiny_model
 from tether.errors import ReferenceModelError
@@ -84,6 +85,22 @@ def test_identity_depends_on_the_dtype_of_the_weights_and_of_the_products() -> N
     assert len(set(digests)) == 3
 
 
+def test_identity_knows_that_a_gpu_multiplies_float32_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = digest_of(tiny_model())
+    before = torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        identity = ExplicitReference(tiny_model()).identity
+        assert identity.compute_dtype == "tf32" and identity.digest != plain
+        half = ExplicitReference(tiny_model(), Placement(autocast_dtype=torch.bfloat16)).identity
+        assert half.compute_dtype == "bfloat16"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert digest_of(tiny_model()) == plain
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_identity_of_a_base_under_a_fresh_adapter_is_that_of_the_base_alone() -> None:
     assert adapter_digest() == adapter_digest(seed=1) == digest_of(tiny_model())
     assert adapter_digest(bias="all") == digest_of(tiny_model())
@@ -120,6 +137,33 @@ def test_identity_of_a_trained_adapter_knows_a_frozen_one_beside_it() -> None:
     both = ["default", "style"]
     assert digest(0.1, both) == digest(0.1, both)
     assert len({digest(0.1, both), digest(0.2, both), digest(0.1, ["default"])}) == 3
+
+
+def given(**options: Any) -> Any:
+    """A PEFT model with two trained adapters, the first of them active."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(**{"r": 4, "target_modules": LAYERS, "init_lora_weights": False} | options)
+        model = get_peft_model(tiny_model(), config)
+        model.add_adapter("second", config)
+    return model
+
+
+def rescaled(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale("default", 3.0)
+    return model
+
+
+def test_identity_of_a_given_adapter_model_knows_how_its_adapters_are_set() -> None:
+    switched, merged, off = given(), given(), given()
+    switched.set_adapter("second")
+    merged.merge_adapter()
+    off.base_model.disable_adapter_layers()
+    models = [given(), given(lora_alpha=16), given(use_rslora=True), rescaled(given()), switched, merged, off]
+    assert len({digest_of(model) for model in [*models, tiny_model()]}) == 8
+    assert digest_of(given()) == digest_of(given()) == ImplicitReference(given()).identity.digest
 
 
 def test_identity_is_the_same_in_every_process() -> None:

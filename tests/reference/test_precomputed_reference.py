@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from support.runs import as_dataset, curve, make_trainer, stream, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tether import DPOConfig, DPOTrainer
-from tether.data.datasets import PairCollator
+from tether.data.collators import PairsOfPadded
+from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.reference import ExplicitReference, PrecomputedReference, Reference
 from tether.store import LogProbStore, content_key
@@ -228,8 +229,13 @@ class Counting(Reference):
         values[-1] = self._value
         return ResponseLogProbs(values, offsets_of(batch.response_lengths))
 
-    def asked(self) -> list[Response]:
-        return [response for batch in self.batches for response in batch.responses()]
+    def scored(self, reference: PrecomputedReference) -> list[PairBatch]:
+        """The batches that it was asked to fill the store, after those that checked it."""
+        return self.batches[len(self.batches) - reference.num_passes :]
+
+
+def responses_of(batches: list[PairBatch]) -> list[Response]:
+    return [response for batch in batches for response in batch.responses()]
 
 
 def tokenized(rows: list[dict[str, Any]], tmp_path: Path) -> Any:
@@ -247,10 +253,12 @@ def row_set(rows: list[dict[str, Any]], tmp_path: Path, **options: Any) -> RowsT
 def test_pass_scores_the_longest_first_within_the_budget_and_each_prompt_once_a_batch(tmp_path: Path) -> None:
     rows = row_set([*ROWS, *ROWS[:6]], tmp_path, precompute_ref_batch_size=2)
     source = Counting()
-    PrecomputedReference(LogProbStore(tmp_path / "s"), source).prepare({"train": lambda: rows})
-    asked = source.asked()
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), source)
+    reference.prepare({"train": lambda: rows})
+    batches = source.scored(reference)
+    asked = responses_of(batches)
     assert len(asked) == len(set(asked)) == len({r for batch in rows for r in batch.responses()})
-    tokens = [sum(batch.prompt_lengths) + sum(batch.response_lengths) for batch in source.batches]
+    tokens = [sum(batch.prompt_lengths) + sum(batch.response_lengths) for batch in batches]
     assert max(tokens) <= rows.max_tokens
     # Full batches: no two neighbours would have fitted together.
     assert all(one + other > rows.max_tokens for one, other in pairwise(tokens))
@@ -260,8 +268,8 @@ def test_pass_scores_the_longest_first_within_the_budget_and_each_prompt_once_a_
     assert sum(map(len, (first.prompt_ids, first.token_ids, longest.responses()[longest.rejected[0]].token_ids))) == (
         rows_first
     )
-    assert first in source.batches[0].responses()
-    assert all(len(set(r.prompt_ids for r in batch.responses())) == batch.num_groups for batch in source.batches)
+    assert first in batches[0].responses()
+    assert all(len(set(r.prompt_ids for r in batch.responses())) == batch.num_groups for batch in batches)
 
 
 def test_pass_takes_more_at_once_than_training_unless_a_size_is_given(tmp_path: Path) -> None:
@@ -286,7 +294,8 @@ def test_a_few_new_rows_among_many_make_few_forwards(tmp_path: Path) -> None:
     source = Counting()
     reference = PrecomputedReference(store, source)
     reference.prepare({"train": lambda: row_set(rows, tmp_path)})
-    assert source.num_passes == 1 and len(source.asked()) == reference.num_computed <= 20
+    assert reference.num_passes == 1
+    assert len(responses_of(source.scored(reference))) == reference.num_computed <= 20
     assert reference.num_found > 300
 
 
@@ -327,11 +336,11 @@ def test_ctrl_c_says_how_many_rows_are_kept_and_the_next_pass_goes_on(tmp_path: 
 
 
 def test_pass_halves_a_batch_that_does_not_fit_into_memory(tmp_path: Path) -> None:
-    source = Counting(fail_at=0, error=torch.OutOfMemoryError("CUDA out of memory"))
+    source = Counting(fail_at=1, error=torch.OutOfMemoryError("CUDA out of memory"))  # after the probe
     reference = PrecomputedReference(LogProbStore(tmp_path / "s"), source)
     reference.prepare({"train": lambda: row_set(ROWS, tmp_path)})
-    asked = source.asked()
-    assert source.num_passes >= 2 and len(asked) == len(set(asked)) == reference.num_computed
+    asked = responses_of(source.scored(reference))
+    assert reference.num_passes >= 2 and len(asked) == len(set(asked)) == reference.num_computed
 
 
 def test_a_single_row_that_does_not_fit_into_memory_is_an_error(tmp_path: Path) -> None:
@@ -459,3 +468,56 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "out", model, rows=ROWS, **PRECOMPUTE)
     with pytest.raises(MissingLogProbsError, match="gone cannot be read"):
         trainer.evaluate(as_dataset(NEW))
+
+
+# -------------------------------------------------------------------------------------------------------- the keys
+
+
+def masked(start: int) -> Any:
+    """A collator of the padded layout whose responses begin at that token of the sequence."""
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows])
+        marks = (torch.arange(ids.shape[1]) >= start).long().expand_as(ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": marks}
+
+    return PairsOfPadded(collate)
+
+
+COLLATORS: dict[str, Any] = {
+    "a mask from token 3 on": masked(3),
+    "a mask from token 5 on": masked(5),
+    "a mask from token 1 on": masked(1),
+    "whole": PairCollator(),
+    "its start": PairCollator(6),
+    "its end": PairCollator(6, "keep_end"),
+    "less of its end": PairCollator(4, "keep_end"),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_decides_where_a_response_stands_is_part_of_its_key(order: int, tmp_path: Path) -> None:
+    """Masks and truncations of one row, one store; a shorter start of the same response may be served by a longer."""
+    row = {"prompt_ids": [9, 8, 7], "chosen_ids": [5, 6, 11, 12, 13], "rejected_ids": [6, 5, 14, 15, 16]}
+    model = tiny_model()
+    reference = PrecomputedReference(LogProbStore(tmp_path / "s"), ExplicitReference(model), mode="lazy")
+    for name in list(COLLATORS)[::order]:
+        batch = batch_of(COLLATORS[name]([row]))
+        for response, values in zip(batch.responses(), reference.log_probs(batch).split(), strict=True):
+            expected = naive_log_probs(model, response.prompt_ids, response.token_ids).detach()
+            torch.testing.assert_close(values, expected, atol=5e-6, rtol=1e-6)
+
+
+def test_two_chat_templates_have_records_of_their_own(tmp_path: Path) -> None:
+    options = PRECOMPUTE | {"ref_store": str(tmp_path / "s"), "rows": tiny_pairs(6, conversational=True)}
+    for number, mark in enumerate((": ", " says ")):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("'\\n' + message", f"'{mark}' + message").replace(
+            "assistant\\n", f"assistant{mark}"
+        )
+        trainer = make_trainer(tmp_path / str(number), **options, processing_class=tokenizer)
+        assert stored_of(trainer).num_found == 0
+        batch = batch_of(trainer.data_collator(list(trainer.train_dataset)))
+        for response, values in zip(batch.responses(), trainer.reference.log_probs(batch).split(), strict=True):
+            expected = naive_log_probs(tiny_model(), response.prompt_ids, response.token_ids).detach()
+            torch.testing.assert_close(values, expected, atol=2e-5, rtol=1e-5)

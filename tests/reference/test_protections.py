@@ -26,6 +26,8 @@ import tether.reference.base
 import tether.reference.explicit
 import tether.reference.held
 import tether.reference.implicit
+import tether.reference.probing
+import tether.reference.store_checks
 import tether.reference.twin
 import tether.reference.watch
 import tether.trainer.checkpoints
@@ -42,6 +44,7 @@ from tether.errors import (
     MissingLogProbsError,
     ReferenceModelError,
     ResumeError,
+    StoreError,
 )
 from tether.reference import (
     ExplicitReference,
@@ -229,6 +232,75 @@ def reads_another_models_store(folder: Path) -> float:
         reference.prepare({"train": lambda: [BATCH]})
         answers.append(reference.log_probs(BATCH).values)
     return differs(answers[1], naive_log_probs_of(tiny_model(seed=1), BATCH))
+
+
+def stored_by_another(first: Callable[[Path], Any], second: Callable[[Path], Any]) -> Callable[[Path], float]:
+    """Two models of the same weights that answer differently, and one store."""
+
+    def fault(folder: Path) -> float:
+        store = LogProbStore(folder / "store.sqlite")
+        for make in (first, second):
+            model = make(folder)
+            reference = PrecomputedReference(store, ExplicitReference(model))
+            reference.prepare({"train": lambda: [BATCH]})
+        return differs(reference.log_probs(BATCH).values, naive_log_probs_of(model, BATCH))
+
+    return fault
+
+
+def resumed_with_another(first: Callable[[Path], Any], second: Callable[[Path], Any]) -> Callable[[Path], float]:
+    """A run against one of them that is resumed against the other."""
+
+    def fault(folder: Path) -> float:
+        return resumed_differs(folder, {"ref_model": first(folder)}, lambda: {"ref_model": second(folder)})
+
+    return fault
+
+
+def plainly(folder: Path) -> Any:
+    return tiny_model()
+
+
+def behaving(name: str) -> Callable[[Path], Any]:
+    return lambda folder: odd.with_behaviour(name)
+
+
+def from_remote_code(scale: float) -> Callable[[Path], Any]:
+    return lambda folder: odd.with_remote_code(folder / f"scaled by {scale}", scale)
+
+
+def given_adapters(change: Callable[[Any], object] = lambda model: None, **options: Any) -> Callable[[Path], Any]:
+    """A PEFT model with two trained adapters, changed after it was made."""
+
+    def make(folder: Path) -> Any:
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
+        model = adapted(tiny_model(), config)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model.add_adapter("second", config)
+        change(model)
+        return model
+
+    return make
+
+
+ADAPTERS: dict[str, Callable[[Path], Any]] = {
+    "alpha": given_adapters(lora_alpha=24),
+    "rsLoRA": given_adapters(use_rslora=True),
+    "the active one": given_adapters(lambda model: model.set_adapter("second")),
+    "off": given_adapters(lambda model: model.base_model.disable_adapter_layers()),
+}
+
+
+def rows_of_another(folder: Path) -> float:
+    """A store without a probe, whose rows another program brought in."""
+    model, store = tiny_model(), LogProbStore(folder / "store.sqlite")
+    source = ExplicitReference(model)
+    wrong = [values.numpy() - 0.1 for values in source.log_probs(BATCH).split()]
+    store.put(source.identity.digest, BATCH.keys, wrong)
+    reference = PrecomputedReference(store, source)
+    reference.prepare({"train": lambda: [BATCH]})
+    return differs(reference.log_probs(BATCH).values, naive_log_probs_of(model, BATCH))
 
 
 def rounds_rotary_frequencies(folder: Path) -> float:
@@ -710,6 +782,18 @@ def no_identity_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.trainer.checkpoints, "_check_same", lambda *_: None)
 
 
+def digest_no_adapter(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.reference.explicit, "adapter_settings", lambda model: None)
+    one_identity(patch)
+    compare_nothing(patch)
+
+
+def compare_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Equal weights are taken for equal answers."""
+    patch.setattr(tether.reference.store_checks.StoreChecks, "look_at", lambda *_: None)
+    patch.setattr(tether.reference.probing.RunProbes, "check", lambda *_: None)
+
+
 def no_drift_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.watch.ReferenceWatch, "check_drift", lambda *_, **__: None)
     look_at_no_held_tensor(patch)
@@ -902,6 +986,38 @@ PROTECTIONS: dict[str, Protection] = {
     "what is brought back is a copy: rows that vary": Protection(
         brought_back(vary_the_rows), share_what_is_brought_back
     ),
+    "stored rows are scored again": Protection(rows_of_another, compare_nothing, StoreError),
+    # the same weights and other answers
+    **{
+        f"stored by another: {name}": Protection(
+            stored_by_another(plainly, behaving(name)), compare_nothing, StoreError, silent=0.1
+        )
+        for name in odd.BEHAVIOURS
+    },
+    **{
+        f"resumed with another: {name}": Protection(
+            resumed_with_another(plainly, behaving(name)), compare_nothing, ResumeError
+        )
+        for name in odd.BEHAVIOURS
+    },
+    "stored by another: remote code": Protection(
+        stored_by_another(from_remote_code(1.0), from_remote_code(0.5)), compare_nothing, StoreError, silent=0.1
+    ),
+    "resumed with another: remote code": Protection(
+        resumed_with_another(from_remote_code(1.0), from_remote_code(0.5)), compare_nothing, ResumeError
+    ),
+    **{
+        f"stored with another adapter: {name}": Protection(
+            stored_by_another(given_adapters(), other), digest_no_adapter, silent=0.1
+        )
+        for name, other in ADAPTERS.items()
+    },
+    **{
+        f"resumed with another adapter: {name}": Protection(
+            resumed_with_another(given_adapters(), other), also(no_identity_check, compare_nothing), ResumeError
+        )
+        for name, other in ADAPTERS.items()
+    },
     # checks
     "the gap is checked": Protection(changed_in_between, no_gap_check, InitialGapError),
     "an evaluation does not use the gap check up": Protection(
@@ -950,7 +1066,9 @@ PROTECTIONS: dict[str, Protection] = {
     "running means are exchanged": Protection(running_means, share_what_is_written),
     "the reference's adapter is the active one": Protection(another_adapter, forget_the_active_adapter, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
-    "resumed with another adapter": Protection(resumed_with_another_adapter, no_identity_check, ResumeError),
+    "resumed with another adapter": Protection(
+        resumed_with_another_adapter, also(no_identity_check, compare_nothing), ResumeError
+    ),
     "a synchronized reference is saved": Protection(resumed_while_following, no_state, silent=1e-4),
 }
 

@@ -337,3 +337,21 @@ def test_an_adapter_that_trains_is_no_drift() -> None:
             if parameter.requires_grad:
                 parameter.add_(0.3)
     watch.check_drift()
+
+
+def test_the_gap_is_that_of_the_compiled_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that computes something else than the model it was given."""
+
+    def wrong(graph: Any, inputs: Any) -> Any:
+        def run(*given: Any) -> Any:
+            return tuple(
+                1.1 * out if torch.is_tensor(out) and out.is_floating_point() else out for out in graph(*given)
+            )
+
+        return run
+
+    torch._dynamo.reset()
+    compile_plainly = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_plainly(model, backend=wrong))
+    with pytest.raises(InitialGapError, match="the first batch"):
+        trained(tmp_path, max_steps=1, torch_compile=True, torch_compile_backend="eager")

@@ -71,7 +71,7 @@ def test_store_format_page_describes_the_tables_on_disk(tmp_path: Path) -> None:
     ):
         for statement in re.findall(r"CREATE[^;]*;", re.sub(r" *--.*", "", FORMAT)):
             page.execute(statement)
-        for table in ("identities", "records"):
+        for table in ("identities", "records", "probes"):
             assert db.execute(f"PRAGMA table_info({table})").fetchall() == (
                 page.execute(f"PRAGMA table_info({table})").fetchall()
             )

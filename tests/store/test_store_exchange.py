@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from support.store_cases import ME, OTHER, fill, found, key_of, log_probs_of, start_writer, wait_for
 from tether.errors import StoreError
-from tether.store import LogProbStore, export_parquet, import_parquet, merge, prune
+from tether.store import KeptProbe, LogProbStore, export_parquet, import_parquet, merge, prune
 
 
 @pytest.fixture
@@ -170,3 +173,32 @@ def test_store_is_not_pruned_of_everything_by_a_slip(store: LogProbStore) -> Non
     with pytest.raises(StoreError, match="everything"):
         prune(store)
     assert store.count() == 1311
+
+
+def test_merge_brings_the_probes_of_both_stores_and_prune_removes_them(tmp_path: Path) -> None:
+    """Answers that differ are both kept: a run compares each with its reference."""
+    texts = (((1, 2), (3, 4)), ((5,), (6,)))
+    probes = [KeptProbe(texts, np.array([-1, -np.inf, number], np.float32), {"torch": "2"}) for number in range(2)]
+    one, other = (LogProbStore(tmp_path / name) for name in "ab")
+    one.put_probe(ME, probes[0])
+    for probe in probes:
+        other.put_probe(ME, probe)
+    merge(one, other.path)
+    assert [probe.log_probs.tolist() for probe in one.probes(ME)] == [probe.log_probs.tolist() for probe in probes]
+    assert one.probes(ME)[0].texts == texts and one.probes(ME)[0].length == 4 and one.probes(OTHER) == []
+    assert (
+        KeptProbe.of_fields(json.loads(json.dumps(probes[0].as_fields()))).log_probs.tobytes()
+        == probes[0].log_probs.tobytes()
+    )
+    prune(one, identity=ME)
+    assert one.probes(ME) == [] and not one.digests()
+
+
+def test_a_damaged_probe_counts_as_none(tmp_path: Path) -> None:
+    with LogProbStore(tmp_path / "a") as store:
+        for number in range(2):
+            store.put_probe(ME, KeptProbe((((1,), (2,)),), np.array([-number], np.float32), {}))
+    with closing(sqlite3.connect(tmp_path / "a")) as db, db:
+        db.execute("UPDATE probes SET about = replace(about, '1', '7') WHERE id = 1")
+    with LogProbStore(tmp_path / "a") as store:
+        assert [probe.log_probs.tolist() for probe in store.probes(ME)] == [[-1]]

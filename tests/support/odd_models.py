@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,6 +174,68 @@ def small(family: str, **fields: Any) -> Any:
 def sparse_beyond_96() -> Any:
     kinds = ["full_attention", "minimax_m3_sparse"]
     return small("minimax_m3_vl_text", index_block_size=16, index_topk_blocks=6, layer_types=kinds)
+
+
+def _subclassed(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = SummingAttention
+
+
+def _other_epsilon(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1.0
+
+
+def _other_rotation(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(5)
+
+
+def _other_activation(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU()
+
+
+def _steered(model: Any) -> None:
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    model.model.layers[0].register_forward_hook(lambda _, __, out: out + direction)
+
+
+# Changes of a model that leave its weights and its config as they are, and so its digest.
+BEHAVIOURS: dict[str, Callable[[Any], None]] = {
+    "a subclass": _subclassed,
+    "norm epsilon": _other_epsilon,
+    "rotary buffers": _other_rotation,
+    "an activation": _other_activation,
+    "a steering hook": _steered,
+}
+
+
+def with_behaviour(name: str, seed: int = 0) -> Any:
+    model = tiny_model(seed=seed)
+    BEHAVIOURS[name](model)
+    return model
+
+
+_REMOTE = """
+from transformers import LlamaForCausalLM
+
+
+class OwnModel(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = SCALE * output.logits
+        return output
+"""
+
+
+def with_remote_code(folder: Path, scale: float, *, comment: str = "") -> Any:
+    """A tiny model whose folder brings its code along, with the logits scaled by it."""
+    model = tiny_model()
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.OwnModel"}
+    model.save_pretrained(folder)
+    (folder / "modeling_own.py").write_text(comment + _REMOTE.replace("SCALE", str(scale)))
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 def activated(calls: tuple[int, ...] = (5, 6)) -> Any:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from support.kinds import adapted
 from support.observe import bits, same_bits
 from support.runs import curve, make_trainer, trained
 from support.tiny import tiny_model
@@ -102,6 +103,7 @@ BESIDE: dict[str, tuple[dict[str, Any], str]] = {
     "reference_free": ({"reference_free": True}, "reference_free=False"),
     "ref_dtype": ({"ref_dtype": "bfloat16"}, "dtype="),
     "ref_store": ({"ref_store": "x", "precompute_ref_log_probs": True}, "LogProbStore(path)"),
+    "ref_store_verify": ({"ref_store_verify": 8, "precompute_ref_log_probs": True}, "verify="),
     "ref_store_mode": ({"ref_store_mode": "lazy", "precompute_ref_log_probs": True}, "mode="),
 }
 
@@ -212,8 +214,16 @@ def test_a_reference_in_another_dtype_than_the_policys_is_named(
     assert "differ by rounding" not in caplog.text
     make_trainer(tmp_path, bf16=True, reference=ExplicitReference.of_policy)
     assert "computes in float32 and the policy in bfloat16" in caplog.text and "Placement(" in caplog.text
+    policy = adapted(tiny_model(), LORA["peft_config"])
     with pytest.raises(ReferenceModelError, match="made for float32"):
-        make_trainer(tmp_path, bf16=True, **LORA, reference=lambda policy: ImplicitReference(policy))
+        make_trainer(tmp_path, policy, bf16=True, reference=ImplicitReference(policy))
+
+
+def test_an_implicit_reference_made_of_the_policy_takes_the_runs_autocast(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, bf16=True, max_steps=1, **LORA, reference=lambda policy: ImplicitReference(policy))
+    assert trainer.reference.identity == make_trainer(tmp_path, bf16=True, **LORA).reference.identity
+    assert trainer.reference.identity.compute_dtype == "bfloat16"
+    assert curve(trainer, "reference/initial_gap") == [0]
 
 
 def test_drift_of_a_reference_that_says_it_stands_still_is_found_at_a_save(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tether.config.rules.options import (
     SAMPLE_TOKENS,
     SYNC_ALPHA,
     SYNC_STEPS,
+    VERIFIED_PAIRS,
     Dtype,
     StoreMode,
     refused_names,
@@ -173,6 +174,11 @@ class DPOConfig(TrainingArguments):
         "auto",
         "When the store is filled: before training (fill), when a row is first read (lazy), or never (require; a "
         "missing row is then an error). auto is fill, but lazy for streams.",
+    )
+    ref_store_verify: int = _option(
+        VERIFIED_PAIRS,
+        "Stored pairs of each set that the reference scores again, where it is at hand, before the first stored answer "
+        "is used; 0 for none.",
     )
     ref_columns: Literal["policy", "other"] = _option(
         "policy",

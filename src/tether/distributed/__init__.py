@@ -19,6 +19,7 @@ from tether.distributed.processes import (
     is_main_process,
     names_of_all,
     num_processes,
+    of_main,
     raising_together,
     reduced,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "local_shard",
     "names_of_all",
     "num_processes",
+    "of_main",
     "on_main_process",
     "plain_class",
     "raising_together",

@@ -46,6 +46,11 @@ def names_of_all(names: Iterable[str]) -> list[str]:
     return sorted(set().union(*_gathered(list(names))))
 
 
+def of_main(value: T) -> T:
+    """Process 0's value, on every process. Collective."""
+    return _gathered(value)[0]
+
+
 @contextmanager
 def raising_together() -> Iterator[None]:
     """A block whose failure on one process is raised on all of them, so that none is left waiting.

@@ -19,7 +19,8 @@ from torch import nn
 from tether.errors import ReferenceModelError
 from tether.reference.held import Slot
 from tether.reference.identity import ReferenceIdentity
-from tether.scoring import score
+from tether.scoring import Reads, score
+from tether.scoring.at_rest import multiplies_in_tf32
 from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
@@ -117,6 +118,11 @@ class Reference(ABC):
         return None
 
     @property
+    def reads(self) -> Reads | None:
+        """Which texts it can be asked that are no rows of the run; None if only the rows' own tokens are known."""
+        return None
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of weights held in addition to the policy's."""
         return 0
@@ -196,6 +202,8 @@ def score_without_gradient(model: nn.Module, batch: PairBatch, autocast_dtype: t
 
 
 def compute_dtype_name(model: nn.Module, autocast_dtype: torch.dtype | None) -> str:
-    """Dtype of the model's matrix products, as the identity records it."""
+    """Dtype of the model's matrix products, as the identity records it: `tf32` where a GPU so rounds float32."""
     dtype = autocast_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if dtype == torch.float32 and torch.cuda.is_available() and multiplies_in_tf32():
+        return "tf32"
     return str(dtype).removeprefix("torch.")

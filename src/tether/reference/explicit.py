@@ -5,9 +5,10 @@ Never writes to a model it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,11 @@ from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceMod
 from tether.models.origin import Origin
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.held import Slot, slots_of
-from tether.reference.identity import (
-    ReferenceIdentity,
-    digest_tensors,
-    digest_weights,
-    identity_digests,
-    model_tensors,
-    num_bytes,
-)
+from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
+from tether.reference.implicit import adapter_settings, all_tensors, base_tensors, is_adapter_model
 from tether.reference.twin import frozen_twin, refuse_lost_hooks
 from tether.reference.updates.groups import DenseGroup, MovableReference, Tensors, UpdateGroup, UpdateRule
-from tether.scoring import SCORING_VERSION, rotary_limit
+from tether.scoring import SCORING_VERSION, Reads, reads_of, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
 
 
@@ -105,7 +100,7 @@ class ExplicitReference(MovableReference):
             placement = replace(placement, dtype=shard.dtype)
         copied = (lambda p: True) if apart else copies
         self._module: nn.Module | None = frozen_twin(model, copied, placement.dtype, placement.device)
-        self._length_limit = rotary_limit(self._module)
+        self._length_limit, self._reads = rotary_limit(self._module), reads_of(self._module)
         # Reading weights again would be collective, and one process alone may need an answer.
         self._origins = () if apart else tuple(origins)
         self._is_apart = apart
@@ -114,10 +109,10 @@ class ExplicitReference(MovableReference):
         self._given = _storages(model.parameters()) if not apart else set()
         self._num_passes = 0
         self._means_policy = means_policy
-        self._digests = digest_tensors(model_tensors(self._module))
+        self._digests = digest_tensors(all_tensors(self._module))
         self._identity = ReferenceIdentity(
             kind=self.kind.name,
-            **identity_digests(self._digests, self._module.config),
+            **_digests_of(self._module, self._digests),
             compute_dtype=compute_dtype_name(self._module, placement.autocast_dtype),
             scoring_version=SCORING_VERSION,
         )
@@ -186,7 +181,7 @@ class ExplicitReference(MovableReference):
     def changed_tensors(self) -> list[str]:
         if self._module is None:
             return []
-        now = digest_tensors(model_tensors(self._module))
+        now = digest_tensors(all_tensors(self._module))
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
     def held_by_others(self) -> list[Slot]:
@@ -203,6 +198,10 @@ class ExplicitReference(MovableReference):
     @property
     def length_limit(self) -> int | None:
         return self._length_limit
+
+    @property
+    def reads(self) -> Reads | None:
+        return self._reads
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
         if self._module is None:
@@ -288,7 +287,7 @@ class ExplicitReference(MovableReference):
         for origin in self._origins:
             try:
                 twin = self._twin_of(origin)
-                found = digest_weights(digest_tensors(model_tensors(twin)), twin.config)
+                found = _digests_of(twin, digest_tensors(all_tensors(twin)))["weights"]
             except (OSError, ValueError, TypeError, RuntimeError) as error:  # gone, unreadable, sharded by now
                 refused.append(f"{origin.name} cannot be read ({' '.join(str(error).split())[:200]})")
                 continue
@@ -310,6 +309,13 @@ class ExplicitReference(MovableReference):
             instead="Pass every set at construction (`train_dataset`, `eval_dataset`), pass the model or `ref_model` "
             "by path, or set `ref_store_mode='lazy'`, which keeps the weights.",
         )
+
+
+def _digests_of(model: nn.Module, digests: Mapping[str, bytes]) -> dict[str, str]:
+    """The digests of an identity: of a base its own, of a model with an adapter also the adapter's."""
+    base: Any = model.get_base_model() if is_adapter_model(model) else model
+    of_adapter = digests.keys() - base_tensors(base).keys()
+    return identity_digests(digests, base.config, of_adapter, adapter_settings(model))
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:

@@ -37,6 +37,16 @@ class RowSet(Protocol):
     def __iter__(self) -> Iterator[PairBatch]: ...
 
 
+# What a process scores that needs no answer itself, while others need its shards of the weights.
+IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
+
+
+def few_rows(batches: Iterable[PairBatch], count: int) -> PairBatch | None:
+    """About so many rows from all over a set, if it can give them, or else its first batch; None if it is empty."""
+    some = getattr(batches, "some", None)
+    return some(count) if some is not None else next(iter(batches), None)
+
+
 class StorePass:
     """Scores what is missing of one set, longest first, and reports its progress.
 

@@ -28,11 +28,17 @@ from tether.reference.identity import ReferenceIdentity, digest_tensors, identit
 from tether.reference.updates.adapters import adapter_groups, refused_shards
 from tether.reference.updates.groups import MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.refusals import refuse
-from tether.scoring import SCORING_VERSION, rotary_limit
+from tether.scoring import SCORING_VERSION, Reads, reads_of, rotary_limit
 from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 _MOST_WRITTEN = 1 << 20  # numbers in a buffer
+# What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
+_SWITCHES: dict[type, tuple[str, ...]] = {
+    PeftModel: ("active_adapters", "_adapters_disabled"),
+    BaseTunerLayer: ("active_adapters", "disable_adapters", "merged_adapters", "scaling"),
+    AuxiliaryTrainingWrapper: ("active_adapters", "disable_adapters"),
+}
 
 
 def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -60,7 +66,8 @@ class ImplicitReference(MovableReference):
 
     Args:
         policy: The PEFT model that trains.
-        autocast_dtype: Run under autocast with this dtype, as the policy does.
+        autocast_dtype: Run under autocast with this dtype, as the policy does; by default that of the autocast which is
+            on when the reference is made.
         moves: The reference will follow the policy, so the adapter is copied even if it changes nothing yet.
     """
 
@@ -74,6 +81,9 @@ class ImplicitReference(MovableReference):
                 instead="Pass a `PeftModel`, or write `ExplicitReference.of_policy(policy)`.",
             )
         self._policy = policy
+        device = next(policy.parameters()).device.type
+        if autocast_dtype is None and torch.is_autocast_enabled(device):
+            autocast_dtype = torch.get_autocast_dtype(device)
         self._autocast_dtype = autocast_dtype
         self._num_passes = 0
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -87,7 +97,10 @@ class ImplicitReference(MovableReference):
         self._digests = digest_tensors(self._tensors())
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
-        adapter_config = None if self._adapter_off else _adapter_config(policy)
+        adapter_config = None
+        if not self._adapter_off:
+            with adapter_on(policy):
+                adapter_config = adapter_settings(policy)
         self._identity = ReferenceIdentity(
             kind=self.kind.name,
             **identity_digests(self._digests, base.config, of_adapter, adapter_config),
@@ -119,6 +132,10 @@ class ImplicitReference(MovableReference):
     @property
     def length_limit(self) -> int | None:
         return rotary_limit(self._policy)
+
+    @property
+    def reads(self) -> Reads | None:
+        return reads_of(self._policy)
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -208,14 +225,26 @@ class ImplicitReference(MovableReference):
             export_adapter(self._policy, folder, merged=merged)
 
 
-def _adapter_config(policy: PeftModel) -> Any:
-    """The configurations of all adapters, and which are active, without fields that do not change the answer."""
+def adapter_settings(model: nn.Module) -> Any:
+    """The adapters' configurations, and what is active, off, merged or scaled in each layer; None without an adapter.
+
+    Without the fields that do not change the answer.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
     cosmetic = ("base_model_name_or_path", "inference_mode")
-    configs = {
+    described = {
         name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
-        for name, config in policy.peft_config.items()
+        for name, config in configs.items()
     }
-    return [configs, policy.active_adapters]
+    states = {
+        path: [getattr(module, name, None) for name in switches]
+        for path, module in model.named_modules()
+        for kind, switches in _SWITCHES.items()
+        if isinstance(module, kind)
+    }
+    return [described, states]
 
 
 def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:
@@ -287,6 +316,12 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
             name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
         tensors[name] = tensor
     return tensors
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model that stands still: of an adapter too, beside those of its base under their plain names."""
+    base = base_tensors(model.get_base_model() if is_adapter_model(model) else model)
+    return base | beside_base(model, base)
 
 
 def beside_base(model: nn.Module, base: Tensors) -> dict[str, Tensor]:

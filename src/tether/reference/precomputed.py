@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,18 +18,18 @@ from torch import Tensor
 from tether.distributed import any_process
 from tether.errors import ConfigurationError, DataError, DriftError, MissingLogProbsError
 from tether.reference.base import BatchSource, Kind, Reference, Traits
-from tether.reference.filling import StorePass, names_of
+from tether.reference.filling import IDLE, StorePass, names_of
 from tether.reference.held import HeldTensors
 from tether.reference.identity import ReferenceIdentity
+from tether.reference.probing import check_probes, write_probes
+from tether.reference.store_checks import StoreChecks
 from tether.reference.wrapping import WrappingReference
 from tether.store import LogProbStore, key_at_length
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
-
-# What a process scores that needs no answer itself, while others need its shards of the weights.
-_IDLE = PairBatch.of_pairs([(Response((0,), (0,)), Response((0,), (0,)))])
+_VERIFIED_PAIRS = 2
 
 
 class PrecomputedReference(WrappingReference[Reference]):
@@ -46,6 +47,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         length_limit: As `Reference.length_limit`; by default the source's.
         decode: Turns token ids into text, to show the start of a prompt in messages.
         how_to_fill: How to have missing rows scored, for messages.
+        verify: Stored pairs of each set that the source scores again before the first answer is used.
 
     Raises:
         ConfigurationError: If the source moves during training.
@@ -66,6 +68,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         length_limit: int | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
         how_to_fill: str = "",
+        verify: int = _VERIFIED_PAIRS,
     ) -> None:
         if identity is None:
             if source is None:
@@ -85,8 +88,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         self._how_to_fill = how_to_fill or "Fill the store first (`tether precompute`)."
         self._num_found = self._num_computed = 0
         self._held: HeldTensors | None = HeldTensors(self._source.held_by_others())
-        if mode == "require":
-            self.release()
+        self._checks, self._is_at_hand = StoreChecks(self, self._source, verify), source is not None
 
     @property
     def kind(self) -> Kind:
@@ -117,6 +119,11 @@ class PrecomputedReference(WrappingReference[Reference]):
         return self._num_computed
 
     @property
+    def num_passes(self) -> int:
+        """The source's, without those that check what is stored."""
+        return super().num_passes - self._checks.num_passes
+
+    @property
     def identity(self) -> ReferenceIdentity:
         return self._identity
 
@@ -137,20 +144,30 @@ class PrecomputedReference(WrappingReference[Reference]):
     def prepare(self, sets: Mapping[str, BatchSource], *, show_progress: bool = False) -> None:
         """Fills or checks the store for these sets, by the mode, and then (by default) releases the source.
 
+        First the source, if it is at hand, is compared with what it or another one stored under its identity.
+
         Raises:
+            StoreError: If the source answers otherwise than the store.
             MissingLogProbsError: In mode `require`, for a set with a missing row; names one.
             DataError: If the source gives a log-prob that is not finite; names the row.
             KeyboardInterrupt: After Ctrl-C, with the number of rows kept.
         """
+        # Under `require`, the policy may not be where a pass through it needs it: the first answer waits for that.
+        if not (self._mode == "require" and self._source.traits.runs_in_policy):
+            self._compare_with_source(lambda: self._checks.look_at(sets))
+        if self._is_at_hand and (self._mode == "fill" or self.traits.is_collective):
+            self._checks.make()
         for name, batches in sets.items():
             if self._mode == "fill":
                 self._fill(name, batches(), show_progress)
             elif self._mode == "require":
                 self._check(name, batches())
-        if self._mode == "fill" and self._release_when_filled:
+        if self._mode == "require" or (self._mode == "fill" and self._release_when_filled):
             self.release()
 
     def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+        if self._is_at_hand and self._checks.is_due(batch):
+            self._compare_with_source(lambda: self._checks.look_before(batch))
         values = self.stored(batch)
         lacking = [index for index, value in enumerate(values) if value is None]
         if lacking:
@@ -166,11 +183,43 @@ class PrecomputedReference(WrappingReference[Reference]):
         values = self._store.get(self._identity.digest, self._keys(batch), batch.response_lengths)
         return [None if value is None else torch.from_numpy(value) for value in values]
 
+    def save(self, folder: Path | None) -> None:
+        super().save(folder)
+        if folder is not None:
+            write_probes(folder, list(self._checks.answers.values()))
+
+    def load(self, folder: Path) -> None:
+        """Compares the store's probes with those of the checkpoint's run, which may have had another store.
+
+        Raises:
+            ResumeError: If the reference answered otherwise there.
+        """
+        super().load(folder)
+        if self._is_at_hand and self._source.traits.runs_in_policy:  # `prepare` may still wait for the policy
+            check_probes(folder, self._source)
+        else:
+            check_probes(folder, self, self._checks.answers)
+
     def release(self) -> None:
         """Releases the source. An adapter's base costs nothing and stays right, so it still scores new rows."""
+        self._is_at_hand = self._is_at_hand and self._source.traits.runs_in_policy
         self._source.release()
         if not self._source.held_by_others():  # it would keep the weights; what comes back is nobody else's
             self._held = None
+
+    def _compare_with_source(self, look: Callable[[], None]) -> None:
+        """Looks at the store with the source, if it is at hand as it was."""
+        if not self._is_at_hand:
+            return
+        may_score = self._mode != "require"
+        changed = self._held.changed() if self._held is not None else []
+        if changed and may_score:
+            raise self._moved(changed)
+        # Under `require`, processes read and stop each on its own.
+        if not changed and (may_score or not self._source.traits.is_collective):
+            look()
+        if not may_score:
+            self.release()
 
     def _lacking(self, batch: PairBatch) -> list[int]:
         return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
@@ -199,7 +248,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         """
         if not (self.traits.is_collective and any_process(False)):
             return False
-        self._source.log_probs(_IDLE)
+        self._source.log_probs(IDLE)
         return True
 
     def _check(self, name: str, batches: Iterable[PairBatch]) -> None:
@@ -230,6 +279,8 @@ class PrecomputedReference(WrappingReference[Reference]):
             raise self._moved(changed)
         if self.traits.is_collective:
             any_process(True)
+        else:
+            self._checks.make()
         try:
             computed = self._source.log_probs(batch)
         except MissingLogProbsError as error:  # a released source knows no row

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tether.errors import ConfigurationError, StoreError
 from tether.reference.filling import names_of
-from tether.reference.precomputed import PrecomputedReference
 from tether.reference.watch import Gap, tolerance
 from tether.types import PairBatch
+
+if TYPE_CHECKING:
+    from tether.reference.precomputed import PrecomputedReference
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ ALIKE: dict[str, Tolerance] = {
     "float64": (1e-6, 1e-5),
     "float32": (1e-4, 1e-3),
     "float16": (1e-3, 2e-2),
+    "tf32": (1e-3, 2e-2),  # rounds as float16 does
     "bfloat16": (5e-3, 1e-1),
 }
 # Read from a store: in the same dtype, but from another batch, layout or machine.
@@ -35,6 +36,7 @@ STORED: dict[str, Tolerance] = {
     "float64": (1e-3, 1e-2),
     "float32": (1e-3, 1e-2),
     "float16": (5e-2, 2.0),
+    "tf32": (5e-2, 2.0),
     "bfloat16": (1e-1, 3.0),
 }
 # Policy and reference in different dtypes: by the coarser.
@@ -42,6 +44,7 @@ OTHER_DTYPE: dict[str, Tolerance] = {
     "float64": (1e-3, 1e-2),
     "float32": (1e-3, 1e-2),
     "float16": (1e-1, 2.0),
+    "tf32": (1e-1, 2.0),
     "bfloat16": (5e-1, 5.0),
 }
 

@@ -15,6 +15,7 @@ from torch import nn
 from tether.reference.base import BatchSource, Kind, Reference, Traits
 from tether.reference.held import Slot
 from tether.reference.identity import ReferenceIdentity
+from tether.scoring import Reads
 from tether.types import PairBatch, ResponseLogProbs
 
 Source = TypeVar("Source", bound=Reference)
@@ -73,6 +74,10 @@ class WrappingReference(Reference, Generic[Source]):
     @property
     def length_limit(self) -> int | None:
         return self._source.length_limit
+
+    @property
+    def reads(self) -> Reads | None:
+        return self._source.reads
 
     @property
     def extra_bytes(self) -> int:

@@ -77,8 +77,16 @@ def is_rough(model: nn.Module) -> bool:
         any(one.dtype in _HALF or not one.is_floating_point() for one in model.parameters())
         or torch.is_autocast_enabled(parameter.device.type)
         or "_original_forward" in vars(model)  # accelerate's autocast
-        or (on_cuda and torch.backends.cuda.matmul.allow_tf32)
+        or (on_cuda and multiplies_in_tf32())
     )
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether CUDA multiplies float32 in TF32, with the 10 bits of float16, as `tf32` and `torch_compile` have it."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; the flag before it raises where this was set
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 def exact_call(model: nn.Module) -> Callable[..., Any] | None:

@@ -24,6 +24,7 @@ from tether.scoring.fingerprint import fingerprint
 from tether.scoring.forward import Way
 from tether.scoring.probe import proven_length
 from tether.scoring.projection import has_projection
+from tether.scoring.reading import max_tokens_of
 from tether.scoring.rotary import rotary_limit
 from tether.scoring.trial import OUT_OF_MEMORY, Trial, trial_of
 from tether.types import PairBatch
@@ -36,7 +37,6 @@ _SAYS = {
     "rows": "one response at a time, which is much slower",
 }
 _LOOKS = 3
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
 @dataclass
@@ -130,13 +130,9 @@ def _ways(model: nn.Module, base: nn.Module, layouts: Sequence[str]) -> Iterator
 
 
 def _limit(model: nn.Module, base: nn.Module, longest: int) -> int | None:
-    """Tokens of the longest row that the model can be asked for, without the virtual ones of an adapter."""
-    config: Any = base.config.get_text_config()  # type: ignore[union-attr, operator]
-    limits = [getattr(config, name, None) for name in _LIMITS]
-    adapters = getattr(model, "peft_config", {}).values()
-    virtual = max((getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters), default=0)
-    known = [limit - virtual for limit in limits if isinstance(limit, int) and limit > 0]
-    rotary = rotary_limit(model)
+    """Tokens of the longest row that the model can be asked for."""
+    limit, rotary = max_tokens_of(model, base), rotary_limit(model)
+    known = [] if limit is None else [limit]
     if rotary is not None and longest <= rotary:
         known.append(rotary)
     return min(known, default=None)

@@ -3,10 +3,12 @@
 from tether.store.exchange import export_parquet, import_parquet, merge, prune
 from tether.store.key import KEY_BYTES, content_key, key_at_length
 from tether.store.log_prob_store import LogProbStore, StoredIdentity, default_store_path
+from tether.store.probe import KeptProbe
 from tether.store.salvage import salvage
 
 __all__ = [
     "KEY_BYTES",
+    "KeptProbe",
     "LogProbStore",
     "StoredIdentity",
     "content_key",

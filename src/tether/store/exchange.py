@@ -94,7 +94,7 @@ def import_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
 
 
 def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
-    """Adds every record of another store to this one; the other is not changed, and may be in use.
+    """Adds every record and probe of another store to this one; the other is not changed, and may be in use.
 
     Args:
         into: The store to add to.
@@ -116,6 +116,8 @@ def merge(into: LogProbStore, other_path: str | os.PathLike[str]) -> int:
     with LogProbStore(source, read_only=True) as other:
         for identity in other.digests():
             description = other.describe(identity)
+            for probe in other.probes(identity):
+                into.put_probe(identity, probe, description=description)
             for batch in other.batches(identity, batch_size=_BATCH_SIZE):
                 keys, values = [key for key, _ in batch], [value for _, value in batch]
                 num_added += _add(into, identity, keys, values, description)

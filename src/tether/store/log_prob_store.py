@@ -20,6 +20,7 @@ from tether.errors import StoreError
 from tether.store import tables
 from tether.store.location import default_store_path
 from tether.store.opening import copy_database
+from tether.store.probe import KeptProbe
 from tether.store.record import LogProbs, Record, RecordCodec, check_keys, check_values, unpack
 from tether.store.store_file import StoreFile
 from tether.store.tables import StoredIdentity
@@ -136,6 +137,30 @@ class LogProbStore:
                     if codec.is_intact(old) and old.num_tokens >= longest[old.key].num_tokens:
                         del longest[old.key]
                 tables.write_records(db, owner, longest.values())
+
+    def probes(self, identity: str) -> list[KeptProbe]:
+        """The intact probes of a reference, the shortest first; raises StoreError if the file can't be read."""
+        codec = RecordCodec(identity)
+        with self._file.read() as db:
+            probes = [KeptProbe.unpack(codec, *row) for row in tables.read_probes(db, identity)]
+        return sorted((probe for probe in probes if probe is not None), key=lambda probe: probe.length)
+
+    def put_probe(self, identity: str, probe: KeptProbe, *, description: Mapping[str, Any] | None = None) -> None:
+        """Keeps what a reference answered to texts that are no rows; the same answers are kept once.
+
+        Args:
+            identity: Digest of the reference.
+            probe: The texts and the answers.
+            description: As `put`.
+
+        Raises:
+            StoreError: If the file can't be written.
+        """
+        known = {(other.texts, other.log_probs.tobytes()) for other in self.probes(identity)}
+        if (probe.texts, probe.log_probs.tobytes()) not in known:
+            with self._file.write() as db:
+                owner = tables.use_identity(db, identity, description, time.time())
+                tables.write_probe(db, owner, probe.pack(RecordCodec(identity)))
 
     def count(self, identity: str | None = None) -> int:
         """Number of records, of one identity or (`None`) of all; raises StoreError if it can't be read."""

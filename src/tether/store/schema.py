@@ -10,7 +10,14 @@ from pathlib import Path
 from tether.errors import StoreError
 
 APPLICATION_ID = 0x54455448  # "TETH", in the file's header: distinguishes a store from other SQLite files
-SCHEMA_VERSION = 2  # version 1 is Tether 0.1.0's, which had other names for references
+SCHEMA_VERSION = 3  # version 1 is Tether 0.1.0's, which had other names for references
+
+_PROBES = """CREATE TABLE probes (
+        id INTEGER PRIMARY KEY,
+        identity INTEGER NOT NULL,
+        about TEXT NOT NULL,
+        checksum BLOB NOT NULL,
+        log_probs BLOB NOT NULL)"""
 
 # Identity ids are never reused (AUTOINCREMENT), so that a record can't end up with another reference.
 _TABLES = (
@@ -28,9 +35,10 @@ _TABLES = (
         checksum BLOB NOT NULL,
         log_probs BLOB NOT NULL)""",
     "CREATE UNIQUE INDEX records_by_key ON records (identity, key)",
+    _PROBES,
 )
 # _MIGRATIONS[n] turns version n into n + 1, within the caller's transaction.
-_MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
+_MIGRATIONS: dict[int, Callable[[sqlite3.Connection], object]] = {2: lambda db: db.execute(_PROBES)}
 
 
 def is_empty(db: sqlite3.Connection) -> bool:

@@ -107,18 +107,29 @@ def write_records(db: sqlite3.Connection, owner: int, records: Iterable[Record])
     )
 
 
+def read_probes(db: sqlite3.Connection, identity: str) -> list[tuple[str, bytes, bytes]]:
+    """`about`, `checksum` and `log_probs` of an identity's probes, unverified."""
+    return db.execute(f"SELECT about, checksum, log_probs FROM probes WHERE {_OF_IDENTITY}", (identity,)).fetchall()
+
+
+def write_probe(db: sqlite3.Connection, owner: int, probe: tuple[str, bytes, bytes]) -> None:
+    """Adds a probe of the identity with row id `owner`."""
+    db.execute("INSERT INTO probes (identity, about, checksum, log_probs) VALUES (?, ?, ?, ?)", (owner, *probe))
+
+
 def delete_records(db: sqlite3.Connection, identity: str, keys: Iterable[bytes]) -> None:
     """Removes the records of `keys`."""
     db.executemany(f"DELETE FROM records WHERE {_OF_IDENTITY} AND key = ?", ((identity, key) for key in keys))
 
 
 def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
-    """Removes up to `limit` records of an identity, and the identity if none is left; returns the number removed."""
+    """Removes up to `limit` records of an identity, and the identity and its probes with the last; returns how many."""
     removed = db.execute(
         f"DELETE FROM records WHERE id IN (SELECT id FROM records WHERE {_OF_IDENTITY} LIMIT ?)",
         (identity, limit),
     ).rowcount
     if removed < limit:
+        db.execute(f"DELETE FROM probes WHERE {_OF_IDENTITY}", (identity,))
         db.execute("DELETE FROM identities WHERE digest = ?", (identity,))
     return removed
 

@@ -60,9 +60,15 @@ class RowsToScore:
 
     def __iter__(self) -> Iterator[PairBatch]:
         for start in range(0, self.num_rows, _ROWS_AT_ONCE):
-            rows = self._order[start : start + _ROWS_AT_ONCE].tolist()
-            batch = batch_of(self._collator(self._dataset.__getitems__(rows)))
-            yield replace(batch, rows=tuple(rows))
+            yield self._batch(self._order[start : start + _ROWS_AT_ONCE].tolist())
+
+    def some(self, count: int) -> PairBatch | None:
+        """A batch of so many rows, the longest and others evenly from all lengths; None if this process has none."""
+        apart = -(-self.num_rows // count) or 1
+        return self._batch(self._order[::apart].tolist()) if self.num_rows else None
+
+    def _batch(self, rows: list[int]) -> PairBatch:
+        return replace(batch_of(self._collator(self._dataset.__getitems__(rows))), rows=tuple(rows))
 
 
 def sampled_rows(sets: Mapping[str, Dataset], count: int) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ import logging
 import shlex
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,7 @@ def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Re
     """
     args = facts.args
     if facts.reference is not None:
-        return _own(facts.reference, policy)
+        return _own(facts.reference, policy, around.autocast_dtype)
     if around.given is not None:
         return GivenReference(around.given, means_policy=args.ref_columns == "policy")
     if args.reference_free:
@@ -94,9 +95,13 @@ def build_reference(policy: nn.Module, facts: Facts, around: Surroundings) -> Re
     return source
 
 
-def _own(reference: Any, policy: nn.Module) -> Reference:
-    """The user's own: the object, or what the function makes of the policy."""
-    made = reference if isinstance(reference, Reference) else reference(policy)
+def _own(reference: Any, policy: nn.Module, autocast_dtype: torch.dtype | None) -> Reference:
+    """The user's own: the object, or what the function makes of the policy, under the autocast of its passes."""
+    if isinstance(reference, Reference):
+        return reference
+    device = next(policy.parameters()).device.type
+    with nullcontext() if autocast_dtype is None else torch.autocast(device, autocast_dtype):
+        made = reference(policy)
     if not isinstance(made, Reference):
         raise ArgumentTypeError(
             problem=f"Cannot use what the function in `reference` returned: it is a {type(made).__name__}, not a "
@@ -155,8 +160,11 @@ def _check_dtype(reference: Reference, policy_dtype: str) -> None:
     own = reference.identity.compute_dtype
     if own == policy_dtype:
         return
-    written = f"Write `Placement(autocast_dtype=torch.{policy_dtype})` for an `ExplicitReference`, "
-    written += f"`autocast_dtype=torch.{policy_dtype}` for an `ImplicitReference`."
+    if "tf32" in (own, policy_dtype):
+        written = "Make it in a function, `reference=lambda policy: ...`, which is called when TF32 has been set."
+    else:
+        written = f"Write `Placement(autocast_dtype=torch.{policy_dtype})` for an `ExplicitReference`, "
+        written += f"`autocast_dtype=torch.{policy_dtype}` for an `ImplicitReference`."
     if reference.traits.runs_in_policy:
         raise ReferenceModelError(
             problem=f"Cannot use this reference: it is made for {own}, and its passes run through the policy, in "
@@ -214,6 +222,7 @@ def _precomputed(
         release_when_filled=mode != "lazy",
         decode=around.decode,
         how_to_fill=how_to_fill(args, name_of(facts.policy)),
+        verify=args.ref_store_verify,
     )
 
 

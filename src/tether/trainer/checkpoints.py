@@ -16,6 +16,7 @@ from tether.distributed import raising_together
 from tether.errors import ResumeError
 from tether.losses.weighting import RewardShift
 from tether.reference import Reference
+from tether.reference.probing import RunProbes
 from tether.reference.watch import ReferenceWatch, Start
 
 if TYPE_CHECKING:
@@ -51,11 +52,13 @@ class Kept(NamedTuple):
     Attributes:
         reference: The reference.
         watch: What it said of a few fixed pairs at the start.
+        probes: What it answers to texts that are no rows.
         reward_shift: BCO's running mean of rewards, where a loss keeps one.
     """
 
     reference: Reference
     watch: ReferenceWatch
+    probes: RunProbes
     reward_shift: RewardShift | None
 
 
@@ -70,6 +73,7 @@ def save_run(checkpoint: Path, kept: Kept, num_tokens: float, place: StreamPlace
         writes: Whether this process writes.
     """
     save_reference(checkpoint, kept.reference, num_tokens, place=place, writes=writes)
+    kept.probes.save(checkpoint / _FOLDER if writes else None)
     if writes:
         _save_reward_shift(checkpoint, kept.reward_shift)
         _save_start(checkpoint, kept.watch.start)
@@ -82,6 +86,8 @@ def load_run(checkpoint: Path, kept: Kept) -> int:
         ResumeError: If the checkpoint is of a run against another reference, or lacks a part.
     """
     num_tokens = load_reference(checkpoint, kept.reference)
+    with raising_together():
+        kept.probes.check(checkpoint / _FOLDER)
     _load_reward_shift(checkpoint, kept.reward_shift)
     kept.watch.start = _load_start(checkpoint)
     return num_tokens
@@ -243,7 +249,7 @@ _FORMER_KINDS = ("frozen", "adapter", "moving", "following", "uniform")
 _REMEDIES = {
     "scoring_version": "Resume with the version of Tether that wrote the checkpoint.",
     "kind": "Use that run's options for the reference (`sync_ref_model`, `ref_model`, an adapter or none).",
-    "compute_dtype": "Use that run's dtypes: the model's own, `bf16` or `fp16`, and `ref_dtype`.",
+    "compute_dtype": "Use that run's dtypes: the model's own, `bf16` or `fp16`, `tf32`, and `ref_dtype`.",
     "base": "Build the trainer with the weights that the run began with, and with its `ref_model` if it had one. Do "
     "not use the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, or a folder that "
     "has changed since.",

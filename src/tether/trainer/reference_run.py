@@ -21,13 +21,16 @@ from tether.data.collators import Collator
 from tether.data.datasets import PairDataset, batch_of
 from tether.distributed import raising_together
 from tether.reference import Reference
+from tether.reference.probing import RunProbes
 from tether.reference.watch import ReferenceWatch
 from tether.trainer.batches import RowsToScore, sampled_rows
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
 from tether.trainer.saving import keep_savable
+from tether.types import PairBatch
 
 _SENTINEL_PAIRS = 2
 _SAMPLED_PAIRS = 4
+_PROBED_ROWS = 32
 
 
 class ReferenceRun(TrainerCallback):
@@ -46,6 +49,7 @@ class ReferenceRun(TrainerCallback):
     Attributes:
         reference: The reference.
         watch: What looks at it: the gap at step 0, drift, distances.
+        probes: Its answers to texts that are no rows, for checkpoints.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class ReferenceRun(TrainerCallback):
         waits: bool,
     ) -> None:
         self.reference, self.watch = reference, ReferenceWatch(reference, autocast_dtype)
+        self.probes = RunProbes(reference, self._few_rows)
         self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
         self._waits = waits and reference.traits.runs_in_policy
         self._prepared: dict[str, PairDataset] = {}
@@ -130,6 +135,13 @@ class ReferenceRun(TrainerCallback):
             with self._accelerator.main_process_first() if fills_store else nullcontext():
                 answer = self.reference.log_probs(batch)
             self.watch.check_rows(policy, batch, answer, f"row {', '.join(map(str, rows))} of the {name} set")
+
+    def _few_rows(self) -> PairBatch | None:
+        """Rows of the training set, the longest among them if it is no stream."""
+        pairs: Any = self._sets()["train"]
+        if isinstance(pairs, Dataset):
+            return RowsToScore(pairs, self._collator, self._args).some(_PROBED_ROWS)
+        return batch_of(self._collator(list(pairs.take(_SENTINEL_PAIRS))))
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
         """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""

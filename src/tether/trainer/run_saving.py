@@ -92,7 +92,8 @@ class RunSaving(Trainer):
 
     @property
     def _kept(self) -> Kept:
-        return Kept(self._reference_run.reference, self._reference_run.watch, self._objective.reward_shift)
+        run = self._reference_run
+        return Kept(run.reference, run.watch, run.probes, self._objective.reward_shift)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -5,7 +5,7 @@ The verbs' arguments and help texts; `records` does what needs no model, `rows` 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -162,7 +162,9 @@ def prune(
 
 def _request(verb: str, words: list[str], store: str | None) -> Request:
     """A recipe that uses the store named by `--store`; nothing is trained."""
-    named = {} if store is None else {"ref_store": store}
+    named: dict[str, Any] = {} if store is None else {"ref_store": store}
+    if verb == "verify":  # which does that itself, and says what it found
+        named["ref_store_verify"] = 0
     return read_request(f"store {verb}", words, precompute_ref_log_probs=True, ref_store_mode="lazy", **named)
 
 

@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_gguf_available
 
 from tether.config.dpo_config import DPOConfig
 from tether.config.former_options import FORMER, FORMER_ARGUMENTS
-from tether.config.rules.options import refused_names
+from tether.config.rules.options import VERIFIED_PAIRS, refused_names
 from tether.errors import ArgumentTypeError
 from tether.models.loading import tokenizer_of
 from tether.models.origin import name_of
@@ -131,6 +131,10 @@ def refused_door(args: DPOConfig, reference: Any, ref_model: Any) -> Iterator[Re
         "reference_free": (args.reference_free, "Leave `reference` out, or set `reference_free=False`."),
         "ref_dtype": (args.ref_dtype is not None, "Write `ExplicitReference(model, Placement(dtype=...))`."),
         "ref_store": (args.ref_store is not None, _wrapped("PrecomputedReference(LogProbStore(path), source)")),
+        "ref_store_verify": (
+            args.ref_store_verify != VERIFIED_PAIRS,
+            _wrapped("PrecomputedReference(store, source, verify=...)"),
+        ),
         "ref_store_mode": (args.ref_store_mode != "auto", _wrapped("PrecomputedReference(store, source, mode=...)")),
     }
     for option, (is_set, instead) in wrappers.items():

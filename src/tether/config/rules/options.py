@@ -26,6 +26,7 @@ StoreMode = Literal["auto", "fill", "lazy", "require"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA, SYNC_STEPS = 0.6, 512
+VERIFIED_PAIRS = 2
 SAMPLE_TOKENS = 64
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
 
@@ -83,6 +84,7 @@ def _ranges(args: DPOConfig) -> Iterator[Refusal]:
         ("per_device_eval_batch_size", 1, "it is a number of pairs"),
         ("eval_accumulation_steps", 1, "it is a number of batches"),
         ("precompute_ref_batch_size", 1, "it is a number of pairs"),
+        ("ref_store_verify", 0, "it is a number of pairs"),
         ("ref_model_sync_steps", 1, "it is a number of optimizer steps"),
         ("per_device_train_batch_size", 1, "it is a number of pairs"),
         ("gradient_accumulation_steps", 1, "it is a number of micro-batches"),
@@ -146,6 +148,7 @@ def _reference(args: DPOConfig) -> Iterator[Refusal]:
         ("ref_dtype", None),
         ("ref_store", None),
         ("ref_store_mode", "auto"),
+        ("ref_store_verify", VERIFIED_PAIRS),
     ):
         value = getattr(args, name)
         if value != default:
@@ -156,7 +159,12 @@ def _reference(args: DPOConfig) -> Iterator[Refusal]:
 
 def _store(args: DPOConfig) -> Iterator[Refusal]:
     if not (args.precompute_ref_log_probs or args.reference_free):
-        for name, default in (("ref_store", None), ("ref_store_mode", "auto"), ("precompute_ref_batch_size", None)):
+        for name, default in (
+            ("ref_store", None),
+            ("ref_store_mode", "auto"),
+            ("ref_store_verify", VERIFIED_PAIRS),
+            ("precompute_ref_batch_size", None),
+        ):
             value = getattr(args, name)
             if value != default:
                 why = "no store of reference log-probs is used, so it would have no effect"

@@ -1,0 +1,222 @@
+"""A probe of a reference: what it answers to texts that are no rows, to tell it from one with the same weights.
+
+A digest covers weights, config and adapters. Code, hooks, activations and buffers that are not saved change the answers
+too; these are compared. So a change that changes no answer, as of a source file's layout, goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+
+from tether.distributed import of_main
+from tether.errors import ResumeError
+from tether.reference.base import Reference
+from tether.reference.watch import Gap, Tolerance, tolerance
+from tether.store import KeptProbe, content_key
+from tether.store.probe import Text
+from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
+
+logger = logging.getLogger(__name__)
+
+LEAST_TOKENS = 256  # shorter texts hide what acts on later positions
+_PROMPT_TOKENS, _SHORT_TOKENS = 16, 112
+_LIBRARIES = ("torch", "transformers", "peft")
+_FILE = "probe.json"
+
+
+class Scope(NamedTuple):
+    """What of a run its probes depend on.
+
+    Attributes:
+        longest: Tokens of its longest row.
+        token_ids: Those of its rows, for a reference that does not say what it reads.
+    """
+
+    longest: int
+    token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[PairBatch]) -> Scope:
+        """Of some batches, the longest rows among them; images leave ids in a prompt that are no text."""
+        longest, ids = 0, set[int]()
+        for batch in batches:
+            longest = max(longest, *batch.fed_lengths())
+            for response in batch.responses():
+                ids.update(response.token_ids, () if response.images else response.prompt_ids)
+        return cls(longest, tuple(sorted(ids)))
+
+
+class Difference(NamedTuple):
+    """How far the answers to a probe are from those that were kept, and how far they may be."""
+
+    gap: Gap
+    allowed: Tolerance
+    kept: KeptProbe
+
+    def __str__(self) -> str:
+        return (
+            f"on a probe of {self.kept.length} tokens, mean gap {self.gap.mean:.3g} nats per token, largest "
+            f"{self.gap.largest:.3g}"
+        )
+
+    def explain(self, dtype: str) -> str:
+        """The tolerance, and what is known of the cause."""
+        now, (mean, largest) = _made_with(), self.allowed
+        other = [f"{name} {was} then, {now[name]} now" for name, was in self.kept.made_with.items() if now[name] != was]
+        return (
+            f"Rounding in {dtype} explains a mean of {mean:g} and a largest of {largest:g}. Weights, config and "
+            "adapters are the same, so the code of the model, a hook, an activation, a forward or a buffer differs"
+            + (f", or what it runs on ({'; '.join(other)})." if other else ".")
+        )
+
+
+def length_for(reference: Reference, longest: int) -> int:
+    """Tokens of the text by which a reference is probed for rows of up to `longest` tokens."""
+    reads, limit = reference.reads, reference.length_limit
+    if reads is None:  # a longer text may be more than it can read
+        return longest
+    most = [reads.max_tokens] if reads.max_tokens is not None else []
+    most += [limit] if limit is not None and longest <= limit else []
+    return max(min([LEAST_TOKENS, *most]), longest)
+
+
+def is_near(length: int, longest: int) -> bool:
+    """Whether a probe of that length serves rows of up to `longest` tokens."""
+    return length >= 0.8 * longest
+
+
+def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> KeptProbe | None:
+    """Asks a reference texts of some length. Collective where the reference is.
+
+    Returns:
+        The texts and answers. None if it has no answer to what is no row: a table of answers, say. Only a reference
+        that does not say what it reads may have none, and its rows are then all that can be compared.
+    """
+    reads = reference.reads
+    texts = _texts(length, token_ids if reads is None else reads.token_ids)
+    try:
+        return ask(reference, texts)
+    except Exception as error:
+        if reads is not None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        logger.warning(
+            "The %s reference answers nothing but its rows (%s: %s), so no probe tells it from others of its identity.",
+            *(reference.identity.kind, type(error).__name__, error),
+        )
+        return None
+
+
+def ask(reference: Reference, texts: tuple[Text, ...]) -> KeptProbe:
+    """A reference's answers to texts. Collective where the reference is."""
+    responses = [Response(prompt, ids, content_key(prompt, ids)) for prompt, ids in texts]
+    answer = reference.log_probs(PairBatch.of_pairs([(response, response) for response in responses]))
+    return KeptProbe(texts, answer.values.float().cpu().numpy(), _made_with())
+
+
+def compare(reference: Reference, kept: KeptProbe, now: KeptProbe) -> Difference | None:
+    """How far a reference's answers are from those that were kept; None if within the tolerance of stored answers."""
+    offsets = offsets_of([len(response) for _, response in kept.texts])
+    answers = [ResponseLogProbs(torch.tensor(probe.log_probs), offsets) for probe in (kept, now)]
+    one, other = (answer.values if reference.traits.knows_tokens else answer.means() for answer in answers)
+    same = (one == other) | (one.isnan() & other.isnan())  # such as a token that is ruled out
+    gap = Gap.between(one.masked_fill(same, 0), other.masked_fill(same, 0), lambda tensor, how: tensor)
+    own = reference.identity.compute_dtype
+    allowed = tolerance(own, own, alike=False)
+    return None if gap.within(allowed) else Difference(gap, allowed, kept)
+
+
+class RunProbes:
+    """What the checkpoints of a run keep of its reference's answers: as they are of one that moves, else as at first.
+
+    A reference whose answers are stored keeps its store's probes itself.
+
+    Args:
+        reference: The reference.
+        rows: Gives some rows of the run, the longest among them.
+    """
+
+    def __init__(self, reference: Reference, rows: Callable[[], PairBatch | None]) -> None:
+        self._reference, self._rows = reference, rows
+        self._kept: list[KeptProbe] | None = None
+
+    def save(self, folder: Path | None) -> None:
+        """Writes them; with None, only takes part. Every process calls it."""
+        traits = self._reference.traits
+        if traits.answers_are_stored or (folder is None and not traits.is_collective):
+            return
+        if self._kept is None or traits.moves:
+            self._kept = self._made()
+        if folder is not None:
+            write_probes(folder, self._kept)
+
+    def check(self, folder: Path) -> None:
+        """Compares the reference with those of a checkpoint. Every process calls it.
+
+        Raises:
+            ResumeError: If it answers otherwise.
+        """
+        if not self._reference.traits.answers_are_stored:
+            self._kept = check_probes(folder, self._reference) or None
+
+    def _made(self) -> list[KeptProbe]:
+        rows = self._rows()
+        scope = Scope.of([] if rows is None else [rows])
+        scope = of_main(scope) if self._reference.traits.is_collective else scope
+        length = length_for(self._reference, scope.longest)
+        probe = make_probe(self._reference, length, scope.token_ids) if scope.longest else None
+        return [] if probe is None else [probe]
+
+
+def write_probes(folder: Path, probes: Sequence[KeptProbe]) -> None:
+    """Writes probes into a checkpoint's folder of the reference."""
+    (folder / _FILE).write_text(json.dumps([probe.as_fields() for probe in probes]))
+
+
+def check_probes(
+    folder: Path, reference: Reference, known: Mapping[tuple[Text, ...], KeptProbe] | None = None
+) -> list[KeptProbe]:
+    """Compares a reference with the probes of a checkpoint, if it has any, and returns these.
+
+    Args:
+        folder: The checkpoint's folder of the reference.
+        reference: The reference, as it goes on.
+        known: Its answers by the texts; other texts are not compared. By default it is asked.
+
+    Raises:
+        ResumeError: If it answers otherwise.
+    """
+    path = folder / _FILE
+    probes = [KeptProbe.of_fields(fields) for fields in json.loads(path.read_text())] if path.is_file() else []
+    for probe in probes:
+        now = ask(reference, probe.texts) if known is None else known.get(probe.texts)
+        if now is not None and (found := compare(reference, probe, now)) is not None:
+            raise ResumeError(
+                problem=f"Cannot resume from {folder.parent}: the reference of its run had the same weights, but "
+                f"answers differently now ({found}).",
+                details=found.explain(reference.identity.compute_dtype),
+                instead="Build the trainer with the model, the hooks and the code of that run, or start a new run.",
+            )
+    return probes
+
+
+def _texts(length: int, token_ids: Sequence[int]) -> tuple[Text, ...]:
+    """A prompt with a response up to that length, and a shorter one; always the same for the same ids."""
+    draw = Random(0)
+    prompt = tuple(draw.choices(token_ids, k=max(1, min(_PROMPT_TOKENS, length // 4))))
+    room = length - len(prompt)
+    drawn = [tuple(draw.choices(token_ids, k=number)) for number in (room, min(_SHORT_TOKENS, room))]
+    return tuple((prompt, response) for response in dict.fromkeys(drawn))
+
+
+def _made_with() -> dict[str, str]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = torch.cuda.get_device_name() if device is not None and device.type == "cuda" else str(device or "cpu")
+    return {library: version(library) for library in _LIBRARIES} | {"device": name}
