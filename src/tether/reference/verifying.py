@@ -98,8 +98,8 @@ def check(found: Verification, reference: PrecomputedReference) -> None:
         f"now (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g} in {found.where}, shift "
         f"{gap.shift:.3g}).",
         details=f"Rounding in {own} explains {said(allowed)}: in other batches, the reference is "
-        f"{found.noise.mean:.2g} nats per token off itself. The identity is the same, so the stored log-probs were imported, or computed by "
-        "other kernels.",
+        f"{found.noise.mean:.2g} nats per token off itself. The identity is the same, so the stored "
+        "log-probs were imported, or computed by other kernels.",
         instead=f"Remove them and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
     )
 
