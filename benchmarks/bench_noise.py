@@ -31,12 +31,11 @@ from tether.errors import InitialGapError
 from tether.models.gguf import use_as_plain
 from tether.reference.base import score_without_gradient
 from tether.reference.noise import Noise, unreduced
-from tether.store import LogProbStore
 from tether.trainer.reference_run import ReferenceRun
 from tether.types import PairBatch, Response, ResponseLogProbs, join_log_probs
 
 sys.path.insert(0, str(harness.ROOT / "tests"))
-from support.real import loading, missing, real_pairs, yes_or_no
+from support.real import loading, missing, real_pairs, with_shift, yes_or_no
 from support.rounding import RoundsByBatch
 
 SHIFTS = (0.0, 0.02, -0.02)
@@ -175,7 +174,7 @@ def _starts(kernels: str, tokenizer: Any, folder: Path, num: int) -> dict[str, A
         for shift in SHIFTS:
             path = folder / f"{kernels}{shift}.sqlite"
             if shift:
-                moved(folder / f"{kernels}0.0.sqlite", path, shift)
+                with_shift(folder / f"{kernels}0.0.sqlite", path, shift)
             trainers[shift] = _trainer(model, rows, tokenizer, path, folder)
         found: list[dict[float, dict[str, Any]]] = []
         for seed in range(num):
@@ -235,15 +234,6 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
         found |= {"refused": True, "why": error.problem}
     assert run.watch.noise is not None
     return found | {"noise": run.watch.noise.mean, "seconds": time.perf_counter() - begin}
-
-
-def moved(source: Path, target: Path, shift: float) -> None:
-    """A copy of a store whose log-probs are all off by as much, with the checksums of what it holds."""
-    with LogProbStore(source) as store, LogProbStore(target) as other:
-        for identity in store.digests():
-            for batch in store.batches(identity):
-                keys, values = zip(*batch, strict=True)
-                other.put(identity, keys, [value + shift for value in values], description=store.describe(identity))
 
 
 @contextmanager

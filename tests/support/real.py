@@ -12,9 +12,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from tether.store import LogProbStore
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "preferences_en.jsonl"
@@ -70,6 +73,16 @@ def yes_or_no(num: int) -> list[dict[str, Any]]:
         rows.append({"prompt": _said("user", question), "chosen": _said("assistant", right)})
         rows[-1]["rejected"] = _said("assistant", wrong)
     return rows
+
+
+def with_shift(source: Path, target: Path, shift: float) -> None:
+    """A copy of a store whose log-probs are all off by as much, with the checksums of what it holds."""
+    with LogProbStore(source) as store, LogProbStore(target) as other:
+        for identity in store.digests():
+            for batch in store.batches(identity):
+                keys, values = zip(*batch, strict=True)
+                moved = [value + np.float32(shift) for value in values]
+                other.put(identity, keys, moved, description=store.describe(identity) or {})
 
 
 def _said(role: str, content: str) -> list[dict[str, str]]:
