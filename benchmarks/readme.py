@@ -207,6 +207,24 @@ def _numerics(results: list[dict[str, Any]]) -> str:
     return "\n".join(line for title, rows in parts.items() for line in (title, "", *head, *rows, ""))
 
 
+def _noise(results: dict[str, Any]) -> str:
+    def line(row: dict[str, Any]) -> list[object]:
+        figures = [f"{row[name]:.1g}" for name in ("mean", "largest", "signed_mean", "spread", "spread_of_responses")]
+        return [row["dtype"], row["rows"], row["kernels"], row["way"], *figures]
+
+    head = "dtype | answers | kernels | compared with | mean | largest | signed mean | spread | by response"
+    return _table(head, map(line, results["noise"]))
+
+
+def _starts(results: dict[str, Any]) -> str:
+    def line(row: dict[str, Any]) -> list[object]:
+        refused = [f"{row['refused'][shift]} of {row['starts']}" for shift in ("0.0", "0.02", "-0.02")]
+        return [row["kernels"], f"{row['noise']:.2g}", f"{row['initial_gap']:.2g}", *refused]
+
+    head = "kernels | `reference/noise` | largest `reference/initial_gap` | refused | shifted by 0.02 | by -0.02"
+    return _table(head, map(line, results["starts"]))
+
+
 def _vision(results: list[dict[str, Any]]) -> str:
     def line(row: dict[str, Any]) -> list[object]:
         seconds = _seconds(row | {"times_faster": {"trl": row["times_faster"]}})
@@ -254,6 +272,8 @@ _PARTS = {
     ("real-model", "building"): _real_building,
     ("real-model", "least"): _factor(min),
     ("real-model", "most"): _factor(max),
+    ("noise", "noise"): _noise,
+    ("noise", "starts"): _starts,
     ("store", "share"): lambda found: f"{found['share_of_a_training_step']:.3%}",
 }
 

@@ -16,12 +16,14 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from support.observe import bits, same_bits
-from support.real import loading, needs_real_model, real_model, real_pairs
+from support.real import loading, needs_real_model, real_model, real_pairs, with_shift, yes_or_no
+from support.rounding import RoundsByBatch
 from support.runs import as_dataset, curve, make_trainer, steps, trained
 from support.tiny import naive_log_probs
 from support.trl_oracle import trl_curve
 from tether import ExplicitReference, PairCollator, batch_of, tokenize_pairs
 from tether.cli import main
+from tether.errors import InitialGapError
 from tether.models.gguf import use_as_plain
 
 pytestmark = [*needs_real_model, pytest.mark.timeout(900)]
@@ -207,3 +209,29 @@ def test_answers_change_and_are_the_same_reloaded_and_merged(tokenizer: Any, fol
     assert answer(merged) == after
     merged.save_pretrained(tmp_path / "merged")
     assert answer(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)) == after
+
+
+@pytest.mark.slow
+def test_stored_bfloat16_answers_start_a_run_and_a_fiftieth_of_a_nat_beside_them_does_not(
+    read_once: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """With products that round by the size of a batch, as on AMX; `benchmarks/bench_noise.py` has 100 starts."""
+    model = deepcopy(read_once).to(torch.bfloat16)
+    stores = {shift: tmp_path / f"{shift}.sqlite" for shift in (0.0, 0.02, -0.02)}
+    run: dict[str, Any] = {"per_device_train_batch_size": 1, "learning_rate": 0.0, "max_steps": 1}
+
+    def start(shift: float, seed: int) -> Any:
+        rows = as_dataset(yes_or_no(24)).shuffle(seed=seed)
+        options = run | {"precompute_ref_log_probs": True, "ref_store": str(stores[shift])}
+        return trained(tmp_path / "run", model, rows, processing_class=tokenizer, **options)
+
+    with RoundsByBatch():
+        for seed in range(3):
+            first = steps(start(0.0, seed))[0]
+            assert first["reference/noise"] > 0.01
+            if not seed:
+                for shift in (0.02, -0.02):
+                    with_shift(stores[0.0], stores[shift], shift)
+            for shift in (0.02, -0.02):
+                with pytest.raises(InitialGapError, match="shift"):
+                    start(shift, seed)

@@ -238,6 +238,17 @@ def test_a_tied_pair_is_one_whose_margin_may_be_rounding(tmp_path: Path) -> None
     assert found["rewards/accuracies"] == pytest.approx(0.4)  # as TRL has it: a tie is not right
 
 
+def test_a_margin_within_the_noise_of_stored_answers_is_a_tie_too() -> None:
+    """Three tokens at p = 1/2, each off by 0.1 times 1/2: a standard deviation of 0.0868, twice that, times beta."""
+    margins, lengths = torch.tensor([0.08, -0.08, 0.09, -0.09]), torch.tensor([2, 2, 2, 2])
+    scores = PairScores(margins / 0.5, *torch.zeros(3, 4), lengths, lengths - 1)
+    batch = PairBatch.of_pairs([(Response((1,), (2, 3)), Response((1,), (4,)))] * 4)
+    policy = ResponseLogProbs(torch.tensor([0.5, 0.5, 0.5]).log(), torch.tensor([0, 2, 3]))
+    for spread, tied in ((0.1, [1, 1, 0, 0]), (0.0, [0, 0, 0, 0])):
+        found, _ = pair_metrics(batch, scores, torch.zeros(4), 0.5, policy, spread)["pairs/tied"]
+        assert found.tolist() == tied
+
+
 def test_tied_pairs_are_counted_in_the_window_and_in_the_set(tmp_path: Path) -> None:
     rows = tiny_pairs(8)
     rows[0]["rejected"] = rows[0]["chosen"]  # tied whatever the policy is

@@ -36,12 +36,17 @@ def pair_metrics(
     losses: Float[Tensor, " pairs"],
     beta: float,
     policy: ResponseLogProbs,
+    noise_spread: float = 0.0,
 ) -> PairMetrics:
     """Every metric of a micro-batch, under TRL's names, with the numbers of pairs and of tied pairs.
 
-    A pair is tied if its margin may be rounding: at most 1e-5 nats per token of the two responses, times beta.
+    A pair is tied if its margin may be rounding: at most beta times 1e-5 nats per token of the two responses, or twice
+    the standard deviation that noise gives it.
 
     Token statistics are included if the policy's log-probs have them.
+
+    Args:
+        noise_spread: Rounding between policy and reference, as `Noise.spread`; 0 if both are computed alike.
     """
     chosen_rewards = beta * scores.chosen_logratios.detach()
     rejected_rewards = beta * scores.rejected_logratios.detach()
@@ -56,8 +61,9 @@ def pair_metrics(
     }
     one = torch.ones_like(losses, dtype=torch.float32)
     metrics = {name: (value.float(), one) for name, value in per_pair.items()}
-    rounding = _TIED_PER_TOKEN * beta * (scores.chosen_lengths + scores.rejected_lengths)
-    tied = per_pair["rewards/margins"].abs() <= rounding
+    rounding = _TIED_PER_TOKEN * (scores.chosen_lengths + scores.rejected_lengths)
+    noise = 2 * noise_spread * torch.hypot(*batch.of_responses(policy.rounding_scales_of_sums()))
+    tied = per_pair["rewards/margins"].abs() <= beta * rounding.maximum(noise)
     metrics |= {"pairs/total": (one, torch.nan * one), "pairs/tied": (tied.float(), torch.nan * one)}
     if policy.auxiliary_loss is not None:
         metrics["aux_loss"] = (policy.auxiliary_loss.detach().float() * one, one)

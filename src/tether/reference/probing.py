@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -16,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from tether.distributed import of_main
+from tether.distributed import any_process, of_main
 from tether.errors import ResumeError
 from tether.reference.base import Reference
-from tether.reference.watch import Gap, Tolerance, tolerance
+from tether.reference.noise import ALIKE, Gap, Noise, Tolerance, measured, unreduced
+from tether.reference.watch import said
 from tether.store import KeptProbe, content_key
 from tether.store.probe import Text
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
@@ -69,10 +71,10 @@ class Difference(NamedTuple):
 
     def explain(self, dtype: str) -> str:
         """The tolerance, and what is known of the cause."""
-        now, (mean, largest) = _made_with(), self.allowed
+        now = _made_with()
         other = [f"{name} {was} then, {now[name]} now" for name, was in self.kept.made_with.items() if now[name] != was]
         return (
-            f"Rounding in {dtype} explains a mean of {mean:g} and a largest of {largest:g}. Weights, config and "
+            f"Rounding in {dtype} explains {said(self.allowed)}. Weights, config and "
             "adapters are the same, so the code of the model, a hook, an activation, a forward or a buffer differs"
             + (f", or what it runs on ({'; '.join(other)})." if other else ".")
         )
@@ -103,7 +105,9 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
     reads = reference.reads
     texts = _texts(length, token_ids if reads is None else reads.token_ids)
     try:
-        return ask(reference, texts)
+        probe = ask(reference, texts)
+        rounds = ALIKE[reference.identity.compute_dtype] > ALIKE["float32"]
+        return probe._replace(noise=asdict(_noise(reference, probe))) if rounds else probe
     except Exception as error:
         if reads is not None or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -116,21 +120,44 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
 
 def ask(reference: Reference, texts: tuple[Text, ...]) -> KeptProbe:
     """A reference's answers to texts. Collective where the reference is."""
-    responses = [Response(prompt, ids, content_key(prompt, ids)) for prompt, ids in texts]
-    answer = reference.log_probs(PairBatch.of_pairs([(response, response) for response in responses]))
+    answer = reference.log_probs(_batch(texts))
     return KeptProbe(texts, answer.values.float().cpu().numpy(), _made_with())
 
 
-def compare(reference: Reference, kept: KeptProbe, now: KeptProbe) -> Difference | None:
-    """How far a reference's answers are from those that were kept; None if within the tolerance of stored answers."""
-    offsets = offsets_of([len(response) for _, response in kept.texts])
-    answers = [ResponseLogProbs(torch.tensor(probe.log_probs), offsets) for probe in (kept, now)]
-    one, other = (answer.values if reference.traits.knows_tokens else answer.means() for answer in answers)
-    same = (one == other) | (one.isnan() & other.isnan())  # such as a token that is ruled out
-    gap = Gap.between(one.masked_fill(same, 0), other.masked_fill(same, 0), lambda tensor, how: tensor)
-    own = reference.identity.compute_dtype
-    allowed = tolerance(own, own, alike=False)
+def compare(reference: Reference, kept: KeptProbe, now: KeptProbe, *, may_ask: bool = True) -> Difference | None:
+    """How far a reference's answers are from those that were kept; None if rounding explains it, here and there.
+
+    Args:
+        reference: Whose answers they are.
+        kept: The answers that were kept.
+        now: Those to the same texts.
+        may_ask: Measure the reference's noise if they differ. Collective where the reference is.
+    """
+    was, answer = _answer(kept), _answer(now)
+    ruled_out = ~was.values.isfinite() & (was.values.nan_to_num(nan=1) == answer.values.nan_to_num(nan=1))
+    was, answer = (replace(one, values=one.values.masked_fill(ruled_out, 0)) for one in (was, answer))
+    gap = Gap.between(answer, was, unreduced, reference.traits.knows_tokens)
+    allowed = ALIKE[reference.identity.compute_dtype]
+    differs = not gap.within(allowed)
+    if any_process(differs) if may_ask and reference.traits.is_collective else differs:
+        known = [kept.noise, asdict(_noise(reference, now)) if may_ask else now.noise]
+        noises = [Noise(**noise) for noise in known if noise is not None]
+        if noises:
+            allowed = (noises[0] + noises[-1]).allowed(gap, reference.identity.compute_dtype)
     return None if gap.within(allowed) else Difference(gap, allowed, kept)
+
+
+def _noise(reference: Reference, probe: KeptProbe) -> Noise:
+    return measured(reference.log_probs, _batch(probe.texts), _answer(probe), unreduced)
+
+
+def _batch(texts: tuple[Text, ...]) -> PairBatch:
+    responses = [Response(prompt, ids, content_key(prompt, ids)) for prompt, ids in texts]
+    return PairBatch.of_pairs([(response, response) for response in responses])
+
+
+def _answer(probe: KeptProbe) -> ResponseLogProbs:
+    return ResponseLogProbs(torch.tensor(probe.log_probs), offsets_of([len(response) for _, response in probe.texts]))
 
 
 class RunProbes:
@@ -197,7 +224,8 @@ def check_probes(
     probes = [KeptProbe.of_fields(fields) for fields in json.loads(path.read_text())] if path.is_file() else []
     for probe in probes:
         now = ask(reference, probe.texts) if known is None else known.get(probe.texts)
-        if now is not None and (found := compare(reference, probe, now)) is not None:
+        found = None if now is None else compare(reference, probe, now, may_ask=known is None)
+        if found is not None:
             raise ResumeError(
                 problem=f"Cannot resume from {folder.parent}: the reference of its run had the same weights, but "
                 f"answers differently now ({found}).",

@@ -16,6 +16,7 @@ from tether.distributed import any_process, is_main_process, of_main, raising_to
 from tether.errors import StoreError
 from tether.reference.base import BatchSource, Reference
 from tether.reference.filling import IDLE, few_rows
+from tether.reference.noise import MEASURED_IN
 from tether.reference.probing import Difference, Scope, ask, compare, is_near, length_for, make_probe
 from tether.reference.verifying import check, verify
 from tether.store.probe import KeptProbe, Text
@@ -104,21 +105,24 @@ class StoreChecks:
         known = self._reference.store.probes(self._reference.identity.digest)
         for probe in _due(of_main(known) if self._is_collective else known, length):
             if probe.texts not in self.answers:
-                self.answers[probe.texts] = ask(self._source, probe.texts)
+                self.answers[probe.texts] = ask(self._source, probe.texts)._replace(noise=probe.noise)
             if (found := compare(self._source, probe, self.answers[probe.texts])) is not None:
                 raise self._refused(found)
 
     def _verify(self, name: str, batch: PairBatch | None) -> None:
         """Scores a few stored pairs of a batch again, and compares."""
         pairs = [] if batch is None else _spread(self._stored_pairs(batch), self._num_pairs)
+        agree = any_process if self._is_collective else bool
         for start in count(0, _PAIRS_AT_ONCE):
             some = pairs[start : start + _PAIRS_AT_ONCE]
-            if not (any_process(bool(some)) if self._is_collective else some):
+            if not agree(bool(some)):
                 return
             with raising_together() if self._is_collective else nullcontext():
                 if batch is not None and some:
-                    check(verify(self._reference, [_only_pairs(batch, some)], name), self._reference)
-                else:
+                    check(verify(self._reference, [_only_pairs(batch, some)], name, agree), self._reference)
+                    continue
+                self._source.log_probs(IDLE)
+                for _ in range(MEASURED_IN if agree(False) else 0):
                     self._source.log_probs(IDLE)
 
     def _stored_pairs(self, batch: PairBatch) -> list[int]:

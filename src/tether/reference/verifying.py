@@ -5,14 +5,19 @@ Knows precomputed references; knows no file and no command.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from tether.errors import ConfigurationError, StoreError
 from tether.reference.filling import names_of
-from tether.reference.watch import Gap, tolerance
-from tether.types import PairBatch
+from tether.reference.noise import ALIKE, Gap, Noise, measured, unreduced
+from tether.reference.watch import said
+from tether.types import PairBatch, ResponseLogProbs, offsets_of
 
 if TYPE_CHECKING:
     from tether.reference.precomputed import PrecomputedReference
@@ -26,26 +31,33 @@ class Verification:
         num_responses: Responses compared.
         num_missing: Responses that the store lacks.
         num_tokens: Tokens compared.
-        mean: Mean absolute difference per token, in nats.
-        largest: Largest difference of a token, in nats.
         where: The response with the largest difference.
+        gap: The differences; None if nothing was compared.
+        noise: The source's, measured only where there is a difference that needs it.
     """
 
     num_responses: int
     num_missing: int
     num_tokens: int
-    mean: float
-    largest: float
     where: str
+    gap: Gap | None
+    noise: Noise | None
 
 
-def verify(reference: PrecomputedReference, batches: Iterable[PairBatch], name: str = "train") -> Verification:
+def verify(
+    reference: PrecomputedReference,
+    batches: Iterable[PairBatch],
+    name: str = "train",
+    agree: Callable[[bool], bool] = bool,
+) -> Verification:
     """Scores the responses of some batches again with the source, and compares them with the stored log-probs.
 
     Args:
         reference: One that still has its source.
         batches: The rows to check; those that the store lacks are only counted.
         name: The set's name.
+        agree: Whether to measure the noise, given whether there is a difference that needs it; collective sources are
+            asked on all processes or on none.
     """
     if reference.source is None:
         raise ConfigurationError(
@@ -53,22 +65,30 @@ def verify(reference: PrecomputedReference, batches: Iterable[PairBatch], name: 
             "again.",
             instead="Pass `source` to `PrecomputedReference`.",
         )
-    num_responses = num_missing = num_tokens = 0
-    total, largest, where = 0.0, 0.0, ""
+    stored: list[Tensor] = []
+    scored: list[Tensor] = []
+    where: list[str] = []
+    num_missing, sample = 0, None
     for batch in batches:
-        stored, names = reference.stored(batch), names_of(batch, name)
-        num_missing += sum(value is None for value in stored)
-        if all(value is None for value in stored):
+        found, names = reference.stored(batch), names_of(batch, name)
+        num_missing += sum(value is None for value in found)
+        if all(value is None for value in found):
             continue
-        for index, (old, new) in enumerate(zip(stored, reference.source.log_probs(batch).split(), strict=True)):
-            if old is None:
-                continue
-            difference = (new.cpu() - old).abs()
-            num_responses, num_tokens = num_responses + 1, num_tokens + len(old)
-            total += float(difference.double().sum())
-            if not where or not float(difference.max()) <= largest:
-                largest, where = float(difference.max()), names(index)
-    return Verification(num_responses, num_missing, num_tokens, total / max(num_tokens, 1), largest, where)
+        answer = reference.source.log_probs(batch)
+        sample = sample or (batch, answer)
+        for index, (old, new) in enumerate(zip(found, answer.split(), strict=True)):
+            if old is not None:
+                stored.append(old)
+                scored.append(new.cpu())
+                where.append(names(index))
+    if sample is None:
+        return Verification(0, num_missing, 0, "", None, None)
+    gap = Gap.between(_joined(scored), _joined(stored), unreduced)
+    largest = [float((new - old).abs().max()) for new, old in zip(scored, stored, strict=True)]
+    farthest = where[max(range(len(largest)), key=lambda index: (math.isnan(largest[index]), largest[index]))]
+    differs = not gap.within(ALIKE[reference.identity.compute_dtype])
+    noise = measured(reference.source.log_probs, *sample, unreduced) if agree(differs) else None
+    return Verification(len(stored), num_missing, int(gap.num), farthest, gap, noise)
 
 
 def check(found: Verification, reference: PrecomputedReference) -> None:
@@ -77,14 +97,22 @@ def check(found: Verification, reference: PrecomputedReference) -> None:
     Raises:
         StoreError: With its size and the row that has it.
     """
-    own = reference.identity.compute_dtype
-    mean, largest = allowed = tolerance(own, own, alike=False)
-    if Gap(found.mean, found.largest).within(allowed):
+    gap, own = found.gap, reference.identity.compute_dtype
+    if gap is None or found.noise is None:
+        return
+    allowed = found.noise.allowed(gap, own)
+    if gap.within(allowed):
         return
     raise StoreError(
         problem=f"Cannot use the log-prob store {reference.store.path}: it differs from what the reference computes "
-        f"now (mean gap {found.mean:.3g} nats per token, largest {found.largest:.3g} in {found.where}).",
-        details=f"Rounding in {reference.identity.compute_dtype} explains a mean of {mean:g} and a largest of "
-        f"{largest:g}. The identity is the same, so the stored log-probs were imported, or computed by other kernels.",
+        f"now (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g} in {found.where}, shift "
+        f"{gap.shift:.3g}).",
+        details=f"Rounding in {own} explains {said(allowed)}: in other batches, the reference is "
+        f"{found.noise.mean:.2g} nats per token off itself. The identity is the same, so the stored "
+        "log-probs were imported, or computed by other kernels.",
         instead=f"Remove them and score again: `tether store prune --identity {reference.identity.digest[:12]}`.",
     )
+
+
+def _joined(values: list[Tensor]) -> ResponseLogProbs:
+    return ResponseLogProbs(torch.cat(values), offsets_of([len(value) for value in values], values[0].device))

@@ -6,90 +6,26 @@ trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import any_process, names_of_all, reduced
+from tether.distributed import any_process, is_main_process, names_of_all, num_processes, reduced
 from tether.errors import DriftError, InitialGapError
 from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.reference.held import Behaviour, HeldTensors
+from tether.reference.noise import ALIKE, Gap, Noise, Reduce, Tolerance, coarser, measured, unreduced
 from tether.types import PairBatch, ResponseLogProbs
 
-Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
+logger = logging.getLogger(__name__)
 
-# What rounding explains, by how both were computed; docs/numerics.md shows how the numbers were set.
-# Computed alike: same dtype, batch, layout and kernels, which mostly gives the same bits.
-ALIKE: dict[str, Tolerance] = {
-    "float64": (1e-6, 1e-5),
-    "float32": (1e-4, 1e-3),
-    "float16": (1e-3, 2e-2),
-    "tf32": (1e-3, 2e-2),  # rounds as float16 does
-    "bfloat16": (5e-3, 1e-1),
-}
-# Read from a store: in the same dtype, but from another batch, layout or machine.
-STORED: dict[str, Tolerance] = {
-    "float64": (1e-3, 1e-2),
-    "float32": (1e-3, 1e-2),
-    "float16": (5e-2, 2.0),
-    "tf32": (5e-2, 2.0),
-    "bfloat16": (1e-1, 3.0),
-}
-# Policy and reference in different dtypes: by the coarser.
-OTHER_DTYPE: dict[str, Tolerance] = {
-    "float64": (1e-3, 1e-2),
-    "float32": (1e-3, 1e-2),
-    "float16": (1e-1, 2.0),
-    "tf32": (1e-1, 2.0),
-    "bfloat16": (5e-1, 5.0),
-}
-
-
-def tolerance(one: str, other: str, *, alike: bool) -> Tolerance:
-    """How far two scorings of the same tokens with the same weights may differ by rounding alone.
-
-    Args:
-        one, other: Their compute dtypes, named as by `compute_dtype_name`.
-        alike: Whether batch, layout and kernels are the same too.
-    """
-    if one != other:
-        mean, largest = map(max, OTHER_DTYPE[one], OTHER_DTYPE[other])
-        return mean, largest
-    return (ALIKE if alike else STORED)[one]
-
-
-@dataclass(frozen=True)
-class Gap:
-    """The difference of two scorings of the same tokens, in nats per token."""
-
-    mean: float
-    largest: float
-
-    @classmethod
-    def between(cls, one: Tensor, other: Tensor, reduce: Callable[[Tensor, str], Tensor]) -> Gap:
-        """Over the tokens of all processes, so that each reaches the same verdict.
-
-        Args:
-            one, other: Log-probs of the same tokens.
-            reduce: Reduces a tensor over the processes by `"sum"` or `"max"`.
-        """
-        difference = (one - other).abs().double()
-        # NaN would compare as no gap at all; it counts as the largest.
-        difference = torch.where(difference.isnan(), torch.inf, difference)
-        total, count = reduce(
-            torch.stack([difference.sum(), difference.new_tensor(difference.numel())]), "sum"
-        ).tolist()
-        largest = reduce(difference.max(), "max")
-        return cls(total / count, float(largest))
-
-    def within(self, allowed: Tolerance) -> bool:
-        """Whether rounding explains it; never for NaN."""
-        mean, largest = allowed
-        return self.mean <= mean and self.largest <= largest
+_MUCH_NOISE = 1e-2  # nats per token: visible in the first loss of short answers
 
 
 def initial_gap(
@@ -97,40 +33,59 @@ def initial_gap(
     batch: PairBatch,
     reference: ResponseLogProbs,
     autocast_dtype: torch.dtype | None,
-    reduce: Callable[[Tensor, str], Tensor],
+    reduce: Reduce,
     knows_tokens: bool = True,
 ) -> Gap:
     """Gap between the policy, in evaluation mode and under training's autocast, and its reference.
 
     Per token; if the reference only knows sums, per response, as the mean over its tokens.
     """
-    scores = score_without_gradient(policy, batch, autocast_dtype)
-    if not knows_tokens:
-        return Gap.between(scores.means(), reference.means(), reduce)
-    return Gap.between(scores.values, reference.values, reduce)
+    return Gap.between(score_without_gradient(policy, batch, autocast_dtype), reference, reduce, knows_tokens)
 
 
-def check_initial_gap(gap: Gap, reference: Reference, policy_dtype: str, where: str = "the first batch") -> None:
+def check_initial_gap(
+    gap: Gap, reference: Reference, policy_dtype: str, noise: Noise | None = None, where: str = "the first batch"
+) -> None:
     """Refuses a gap that rounding does not explain; `where` says on which rows it was found.
+
+    Args:
+        gap: The gap.
+        reference: The reference.
+        policy_dtype: The policy's compute dtype.
+        noise: That of the policy; None if both were computed alike, in the same batch.
+        where: The rows.
 
     Raises:
         InitialGapError: With the gap's size and its likely causes.
     """
-    own, alike = reference.identity.compute_dtype, not reference.traits.answers_are_stored
-    mean, largest = allowed = tolerance(policy_dtype, own, alike=alike)
+    own = reference.identity.compute_dtype
+    dtype = coarser(policy_dtype, own)
+    allowed = ALIKE[dtype] if noise is None else noise.allowed(gap, dtype)
     if gap.within(allowed):
         return
     own_kind = reference.identity.kind
     raise InitialGapError(
         problem=f"Cannot train against the {own_kind} reference: it should be the initial policy, but "
-        f"scores {where} differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}).",
-        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains a mean of {mean:g} and a largest of {largest:g}. "
+        f"scores {where} differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}, shift "
+        f"{gap.shift:.3g}).",
+        details=f"Rounding ({_dtypes(policy_dtype, own)}) explains {said(allowed)}{_measured(noise)}. "
         "Likely causes: the policy was changed between building the trainer and training, also by an earlier "
         "`train()`; an adapter whose initial delta is not zero; dropout that evaluation mode does not switch off; "
-        "resized or reloaded embeddings; another dtype; log-probs stored for other weights.",
+        "resized or reloaded embeddings; another dtype; log-probs stored for other weights, or stored where rounding "
+        "is coarser than here.",
         instead="Build the trainer last, with the policy as it will train. If you mean another model as the reference, "
         + ("say so: `ref_columns='other'`." if own_kind == "given" else "pass it as `ref_model`."),
     )
+
+
+def said(allowed: Tolerance) -> str:
+    """A tolerance in words."""
+    shift = "" if allowed.shift == float("inf") else f" and a shift of {allowed.shift:.3g}"
+    return f"a mean of {allowed.mean:.3g}, a largest of {allowed.largest:.3g}{shift}"
+
+
+def _measured(noise: Noise | None) -> str:
+    return "" if noise is None else f": the policy, in other batches, is {noise.mean:.2g} nats per token off itself"
 
 
 def _dtypes(policy: str, reference: str) -> str:
@@ -157,6 +112,7 @@ class ReferenceWatch:
     Attributes:
         start: The initial policy's log-probs of the fixed pairs, once known; a resumed run sets it before
             `set_sentinel`.
+        noise: The policy's, once measured; None where reference and policy are computed alike, in the same batch.
 
     Args:
         reference: The reference to watch.
@@ -168,7 +124,7 @@ class ReferenceWatch:
         self,
         reference: Reference,
         autocast_dtype: torch.dtype | None,
-        reduce: Callable[[Tensor, str], Tensor] = reduced,
+        reduce: Reduce = reduced,
     ) -> None:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
         self._gaps_known: set[bool] = set()  # whether the policy was in training
@@ -176,8 +132,14 @@ class ReferenceWatch:
         self._held = HeldTensors(())
         self._behaviour: Behaviour | None = None
         self._sentinel: PairBatch | None = None
-        self._before: Tensor | None = None
+        self._before: ResponseLogProbs | None = None
         self.start: Start | None = None
+        self.noise: Noise | None = None
+
+    @property
+    def noise_spread(self) -> float:
+        """`Noise.spread`; 0 where it plays no part."""
+        return 0.0 if self.noise is None else self.noise.spread
 
     def begin(self) -> bool:
         """Called at each start from step 0; returns whether the reference claims the policy now, as one that has moved
@@ -201,22 +163,59 @@ class ReferenceWatch:
         if has_trained or policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
             return {}
         self._gaps_known.add(policy.training)
-        return {"reference/initial_gap": self._checked_gap(policy, batch, answer, "the first batch").mean}
+        gap = self._checked_gap(policy, batch, answer, "the first batch", self._reduce)
+        found = {"reference/initial_gap": gap.mean}
+        return found if self.noise is None else found | {"reference/noise": self.noise.mean}
 
     def check_rows(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> None:
-        """Looks at further rows before the first step; collective.
+        """Looks at further rows before the first step, the same on all processes; collective.
 
         Raises:
             InitialGapError: As `gap_at_start`; names the rows by `where`.
         """
-        self._checked_gap(policy, batch, answer, where)
+        self._checked_gap(policy, batch, answer, where, self._reduce_same)
 
-    def _checked_gap(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> Gap:
+    def has_noise(self, policy: nn.Module) -> bool:
+        """Whether the reference is the policy, but its answers were not computed as the policy's are."""
+        traits, own = self._reference.traits, self._reference.identity.compute_dtype
+        return traits.means_policy and (traits.answers_are_stored or own != self._dtype_of(policy))
+
+    def measure_noise(self, policy: nn.Module, batch: PairBatch) -> None:
+        """Measures the policy's noise on some rows, the same on all processes, unless it plays no part; collective."""
+        if self.has_noise(policy):
+            self._measure(policy, batch, self._scored(policy, batch), self._reduce_same)
+
+    def _checked_gap(
+        self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str, reduce: Reduce
+    ) -> Gap:
         traits = self._reference.traits
-        gap = initial_gap(policy, batch, answer, self._autocast_dtype, self._reduce, traits.knows_tokens)
+        scores = self._scored(policy, batch)
+        gap = Gap.between(scores, answer, reduce, traits.knows_tokens)
         if traits.means_policy:
-            check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype), where)
+            if self.noise is None and self.has_noise(policy):
+                self._measure(policy, batch, scores, reduce)
+            check_initial_gap(gap, self._reference, self._dtype_of(policy), self.noise, where)
         return gap
+
+    def _scored(self, policy: nn.Module, batch: PairBatch) -> ResponseLogProbs:
+        return score_without_gradient(policy, batch, self._autocast_dtype)
+
+    def _dtype_of(self, policy: nn.Module) -> str:
+        return compute_dtype_name(policy, self._autocast_dtype)
+
+    def _measure(self, policy: nn.Module, batch: PairBatch, scores: ResponseLogProbs, reduce: Reduce) -> None:
+        """Scores the rows again, in the reference's dtype if that is the coarser one."""
+        policy_dtype, own = self._dtype_of(policy), self._reference.identity.compute_dtype
+        dtype = coarser(policy_dtype, own)
+        autocast_dtype = self._autocast_dtype if dtype == policy_dtype else getattr(torch, dtype, None)
+        score = partial(score_without_gradient, policy, autocast_dtype=autocast_dtype)
+        self.noise = measured(score, batch, scores, reduce)
+        if self.noise.mean > _MUCH_NOISE and is_main_process():
+            logger.warning(_NOISY, self.noise.mean, _dtypes(policy_dtype, own))
+
+    def _reduce_same(self, tensor: Tensor, how: str) -> Tensor:
+        """Rows that all processes have in common count once."""
+        return self._reduce(tensor, how) / (num_processes() if how == "sum" else 1)
 
     def hold(self) -> None:
         """Begins to watch what of the reference others hold too."""
@@ -256,7 +255,7 @@ class ReferenceWatch:
             return
         by = ""
         if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
-            gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, _alone)
+            gap = Gap.between(self._reference.log_probs(self._sentinel), self._before, unreduced)
             by = (
                 f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
             )
@@ -270,7 +269,7 @@ class ReferenceWatch:
 
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""
-        self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+        self._sentinel, self._before = batch, self._reference.log_probs(batch)
         if self._reference.traits.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
             self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
 
@@ -288,12 +287,12 @@ class ReferenceWatch:
         """
         if not self._reference.traits.moves or self._sentinel is None:
             return {}
-        reference = self._reference.log_probs(self._sentinel).values
-        now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
+        reference = self._reference.log_probs(self._sentinel)
+        now = self._scored(policy, self._sentinel)
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
         if self._knows_start:
             assert self.start is not None
-            start = reference.new_tensor(self.start.log_probs)
+            start = replace(reference, values=reference.values.new_tensor(self.start.log_probs))
             found["reference/distance_from_start"] = Gap.between(start, reference, self._reduce).mean
         return found
 
@@ -309,12 +308,12 @@ class ReferenceWatch:
         traits = self._reference.traits
         if self._sentinel is None or self._before is None or traits.moves or (alone and traits.is_collective):
             return
-        reduce = _alone if alone else self._reduce
-        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, reduce)
+        gap = Gap.between(self._reference.log_probs(self._sentinel), self._before, unreduced if alone else self._reduce)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
-        allowed = tolerance(own, own, alike=not traits.answers_are_stored)
+        stored = self.noise if traits.answers_are_stored else None  # removed and scored again, maybe, in another batch
+        allowed = ALIKE[own] if stored is None else stored.allowed(gap, own)
         names = self._reference.changed_tensors()  # reads every weight, so only when something is wrong
         names = names if alone else names_of_all(names)
         if gap.within(allowed) and not names:
@@ -330,9 +329,11 @@ class ReferenceWatch:
         )
 
 
-def _alone(tensor: Tensor, how: str) -> Tensor:
-    return tensor
-
+_NOISY = (
+    "Rounding moves the policy's log-probs by %.2g nats per token from one batch to another (%s). The reference's "
+    "answers have this noise too, so the first loss is not exactly that of equal models. A reference in the same batch "
+    "and dtype has none (`precompute_ref_log_probs=False`), one with `ref_dtype='float32'` less."
+)
 
 _INSTEAD = (
     "Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or give the "

@@ -23,11 +23,13 @@ class KeptProbe(NamedTuple):
         texts: Token ids of prompt and response of each.
         log_probs: Of the responses' tokens, one text after the other, float32 in nats.
         made_with: Versions and device, by name, for people.
+        noise: How far rounding moves such answers there, by name; None if it hardly does.
     """
 
     texts: tuple[Text, ...]
     log_probs: LogProbs
     made_with: Mapping[str, str]
+    noise: Mapping[str, float] | None = None
 
     @property
     def length(self) -> int:
@@ -42,11 +44,11 @@ class KeptProbe(NamedTuple):
     def of_fields(cls, fields: Mapping[str, Any]) -> Self:
         """The probe of what `as_fields` returned."""
         texts = tuple((tuple(prompt), tuple(response)) for prompt, response in fields["texts"])
-        return cls(texts, np.asarray(fields["log_probs"], dtype=np.float32), fields["made_with"])
+        return cls(texts, np.asarray(fields["log_probs"], dtype=np.float32), fields["made_with"], fields["noise"])
 
     def pack(self, codec: RecordCodec) -> tuple[str, bytes, bytes]:
         """What stands in the table `probes`: `about`, `checksum`, `log_probs`."""
-        about = json.dumps({"texts": self.texts, "made_with": dict(self.made_with)})
+        about = json.dumps({"texts": self.texts, "made_with": dict(self.made_with), "noise": self.noise})
         record = codec.pack(_key(about), self.log_probs)
         return about, record.checksum, record.log_probs
 

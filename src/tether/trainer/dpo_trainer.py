@@ -280,9 +280,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         )
         if policy.auxiliary_loss is not None:
             losses = losses + self._router_coefficient * policy.auxiliary_loss
-        sums.add(
-            pair_metrics(batch, scores, losses, self.args.beta, policy), batch.num_counted_pairs, self.state.global_step
-        )
+        metrics = pair_metrics(batch, scores, losses, self.args.beta, policy, self._reference_run.watch.noise_spread)
+        sums.add(metrics, batch.num_counted_pairs, self.state.global_step)
         if self.model.training:
             self._num_train_tokens += batch.num_sequence_tokens()
         if num_items_in_batch is None:

@@ -31,6 +31,8 @@ from tether.types import PairBatch
 _SENTINEL_PAIRS = 2
 _SAMPLED_PAIRS = 4
 _PROBED_ROWS = 32
+# Where rounding plays a part, a small shift is seen on many tokens only; the rows must be short, not to take long.
+_SAMPLED_SHORT_PAIRS, _SAMPLED_TOKENS = 8, 1024
 
 
 class ReferenceRun(TrainerCallback):
@@ -100,8 +102,7 @@ class ReferenceRun(TrainerCallback):
         self._watch_from_start(policy, has_trained=state.global_step > 0)
         self.watch.check_optimizer(kwargs.get("optimizer"))
         self.watch.watch_behaviour(policy)
-        if state.global_step == 0 and self.watch.begin():
-            self._check_sample(policy)
+        self._look_at_sample(policy, check=state.global_step == 0 and self.watch.begin())
         warn_of_no_sync(self._args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,18 +121,18 @@ class ReferenceRun(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.check_held(everything=True)
 
-    def _check_sample(self, policy: nn.Module) -> None:
-        """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
+    def _look_at_sample(self, policy: nn.Module, *, check: bool) -> None:
+        """Measures the policy's noise on a few rows from everywhere, and compares policy and reference on them; the
+        first batch may be right by chance.
+        """
         traits = self.reference.traits
         if not traits.means_policy:
             return
-        sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
-        # A set that came later may have no stored answers, and no step may need them.
-        sets = {name: rows for name, rows in sets.items() if rows is self._prepared.get(name)}
-        most = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        samples = self._samples(self.watch.has_noise(policy))
+        if samples:
+            self.watch.measure_noise(policy, max((batch for _, _, batch in samples), key=lambda batch: batch.num_pairs))
         fills_store = traits.answers_are_stored and not traits.is_collective  # then no row is scored by two processes
-        for name, rows in sampled_rows(sets, min(most, _SAMPLED_PAIRS)).items():
-            batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
+        for name, rows, batch in samples if check else ():
             with self._accelerator.main_process_first() if fills_store else nullcontext():
                 answer = self.reference.log_probs(batch)
             self.watch.check_rows(policy, batch, answer, f"row {', '.join(map(str, rows))} of the {name} set")
@@ -142,6 +143,23 @@ class ReferenceRun(TrainerCallback):
         if isinstance(pairs, Dataset):
             return RowsToScore(pairs, self._collator, self._args).some(_PROBED_ROWS)
         return batch_of(self._collator(list(pairs.take(_SENTINEL_PAIRS))))
+
+    def _samples(self, more: bool) -> list[tuple[str, list[int], PairBatch]]:
+        """A few rows of each set: by name, with their numbers, and as a batch; `more` if they are short."""
+        sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
+        # A set that came later may have no stored answers, and no step may need them.
+        sets = {name: rows for name, rows in sets.items() if rows is self._prepared.get(name)}
+        step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        samples = self._drawn(sets, _SAMPLED_SHORT_PAIRS) if more else []
+        if more and sum(batch.num_row_tokens() for _, _, batch in samples) <= _SAMPLED_TOKENS:
+            return samples
+        return self._drawn(sets, min(step, _SAMPLED_PAIRS))
+
+    def _drawn(self, sets: Mapping[str, Dataset], count: int) -> list[tuple[str, list[int], PairBatch]]:
+        return [
+            (name, rows, batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device))
+            for name, rows in sampled_rows(sets, count).items()
+        ]
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
         """Keeps what reference and policy answer for a few fixed pairs; a resumed policy is not the initial one."""

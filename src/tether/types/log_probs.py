@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tether.types.ragged import offsets_of
 
+# What remains of a token's rounding scale where the model is sure of it.
+_LEAST_SCALE = 0.03
+
 
 @dataclass(frozen=True)
 class TokenStatistics:
@@ -59,6 +62,19 @@ class ResponseLogProbs:
     def means(self) -> Float[Tensor, " responses"]:
         """The mean log-probability per token of each response, in nats."""
         return self.sums() / self.lengths()
+
+    def rounding_scales(self) -> Float[Tensor, " tokens"]:
+        """How far rounding moves each token's log-prob, relative to one that the model gives no chance.
+
+        `1 - p`, and 0.03 in quadrature: where every logit is off by a small error of its own, with standard deviation
+        `e`, `log p_y` is off by `e sqrt((1 - p_y)^2 + sum of p_v^2 over all others)`, between 1 and 1.4 times
+        `e (1 - p_y)`.
+        """
+        return (-torch.expm1(self.values.detach())).hypot(torch.tensor(_LEAST_SCALE, device=self.values.device))
+
+    def rounding_scales_of_sums(self) -> Float[Tensor, " responses"]:
+        """The same of `sums`, in which the errors of tokens add up as independent ones do."""
+        return torch.segment_reduce(self.rounding_scales().square(), "sum", offsets=self.offsets).sqrt()
 
     def detach(self) -> ResponseLogProbs:
         return replace(self, values=self.values.detach(), auxiliary_loss=None)

@@ -33,7 +33,7 @@ def verify(request: Request, num_rows: int, seed: int) -> int:
         identity, store = reference.identity.digest, reference.store
         num_intact = sum(len(batch) for batch in store.batches(identity))
         found = verify_sample(reference, _sample(trainer, num_rows, seed))
-    if not found.num_responses:
+    if found.gap is None:
         raise StoreError(
             problem=f"Cannot verify the store {store.path} for the reference {identity}: it holds none of the "
             f"{found.num_missing} responses drawn.",
@@ -46,7 +46,7 @@ def verify(request: Request, num_rows: int, seed: int) -> int:
         f"records    {num_intact:,}, every checksum correct\n"
         f"sample     {found.num_responses:,} responses, {found.num_tokens:,} tokens scored again; "
         f"{found.num_missing:,} drawn ones not stored\n"
-        f"difference {found.largest:.3g} nats at most ({found.where}), {found.mean:.3g} per token on average"
+        f"difference {found.gap.largest:.3g} nats at most ({found.where}), {found.gap.mean:.3g} per token on average"
     )
     check(found, reference)
     return EXIT_DONE
