@@ -208,12 +208,17 @@ def _numerics(results: list[dict[str, Any]]) -> str:
 
 
 def _noise(results: dict[str, Any]) -> str:
-    def line(row: dict[str, Any]) -> list[object]:
-        figures = [f"{row[name]:.1g}" for name in ("mean", "largest", "signed_mean", "spread", "spread_of_responses")]
-        return [row["dtype"], row["rows"], row["kernels"], row["way"], *figures]
-
-    head = "dtype | answers | kernels | compared with | mean | largest | signed mean | spread | by response"
-    return _table(head, map(line, results["noise"]))
+    """Mean and largest difference: a line for each model, its kernels and rows, a column for each company."""
+    names = ("dtype", "kernels", "rows")
+    found = {(*(row[name] for name in names), row["way"]): row for row in results["noise"]}
+    ways = list(dict.fromkeys(row["way"] for row in results["noise"]))
+    lines = dict.fromkeys(key[:3] for key in found)
+    cells = ([found[(*line, way)] for way in ways] for line in lines)
+    table = [
+        [*line, *(f"{row['mean']:.1g} / {row['largest']:.1g}" for row in rows)]
+        for line, rows in zip(lines, cells, strict=True)
+    ]
+    return _table(f"mean / largest | kernels | answers | {' | '.join(ways)}", table)
 
 
 def _starts(results: dict[str, Any]) -> str:
@@ -223,6 +228,11 @@ def _starts(results: dict[str, Any]) -> str:
 
     head = "kernels | `reference/noise` | largest `reference/initial_gap` | refused | shifted by 0.02 | by -0.02"
     return _table(head, map(line, results["starts"]))
+
+
+def _start_seconds(results: dict[str, Any]) -> str:
+    start = results["starts"][0]
+    return f"{start['seconds']:.1f} s, a training step with one pair {start['step_seconds']:.1f} s"
 
 
 def _vision(results: list[dict[str, Any]]) -> str:
@@ -274,6 +284,7 @@ _PARTS = {
     ("real-model", "most"): _factor(max),
     ("noise", "noise"): _noise,
     ("noise", "starts"): _starts,
+    ("noise", "seconds"): _start_seconds,
     ("store", "share"): lambda found: f"{found['share_of_a_training_step']:.3%}",
 }
 
