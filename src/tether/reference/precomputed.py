@@ -39,9 +39,8 @@ class PrecomputedReference(WrappingReference[Reference]):
         store: The store.
         source: Computes what is missing. Without a source, or after its release, a missing record is an error.
         identity: Whose records to read; by default the source's.
-        mode: `fill`: `prepare` scores what the store lacks of the sets. `lazy`: `prepare` does nothing, and rows are
-            scored and stored when first used. `require`: nothing is ever scored, and `prepare` refuses a set with a
-            missing row.
+        mode: `fill`: `prepare` scores what the store lacks of the sets. `lazy`: rows are scored and stored when
+            first used. `require`: no missing row is ever scored, and `prepare` refuses a set with one.
         release_when_filled: In mode `fill`, release the source at the end of `prepare`. False if later rows cannot be
             known in advance (streams).
         length_limit: As `Reference.length_limit`; by default the source's.

@@ -99,8 +99,8 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
     """Asks a reference texts of some length. Collective where the reference is.
 
     Returns:
-        The texts and answers. None if it has no answer to what is no row: a table of answers, say. Only a reference
-        that does not say what it reads may have none, and its rows are then all that can be compared.
+        The texts and answers. None if it fails on what is no row, as a table of answers does: it may still be right
+        on rows, which are then all that can be compared.
     """
     reads = reference.reads
     texts = _texts(length, token_ids if reads is None else reads.token_ids)
@@ -108,9 +108,9 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
         probe = ask(reference, texts)
         rounds = ALIKE[reference.identity.compute_dtype] > ALIKE["float32"]
         return probe._replace(noise=asdict(_noise(reference, probe))) if rounds else probe
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if reads is not None or isinstance(error, torch.OutOfMemoryError):
-            raise
         logger.warning(
             "The %s reference answers nothing but its rows (%s: %s), so no probe tells it from others of its identity.",
             *(reference.identity.kind, type(error).__name__, error),

@@ -19,12 +19,19 @@ class Reads(NamedTuple):
     """What a model reads.
 
     Attributes:
-        token_ids: Ids of text; those that stand for an image, or begin or end something, are left out.
+        vocabulary: Number of token ids.
+        special: Ids among them that are no text: they stand for an image, or begin or end something.
         max_tokens: Tokens of a row, if known.
     """
 
-    token_ids: tuple[int, ...]
+    vocabulary: int
+    special: frozenset[int]
     max_tokens: int | None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of text, ascending."""
+        return [token for token in range(self.vocabulary) if token not in self.special]
 
 
 def reads_of(model: nn.Module) -> Reads | None:
@@ -35,14 +42,14 @@ def reads_of(model: nn.Module) -> Reads | None:
     except (AttributeError, NotImplementedError):
         return None
     configs = (base.config, base.config.get_text_config())
-    special = {
+    special = frozenset(
         token
         for config in configs
         for name, value in vars(config).items()
         if name.endswith(("token_id", "token_index"))
         for token in (value if isinstance(value, list) else [value])
-    }
-    return Reads(tuple(token for token in range(vocabulary) if token not in special), max_tokens_of(model, base))
+    )
+    return Reads(vocabulary, special, max_tokens_of(model, base))
 
 
 def max_tokens_of(model: nn.Module, base: nn.Module) -> int | None:
