@@ -69,8 +69,10 @@ def test_what_an_optimizer_trains_is_named_and_what_it_only_holds_is_not() -> No
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     watched = HeldTensors(slots_of(module, dict(module.named_parameters())))
-    assert watched.trained_by(torch.optim.SGD(module.parameters(), lr=0.1)) == ["weight"]
-    assert watched.trained_by(None) == []
+    assert watched.trained_by(torch.optim.SGD(module.parameters(), lr=0.1)) == {"weight": 16}
+    assert watched.trained_by(None) == {}
+    module.bias.requires_grad_(True)
+    assert watched.trained_by(None) == {"bias": 8}
 
 
 def test_a_change_of_hooks_or_config_is_told_once() -> None:

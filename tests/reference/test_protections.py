@@ -448,13 +448,43 @@ def fresh_lora(model: Any) -> Any:
     return adapted(model, LoraConfig(r=4, target_modules=["q_proj"]))
 
 
-def unfrozen_later(freeze: Callable[[Any], Any], folder: Path) -> float:
+def continued_lora(model: Any) -> Any:
+    return adapted(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def unfrozen_later(freeze: Callable[[Any], Any], folder: Path, **options: Any) -> float:
     """What was frozen when the trainer was built trains after all. No save, no evaluation."""
-    policy = freeze(tiny_model())
+    policy = freeze(tiny_model(tie_word_embeddings=True))
     initial = copy.deepcopy(policy)
-    trainer = make_trainer(folder, policy, max_steps=3, learning_rate=0.03)
+    trainer = make_trainer(folder, policy, **{"max_steps": 3, "learning_rate": 0.03} | options)
     policy.requires_grad_(True)
     return off_in_training(trainer, initial)
+
+
+def stored_on_the_way(folder: Path) -> dict[str, Any]:
+    return {"precompute_ref_log_probs": True, "ref_store_mode": "lazy", "ref_store": str(folder / "store.sqlite")}
+
+
+def unfrozen_and_resumed(folder: Path) -> float:
+    """The checkpoint's weights are read into what the reference shared."""
+
+    def unfrozen(num_steps: int) -> Any:
+        trainer = make_trainer(folder, fresh_lora(tiny_model()), **RUN | {"max_steps": num_steps})
+        trainer.model.requires_grad_(True)
+        return trainer
+
+    unfrozen(2).train()
+    resumed = unfrozen(4)
+    resumed.train = functools.partial(resumed.train, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return off_in_training(resumed, tiny_model())
+
+
+def changed_and_unfrozen(folder: Path) -> float:
+    policy = fresh_lora(tiny_model())
+    trainer = make_trainer(folder, policy)
+    without_a_trace(policy.get_base_model().model.layers[0].mlp.up_proj.weight)
+    policy.requires_grad_(True)
+    return off_in_training(trainer, tiny_model())
 
 
 def with_frozen_layers(policy: Any) -> Any:
@@ -716,7 +746,7 @@ def no_drift_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_no_held_tensor(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.watch.ReferenceWatch, "check_optimizer", lambda *_: None)
+    patch.setattr(tether.reference.watch.ReferenceWatch, "keep_what_trains", lambda *_: None)
     patch.setattr(tether.reference.watch.ReferenceWatch, "check_held", lambda *_, **__: None)
 
 
@@ -923,13 +953,27 @@ PROTECTIONS: dict[str, Protection] = {
     "the adapter is on, whatever the user does": Protection(evaluated_with_the_adapter_off, leave_the_adapter_off),
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
     # what others hold
-    "what is shared stays frozen: layers": Protection(
-        lambda folder: unfrozen_later(with_frozen_layers, folder), look_at_no_held_tensor, DriftError
+    "what is shared is copied once it trains: layers": Protection(
+        lambda folder: unfrozen_later(with_frozen_layers, folder), look_at_no_held_tensor
     ),
-    "what is shared stays frozen: the base": Protection(
-        lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor, DriftError
+    "what is shared is copied once it trains: the base": Protection(
+        lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor
     ),
-    "what is shared stays frozen: step by step": Protection(unfrozen_step_by_step, look_at_no_held_tensor, DriftError),
+    "what is shared is copied once it trains: a continued adapter's base": Protection(
+        lambda folder: unfrozen_later(continued_lora, folder), look_at_no_held_tensor
+    ),
+    "what is shared is copied once it trains: rows scored on the way": Protection(
+        lambda folder: unfrozen_later(fresh_lora, folder, **stored_on_the_way(folder)),
+        also(look_at_no_held_tensor, write_all_the_same),
+    ),
+    "what is shared is copied once it trains: step by step": Protection(unfrozen_step_by_step, look_at_no_held_tensor),
+    "what is shared is copied once it trains: resumed": Protection(unfrozen_and_resumed, no_drift_check),
+    "what has changed cannot be copied": Protection(changed_and_unfrozen, look_at_no_held_tensor, DriftError),
+    "what moves cannot begin to share in training": Protection(
+        lambda folder: unfrozen_later(with_frozen_layers, folder, sync_ref_model=True, ref_model_sync_steps=100),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
     "the owner's changes are seen: in place": Protection(
         lambda folder: changed_by_its_owner(in_place, folder), look_at_no_held_tensor, DriftError
     ),

@@ -6,6 +6,7 @@ trainer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.reference.held import Behaviour, HeldTensors
 from tether.types import PairBatch, ResponseLogProbs
+
+logger = logging.getLogger(__name__)
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
 
@@ -223,19 +226,31 @@ class ReferenceWatch:
         """Begins to watch what else a pass through the policy's own modules depends on."""
         self._behaviour = Behaviour(policy) if self._reference.traits.runs_in_policy else None
 
-    def check_optimizer(self, optimizer: Any) -> None:
-        """Refuses to train what the reference shares.
+    def keep_what_trains(self, optimizer: Any) -> None:
+        """Lets the reference copy what it shares and what trains now, before the step that would change it.
 
         Raises:
-            DriftError: Names the tensors.
+            DriftError: Names the tensors, if they have changed already or it can't copy them.
         """
-        if names := self._held.trained_by(optimizer):
+        names = self._held.trained_by(optimizer)
+        if not names:
+            return
+        if changed := self._held.changed(names):
+            raise self._moved(changed)
+        if self._reference.traits.moves or not self._reference.keep(names):
             raise DriftError(
-                problem=f"Cannot train {_listed(names)}: the {self._reference.identity.kind} reference shares what was "
-                "frozen when the trainer was built, and would change with it.",
+                problem=f"Cannot train {_listed([*names])}: the {self._reference.identity.kind} reference shares what "
+                "was frozen when the trainer was built, and would change with it.",
                 instead="Let train what shall train before building the trainer (`requires_grad_(True)`): the "
                 "reference copies that.",
             )
+        logger.warning(
+            "The reference keeps its own copy (%.1f MB) of %d tensors that were frozen when the trainer was built and "
+            "train now: %s.",
+            sum(names.values()) / 1e6,
+            len(names),
+            _listed([*names]),
+        )
 
     def check_held(self, *, everything: bool) -> None:
         """Looks at what others hold too: for traces of a change and, in rotation, at the bytes.
@@ -251,13 +266,16 @@ class ReferenceWatch:
             if self._behaviour is not None and self._behaviour.has_changed():
                 self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
             return
+        raise self._moved(names)
+
+    def _moved(self, names: Sequence[str]) -> DriftError:
         by = ""
         if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
             gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, _alone)
             by = (
                 f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
             )
-        raise DriftError(
+        return DriftError(
             problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
             f"these of its tensors did: {_listed(names)}{by}.",
             details="It shares them with the policy or with the model that it was made of, and something wrote to "

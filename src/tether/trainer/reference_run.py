@@ -92,15 +92,17 @@ class ReferenceRun(TrainerCallback):
             self.watch.hold()
         self.watch.check_held(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
-        self.watch.check_optimizer(kwargs.get("optimizer"))
+        self.watch.keep_what_trains(kwargs.get("optimizer"))
         self.watch.watch_behaviour(policy)
         if state.global_step == 0 and self.watch.begin():
             self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.keep_what_trains(kwargs.get("optimizer"))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.check_held(everything=False)
-        self.watch.check_optimizer(kwargs.get("optimizer"))
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
