@@ -6,11 +6,9 @@ An operation in place leaves a trace in a tensor's version, a new storage in its
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,6 +79,11 @@ class HeldTensors:
         self._traces = self._traces_now()
         self._trained = self._training()
         self._next = 0
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The places of what is watched."""
+        return self._slots
 
     @property
     def num_bytes(self) -> int:
@@ -158,7 +161,7 @@ class HeldTensors:
         if own is None:
             return None
         total = _sum_of(_bytes(own)[start:stop])
-        return total if start > 0 else total + sum(_sum_of(_bytes(scale)) for scale in _scales(slot))
+        return total if start > 0 else total + sum(sum_of_bytes(scale) for scale in _scales(slot))
 
     def _traces_now(self) -> list[tuple[int, ...]]:
         return [self._trace(index) for index in range(len(self._slots))]
@@ -169,31 +172,6 @@ class HeldTensors:
             return ()
         traces = id(slot.tensor), 0 if own.is_inference() else own._version, own.data_ptr()
         return traces if type(slot.tensor) in _PLAIN else (*traces, *_traces_of(_scales(slot)))
-
-
-class Behaviour:
-    """What else of a model a pass through it depends on: hooks, forwards put on single modules, the config.
-
-    Args:
-        model: As it is now.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules, self._config = list(model.modules()), vars(getattr(model, "config", SimpleNamespace()))
-        self._known = self._now()
-
-    def has_changed(self) -> bool:
-        """Whether any of it has since this was last asked; a hook that only looks is a change too."""
-        if (self._on_modules(), self._config) == self._known:
-            return False
-        self._known = self._now()
-        return True
-
-    def _now(self) -> tuple[list[Any], dict[str, Any]]:
-        return self._on_modules(), copy.deepcopy(self._config)
-
-    def _on_modules(self) -> list[Any]:
-        return [(tuple(m._forward_hooks), tuple(m._forward_pre_hooks), vars(m).get("forward")) for m in self._modules]
 
 
 def _is_readable(tensor: Tensor | None) -> bool:
@@ -227,8 +205,13 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+def sum_of_bytes(tensor: Tensor) -> int:
+    """A sum of a tensor's bytes in which each place counts differently."""
+    return _sum_of(_bytes(tensor))
+
+
 def _sum_of(flat: Tensor) -> int:
-    """A sum of bytes, eight at a time, in which each place counts differently."""
+    """The same of bytes; eight are taken at a time."""
     if flat.storage_offset() % 8:
         flat = flat.clone()
     words = flat[: len(flat) // 8 * 8].view(torch.int64)

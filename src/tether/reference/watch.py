@@ -18,7 +18,8 @@ from tether.distributed import any_process, names_of_all, reduced
 from tether.errors import DriftError, InitialGapError
 from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.held import Behaviour, HeldTensors
+from tether.reference.behaviour import Behaviour
+from tether.reference.held import HeldTensors, slots_of
 from tether.types import PairBatch, ResponseLogProbs
 
 logger = logging.getLogger(__name__)
@@ -219,12 +220,35 @@ class ReferenceWatch:
         return gap
 
     def hold(self) -> None:
-        """Begins to watch what of the reference others hold too."""
-        self._held = HeldTensors(self._reference.held_by_others())
+        """Begins to watch the reference's weights: what others hold too, and its own, which `ref_model` gives away."""
+        traits, module = self._reference.traits, self._reference.module
+        if module is None or traits.moves or traits.runs_in_policy:
+            self._held = HeldTensors(self._reference.held_by_others())
+        else:
+            self._held = HeldTensors(slots_of(module, dict(module.named_parameters())))
 
     def watch_behaviour(self, policy: nn.Module) -> None:
-        """Begins to watch what else a pass through the policy's own modules depends on."""
-        self._behaviour = Behaviour(policy) if self._reference.traits.runs_in_policy else None
+        """Begins to watch what else a pass of the reference depends on: in the policy's modules, or in its own."""
+        model = policy if self._reference.traits.runs_in_policy else self._reference.module
+        self._behaviour = Behaviour(model) if model is not None else None
+
+    def tell_changes(self) -> None:
+        """Warns of what has changed about the modules since the trainer was built; policy and reference share it."""
+        if changes := self._changes(everything=True):
+            logger.warning(
+                "These have changed since the trainer was built, and the %s reference computes with them, as the "
+                "policy may: %s. A hook that only looks is harmless; else build the trainer after the change.",
+                self._reference.identity.kind,
+                _listed_plain(changes),
+            )
+
+    def _changes(self, *, everything: bool) -> list[str]:
+        if self._behaviour is None:
+            return []
+        changes = self._behaviour.changes(everything=everything)
+        if changes and (lost := [slot.name for slot in self._held.slots if self._behaviour.lacks(slot.module)]):
+            raise self._moved(lost)
+        return changes
 
     def keep_what_trains(self, optimizer: Any) -> None:
         """Lets the reference copy what it shares and what trains now, before the step that would change it.
@@ -262,11 +286,16 @@ class ReferenceWatch:
             DriftError: Names the tensors that changed.
         """
         names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
-        if not names:
-            if self._behaviour is not None and self._behaviour.has_changed():
-                self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
-            return
-        raise self._moved(names)
+        if names:
+            raise self._moved(names)
+        if changes := self._changes(everything=everything):
+            self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
+            logger.warning(
+                "These have changed in training, and the %s reference computes with them: %s. Its answers to fixed "
+                "pairs stay within rounding.",
+                self._reference.identity.kind,
+                _listed_plain(changes),
+            )
 
     def _moved(self, names: Sequence[str]) -> DriftError:
         by = ""
@@ -357,6 +386,10 @@ _INSTEAD = (
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _listed_plain(changes: Sequence[str]) -> str:
+    return ", ".join(changes[:5]) + (", ..." if len(changes) > 5 else "")
 
 
 def _keys(batch: PairBatch) -> list[str]:

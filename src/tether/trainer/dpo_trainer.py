@@ -193,6 +193,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             self.args,
             self.data_collator,
             lambda: named_sets(self.train_dataset, self.eval_dataset),
+            self.model,
             autocast_dtype=around.autocast_dtype,
             waits=shard is not None or waits_for_device(self.model, self.args.device),
         )

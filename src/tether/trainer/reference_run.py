@@ -38,6 +38,7 @@ class ReferenceRun(TrainerCallback):
         args: The options.
         collator: Makes the batches.
         sets: The tokenized sets by name, as they are when training begins.
+        policy: The policy, as it is while the reference is built.
         autocast_dtype: Autocast dtype of the policy's forward; None for no autocast.
         waits: Whether a pass through the policy's own modules must wait until training has sharded them and put them
             in place.
@@ -54,6 +55,7 @@ class ReferenceRun(TrainerCallback):
         args: DPOConfig,
         collator: Collator,
         sets: Callable[[], Mapping[str, PairDataset]],
+        policy: nn.Module,
         *,
         autocast_dtype: torch.dtype | None,
         waits: bool,
@@ -64,6 +66,7 @@ class ReferenceRun(TrainerCallback):
         self._prepared: dict[str, PairDataset] = {}
         self.prepare(sets())
         self.watch.hold()
+        self.watch.watch_behaviour(policy)
         if reference.traits.moves:
             warn_of_weights_alone(args)
 
@@ -90,10 +93,10 @@ class ReferenceRun(TrainerCallback):
             self._waits = False
             self.prepare(self._sets())
             self.watch.hold()
+        self.watch.tell_changes()
         self.watch.check_held(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
         self.watch.keep_what_trains(kwargs.get("optimizer"))
-        self.watch.watch_behaviour(policy)
         if state.global_step == 0 and self.watch.begin():
             self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
