@@ -20,6 +20,7 @@ from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
 from tether.reference.behaviour import Behaviour
 from tether.reference.held import HeldTensors, slots_of
+from tether.scoring.evaluation import products_of_training
 from tether.types import PairBatch, ResponseLogProbs
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ class ReferenceWatch:
         self._gaps_known: set[bool] = set()  # whether the policy was in training
         self._knows_start = False
         self._held = HeldTensors(())
+        self._model = nn.Module()
         self._behaviour: Behaviour | None = None
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
@@ -230,7 +232,8 @@ class ReferenceWatch:
     def watch_behaviour(self, policy: nn.Module) -> None:
         """Begins to watch what else a pass of the reference depends on: in the policy's modules, or in its own."""
         model = policy if self._reference.traits.runs_in_policy else self._reference.module
-        self._behaviour = Behaviour(model) if model is not None else None
+        if model is not None:
+            self._model, self._behaviour = model, Behaviour(model)
 
     def tell_changes(self) -> None:
         """Warns of what has changed about the modules since the trainer was built; policy and reference share it."""
@@ -300,7 +303,7 @@ class ReferenceWatch:
     def _moved(self, names: Sequence[str]) -> DriftError:
         by = ""
         if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
-            gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, _alone)
+            gap = Gap.between(self._answers(), self._before, _alone)
             by = (
                 f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
             )
@@ -314,9 +317,15 @@ class ReferenceWatch:
 
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""
-        self._sentinel, self._before = batch, self._reference.log_probs(batch).values
+        self._sentinel = batch
+        self._before = self._answers()
         if self._reference.traits.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
             self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
+
+    def _answers(self) -> Tensor:
+        assert self._sentinel is not None
+        with products_of_training(self._model):
+            return self._reference.log_probs(self._sentinel).values
 
     def set_start(self, policy: nn.Module) -> None:
         """Keeps the initial policy's log-probs of the sentinel, for a reference that moves; on every process."""
@@ -332,7 +341,7 @@ class ReferenceWatch:
         """
         if not self._reference.traits.moves or self._sentinel is None:
             return {}
-        reference = self._reference.log_probs(self._sentinel).values
+        reference = self._answers()
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
         if self._knows_start:
@@ -354,7 +363,7 @@ class ReferenceWatch:
         if self._sentinel is None or self._before is None or traits.moves or (alone and traits.is_collective):
             return
         reduce = _alone if alone else self._reduce
-        gap = Gap.between(self._reference.log_probs(self._sentinel).values, self._before, reduce)
+        gap = Gap.between(self._answers(), self._before, reduce)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
