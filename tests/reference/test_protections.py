@@ -26,6 +26,7 @@ import tether.reference.base
 import tether.reference.explicit
 import tether.reference.held
 import tether.reference.implicit
+import tether.reference.shared
 import tether.reference.twin
 import tether.reference.watch
 import tether.trainer.checkpoints
@@ -746,8 +747,8 @@ def no_drift_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_no_held_tensor(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.watch.ReferenceWatch, "keep_what_trains", lambda *_: None)
-    patch.setattr(tether.reference.watch.ReferenceWatch, "check_held", lambda *_, **__: None)
+    patch.setattr(tether.reference.shared.SharedWatch, "keep_what_trains", lambda *_: None)
+    patch.setattr(tether.reference.shared.SharedWatch, "check", lambda *_, **__: None)
 
 
 def write_all_the_same(patch: pytest.MonkeyPatch) -> None:

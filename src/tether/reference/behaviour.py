@@ -6,7 +6,7 @@ Knows no reference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tether.reference.held import sum_of_bytes
+from tether.distributed import plain_class
+from tether.reference.held import Slot, sum_of_bytes
 from tether.reference.identity import identity_digests
 
 _ATTRIBUTE_STEPS = 50  # in which the numbers on every module are looked at
@@ -42,6 +43,7 @@ class Behaviour:
         self._modules = dict(model.named_modules())
         self._buffers = _buffers(self._modules.values())
         self._contents = [_content(*place) for place in self._buffers]
+        self._classes = {kind: kind.forward for kind in map(plain_class, self._modules.values())}
         self._numbers = {path: _numbers(module) for path, module in self._modules.items()}
         self._next = 0
 
@@ -51,11 +53,13 @@ class Behaviour:
         Args:
             everything: Look at the numbers on every module, not on some in rotation.
         """
-        return [*self._changed_ways(), *self._changed_settings(), *self._changed_numbers(everything)]
+        changed = [*self._changed_ways(), *self._changed_classes(), *self._changed_settings()]
+        return [*changed, *self._changed_numbers(everything)]
 
-    def lacks(self, module: nn.Module) -> bool:
-        """Whether a module is not a part of the model any more."""
-        return all(module is not other for other in self._model.modules())
+    def lacking(self, slots: Sequence[Slot]) -> list[str]:
+        """The names of places in modules that are not a part of the model any more."""
+        own = {id(module) for module in self._model.modules()}
+        return [slot.name for slot in slots if id(slot.module) not in own]
 
     def _changed_ways(self) -> list[str]:
         glance, contents = _glance(self._modules.values()), [_content(*place) for place in self._buffers]
@@ -68,6 +72,10 @@ class Behaviour:
         return [
             f"{what} of `{path}`" for what, path in dict.fromkeys([*own, *other]) if not _same(own, other, (what, path))
         ]
+
+    def _changed_classes(self) -> list[str]:
+        known, self._classes = self._classes, {kind: kind.forward for kind in self._classes}
+        return [f"the forward of every `{kind.__name__}`" for kind in known if self._classes[kind] is not known[kind]]
 
     def _changed_settings(self) -> list[str]:
         now = vars(self._config)

@@ -6,24 +6,22 @@ trainer.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tether.distributed import any_process, names_of_all, reduced
-from tether.errors import DriftError, InitialGapError
+from tether.errors import DriftError, InitialGapError, TetherError
 from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.behaviour import Behaviour
-from tether.reference.held import HeldTensors, slots_of
+from tether.reference.shared import INSTEAD, SharedWatch, named
+from tether.reference.wrapping import WrappingReference
 from tether.scoring.evaluation import products_of_training
 from tether.types import PairBatch, ResponseLogProbs
-
-logger = logging.getLogger(__name__)
 
 Tolerance = tuple[float, float]  # of the mean and of the largest single gap per token, in nats
 
@@ -157,6 +155,7 @@ class ReferenceWatch:
     A reference that stands still scores the fixed pairs (the sentinel) the same at every evaluation and every save.
 
     Attributes:
+        shared: What looks at the tensors and modules that the reference shares.
         start: The initial policy's log-probs of the fixed pairs, once known; a resumed run sets it before
             `set_sentinel`.
 
@@ -175,12 +174,11 @@ class ReferenceWatch:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
         self._gaps_known: set[bool] = set()  # whether the policy was in training
         self._knows_start = False
-        self._held = HeldTensors(())
-        self._model = nn.Module()
-        self._behaviour: Behaviour | None = None
         self._sentinel: PairBatch | None = None
         self._before: Tensor | None = None
         self.start: Start | None = None
+        self.shared = SharedWatch(reference, self._effect, partial(self.check_drift, alone=True))
+        self._sampled: list[tuple[PairBatch, Tensor]] = []
 
     def begin(self) -> bool:
         """Called at each start from step 0; returns whether the reference claims the policy now, as one that has moved
@@ -221,111 +219,34 @@ class ReferenceWatch:
             check_initial_gap(gap, self._reference, compute_dtype_name(policy, self._autocast_dtype), where)
         return gap
 
-    def hold(self) -> None:
-        """Begins to watch the reference's weights: what others hold too, and its own, which `ref_model` gives away."""
-        traits, module = self._reference.traits, self._reference.module
-        if module is None or traits.moves or traits.runs_in_policy:
-            self._held = HeldTensors(self._reference.held_by_others())
-        else:
-            self._held = HeldTensors(slots_of(module, dict(module.named_parameters())))
-
-    def watch_behaviour(self, policy: nn.Module) -> None:
-        """Begins to watch what else a pass of the reference depends on: in the policy's modules, or in its own."""
-        model = policy if self._reference.traits.runs_in_policy else self._reference.module
-        if model is not None:
-            self._model, self._behaviour = model, Behaviour(model)
-
-    def tell_changes(self) -> None:
-        """Warns of what has changed about the modules since the trainer was built; policy and reference share it."""
-        if changes := self._changes(everything=True):
-            logger.warning(
-                "These have changed since the trainer was built, and the %s reference computes with them, as the "
-                "policy may: %s. A hook that only looks is harmless; else build the trainer after the change.",
-                self._reference.identity.kind,
-                _listed_plain(changes),
-            )
-
-    def _changes(self, *, everything: bool) -> list[str]:
-        if self._behaviour is None:
-            return []
-        changes = self._behaviour.changes(everything=everything)
-        if changes and (lost := [slot.name for slot in self._held.slots if self._behaviour.lacks(slot.module)]):
-            raise self._moved(lost)
-        return changes
-
-    def keep_what_trains(self, optimizer: Any) -> None:
-        """Lets the reference copy what it shares and what trains now, before the step that would change it.
-
-        Raises:
-            DriftError: Names the tensors, if they have changed already or it can't copy them.
-        """
-        names = self._held.trained_by(optimizer)
-        if not names:
-            return
-        if changed := self._held.changed(names):
-            raise self._moved(changed)
-        if self._reference.traits.moves or not self._reference.keep(names):
-            raise DriftError(
-                problem=f"Cannot train {_listed([*names])}: the {self._reference.identity.kind} reference shares what "
-                "was frozen when the trainer was built, and would change with it.",
-                instead="Let train what shall train before building the trainer (`requires_grad_(True)`): the "
-                "reference copies that.",
-            )
-        logger.warning(
-            "The reference keeps its own copy (%.1f MB) of %d tensors that were frozen when the trainer was built and "
-            "train now: %s.",
-            sum(names.values()) / 1e6,
-            len(names),
-            _listed([*names]),
-        )
-
-    def check_held(self, *, everything: bool) -> None:
-        """Looks at what others hold too: for traces of a change and, in rotation, at the bytes.
-
-        Args:
-            everything: Read every byte; then every process must take part.
-
-        Raises:
-            DriftError: Names the tensors that changed.
-        """
-        names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
-        if names:
-            raise self._moved(names)
-        if changes := self._changes(everything=everything):
-            self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
-            logger.warning(
-                "These have changed in training, and the %s reference computes with them: %s. Its answers to fixed "
-                "pairs stay within rounding.",
-                self._reference.identity.kind,
-                _listed_plain(changes),
-            )
-
-    def _moved(self, names: Sequence[str]) -> DriftError:
-        by = ""
-        if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
-            gap = Gap.between(self._answers(), self._before, _alone)
-            by = (
-                f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
-            )
-        return DriftError(
-            problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
-            f"these of its tensors did: {_listed(names)}{by}.",
-            details="It shares them with the policy or with the model that it was made of, and something wrote to "
-            "them: an optimizer that holds them, a callback, whoever else has the model.",
-            instead=_INSTEAD,
-        )
-
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""
         self._sentinel = batch
-        self._before = self._answers()
+        self._before = self._answers(batch)
         if self._reference.traits.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
             self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
 
-    def _answers(self) -> Tensor:
-        assert self._sentinel is not None
-        with products_of_training(self._model):
-            return self._reference.log_probs(self._sentinel).values
+    def keep_sampled(self, batch: PairBatch, answer: ResponseLogProbs) -> None:
+        """Keeps further answers, to be compared after a change of what passes depend on."""
+        self._sampled.append((batch, answer.values))
+
+    def _answers(self, batch: PairBatch, *, live: bool = False) -> Tensor:
+        """The reference's answers; `live` if they must be computed now, by what stands behind a store."""
+        reference = self._reference
+        while live and isinstance(reference, WrappingReference) and reference.traits.answers_are_stored:
+            reference = reference.wrapped
+        with products_of_training(self.shared.modules):
+            return reference.log_probs(batch).values
+
+    def _effect(self) -> str:
+        """By how much the reference's answers to fixed pairs have moved, in words; empty where it is not known."""
+        if self._sentinel is None or self._before is None or self._reference.traits.is_collective:
+            return ""
+        try:
+            gap = Gap.between(self._answers(self._sentinel), self._before, _alone)
+        except (TetherError, RuntimeError):  # what changed may be its dtype
+            return ""
+        return f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
 
     def set_start(self, policy: nn.Module) -> None:
         """Keeps the initial policy's log-probs of the sentinel, for a reference that moves; on every process."""
@@ -341,7 +262,7 @@ class ReferenceWatch:
         """
         if not self._reference.traits.moves or self._sentinel is None:
             return {}
-        reference = self._answers()
+        reference = self._answers(self._sentinel)
         now = score_without_gradient(policy, self._sentinel, self._autocast_dtype).values
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
         if self._knows_start:
@@ -363,7 +284,9 @@ class ReferenceWatch:
         if self._sentinel is None or self._before is None or traits.moves or (alone and traits.is_collective):
             return
         reduce = _alone if alone else self._reduce
-        gap = Gap.between(self._answers(), self._before, reduce)
+        watched = [(self._sentinel, self._before), *(self._sampled if alone else ())]
+        gaps = [Gap.between(self._answers(batch, live=alone), before, reduce) for batch, before in watched]
+        gap = max(gaps, key=lambda gap: gap.largest)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
@@ -376,29 +299,15 @@ class ReferenceWatch:
             problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
             f"scores fixed pairs differently than before training (mean gap {gap.mean:.3g} nats per token, largest "
             f"{gap.largest:.3g}).",
-            details=f"These of its tensors changed: {_listed(names)}."
+            details=f"These of its tensors changed: {named(names)}."
             if names
             else "None of its weights changed, so a buffer, a hook, the config, a mode or the stored values did.",
-            instead=_INSTEAD,
+            instead=INSTEAD,
         )
 
 
 def _alone(tensor: Tensor, how: str) -> Tensor:
     return tensor
-
-
-_INSTEAD = (
-    "Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or give the "
-    "reference its own weights with `ref_model`."
-)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _listed_plain(changes: Sequence[str]) -> str:
-    return ", ".join(changes[:5]) + (", ..." if len(changes) > 5 else "")
 
 
 def _keys(batch: PairBatch) -> list[str]:

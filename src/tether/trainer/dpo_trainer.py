@@ -315,7 +315,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 "reference's answers.",
             )
         self._losses = LossWatch()
-        self._reference_run.watch.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
+        self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
         try:
             output = super().train(*args, **kwargs)
             self._check_weights()

@@ -65,8 +65,8 @@ class ReferenceRun(TrainerCallback):
         self._waits = waits and reference.traits.runs_in_policy
         self._prepared: dict[str, PairDataset] = {}
         self.prepare(sets())
-        self.watch.hold()
-        self.watch.watch_behaviour(policy)
+        self.watch.shared.hold()
+        self.watch.shared.watch_behaviour(policy)
         if reference.traits.moves:
             warn_of_weights_alone(args)
 
@@ -92,32 +92,32 @@ class ReferenceRun(TrainerCallback):
         if self._waits:
             self._waits = False
             self.prepare(self._sets())
-            self.watch.hold()
-        self.watch.tell_changes()
-        self.watch.check_held(everything=True)
+            self.watch.shared.hold()
+        self.watch.shared.tell_changes()
+        self.watch.shared.check(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
-        self.watch.keep_what_trains(kwargs.get("optimizer"))
+        self.watch.shared.keep_what_trains(kwargs.get("optimizer"))
         if state.global_step == 0 and self.watch.begin():
             self._check_sample(policy)
         warn_of_no_sync(self._args, state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.keep_what_trains(kwargs.get("optimizer"))
+        self.watch.shared.keep_what_trains(kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=False)
+        self.watch.shared.check(everything=False)
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=True)
+        self.watch.shared.check(everything=True)
         self.watch.check_drift()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=True)
+        self.watch.shared.check(everything=True)
         self.watch.check_drift()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=True)
+        self.watch.shared.check(everything=True)
 
     def _check_sample(self, policy: nn.Module) -> None:
         """Compares policy and reference on a few rows from everywhere; the first batch may be right by chance."""
@@ -133,6 +133,7 @@ class ReferenceRun(TrainerCallback):
             batch = batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device)
             with self._accelerator.main_process_first() if fills_store else nullcontext():
                 answer = self.reference.log_probs(batch)
+            self.watch.keep_sampled(batch, answer)
             self.watch.check_rows(policy, batch, answer, f"row {', '.join(map(str, rows))} of the {name} set")
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:
