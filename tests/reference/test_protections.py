@@ -613,6 +613,80 @@ def a_hook_on_the_base(hook: Callable[..., Any], folder: Path) -> float:
     return off_in_training(make_trainer(folder, policy, callbacks=callbacks, max_steps=4), tiny_model())
 
 
+def layer_of(model: Any) -> Any:
+    return model.get_base_model().model.layers[0]
+
+
+def flip_rows(model: Any) -> None:
+    """The sum of all bytes stays the same."""
+    rows = model.get_base_model().model.embed_tokens.weight.data
+    rows[10:200] = rows[10:200].flip(0)
+
+
+def load_another(model: Any) -> None:
+    model.load_state_dict(fresh_lora(tiny_model(seed=3)).state_dict())
+
+
+def scale_the_adapter(model: Any) -> None:
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.q_proj.scaling["default"] *= 3
+
+
+def with_doubled_weights(model: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(layer_of(model).mlp.up_proj, "weight", Doubled())
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: Any) -> Any:
+        return 2 * weight
+
+
+SHARED_CHANGES: dict[str, Callable[[Any], object]] = {
+    "rows that change places": flip_rows,
+    "other weights are loaded": load_another,
+    "another module": lambda model: setattr(layer_of(model), "mlp", tiny_model(seed=3).model.layers[0].mlp),
+    "a parametrization": with_doubled_weights,
+    "a buffer that is not saved": lambda model: model.get_base_model().model.rotary_emb.inv_freq.data.mul_(3),
+    "the adapter's scaling": scale_the_adapter,
+    "a function on a module": lambda model: setattr(layer_of(model).mlp, "forward", torch.tanh),
+}
+
+
+def shared_changes(change: Callable[[Any], object], folder: Path, **options: Any) -> float:
+    """The base, the modules or the adapter's options change in training: policy and reference share them."""
+    policy = continued_lora(tiny_model())
+    initial = copy.deepcopy(policy)
+    callbacks = [Does(lambda: change(policy))]
+    return off_in_training(make_trainer(folder, policy, callbacks=callbacks, max_steps=4, **options), initial)
+
+
+def patched_class(folder: Path) -> float:
+    """A method patched for every module of a class, the reference's own among them."""
+    policy = tiny_model()
+    kind: Any = type(policy.model.layers[0].mlp)
+    plain, initial = kind.forward, naive_of_a_copy(policy)
+    with pytest.MonkeyPatch.context() as patch:
+        change = Does(lambda: patch.setattr(kind, "forward", lambda self, x: 2 * plain(self, x)))
+        trainer = make_trainer(folder, policy, callbacks=[change], max_steps=4)
+        trainer.train()
+        return differs(trainer.reference.log_probs(BATCH).values, initial)
+
+
+def naive_of_a_copy(policy: Any) -> torch.Tensor:
+    return naive_log_probs_of(copy.deepcopy(policy), BATCH)
+
+
+def doubles(module: Any, inputs: Any, output: Any) -> Any:
+    return 2 * output
+
+
+def given_away(change: Callable[[Any], object], folder: Path) -> float:
+    """Whoever has `trainer.ref_model` changes it, as synchronizing by hand does."""
+    trainer = make_trainer(folder, max_steps=4)
+    trainer.add_callback(Does(lambda: change(trainer.ref_model)))
+    return off_in_training(trainer, tiny_model())
+
+
 def another_adapter(folder: Path) -> float:
     policy = adapted(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     with torch.random.fork_rng():
@@ -992,6 +1066,30 @@ PROTECTIONS: dict[str, Protection] = {
         look_at_no_held_tensor,
         DriftError,
     ),
+    **{
+        f"what is shared is watched: {name}": Protection(
+            functools.partial(shared_changes, change), look_at_no_held_tensor, DriftError
+        )
+        for name, change in SHARED_CHANGES.items()
+    },
+    "what is shared is watched: behind a store": Protection(
+        lambda folder: shared_changes(SHARED_CHANGES["a function on a module"], folder, **stored_on_the_way(folder)),
+        also(look_at_no_held_tensor, write_all_the_same),
+        DriftError,
+    ),
+    "a method patched for a class is seen": Protection(patched_class, look_at_no_held_tensor, DriftError),
+    "what `ref_model` gives away is watched: weights": Protection(
+        lambda folder: given_away(lambda model: model.lm_head.weight.data.mul_(1.5), folder),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
+    "what `ref_model` gives away is watched: hooks": Protection(
+        lambda folder: given_away(
+            lambda model: model.lm_head.register_forward_hook(lambda *given: 2 * given[2]), folder
+        ),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
     "running means are exchanged": Protection(running_means, share_what_is_written),
     "the reference's adapter is the active one": Protection(another_adapter, forget_the_active_adapter, DriftError),
     "resumed from the checkpoint's weights": Protection(resumed_from_its_own_weights, no_identity_check, ResumeError),
@@ -1015,3 +1113,21 @@ def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, m
 
 def test_a_hook_that_only_looks_stops_no_run(tmp_path: Path) -> None:
     assert a_hook_on_the_base(lambda module, inputs, output: None, tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["a function on a module", "a buffer that is not saved", "the adapter's scaling"])
+def test_what_changes_between_building_and_training_is_said(name: str, tmp_path: Path, caplog: Any) -> None:
+    """Policy and reference share it, so there is no gap."""
+    policy = continued_lora(tiny_model())
+    trainer = make_trainer(tmp_path, policy, max_steps=1)
+    SHARED_CHANGES[name](policy)
+    trainer.train()
+    assert distance_from_start(trainer) == 0
+    (said,) = [record.message for record in caplog.records if "changed since the trainer was built" in record.message]
+    assert "`base_model.model.model." in said
+
+
+def test_a_copy_that_is_taken_late_is_said(tmp_path: Path, caplog: Any) -> None:
+    unfrozen_later(fresh_lora, tmp_path)
+    (said,) = [record.message for record in caplog.records if "keeps its own copy" in record.message]
+    assert "(0.1 MB) of 20 tensors" in said
