@@ -74,6 +74,7 @@ def test_what_leaves_the_answers_as_they_are_is_no_change() -> None:
     model = adapter_model()
     behaviour = Behaviour(model)
     model.config.pad_token_id, model.config.use_cache = 3, False
+    model.get_base_model().set_attn_implementation("eager")
     model.train().gradient_checkpointing_enable()
     model.enable_input_require_grads()
     with model.disable_adapter():

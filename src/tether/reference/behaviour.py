@@ -91,7 +91,7 @@ class Behaviour:
         for path in islice(_around(list(self._numbers), self._next), num):
             known, now = self._numbers[path], _numbers(self._modules.get(path, nn.Module()))
             if known != now:
-                found += [f"`{path}.{name}`" for name in known if known[name] != now.get(name)]
+                found += [f"`{f'{path}.{name}'.lstrip('.')}`" for name in known if known[name] != now.get(name)]
                 # What changes once may be a counter: it is told once.
                 self._numbers[path] = {name: value for name, value in now.items() if known.get(name) == value}
         self._next = (self._next + num) % len(self._numbers)
@@ -168,7 +168,9 @@ def _of_library(function: Any) -> bool:
 
 
 def _matters(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether an entry of a config is one that identities count."""
+    """Whether an entry of a config is one that identities count; scoring switches a private one, the attention."""
+    if name.startswith("_"):
+        return False
     digests = [
         identity_digests({}, SimpleNamespace(to_dict=lambda entry=entry: {name: _plain(entry)}))["config"]
         for entry in (before.get(name), now.get(name))
