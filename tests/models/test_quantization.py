@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from support.observe import bits, same_bits
 from support.runs import curve, make_trainer, steps, trained
 from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, DriftError
 
 pytestmark = pytest.mark.numerics
 
@@ -24,6 +25,7 @@ pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bits
 
 FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
+NESTED = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
 BITS = {"4 bits": FOUR, "8 bits": EIGHT}
 ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 RUN: dict[str, Any] = {"learning_rate": 1e-2, "adam_epsilon": ADAM_EPSILON, "max_steps": 6}
@@ -120,6 +122,48 @@ def test_a_reference_in_4_bits_is_left_as_it_was(folder: str, tmp_path: Path) ->
     logits = quantized(folder).train()(ids).logits
     trained(tmp_path, folder, ref_model=reference, **RUN)
     assert same_bits(bits(reference), before) and torch.equal(reference.train()(ids).logits, logits)
+
+
+TOUCHED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "packed bytes": (FOUR, lambda layer: layer.weight),
+    "scales of blocks": (FOUR, lambda layer: layer.weight.quant_state.absmax),
+    "scales of scales": (NESTED, lambda layer: layer.weight.quant_state.state2.absmax),
+    "8 bits": (EIGHT, lambda layer: layer.weight),
+    "scales of rows": (EIGHT, lambda layer: layer.state.SCB),
+}
+
+
+class Touches(TrainerCallback):
+    """Writes to a tensor at the end of the second step, without a trace."""
+
+    def __init__(self, tensor: Callable[[Any], Any]) -> None:
+        self.tensor = tensor
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.tensor(model.get_base_model().model.layers[0].mlp.up_proj).data[0] += 1
+
+
+@pytest.mark.parametrize("name", TOUCHED)
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_quantized_base_that_changes_stops_the_run(name: str, continued: bool, folder: str, tmp_path: Path) -> None:
+    """In 8 bits the first forward moves the scales: a fresh adapter is tried before the run, a continued one is not."""
+    config, tensor = TOUCHED[name]
+    options: dict[str, Any] = {"peft_config": LoraConfig(**ADAPTER, init_lora_weights=not continued)}
+    with pytest.raises(DriftError, match=r"up_proj.weight"):
+        run(tmp_path, folder, config, callbacks=[Touches(tensor)], **options)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quantized_base_with_biases_stops_no_run(bits: str, tmp_path: Path) -> None:
+    """bitsandbytes casts biases in the forward."""
+    tiny_model("qwen2", hidden=64, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(pad=True).save_pretrained(tmp_path / "model")
+    adapter = LoraConfig(**ADAPTER, init_lora_weights=False)
+    looks: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    looks["eval_dataset"] = tiny_pairs(4, seed=1)
+    trainer = run(tmp_path / "run", str(tmp_path / "model"), BITS[bits], peft_config=adapter, **looks)
+    assert trainer.state.global_step == 6
 
 
 def test_weights_that_were_packed_for_inference_are_refused(folder: str, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ import tether.reference.explicit
 import tether.reference.held
 import tether.reference.implicit
 import tether.reference.probing
+import tether.reference.shared
 import tether.reference.store_checks
 import tether.reference.twin
 import tether.reference.watch
@@ -520,13 +521,43 @@ def fresh_lora(model: Any) -> Any:
     return adapted(model, LoraConfig(r=4, target_modules=["q_proj"]))
 
 
-def unfrozen_later(freeze: Callable[[Any], Any], folder: Path) -> float:
+def continued_lora(model: Any) -> Any:
+    return adapted(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def unfrozen_later(freeze: Callable[[Any], Any], folder: Path, **options: Any) -> float:
     """What was frozen when the trainer was built trains after all. No save, no evaluation."""
-    policy = freeze(tiny_model())
+    policy = freeze(tiny_model(tie_word_embeddings=True))
     initial = copy.deepcopy(policy)
-    trainer = make_trainer(folder, policy, max_steps=3, learning_rate=0.03)
+    trainer = make_trainer(folder, policy, **{"max_steps": 3, "learning_rate": 0.03} | options)
     policy.requires_grad_(True)
     return off_in_training(trainer, initial)
+
+
+def stored_on_the_way(folder: Path) -> dict[str, Any]:
+    return {"precompute_ref_log_probs": True, "ref_store_mode": "lazy", "ref_store": str(folder / "store.sqlite")}
+
+
+def unfrozen_and_resumed(folder: Path) -> float:
+    """The checkpoint's weights are read into what the reference shared."""
+
+    def unfrozen(num_steps: int) -> Any:
+        trainer = make_trainer(folder, fresh_lora(tiny_model()), **RUN | {"max_steps": num_steps})
+        trainer.model.requires_grad_(True)
+        return trainer
+
+    unfrozen(2).train()
+    resumed = unfrozen(4)
+    resumed.train = functools.partial(resumed.train, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return off_in_training(resumed, tiny_model())
+
+
+def changed_and_unfrozen(folder: Path) -> float:
+    policy = fresh_lora(tiny_model())
+    trainer = make_trainer(folder, policy)
+    without_a_trace(policy.get_base_model().model.layers[0].mlp.up_proj.weight)
+    policy.requires_grad_(True)
+    return off_in_training(trainer, tiny_model())
 
 
 def with_frozen_layers(policy: Any) -> Any:
@@ -652,6 +683,80 @@ def a_hook_on_the_base(hook: Callable[..., Any], folder: Path) -> float:
     mlp = policy.get_base_model().model.layers[0].mlp
     callbacks = [Does(lambda: mlp.register_forward_hook(hook))]
     return off_in_training(make_trainer(folder, policy, callbacks=callbacks, max_steps=4), tiny_model())
+
+
+def layer_of(model: Any) -> Any:
+    return model.get_base_model().model.layers[0]
+
+
+def flip_rows(model: Any) -> None:
+    """The sum of all bytes stays the same."""
+    rows = model.get_base_model().model.embed_tokens.weight.data
+    rows[10:200] = rows[10:200].flip(0)
+
+
+def load_another(model: Any) -> None:
+    model.load_state_dict(fresh_lora(tiny_model(seed=3)).state_dict())
+
+
+def scale_the_adapter(model: Any) -> None:
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.q_proj.scaling["default"] *= 3
+
+
+def with_doubled_weights(model: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(layer_of(model).mlp.up_proj, "weight", Doubled())
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: Any) -> Any:
+        return 2 * weight
+
+
+SHARED_CHANGES: dict[str, Callable[[Any], object]] = {
+    "rows that change places": flip_rows,
+    "other weights are loaded": load_another,
+    "another module": lambda model: setattr(layer_of(model), "mlp", tiny_model(seed=3).model.layers[0].mlp),
+    "a parametrization": with_doubled_weights,
+    "a buffer that is not saved": lambda model: model.get_base_model().model.rotary_emb.inv_freq.data.mul_(3),
+    "the adapter's scaling": scale_the_adapter,
+    "a function on a module": lambda model: setattr(layer_of(model).mlp, "forward", torch.tanh),
+}
+
+
+def shared_changes(change: Callable[[Any], object], folder: Path, **options: Any) -> float:
+    """The base, the modules or the adapter's options change in training: policy and reference share them."""
+    policy = continued_lora(tiny_model())
+    initial = copy.deepcopy(policy)
+    callbacks = [Does(lambda: change(policy))]
+    return off_in_training(make_trainer(folder, policy, callbacks=callbacks, max_steps=4, **options), initial)
+
+
+def patched_class(folder: Path) -> float:
+    """A method patched for every module of a class, the reference's own among them."""
+    policy = tiny_model()
+    kind: Any = type(policy.model.layers[0].mlp)
+    plain, initial = kind.forward, naive_of_a_copy(policy)
+    with pytest.MonkeyPatch.context() as patch:
+        change = Does(lambda: patch.setattr(kind, "forward", lambda self, x: 2 * plain(self, x)))
+        trainer = make_trainer(folder, policy, callbacks=[change], max_steps=4)
+        trainer.train()
+        return differs(trainer.reference.log_probs(BATCH).values, initial)
+
+
+def naive_of_a_copy(policy: Any) -> torch.Tensor:
+    return naive_log_probs_of(copy.deepcopy(policy), BATCH)
+
+
+def doubles(module: Any, inputs: Any, output: Any) -> Any:
+    return 2 * output
+
+
+def given_away(change: Callable[[Any], object], folder: Path) -> float:
+    """Whoever has `trainer.ref_model` changes it, as synchronizing by hand does."""
+    trainer = make_trainer(folder, max_steps=4)
+    trainer.add_callback(Does(lambda: change(trainer.ref_model)))
+    return off_in_training(trainer, tiny_model())
 
 
 def another_adapter(folder: Path) -> float:
@@ -800,8 +905,8 @@ def no_drift_check(patch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_no_held_tensor(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.watch.ReferenceWatch, "check_optimizer", lambda *_: None)
-    patch.setattr(tether.reference.watch.ReferenceWatch, "check_held", lambda *_, **__: None)
+    patch.setattr(tether.reference.shared.SharedWatch, "keep_what_trains", lambda *_: None)
+    patch.setattr(tether.reference.shared.SharedWatch, "check", lambda *_, **__: None)
 
 
 def write_all_the_same(patch: pytest.MonkeyPatch) -> None:
@@ -1039,13 +1144,27 @@ PROTECTIONS: dict[str, Protection] = {
     "the adapter is on, whatever the user does": Protection(evaluated_with_the_adapter_off, leave_the_adapter_off),
     "the drift is checked": Protection(reached_by_training, no_drift_check, DriftError),
     # what others hold
-    "what is shared stays frozen: layers": Protection(
-        lambda folder: unfrozen_later(with_frozen_layers, folder), look_at_no_held_tensor, DriftError
+    "what is shared is copied once it trains: layers": Protection(
+        lambda folder: unfrozen_later(with_frozen_layers, folder), look_at_no_held_tensor
     ),
-    "what is shared stays frozen: the base": Protection(
-        lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor, DriftError
+    "what is shared is copied once it trains: the base": Protection(
+        lambda folder: unfrozen_later(fresh_lora, folder), look_at_no_held_tensor
     ),
-    "what is shared stays frozen: step by step": Protection(unfrozen_step_by_step, look_at_no_held_tensor, DriftError),
+    "what is shared is copied once it trains: a continued adapter's base": Protection(
+        lambda folder: unfrozen_later(continued_lora, folder), look_at_no_held_tensor
+    ),
+    "what is shared is copied once it trains: rows scored on the way": Protection(
+        lambda folder: unfrozen_later(fresh_lora, folder, **stored_on_the_way(folder)),
+        also(look_at_no_held_tensor, write_all_the_same),
+    ),
+    "what is shared is copied once it trains: step by step": Protection(unfrozen_step_by_step, look_at_no_held_tensor),
+    "what is shared is copied once it trains: resumed": Protection(unfrozen_and_resumed, no_drift_check),
+    "what has changed cannot be copied": Protection(changed_and_unfrozen, look_at_no_held_tensor, DriftError),
+    "what moves cannot begin to share in training": Protection(
+        lambda folder: unfrozen_later(with_frozen_layers, folder, sync_ref_model=True, ref_model_sync_steps=100),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
     "the owner's changes are seen: in place": Protection(
         lambda folder: changed_by_its_owner(in_place, folder), look_at_no_held_tensor, DriftError
     ),
@@ -1060,6 +1179,30 @@ PROTECTIONS: dict[str, Protection] = {
     "the base stays as it is": Protection(decayed_base, look_at_no_held_tensor, DriftError),
     "a hook on the base is seen": Protection(
         lambda folder: a_hook_on_the_base(lambda module, inputs, output: 3 * output, folder),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
+    **{
+        f"what is shared is watched: {name}": Protection(
+            functools.partial(shared_changes, change), look_at_no_held_tensor, DriftError
+        )
+        for name, change in SHARED_CHANGES.items()
+    },
+    "what is shared is watched: behind a store": Protection(
+        lambda folder: shared_changes(SHARED_CHANGES["a function on a module"], folder, **stored_on_the_way(folder)),
+        also(look_at_no_held_tensor, write_all_the_same),
+        DriftError,
+    ),
+    "a method patched for a class is seen": Protection(patched_class, look_at_no_held_tensor, DriftError),
+    "what `ref_model` gives away is watched: weights": Protection(
+        lambda folder: given_away(lambda model: model.lm_head.weight.data.mul_(1.5), folder),
+        look_at_no_held_tensor,
+        DriftError,
+    ),
+    "what `ref_model` gives away is watched: hooks": Protection(
+        lambda folder: given_away(
+            lambda model: model.lm_head.register_forward_hook(lambda *given: 2 * given[2]), folder
+        ),
         look_at_no_held_tensor,
         DriftError,
     ),
@@ -1088,3 +1231,21 @@ def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, m
 
 def test_a_hook_that_only_looks_stops_no_run(tmp_path: Path) -> None:
     assert a_hook_on_the_base(lambda module, inputs, output: None, tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["a function on a module", "a buffer that is not saved", "the adapter's scaling"])
+def test_what_changes_between_building_and_training_is_said(name: str, tmp_path: Path, caplog: Any) -> None:
+    """Policy and reference share it, so there is no gap."""
+    policy = continued_lora(tiny_model())
+    trainer = make_trainer(tmp_path, policy, max_steps=1)
+    SHARED_CHANGES[name](policy)
+    trainer.train()
+    assert distance_from_start(trainer) == 0
+    (said,) = [record.message for record in caplog.records if "changed since the trainer was built" in record.message]
+    assert "`base_model.model.model." in said
+
+
+def test_a_copy_that_is_taken_late_is_said(tmp_path: Path, caplog: Any) -> None:
+    unfrozen_later(fresh_lora, tmp_path)
+    (said,) = [record.message for record in caplog.records if "keeps its own copy" in record.message]
+    assert "(0.1 MB) of 20 tensors" in said

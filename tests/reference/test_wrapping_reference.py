@@ -20,6 +20,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "log_probs": ((BATCH,), {}),
     "changed_tensors": ((), {}),
     "held_by_others": ((), {}),
+    "keep": ((["weight"],), {}),
     "in_policy": ((), {}),
     "figures": ((), {}),
     "export": ((Path("folder"),), {"merged": True}),

@@ -7,7 +7,7 @@ final; behaviour is added by wrapping (`WrappingReference`), not by overriding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,12 @@ class Reference(ABC):
     def held_by_others(self) -> list[Slot]:
         """Where the tensors are that shape its answers, must not change, and belong to someone else as well."""
         return []
+
+    def keep(self, names: Collection[str]) -> bool:
+        """Takes copies of some of what others hold, by name, because it begins to train; each still has the value that
+        it had when the reference was made. Returns whether the reference can do that.
+        """
+        return False
 
     @property
     def length_limit(self) -> int | None:

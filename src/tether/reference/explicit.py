@@ -5,7 +5,7 @@ Never writes to a model it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tether.reference.base import Kind, Traits, compute_dtype_name, score_withou
 from tether.reference.held import Slot, slots_of
 from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes
 from tether.reference.implicit import adapter_settings, all_tensors, base_tensors, is_adapter_model
-from tether.reference.twin import frozen_twin, refuse_lost_hooks
+from tether.reference.twin import frozen_twin, refuse_lost_hooks, take_own
 from tether.reference.updates.groups import DenseGroup, MovableReference, Tensors, UpdateGroup, UpdateRule
 from tether.scoring import SCORING_VERSION, Reads, reads_of, rotary_limit
 from tether.types import PairBatch, ResponseLogProbs
@@ -188,6 +188,12 @@ class ExplicitReference(MovableReference):
         if self._module is None:
             return []
         return slots_of(self._module, {n: p for n, p in self._module.named_parameters() if _storage(p) in self._given})
+
+    def keep(self, names: Collection[str]) -> bool:
+        if self._module is None or self._is_apart:
+            return False
+        take_own(self._module, [slot.tensor for slot in self.held_by_others() if slot.name in names])
+        return True
 
     @property
     def extra_bytes(self) -> int:

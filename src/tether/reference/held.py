@@ -6,38 +6,50 @@ An operation in place leaves a trace in a tensor's version, a new storage in its
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tether.distributed import is_sharded
+from tether.distributed import is_sharded, local_shard
 
 ROTATION_STEPS = 500  # in which every byte is read
+_LEAST_BYTES = 1 << 20  # of a part
+_PLAIN = (Tensor, nn.Parameter)
 
 
-class Slot(NamedTuple):
-    """A place in a module where a tensor is, by the module's own dict: the tensor there may be another one later."""
+@dataclass(eq=False)
+class Slot:
+    """A place in a module where a tensor is, by the module's own dict: the tensor there may be another one later.
+
+    Attributes:
+        name: The tensor's name.
+        module: The module.
+        holder: The module's dict of parameters or of buffers.
+        key: The tensor's key in it.
+        kept: The reference's own copy, once what is in this place trains.
+    """
 
     name: str
+    module: nn.Module
     holder: dict[str, Any]
     key: str
+    kept: Tensor | None = None
 
     @property
     def tensor(self) -> Tensor | None:
-        """The tensor that is there now."""
-        tensor: Tensor | None = self.holder.get(self.key)
-        return tensor
+        """The tensor that the reference has now."""
+        return self.kept if self.kept is not None else self.holder.get(self.key)
 
 
 def slots_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Slot]:
     """The places of some of a model's tensors, each tensor once."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     places = {
-        id(tensor): Slot(names[id(tensor)], holder, key)
+        id(tensor): Slot(names[id(tensor)], module, holder, key)
         for module in model.modules()
         for holder in (vars(module)["_parameters"], vars(module)["_buffers"])
         for key, tensor in holder.items()
@@ -47,25 +59,40 @@ def slots_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Slot]:
 
 
 class HeldTensors:
-    """Watches tensors that must not change, as they are when this is made.
+    """Watches tensors that must not change, as they are when this is made: of a sharded one, this process's shard.
 
-    Sharded tensors and those of quantized layers, which libraries lay out anew, are left out.
+    One that is sharded later is not looked at any more; make another of these then.
 
     Args:
         slots: Where they are.
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
-        self._slots = [slot for slot in slots if _is_plain(slot.tensor)]
-        self._parts = list(_parts(self._slots))
+        self._slots = [slot for slot in slots if _is_readable(slot.tensor)]
+        # FSDP2 puts a whole tensor in a shard's place while it is gathered; the shard stays where it was.
+        self._shards = [
+            slot.tensor if slot.tensor is not None and is_sharded(slot.tensor) else None for slot in self._slots
+        ]
+        self._sizes = [_num_bytes(self._own(index)) for index in range(len(self._slots))]
+        self._parts = list(self._all_parts())
         self._sums = [self._sum(part) for part in self._parts]
-        self._traces = [_trace(slot.tensor) for slot in self._slots]
+        self._traces = self._traces_now()
+        self._trained = self._training()
         self._next = 0
-        self.num_bytes = sum(_num_bytes(slot.tensor) for slot in self._slots)
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The places of what is watched."""
+        return self._slots
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes are watched, without the scales of quantized tensors."""
+        return sum(self._sizes)
 
     def changed_at_step(self) -> list[str]:
         """Names of tensors that have changed, as far as a look at all of them and one part of their bytes tell."""
-        traces = [_trace(slot.tensor) for slot in self._slots]
+        traces = self._traces_now()
         due = set(self._turn())
         if traces != self._traces:
             touched = {i for i, (old, new) in enumerate(zip(self._traces, traces, strict=True)) if old != new}
@@ -81,22 +108,27 @@ class HeldTensors:
             left -= stop - start
             self._next = (self._next + 1) % len(self._parts)
 
-    def changed(self) -> list[str]:
-        """Names of tensors that have changed; reads every byte."""
-        return self._changed(range(len(self._parts)))
+    def changed(self, names: Collection[str] | None = None) -> list[str]:
+        """Names of tensors that have changed, by default of all; reads every byte."""
+        named = [names is None or slot.name in names for slot in self._slots]
+        return self._changed(i for i, part in enumerate(self._parts) if named[part[0]])
 
-    def trained_by(self, optimizer: Any) -> list[str]:
-        """Names of the tensors that an optimizer holds and that train."""
+    def trained_by(self, optimizer: Any) -> dict[str, int]:
+        """The bytes of the tensors, by name, that an optimizer trains, or that have come to require a gradient."""
         groups = getattr(optimizer, "param_groups", ())
-        held = [p for group in groups for p in group["params"] if p.requires_grad and not is_sharded(p)]
-        storages = {p.untyped_storage().data_ptr() for p in held} - {0}
-        return [
-            slot.name
-            for slot in self._slots
-            if slot.tensor is not None
-            and not is_sharded(slot.tensor)
-            and slot.tensor.untyped_storage().data_ptr() in storages
+        held = [p for group in groups for p in group["params"] if p.requires_grad]
+        storages = {local_shard(p).untyped_storage().data_ptr() for p in held} - {0}
+        training = self._training()
+        found = [
+            index
+            for index in range(len(self._slots))
+            if (training[index] and not self._trained[index])
+            or (storages and (own := self._own(index)) is not None and own.untyped_storage().data_ptr() in storages)
         ]
+        return {self._slots[index].name: self._sizes[index] for index in found}
+
+    def _training(self) -> list[bool]:
+        return [slot.tensor is not None and slot.tensor.requires_grad for slot in self._slots]
 
     def _changed(self, parts: Iterable[int]) -> list[str]:
         names = (
@@ -104,65 +136,100 @@ class HeldTensors:
         )
         return list(dict.fromkeys(names))
 
-    def _sum(self, part: tuple[int, int, int]) -> int | None:
-        """The sum of a part's bytes, eight at a time; None once the tensor is sharded."""
-        index, start, stop = part
-        tensor = self._slots[index].tensor
-        if tensor is None:
-            return -1
-        if is_sharded(tensor) or tensor.is_meta:
+    def _own(self, index: int) -> Tensor | None:
+        """What this process holds of a tensor; None where that cannot be compared any more."""
+        tensor, shard = self._slots[index].tensor, self._shards[index]
+        if tensor is None or tensor.is_meta:
             return None
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)[start:stop]
-        if flat.storage_offset() % 8:
-            flat = flat.clone()
-        whole = len(flat) // 8 * 8
-        return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
+        if shard is not None:
+            return local_shard(tensor if is_sharded(tensor) else shard)
+        return None if is_sharded(tensor) else tensor.detach()
+
+    def _all_parts(self) -> Iterator[tuple[int, int, int]]:
+        """Parts of the tensors: the slot, and its bytes from where to where."""
+        size = max(-(-self.num_bytes // ROTATION_STEPS) // 8 * 8, _LEAST_BYTES)
+        for index, end in enumerate(self._sizes):
+            for start in range(0, end, size):
+                yield index, start, min(start + size, end)
+
+    def _sum(self, part: tuple[int, int, int]) -> int | None:
+        """A sum of a part's bytes; None where it cannot be compared any more, as once the tensor is sharded."""
+        index, start, stop = part
+        slot, own = self._slots[index], self._own(index)
+        if slot.tensor is None:
+            return -1
+        if own is None:
+            return None
+        total = _sum_of(_bytes(own)[start:stop])
+        return total if start > 0 else total + sum(sum_of_bytes(scale) for scale in _scales(slot))
+
+    def _traces_now(self) -> list[tuple[int, ...]]:
+        return [self._trace(index) for index in range(len(self._slots))]
+
+    def _trace(self, index: int) -> tuple[int, ...]:
+        slot, own = self._slots[index], self._own(index)
+        if own is None:
+            return ()
+        traces = id(slot.tensor), 0 if own.is_inference() else own._version, own.data_ptr()
+        return traces if type(slot.tensor) in _PLAIN else (*traces, *_traces_of(_scales(slot)))
 
 
-class Behaviour:
-    """What else of a model a pass through it depends on: hooks, forwards put on single modules, the config.
-
-    Args:
-        model: As it is now.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules, self._config = list(model.modules()), vars(getattr(model, "config", SimpleNamespace()))
-        self._known = self._now()
-
-    def has_changed(self) -> bool:
-        """Whether any of it has since this was last asked; a hook that only looks is a change too."""
-        if (self._on_modules(), self._config) == self._known:
-            return False
-        self._known = self._now()
-        return True
-
-    def _now(self) -> tuple[list[Any], dict[str, Any]]:
-        return self._on_modules(), copy.deepcopy(self._config)
-
-    def _on_modules(self) -> list[Any]:
-        return [(tuple(m._forward_hooks), tuple(m._forward_pre_hooks), vars(m).get("forward")) for m in self._modules]
+def _is_readable(tensor: Tensor | None) -> bool:
+    if tensor is None or tensor.is_meta:
+        return False
+    is_known = type(tensor) in _PLAIN or is_sharded(tensor) or hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
+    return is_known and local_shard(tensor).numel() > 0
 
 
-def _is_plain(tensor: Any) -> bool:
-    is_plain = type(tensor) in (Tensor, nn.Parameter)
-    return is_plain and tensor.numel() > 0 and not (tensor.is_meta or is_sharded(tensor))
+def _scales(slot: Slot) -> list[Tensor]:
+    """What a quantized weight of bitsandbytes has beside its bytes. In 8 bits, its first forward moves that away."""
+    weight: Any = slot.tensor
+    if type(weight) in _PLAIN:
+        return []
+    found, state = [], getattr(weight, "quant_state", None)
+    while state is not None:
+        found += [value for value in vars(state).values() if isinstance(value, Tensor)]
+        state = getattr(state, "state2", None)
+    of_rows = getattr(weight, "SCB", None)
+    if of_rows is None:
+        of_rows = getattr(getattr(slot.module, "state", None), "SCB", None)
+    return found if of_rows is None else [*found, of_rows]
 
 
-def _parts(slots: Sequence[Slot]) -> Iterator[tuple[int, int, int]]:
-    """Parts of the tensors: the slot, and its bytes from where to where."""
-    total = sum(_num_bytes(slot.tensor) for slot in slots)
-    size = max(-(-total // ROTATION_STEPS) // 8 * 8, 1 << 20)
-    for index, slot in enumerate(slots):
-        for start in range(0, end := _num_bytes(slot.tensor), size):
-            yield index, start, min(start + size, end)
+def _traces_of(tensors: Iterable[Tensor]) -> Iterator[int]:
+    for tensor in tensors:
+        yield from (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def sum_of_bytes(tensor: Tensor) -> int:
+    """A sum of a tensor's bytes in which each place counts differently."""
+    return _sum_of(_bytes(tensor))
+
+
+def _sum_of(flat: Tensor) -> int:
+    """The same of bytes; eight are taken at a time."""
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    words = flat[: len(flat) // 8 * 8].view(torch.int64)
+    total = int((words * _factors(len(words), flat.device)).sum())
+    for place, byte in enumerate(flat[len(words) * 8 :].tolist()):
+        total += (place + 1) * byte
+    return total
+
+
+@cache
+def _all_factors(num: int, device: torch.device) -> Tensor:
+    made = torch.randint(-(2**62), 2**62, (num,), generator=torch.Generator().manual_seed(0))
+    return (2 * made + 1).to(device)  # odd, so that any change of a single word changes the sum
+
+
+def _factors(num: int, device: torch.device) -> Tensor:
+    return _all_factors(1 << max(num, _LEAST_BYTES // 8).bit_length(), device)[:num]
 
 
 def _num_bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
-
-
-def _trace(tensor: Tensor | None) -> tuple[int, int, int]:
-    if tensor is None:
-        return 0, 0, 0
-    return id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()

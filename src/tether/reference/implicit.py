@@ -5,7 +5,7 @@ Knows what an adapter changes; `adapter_state` switches it. Holds no second set 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -94,7 +94,10 @@ class ImplicitReference(MovableReference):
         self._copies = {name: local_shard(parameter).clone() for name, parameter in kept.items()}
         self._buffers = _written_buffers(policy)
         self._active = list(policy.active_adapters)
-        self._digests = digest_tensors(self._tensors())
+        tensors = self._tensors()
+        own = {id(t) for t in trainable.values()} | {id(slot.tensor) for slot, _ in self._buffers}
+        self._shared = slots_of(policy, {name: tensor for name, tensor in tensors.items() if id(tensor) not in own})
+        self._digests = digest_tensors(tensors)
         base = policy.get_base_model()
         of_adapter = self._digests.keys() - base_tensors(base).keys()
         adapter_config = None
@@ -123,11 +126,15 @@ class ImplicitReference(MovableReference):
         return [name for name, digest in self._digests.items() if now.get(name) != digest]
 
     def held_by_others(self) -> list[Slot]:
-        """Of the base, and of what of an adapter is not copied because it does not train."""
-        trains = {id(p) for name, p in self._policy.named_parameters() if p.requires_grad or name in self._copies}
-        own = trains | {id(slot.tensor) for slot, _ in self._buffers}
-        shared = {name: tensor for name, tensor in self._tensors().items() if id(tensor) not in own}
-        return slots_of(self._policy, shared)
+        """Of the base, and of what of an adapter is not copied because it did not train when this was made."""
+        return self._shared
+
+    def keep(self, names: Collection[str]) -> bool:
+        slots = {id(slot.tensor): slot for slot in self._shared if slot.name in names}
+        kept = {name: p for name, p in self._policy.named_parameters() if id(p) in slots}
+        for name, parameter in kept.items():
+            self._copies[name] = slots[id(parameter)].kept = local_shard(parameter).clone()
+        return len(kept) == len(slots)
 
     @property
     def length_limit(self) -> int | None:

@@ -30,7 +30,11 @@ def rebind(model: nn.Module, twin: nn.Module) -> None:
     """
     pairs: list[tuple[Any, Any]] = [*zip(model.modules(), twin.modules(), strict=True)]
     pairs += zip(model.parameters(), twin.parameters(), strict=True)
-    copies = {id(original): copied for original, copied in pairs if original is not copied}
+    rebind_to({id(original): copied for original, copied in pairs if original is not copied}, twin)
+
+
+def rebind_to(copies: dict[int, Any], twin: nn.Module) -> None:
+    """The same by the `id` of what was copied: modules, parameters."""
     for path, module in twin.named_modules():
         for name, value in list(vars(module).items()):
             is_hooks = isinstance(value, dict) and name.endswith("_hooks")

@@ -6,14 +6,14 @@ Knows how to copy a model without copying what never changes; knows no reference
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tether.distributed import Sharding, copy_of_sharded, has_shards, is_fsdp, is_sharded, twin_of_fsdp
 from tether.errors import ReferenceModelError
-from tether.reference.rebinding import rebind
+from tether.reference.rebinding import rebind, rebind_to
 
 
 def frozen_twin(
@@ -50,6 +50,15 @@ def frozen_twin(
             setattr(module, name, buffer.to(device))
     rebind(model, twin)
     return twin.eval()
+
+
+def take_own(twin: nn.Module, shared: Iterable[Tensor | None]) -> None:
+    """Puts copies of some tensors that a twin shares in their place, everywhere in it."""
+    own = {id(t): nn.Parameter(t.detach().clone(), requires_grad=False) for t in shared if t is not None}
+    for module in twin.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(module, name, own.get(id(parameter), parameter))
+    rebind_to(own, twin)
 
 
 def _unwrap_forwards(twin: nn.Module) -> None:

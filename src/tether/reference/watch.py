@@ -7,20 +7,21 @@ trainer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tether.distributed import any_process, is_main_process, names_of_all, num_processes, reduced
-from tether.errors import DriftError, InitialGapError
+from tether.errors import DriftError, InitialGapError, TetherError
 from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.held import Behaviour, HeldTensors
 from tether.reference.noise import ALIKE, Gap, Noise, Reduce, Tolerance, coarser, measured, unreduced
+from tether.reference.shared import INSTEAD, SharedWatch, named
+from tether.reference.wrapping import WrappingReference
+from tether.scoring.evaluation import products_of_training
 from tether.types import PairBatch, ResponseLogProbs
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class ReferenceWatch:
     A reference that stands still scores the fixed pairs (the sentinel) the same at every evaluation and every save.
 
     Attributes:
+        shared: What looks at the tensors and modules that the reference shares.
         start: The initial policy's log-probs of the fixed pairs, once known; a resumed run sets it before
             `set_sentinel`.
         noise: The policy's, once measured; None where reference and policy are computed alike, in the same batch.
@@ -129,12 +131,12 @@ class ReferenceWatch:
         self._reference, self._autocast_dtype, self._reduce = reference, autocast_dtype, reduce
         self._gaps_known: set[bool] = set()  # whether the policy was in training
         self._knows_start = False
-        self._held = HeldTensors(())
-        self._behaviour: Behaviour | None = None
         self._sentinel: PairBatch | None = None
         self._before: ResponseLogProbs | None = None
         self.start: Start | None = None
         self.noise: Noise | None = None
+        self.shared = SharedWatch(reference, self._effect, partial(self.check_drift, alone=True))
+        self._sampled: list[tuple[PairBatch, ResponseLogProbs]] = []
 
     @property
     def noise_spread(self) -> float:
@@ -217,61 +219,34 @@ class ReferenceWatch:
         """Rows that all processes have in common count once."""
         return self._reduce(tensor, how) / (num_processes() if how == "sum" else 1)
 
-    def hold(self) -> None:
-        """Begins to watch what of the reference others hold too."""
-        self._held = HeldTensors(self._reference.held_by_others())
-
-    def watch_behaviour(self, policy: nn.Module) -> None:
-        """Begins to watch what else a pass through the policy's own modules depends on."""
-        self._behaviour = Behaviour(policy) if self._reference.traits.runs_in_policy else None
-
-    def check_optimizer(self, optimizer: Any) -> None:
-        """Refuses to train what the reference shares.
-
-        Raises:
-            DriftError: Names the tensors.
-        """
-        if names := self._held.trained_by(optimizer):
-            raise DriftError(
-                problem=f"Cannot train {_listed(names)}: the {self._reference.identity.kind} reference shares what was "
-                "frozen when the trainer was built, and would change with it.",
-                instead="Let train what shall train before building the trainer (`requires_grad_(True)`): the "
-                "reference copies that.",
-            )
-
-    def check_held(self, *, everything: bool) -> None:
-        """Looks at what others hold too: for traces of a change and, in rotation, at the bytes.
-
-        Args:
-            everything: Read every byte; then every process must take part.
-
-        Raises:
-            DriftError: Names the tensors that changed.
-        """
-        names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
-        if not names:
-            if self._behaviour is not None and self._behaviour.has_changed():
-                self.check_drift(alone=True)  # on this process, maybe: a profiler's hooks
-            return
-        by = ""
-        if self._sentinel is not None and self._before is not None and not self._reference.traits.is_collective:
-            gap = Gap.between(self._reference.log_probs(self._sentinel), self._before, unreduced)
-            by = (
-                f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
-            )
-        raise DriftError(
-            problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
-            f"these of its tensors did: {_listed(names)}{by}.",
-            details="It shares them with the policy or with the model that it was made of, and something wrote to "
-            "them: an optimizer that holds them, a callback, whoever else has the model.",
-            instead=_INSTEAD,
-        )
-
     def set_sentinel(self, batch: PairBatch) -> None:
         """Keeps the reference's log-probs of these pairs. Collective."""
-        self._sentinel, self._before = batch, self._reference.log_probs(batch)
+        self._sentinel = batch
+        self._before = self._answers(batch)
         if self._reference.traits.moves:  # a resumed run may have other rows than its checkpoint knows, on some process
             self._knows_start = not any_process(self.start is None or self.start.responses != _keys(batch))
+
+    def keep_sampled(self, batch: PairBatch, answer: ResponseLogProbs) -> None:
+        """Keeps further answers, to be compared after a change of what passes depend on."""
+        self._sampled.append((batch, answer))
+
+    def _answers(self, batch: PairBatch, *, live: bool = False) -> ResponseLogProbs:
+        """The reference's answers; `live` if they must be computed now, by what stands behind a store."""
+        reference = self._reference
+        while live and isinstance(reference, WrappingReference) and reference.traits.answers_are_stored:
+            reference = reference.wrapped
+        with products_of_training(self.shared.modules):
+            return reference.log_probs(batch)
+
+    def _effect(self) -> str:
+        """By how much the reference's answers to fixed pairs have moved, in words; empty where it is not known."""
+        if self._sentinel is None or self._before is None or self._reference.traits.is_collective:
+            return ""
+        try:
+            gap = Gap.between(self._answers(self._sentinel), self._before, unreduced)
+        except (TetherError, RuntimeError):  # what changed may be its dtype
+            return ""
+        return f", which moves its answers to fixed pairs by {gap.mean:.3g} nats per token (largest {gap.largest:.3g})"
 
     def set_start(self, policy: nn.Module) -> None:
         """Keeps the initial policy's log-probs of the sentinel, for a reference that moves; on every process."""
@@ -287,7 +262,7 @@ class ReferenceWatch:
         """
         if not self._reference.traits.moves or self._sentinel is None:
             return {}
-        reference = self._reference.log_probs(self._sentinel)
+        reference = self._answers(self._sentinel)
         now = self._scored(policy, self._sentinel)
         found = {"reference/distance": Gap.between(now, reference, self._reduce).mean}
         if self._knows_start:
@@ -308,7 +283,10 @@ class ReferenceWatch:
         traits = self._reference.traits
         if self._sentinel is None or self._before is None or traits.moves or (alone and traits.is_collective):
             return
-        gap = Gap.between(self._reference.log_probs(self._sentinel), self._before, unreduced if alone else self._reduce)
+        reduce = unreduced if alone else self._reduce
+        watched = [(self._sentinel, self._before), *(self._sampled if alone else ())]
+        gaps = [Gap.between(self._answers(batch, live=alone), before, reduce) for batch, before in watched]
+        gap = max(gaps, key=lambda gap: gap.largest)
         if gap.largest == 0:
             return
         own = self._reference.identity.compute_dtype
@@ -322,10 +300,10 @@ class ReferenceWatch:
             problem=f"Cannot go on training: the {self._reference.identity.kind} reference should not change, but "
             f"scores fixed pairs differently than before training (mean gap {gap.mean:.3g} nats per token, largest "
             f"{gap.largest:.3g}).",
-            details=f"These of its tensors changed: {_listed(names)}."
+            details=f"These of its tensors changed: {named(names)}."
             if names
             else "None of its weights changed, so a buffer, a hook, the config, a mode or the stored values did.",
-            instead=_INSTEAD,
+            instead=INSTEAD,
         )
 
 
@@ -334,15 +312,6 @@ _NOISY = (
     "answers have this noise too, so the first loss is not exactly that of equal models. A reference in the same batch "
     "and dtype has none (`precompute_ref_log_probs=False`), one with `ref_dtype='float32'` less."
 )
-
-_INSTEAD = (
-    "Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or give the "
-    "reference its own weights with `ref_model`."
-)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _keys(batch: PairBatch) -> list[str]:

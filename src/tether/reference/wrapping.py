@@ -5,7 +5,7 @@ Knows no kind of source and no kind of wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -70,6 +70,9 @@ class WrappingReference(Reference, Generic[Source]):
 
     def held_by_others(self) -> list[Slot]:
         return self._source.held_by_others()
+
+    def keep(self, names: Collection[str]) -> bool:
+        return self._source.keep(names)
 
     @property
     def length_limit(self) -> int | None:

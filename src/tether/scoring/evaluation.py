@@ -18,10 +18,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, mode in modes:
-        if hasattr(getattr(module, "state", None), "is_training"):
+        if _is_in_8_bits(module):
             module.training = mode
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def products_of_training(model: nn.Module) -> Iterator[None]:
+    """While open, layers in 8 bits compute as in training, also under `evaluation_mode`, whatever was run before."""
+    modes = [(module, module.training) for module in model.modules() if _is_in_8_bits(module)]
+    for module, _ in modes:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _is_in_8_bits(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "state", None), "is_training")

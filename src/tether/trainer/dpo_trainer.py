@@ -195,6 +195,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             self.args,
             self.data_collator,
             lambda: named_sets(self.train_dataset, self.eval_dataset),
+            self.model,
             autocast_dtype=around.autocast_dtype,
             waits=shard is not None or waits_for_device(self.model, self.args.device),
         )
@@ -316,6 +317,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 "reference's answers.",
             )
         self._losses = LossWatch()
+        self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
         try:
             output = super().train(*args, **kwargs)
             self._check_weights()

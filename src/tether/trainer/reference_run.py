@@ -44,6 +44,7 @@ class ReferenceRun(TrainerCallback):
         args: The options.
         collator: Makes the batches.
         sets: The tokenized sets by name, as they are when training begins.
+        policy: The policy, as it is while the reference is built.
         autocast_dtype: Autocast dtype of the policy's forward; None for no autocast.
         waits: Whether a pass through the policy's own modules must wait until training has sharded them and put them
             in place.
@@ -61,6 +62,7 @@ class ReferenceRun(TrainerCallback):
         args: DPOConfig,
         collator: Collator,
         sets: Callable[[], Mapping[str, PairDataset]],
+        policy: nn.Module,
         *,
         autocast_dtype: torch.dtype | None,
         waits: bool,
@@ -71,7 +73,8 @@ class ReferenceRun(TrainerCallback):
         self._waits = waits and reference.traits.runs_in_policy
         self._prepared: dict[str, PairDataset] = {}
         self.prepare(sets())
-        self.watch.hold()
+        self.watch.shared.hold()
+        self.watch.shared.watch_behaviour(policy)
         if reference.traits.moves:
             warn_of_weights_alone(args)
 
@@ -97,29 +100,31 @@ class ReferenceRun(TrainerCallback):
         if self._waits:
             self._waits = False
             self.prepare(self._sets())
-            self.watch.hold()
-        self.watch.check_held(everything=True)
+            self.watch.shared.hold()
+        self.watch.shared.tell_changes()
+        self.watch.shared.check(everything=True)
         self._watch_from_start(policy, has_trained=state.global_step > 0)
-        self.watch.check_optimizer(kwargs.get("optimizer"))
-        self.watch.watch_behaviour(policy)
+        self.watch.shared.keep_what_trains(kwargs.get("optimizer"))
         self._look_at_sample(policy, check=state.global_step == 0 and self.watch.begin())
         warn_of_no_sync(self._args, state.max_steps)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.shared.keep_what_trains(kwargs.get("optimizer"))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=False)
-        self.watch.check_optimizer(kwargs.get("optimizer"))
+        self.watch.shared.check(everything=False)
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=True)
+        self.watch.shared.check(everything=True)
         self.watch.check_drift()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=True)
+        self.watch.shared.check(everything=True)
         self.watch.check_drift()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.check_held(everything=True)
+        self.watch.shared.check(everything=True)
 
     def _look_at_sample(self, policy: nn.Module, *, check: bool) -> None:
         """Measures the policy's noise on a few rows from everywhere, and compares policy and reference on them; the
@@ -135,6 +140,7 @@ class ReferenceRun(TrainerCallback):
         for name, rows, batch in samples if check else ():
             with self._accelerator.main_process_first() if fills_store else nullcontext():
                 answer = self.reference.log_probs(batch)
+            self.watch.keep_sampled(batch, answer)
             self.watch.check_rows(policy, batch, answer, f"row {', '.join(map(str, rows))} of the {name} set")
 
     def _few_rows(self) -> PairBatch | None:
