@@ -70,7 +70,8 @@ class Difference(NamedTuple):
     def explain(self, dtype: str) -> str:
         """The tolerance, and what is known of the cause."""
         now, (mean, largest) = _made_with(), self.allowed
-        other = [f"{name} {was} then, {now[name]} now" for name, was in self.kept.made_with.items() if now[name] != was]
+        then = self.kept.made_with
+        other = [f"{name} {then[name]} then, {now[name]} now" for name in then.keys() & now if now[name] != then[name]]
         return (
             f"Rounding in {dtype} explains a mean of {mean:g} and a largest of {largest:g}. Weights, config and "
             "adapters are the same, so the code of the model, a hook, an activation, a forward or a buffer differs"
