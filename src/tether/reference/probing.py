@@ -70,8 +70,11 @@ class Difference(NamedTuple):
     def explain(self, dtype: str) -> str:
         """The tolerance, and what is known of the cause."""
         now, (mean, largest) = _made_with(), self.allowed
-        then = self.kept.made_with
-        other = [f"{name} {then[name]} then, {now[name]} now" for name in then.keys() & now if now[name] != then[name]]
+        other = [
+            f"{name} {then} then, {now[name]} now"
+            for name, then in self.kept.made_with.items()
+            if now.get(name, then) != then
+        ]
         return (
             f"Rounding in {dtype} explains a mean of {mean:g} and a largest of {largest:g}. Weights, config and "
             "adapters are the same, so the code of the model, a hook, an activation, a forward or a buffer differs"
