@@ -244,3 +244,13 @@ def test_a_checkpoint_without_a_probe_is_resumed(tmp_path: Path) -> None:
     trained(tmp_path, **run)
     (tmp_path / "checkpoint-2" / "reference" / "probe.json").unlink()
     make_trainer(tmp_path, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_refusal_says_what_has_changed_about_the_machine(tmp_path: Path) -> None:
+    one, other = LogProbStore(tmp_path / "1"), LogProbStore(tmp_path / "2")
+    digest = prepared(one, tiny_model()).identity.digest
+    (probe,) = one.probes(digest)
+    other.put_probe(digest, probe._replace(made_with={"torch": "1.0", "abacus": "7"}))
+    with pytest.raises(StoreError) as caught:
+        prepared(other, odd.with_behaviour("norm epsilon"))
+    assert f"torch 1.0 then, {torch.__version__} now)" in caught.value.details
