@@ -88,7 +88,7 @@ class Sums(Reference):
 def test_a_reference_that_knows_sums_is_compared_by_them(tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "s")
     prepared(store, Sums())
-    prepared(store, Sums(0.0005))
+    prepared(store, Sums(0.0005))  # 0.005 nats of a response of 10 tokens
     with pytest.raises(StoreError, match=r"mean gap 0\.1 nats per token"):
         prepared(store, Sums(0.1))
     (probe,) = store.probes(Sums().identity.digest)
@@ -122,8 +122,9 @@ def test_a_source_that_answers_otherwise_is_refused_before_the_first_answer(mode
     steered = ExplicitReference(odd.with_behaviour("a steering hook"))
     reference = PrecomputedReference(store, steered, mode=mode)  # nothing runs in the constructor
     assert steered.num_passes == 0
-    with pytest.raises(StoreError) as caught:
-        reference.log_probs(BATCH)
+    for _ in range(2):
+        with pytest.raises(StoreError) as caught:
+            reference.log_probs(BATCH)
     assert "mean gap" in caught.value.problem and "256 tokens" in caught.value.problem
     assert "ref_store" in caught.value.instead and f"--identity {digest[:12]}" in caught.value.instead
     assert steered.identity.digest == digest
@@ -243,3 +244,13 @@ def test_a_checkpoint_without_a_probe_is_resumed(tmp_path: Path) -> None:
     trained(tmp_path, **run)
     (tmp_path / "checkpoint-2" / "reference" / "probe.json").unlink()
     make_trainer(tmp_path, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_refusal_says_what_has_changed_about_the_machine(tmp_path: Path) -> None:
+    one, other = LogProbStore(tmp_path / "1"), LogProbStore(tmp_path / "2")
+    digest = prepared(one, tiny_model()).identity.digest
+    (probe,) = one.probes(digest)
+    other.put_probe(digest, probe._replace(made_with={"torch": "1.0", "abacus": "7"}))
+    with pytest.raises(StoreError) as caught:
+        prepared(other, odd.with_behaviour("norm epsilon"))
+    assert f"torch 1.0 then, {torch.__version__} now)" in caught.value.details

@@ -72,7 +72,11 @@ class Difference(NamedTuple):
     def explain(self, dtype: str) -> str:
         """The tolerance, and what is known of the cause."""
         now = _made_with()
-        other = [f"{name} {was} then, {now[name]} now" for name, was in self.kept.made_with.items() if now[name] != was]
+        other = [
+            f"{name} {then} then, {now[name]} now"
+            for name, then in self.kept.made_with.items()
+            if now.get(name, then) != then
+        ]
         return (
             f"Rounding in {dtype} explains {said(self.allowed)}. Weights, config and "
             "adapters are the same, so the code of the model, a hook, an activation, a forward or a buffer differs"

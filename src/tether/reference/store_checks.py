@@ -59,7 +59,7 @@ class StoreChecks:
             StoreError: If the source answers otherwise than the store.
         """
         rows = {name: few_rows(batches(), max(_ROWS, 4 * self._num_pairs)) for name, batches in sets.items()}
-        with self._counted():
+        with self._looking():
             self._compare(Scope.of(batch for batch in rows.values() if batch is not None))
             for name, batch in rows.items():
                 self._verify(name, batch)
@@ -75,7 +75,7 @@ class StoreChecks:
         if not self._scope.longest:
             self.look_at({"": lambda: [batch]})
             return
-        with self._counted():
+        with self._looking():
             self._compare(Scope.of([batch]))
 
     def make(self) -> None:
@@ -87,7 +87,7 @@ class StoreChecks:
             return
         if not (self._is_collective or is_main_process()):
             return
-        with self._counted():
+        with self._looking():
             probe = make_probe(self._source, self._scope.longest, self._scope.token_ids)
         identity = self._reference.identity
         if probe is not None:
@@ -141,10 +141,14 @@ class StoreChecks:
         )
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _looking(self) -> Iterator[None]:
+        """Counts passes; whoever asks again after a refusal is refused again."""
         before = self._source.num_passes
         try:
             yield
+        except StoreError:
+            self._scope = Scope(0, ())
+            raise
         finally:
             self.num_passes += self._source.num_passes - before
 

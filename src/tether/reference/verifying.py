@@ -83,8 +83,10 @@ def verify(
                 where.append(names(index))
     if sample is None:
         return Verification(0, num_missing, 0, "", None, None)
-    gap = Gap.between(_joined(scored), _joined(stored), unreduced)
-    largest = [float((new - old).abs().max()) for new, old in zip(scored, stored, strict=True)]
+    knows_tokens = reference.traits.knows_tokens
+    gap = Gap.between(_joined(scored), _joined(stored), unreduced, knows_tokens)
+    differences = [new - old for new, old in zip(scored, stored, strict=True)]
+    largest = [float(one.abs().max() if knows_tokens else one.sum().abs() / len(one)) for one in differences]
     farthest = where[max(range(len(largest)), key=lambda index: (math.isnan(largest[index]), largest[index]))]
     differs = not gap.within(ALIKE[reference.identity.compute_dtype])
     noise = measured(reference.source.log_probs, *sample, unreduced) if agree(differs) else None
