@@ -138,7 +138,7 @@ def test_a_larger_noise_than_was_measured_is_a_gap() -> None:
 
 def test_a_smaller_shift_is_seen_on_more_tokens() -> None:
     few, many = (Gap.between(answers(num), answers(num), unreduced) for num in (16, 1600))
-    noise = Noise(mean=0.04, shift=0.0, spread=0.1, spread_of_responses=0.1, num_tokens=10**8)
+    noise = Noise(mean=0.04, shift=0.0, shift_error=0.0, spread=0.1, spread_of_responses=0.1, num_tokens=10**8)
     seen = [noise.allowed(gap, "float32").shift - ALIKE["float32"].mean for gap in (few, many)]
     assert seen[1] == pytest.approx(seen[0] / 10)
 
@@ -162,9 +162,9 @@ def test_stored_answers_are_judged_by_the_noise_of_the_policy_in_other_batches()
     watch, reference = watch_of(policy), ExplicitReference(policy)
     apart = [reference.log_probs(BATCH.only([index])).values for index in range(BATCH.num_responses)]
     with RoundsByBatch():
-        watch.measure_noise(policy, BATCH)
+        watch.measure_noise(policy, BATCH, 0.02)
     assert watch.noise is not None and watch.noise.spread > 0
-    watch.check_rows(policy, BATCH, log_probs_of(BATCH, torch.cat(apart)), "these rows")
+    watch.check_rows(policy, [(BATCH, log_probs_of(BATCH, torch.cat(apart)))], "these rows")
 
 
 class OnDisk(ExplicitReference):
@@ -194,7 +194,7 @@ def test_the_noise_is_logged_once_where_answers_are_stored(stored: bool, tmp_pat
 def test_a_large_noise_is_said_in_one_line_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
     policy = tiny_model(dtype=torch.bfloat16, layers=8)
     with caplog.at_level(logging.WARNING, "tether.reference.watch"), RoundsByBatch():
-        watch_of(policy).measure_noise(policy, BATCH)
+        watch_of(policy).measure_noise(policy, BATCH, 0.02)
     (line,) = caplog.messages
     assert "\n" not in line and "nats per token" in line
     assert "`ref_dtype='float32'`" in line and "`precompute_ref_log_probs=False`" in line

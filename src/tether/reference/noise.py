@@ -20,6 +20,8 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 # Where a mean rests on few tokens, this many standard errors; 100 runs of 1000 tokens came to 3 at most.
 _ERRORS = 4.0
+_ERRORS_LEFT = 3.5  # between what is allowed and a shift that is to be seen each time
+_SHIFT = 1e-3  # allowed in any case, in nats per token, if the dtype's mean is not less
 # Differences have heavy tails: of 2733 tokens the largest was 14 times the spread, their mean is 0.6 of it.
 _LARGEST_IN_SPREADS = 20.0
 _MEAN_IN_SPREADS = 1.5
@@ -66,6 +68,7 @@ class Gap:
         mean: Of the absolute differences, in nats.
         largest: Absolute difference, in nats.
         shift: Signed mean of the differences, tokens weighted by `1 / s`, in nats.
+        spread: Root mean square of `d / s`.
         num: Values compared: tokens, or responses where only sums are known.
         scale_sums: Sums over the values of `s`, `s**2` and `1 / s`.
         largest_scale: The largest `s`.
@@ -74,6 +77,7 @@ class Gap:
     mean: float
     largest: float
     shift: float
+    spread: float
     num: float
     scale_sums: tuple[float, float, float]
     largest_scale: float
@@ -96,11 +100,13 @@ class Gap:
         """Of differences and the scales of their rounding."""
         # NaN would compare as no gap at all; it counts as the largest.
         difference, s = torch.where(difference.isnan(), torch.inf, difference).double(), scales.double()
-        sums = [torch.ones_like(s), difference.abs(), difference / s, s, s**2, 1 / s]
-        num, total, scaled, *scale_sums = reduce(torch.stack([each.sum() for each in sums]), "sum").tolist()
+        scaled = difference / s
+        sums = [torch.ones_like(s), difference.abs(), scaled, scaled**2, s, s**2, 1 / s]
+        num, total, signed, squared, *scale_sums = reduce(torch.stack([each.sum() for each in sums]), "sum").tolist()
         largest, largest_scale = reduce(torch.stack([difference.abs().max(), s.max()]), "max").tolist()
         linear, squares, inverse = scale_sums
-        return cls(total / num, largest, scaled / inverse, num, (linear, squares, inverse), largest_scale)
+        spread = (squared / num) ** 0.5
+        return cls(total / num, largest, signed / inverse, spread, num, (linear, squares, inverse), largest_scale)
 
     def within(self, allowed: Tolerance) -> bool:
         """Whether rounding explains it; never for NaN."""
@@ -114,6 +120,7 @@ class Noise:
     Attributes:
         mean: Of the absolute differences, in nats per token.
         shift: Their signed mean, weighted as `Gap.shift`, in nats per token.
+        shift_error: Its standard error.
         spread: Root mean square of `d / s` over the tokens.
         spread_of_responses: The same of `sum(d / s) / sqrt(length)` over the responses: larger, if the differences
             within a response go together.
@@ -122,6 +129,7 @@ class Noise:
 
     mean: float
     shift: float
+    shift_error: float
     spread: float
     spread_of_responses: float
     num_tokens: float
@@ -141,6 +149,7 @@ class Noise:
         return cls(
             mean=total / num,
             shift=signed / inverse,
+            shift_error=squares**0.5 / inverse,
             spread=(squares / num) ** 0.5,
             spread_of_responses=(response_squares / num_responses) ** 0.5,
             num_tokens=num,
@@ -155,6 +164,7 @@ class Noise:
         return Noise(
             mean=together(self.mean, other.mean),
             shift=max(self.shift, other.shift, key=abs),
+            shift_error=max(self.shift_error, other.shift_error),
             spread=together(self.spread, other.spread),
             spread_of_responses=together(self.spread_of_responses, other.spread_of_responses),
             num_tokens=min(self.num_tokens, other.num_tokens),
@@ -169,12 +179,28 @@ class Noise:
         """
         floor = ALIKE[dtype]
         linear, squares, inverse = gap.scale_sums
-        doubt = 1 + 2 / self.num_tokens**0.5  # the noise of few tokens is not well known itself
-        spread, of_means = doubt * self.spread, doubt * max(self.spread, self.spread_of_responses)
+        spread, of_means = (_not_less(each, self.num_tokens) for each in (self.spread, self._spread_of_means))
         mean = floor.mean + (_MEAN_IN_SPREADS * linear + _ERRORS * squares**0.5) * spread / gap.num
         largest = floor.largest + _LARGEST_IN_SPREADS * spread * gap.largest_scale
-        shift = floor.mean + abs(self.shift) + _ERRORS * of_means * gap.num**0.5 / inverse
+        if gap.num > self.num_tokens:  # its own scatter is known better, unless a fault makes it larger
+            of_means = min(of_means, _not_less(gap.spread, gap.num))
+        systematic = max(0.0, abs(self.shift) - 2 * self.shift_error)
+        shift = min(floor.mean, _SHIFT) + systematic + _ERRORS * of_means * gap.num**0.5 / inverse
         return Tolerance(mean, largest, shift)
+
+    @property
+    def _spread_of_means(self) -> float:
+        return max(self.spread, self.spread_of_responses)
+
+    def share_needed(self, gap: Gap, shift: float) -> float:
+        """How many times as many tokens as those of a gap it takes to refuse such a shift each time."""
+        error = self._spread_of_means * gap.num**0.5 / gap.scale_sums[2]
+        return float(((_ERRORS + _ERRORS_LEFT) * error / (shift - _SHIFT)) ** 2)
+
+
+def _not_less(spread: float, num: float) -> float:
+    """A spread that was estimated from some tokens, with what it may be too low by."""
+    return spread * (1 + 2 / num**0.5)
 
 
 MEASURED_IN = 2  # forward passes

@@ -7,6 +7,7 @@ trainer.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from tether.reference.noise import ALIKE, Gap, Noise, Reduce, Tolerance, coarser
 from tether.reference.shared import INSTEAD, SharedWatch, named
 from tether.reference.wrapping import WrappingReference
 from tether.scoring.evaluation import products_of_training
-from tether.types import PairBatch, ResponseLogProbs
+from tether.types import PairBatch, ResponseLogProbs, join_log_probs
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class ReferenceWatch:
         self.noise: Noise | None = None
         self.shared = SharedWatch(reference, self._effect, partial(self.check_drift, alone=True))
         self._sampled: list[tuple[PairBatch, ResponseLogProbs]] = []
+        self._measured_on: tuple[PairBatch, ResponseLogProbs] | None = None  # until those rows are checked
 
     @property
     def noise_spread(self) -> float:
@@ -165,37 +167,56 @@ class ReferenceWatch:
         if has_trained or policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
             return {}
         self._gaps_known.add(policy.training)
-        gap = self._checked_gap(policy, batch, answer, "the first batch", self._reduce)
+        scores = self._scored(policy, batch)
+        if self.noise is None and self.has_noise(policy):
+            self._measure(policy, batch, scores, self._reduce)
+        gap = self._judge(policy, scores, answer, "the first batch", self._reduce)
         found = {"reference/initial_gap": gap.mean}
         return found if self.noise is None else found | {"reference/noise": self.noise.mean}
 
-    def check_rows(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str) -> None:
+    def check_rows(self, policy: nn.Module, parts: Iterable[tuple[PairBatch, ResponseLogProbs]], where: str) -> None:
         """Looks at further rows before the first step, the same on all processes; collective.
 
+        Args:
+            policy: The policy.
+            parts: Batches and the reference's answers; taken together.
+            where: Which rows they are, for the message.
+
         Raises:
-            InitialGapError: As `gap_at_start`; names the rows by `where`.
+            InitialGapError: As `gap_at_start`.
         """
-        self._checked_gap(policy, batch, answer, where, self._reduce_same)
+        known, self._measured_on = self._measured_on, None
+        found, answers = [], []
+        for batch, answer in parts:
+            found.append(known[1] if known is not None and known[0] is batch else self._scored(policy, batch))
+            answers.append(answer)
+        self._judge(policy, _one_after_another(found), _one_after_another(answers), where, self._reduce_same)
 
     def has_noise(self, policy: nn.Module) -> bool:
         """Whether the reference is the policy, but its answers were not computed as the policy's are."""
         traits, own = self._reference.traits, self._reference.identity.compute_dtype
         return traits.means_policy and (traits.answers_are_stored or own != self._dtype_of(policy))
 
-    def measure_noise(self, policy: nn.Module, batch: PairBatch) -> None:
-        """Measures the policy's noise on some rows, the same on all processes, unless it plays no part; collective."""
-        if self.has_noise(policy):
-            self._measure(policy, batch, self._scored(policy, batch), self._reduce_same)
+    def measure_noise(self, policy: nn.Module, batch: PairBatch, shift: float) -> float:
+        """Measures the policy's noise on some rows, the same on all processes, unless it plays no part; collective.
 
-    def _checked_gap(
-        self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, where: str, reduce: Reduce
-    ) -> Gap:
-        traits = self._reference.traits
+        Returns:
+            How many times as many rows it takes to see a shift of so many nats per token under that noise.
+        """
+        if not self.has_noise(policy):
+            return 0.0
         scores = self._scored(policy, batch)
-        gap = Gap.between(scores, answer, reduce, traits.knows_tokens)
-        if traits.means_policy:
-            if self.noise is None and self.has_noise(policy):
-                self._measure(policy, batch, scores, reduce)
+        self._measure(policy, batch, scores, self._reduce_same)
+        self._measured_on = batch, scores
+        assert self.noise is not None
+        gap = Gap.between(scores, scores, self._reduce_same, self._reference.traits.knows_tokens)
+        return self.noise.share_needed(gap, shift)
+
+    def _judge(
+        self, policy: nn.Module, scores: ResponseLogProbs, answer: ResponseLogProbs, where: str, reduce: Reduce
+    ) -> Gap:
+        gap = Gap.between(scores, answer, reduce, self._reference.traits.knows_tokens)
+        if self._reference.traits.means_policy:
             check_initial_gap(gap, self._reference, self._dtype_of(policy), self.noise, where)
         return gap
 
@@ -305,6 +326,10 @@ class ReferenceWatch:
             else "None of its weights changed, so a buffer, a hook, the config, a mode or the stored values did.",
             instead=INSTEAD,
         )
+
+
+def _one_after_another(parts: Sequence[ResponseLogProbs]) -> ResponseLogProbs:
+    return join_log_probs(parts, range(sum(part.num_responses for part in parts)))
 
 
 _NOISY = (

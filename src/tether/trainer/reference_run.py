@@ -5,10 +5,11 @@ Knows the trainer's events and sets; knows no kind of reference, no loss and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,13 +27,23 @@ from tether.reference.watch import ReferenceWatch
 from tether.trainer.batches import RowsToScore, sampled_rows
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
 from tether.trainer.saving import keep_savable
-from tether.types import PairBatch
+from tether.types import PairBatch, ResponseLogProbs
 
 _SENTINEL_PAIRS = 2
 _SAMPLED_PAIRS = 4
 _PROBED_ROWS = 32
 # Where rounding plays a part, a small shift is seen on many tokens only; the rows must be short, not to take long.
 _SAMPLED_SHORT_PAIRS, _SAMPLED_TOKENS = 8, 1024
+# So many rows more, up to as many tokens, as show a shift of so many nats per token.
+_SHIFT_TO_SEE, _MANY_TOKENS = 0.02, 16_384
+
+
+class _Sample(NamedTuple):
+    """Some rows of a set."""
+
+    name: str
+    rows: list[int]
+    batch: PairBatch
 
 
 class ReferenceRun(TrainerCallback):
@@ -130,18 +141,43 @@ class ReferenceRun(TrainerCallback):
         """Measures the policy's noise on a few rows from everywhere, and compares policy and reference on them; the
         first batch may be right by chance.
         """
-        traits = self.reference.traits
-        if not traits.means_policy:
+        if not self.reference.traits.means_policy:
             return
         samples = self._samples(self.watch.has_noise(policy))
-        if samples:
-            self.watch.measure_noise(policy, max((batch for _, _, batch in samples), key=lambda batch: batch.num_pairs))
+        if not samples:
+            return
+        largest = max(samples, key=lambda sample: sample.batch.num_pairs)
+        share = self.watch.measure_noise(policy, largest.batch, _SHIFT_TO_SEE)
+        if not check:
+            return
+        for sample in samples:
+            where = f"row {', '.join(map(str, sample.rows))} of the {sample.name} set"
+            answer = self._answer(sample.batch)
+            self.watch.keep_sampled(sample.batch, answer)
+            self.watch.check_rows(policy, [(sample.batch, answer)], where)
+        if share > 1:
+            more = self._like(largest, math.ceil(share * largest.batch.num_pairs))
+            self.watch.check_rows(
+                policy, ((batch, self._answer(batch)) for batch in more), f"many rows of the {largest.name} set"
+            )
+
+    def _answer(self, batch: PairBatch) -> ResponseLogProbs:
+        traits = self.reference.traits
         fills_store = traits.answers_are_stored and not traits.is_collective  # then no row is scored by two processes
-        for name, rows, batch in samples if check else ():
-            with self._accelerator.main_process_first() if fills_store else nullcontext():
-                answer = self.reference.log_probs(batch)
-            self.watch.keep_sampled(batch, answer)
-            self.watch.check_rows(policy, batch, answer, f"row {', '.join(map(str, rows))} of the {name} set")
+        with self._accelerator.main_process_first() if fills_store else nullcontext():
+            return self.reference.log_probs(batch)
+
+    def _like(self, sample: _Sample, num_pairs: int) -> Iterator[PairBatch]:
+        """So many rows of a set as like those of a sample have `_MANY_TOKENS`, in batches no larger than the sample's
+        or a step's.
+        """
+        rows, tokens = self._prepared[sample.name], sample.batch.num_row_tokens()
+        num_pairs = min(num_pairs, len(rows), max(1, _MANY_TOKENS * sample.batch.num_pairs // tokens))
+        at_once = max(1, sample.batch.num_pairs, _SAMPLED_TOKENS * sample.batch.num_pairs // tokens)
+        places = [place * len(rows) // num_pairs for place in range(num_pairs)]
+        for start in range(0, num_pairs, at_once):
+            part = rows.select(places[start : start + at_once])
+            yield batch_of(self._collator(list(part))).to(self._args.device)
 
     def _few_rows(self) -> PairBatch | None:
         """Rows of the training set, the longest among them if it is no stream."""
@@ -150,20 +186,20 @@ class ReferenceRun(TrainerCallback):
             return RowsToScore(pairs, self._collator, self._args).some(_PROBED_ROWS)
         return batch_of(self._collator(list(pairs.take(_SENTINEL_PAIRS))))
 
-    def _samples(self, more: bool) -> list[tuple[str, list[int], PairBatch]]:
+    def _samples(self, more: bool) -> list[_Sample]:
         """A few rows of each set: by name, with their numbers, and as a batch; `more` if they are short."""
         sets = {name: rows for name, rows in self._sets().items() if isinstance(rows, Dataset)}
         # A set that came later may have no stored answers, and no step may need them.
         sets = {name: rows for name, rows in sets.items() if rows is self._prepared.get(name)}
         step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
         samples = self._drawn(sets, _SAMPLED_SHORT_PAIRS) if more else []
-        if more and sum(batch.num_row_tokens() for _, _, batch in samples) <= _SAMPLED_TOKENS:
+        if more and sum(sample.batch.num_row_tokens() for sample in samples) <= _SAMPLED_TOKENS:
             return samples
         return self._drawn(sets, min(step, _SAMPLED_PAIRS))
 
-    def _drawn(self, sets: Mapping[str, Dataset], count: int) -> list[tuple[str, list[int], PairBatch]]:
+    def _drawn(self, sets: Mapping[str, Dataset], count: int) -> list[_Sample]:
         return [
-            (name, rows, batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device))
+            _Sample(name, rows, batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device))
             for name, rows in sampled_rows(sets, count).items()
         ]
 
