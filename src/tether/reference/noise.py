@@ -194,13 +194,13 @@ class Noise:
 
     def share_needed(self, gap: Gap, shift: float) -> float:
         """How many times as many tokens as those of a gap it takes to refuse such a shift each time."""
-        error = self._spread_of_means * gap.num**0.5 / gap.scale_sums[2]
+        error: float = self._spread_of_means * gap.num**0.5 / gap.scale_sums[2]
         return float(((_ERRORS + _ERRORS_LEFT) * error / (shift - _SHIFT)) ** 2)
 
 
 def _not_less(spread: float, num: float) -> float:
     """A spread that was estimated from some tokens, with what it may be too low by."""
-    return spread * (1 + 2 / num**0.5)
+    return float(spread * (1 + 2 / num**0.5))
 
 
 MEASURED_IN = 2  # forward passes
