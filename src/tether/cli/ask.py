@@ -26,8 +26,8 @@ from tether.errors import ConfigurationError
 from tether.models.answering import answer, ends_of
 from tether.models.loading import load_model, load_processing_class, load_processing_class_of, tokenizer_of
 from tether.reference.adapter_state import adapter_off
+from tether.reference.adapter_tensors import base_tensors, is_adapter_model
 from tether.reference.identity import digest_tensors, digest_weights, model_tensors
-from tether.reference.implicit import base_tensors, is_adapter_model
 from tether.trainer.reference_note import REFERENCE_FILE
 
 _WIDTH, _LABEL = 80, 11

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
 from tether.reference.adapter_state import adapter_off, adapter_on
+from tether.reference.adapter_tensors import (
+    adapter_settings,
+    base_tensors,
+    beside_base,
+    is_adapter_model,
+)
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.held import Slot, slots_of
@@ -33,22 +38,6 @@ from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 _MOST_WRITTEN = 1 << 20  # numbers in a buffer
-# What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
-_SWITCHES: dict[type, tuple[str, ...]] = {
-    PeftModel: ("active_adapters", "_adapters_disabled"),
-    BaseTunerLayer: ("active_adapters", "disable_adapters", "merged_adapters", "scaling"),
-    AuxiliaryTrainingWrapper: ("active_adapters", "disable_adapters"),
-}
-
-
-def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
-    """Whether a model is wrapped by PEFT."""
-    return isinstance(model, PeftModel)
-
-
-def saves_adapter_alone(model: nn.Module) -> bool:
-    """Whether `save_pretrained` writes adapters and not the model: one wrapped by PEFT, or with `model.add_adapter`."""
-    return is_adapter_model(model) or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 class ImplicitReference(MovableReference):
@@ -232,28 +221,6 @@ class ImplicitReference(MovableReference):
             export_adapter(self._policy, folder, merged=merged)
 
 
-def adapter_settings(model: nn.Module) -> Any:
-    """The adapters' configurations, and what is active, off, merged or scaled in each layer; None without an adapter.
-
-    Without the fields that do not change the answer.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        return None
-    cosmetic = ("base_model_name_or_path", "inference_mode")
-    described = {
-        name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
-        for name, config in configs.items()
-    }
-    states = {
-        path: [getattr(module, name, None) for name in switches]
-        for path, module in model.named_modules()
-        for kind, switches in _SWITCHES.items()
-        if isinstance(module, kind)
-    }
-    return [described, states]
-
-
 def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:
     """Copies of the buffers that a training forward may write to, as running means are written, and their places.
 
@@ -298,58 +265,6 @@ def has_zero_delta(policy: PeftModel) -> bool:
         with adapter_off(policy):
             without = policy(input_ids=probe, use_cache=False).logits
     return torch.equal(with_adapter, without)
-
-
-def base_tensors(base: nn.Module) -> dict[str, Tensor]:
-    """The base model's weights and persistent buffers under the names they had before PEFT wrapped its layers."""
-    adapter_prefixes: list[str] = []
-    renamed: list[tuple[str, str]] = []
-    for path, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            renamed.append((f"{path}.base_layer.", f"{path}."))
-            names = (*module.adapter_layer_names, *module.other_param_names)
-            adapter_prefixes += [f"{path}.{name}." for name in names] + [f"{path}.lora_magnitude_vector."]
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            renamed.append((f"{path}.original_module.", f"{path}."))
-            adapter_prefixes += [f"{path}.modules_to_save.", f"{path}.token_adapter."]
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in base.state_dict(keep_vars=True).items():
-        if any(name.startswith(prefix) for prefix in adapter_prefixes) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        # Innermost wrapper first: a trained-tokens wrapper may sit inside a tuner layer.
-        for wrapped, plain in sorted(renamed, key=lambda pair: -len(pair[0])):
-            name = name.replace(wrapped, plain) if name.startswith(wrapped) else name
-        tensors[name] = tensor
-    return tensors
-
-
-def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that stands still: of an adapter too, beside those of its base under their plain names."""
-    base = base_tensors(model.get_base_model() if is_adapter_model(model) else model)
-    return base | beside_base(model, base)
-
-
-def beside_base(model: nn.Module, base: Tensors) -> dict[str, Tensor]:
-    """The tensors of a model's state that are not among the given ones of its base."""
-    of_base = {id(tensor) for tensor in base.values()}
-    state = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if id(tensor) not in of_base}
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that an adapter adds to its base or trains in it, by its name in the model, and each once.
-
-    Frozen ones too: a projection that was drawn at random belongs to the factors that train.
-    """
-    forget_gathered(model)
-    base = model.get_base_model() if is_adapter_model(model) else model
-    live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}  # quantized layers make further entries
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    added = beside_base(model, base_tensors(base) | trained)
-    once = {id(tensor): name for name, tensor in added.items() if id(tensor) in live}
-    return trained | {name: added[name] for name in once.values()}
 
 
 def _changes_nothing(module: nn.Module) -> bool:

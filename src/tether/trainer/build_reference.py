@@ -26,12 +26,13 @@ from tether.distributed import Sharding, has_shards
 from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
 from tether.models.origin import Origin, name_of
 from tether.models.preparing import differing_vocabulary
+from tether.reference.adapter_tensors import is_adapter_model
 from tether.reference.base import Reference, compute_dtype_name
 from tether.reference.bema import BemaReference
 from tether.reference.explicit import ExplicitReference, Placement
 from tether.reference.free import FreeReference
 from tether.reference.given import GivenReference
-from tether.reference.implicit import ImplicitReference, is_adapter_model
+from tether.reference.implicit import ImplicitReference
 from tether.reference.precomputed import PrecomputedReference
 from tether.reference.synchronized import SynchronizedReference
 from tether.reference.wrapping import WrappingReference

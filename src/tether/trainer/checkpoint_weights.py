@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tether.distributed import full_shape, gather, has_shards, local_shard, raising_together, shard_like
 from tether.errors import ResumeError
-from tether.reference.implicit import adapter_tensors, saves_adapter_alone
+from tether.reference.adapter_tensors import adapter_tensors, saves_adapter_alone
 
 _ADAPTERS = "adapter_tensors.safetensors"
 

@@ -27,7 +27,7 @@ from tether.losses import PreferenceLoss
 from tether.losses.metrics import MetricSums, pair_metrics
 from tether.models.finite import LossWatch
 from tether.reference import Reference
-from tether.reference.implicit import is_adapter_model
+from tether.reference.adapter_tensors import is_adapter_model
 from tether.refusals import refuse
 from tether.scoring import restore_attention, score
 from tether.trainer.build_reference import build_reference, check_own, follow_average, refused_own, waits_for_device

@@ -23,8 +23,8 @@ from transformers import ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
 from tether.models.loading import hub_name
+from tether.reference.adapter_tensors import is_adapter_model
 from tether.reference.base import Kind
-from tether.reference.implicit import is_adapter_model
 
 if TYPE_CHECKING:
     pass

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from tether.distributed import has_shards
 from tether.errors import ConfigurationError
-from tether.reference.implicit import saves_adapter_alone
+from tether.reference.adapter_tensors import saves_adapter_alone
 
 
 def keep_savable(model: Any) -> None:

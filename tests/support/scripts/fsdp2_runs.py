@@ -35,7 +35,7 @@ from tether.reference import (
     Reference,
     SynchronizedReference,
 )
-from tether.reference.implicit import adapter_tensors
+from tether.reference.adapter_tensors import adapter_tensors
 from tether.scoring import score
 from tether.store import LogProbStore
 from tether.trainer.checkpoint_weights import load_weights, save_adapters

@@ -16,7 +16,7 @@ from tether.data.datasets import REFERENCE_COLUMNS, PairDataset, column_names
 from tether.data.rows import has_image_column
 from tether.data.truncation import Truncation
 from tether.losses import Objective
-from tether.reference.implicit import is_adapter_model
+from tether.reference.adapter_tensors import is_adapter_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig

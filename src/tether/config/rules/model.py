@@ -15,7 +15,7 @@ from tether.config.rules.facts import Facts
 from tether.config.rules.launch import refused_cut
 from tether.models.gguf import is_unpacked
 from tether.models.preparing import differing_vocabulary
-from tether.reference.implicit import is_adapter_model
+from tether.reference.adapter_tensors import is_adapter_model
 from tether.refusals import Refusal, of_option
 
 # What evaluation gives besides the figures of pairs.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tether.config.rules.facts import Facts
 from tether.losses import LOSSES
-from tether.reference.implicit import is_adapter_model
+from tether.reference.adapter_tensors import is_adapter_model
 from tether.reference.updates.adapters import refused_followers, refused_shards
 from tether.reference.updates.groups import UpdateRule
 from tether.refusals import Refusal, of_option
