@@ -88,7 +88,7 @@ class Sums(Reference):
 def test_a_reference_that_knows_sums_is_compared_by_them(tmp_path: Path) -> None:
     store = LogProbStore(tmp_path / "s")
     prepared(store, Sums())
-    prepared(store, Sums(0.0005))  # 0.005 nats of a response of 10 tokens
+    prepared(store, Sums(0.00005))  # 0.0005 nats of a response of 10 tokens
     with pytest.raises(StoreError, match=r"mean gap 0\.1 nats per token"):
         prepared(store, Sums(0.1))
     (probe,) = store.probes(Sums().identity.digest)

@@ -147,7 +147,7 @@ def test_log_probs_that_were_stored_for_other_weights_are_refused(tmp_path: Path
     source = ExplicitReference.before_training(policy)
     wrong = ExplicitReference(tiny_model(seed=1)).log_probs(BATCH).split()
     store.put(source.identity.digest, BATCH.keys, [np.asarray(values) for values in wrong], description={})
-    reference = PrecomputedReference(store, source)
+    reference = PrecomputedReference(store, source, verify=0)
     reference.prepare({"train": lambda: [BATCH]})
     assert reference.num_computed == 0 and reference.traits.means_policy
     with pytest.raises(InitialGapError, match="stored for other weights"):
