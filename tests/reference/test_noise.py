@@ -143,6 +143,24 @@ def test_a_smaller_shift_is_seen_on_more_tokens() -> None:
     assert seen[1] == pytest.approx(seen[0] / 10)
 
 
+def test_as_many_open_tokens_as_a_shift_needs_show_it_each_time() -> None:
+    """Sixteen answers of two such tokens show no shift of 0.02 under a spread of 0.1; the share that is named does."""
+
+    def words(num: int) -> ResponseLogProbs:
+        return log_probs(torch.tensor([0.1, 0.02]).log().repeat(num), length=2)
+
+    sample = words(16)
+    for seed in range(100):
+        noise = Noise.between(sample, rounded(sample, 0.1, 3 * seed), unreduced)
+        share = noise.share_needed(Gap.between(sample, sample, unreduced), 0.02)
+        many = words(int(share * 16) + 1)
+        policy, stored = (rounded(many, 0.1 / 2**0.5, 3 * seed + number) for number in (1, 2))
+        assert allowed(noise, policy, stored), seed
+        for shift in (-0.02, 0.02):
+            assert not allowed(noise, policy, replace(stored, values=stored.values + shift)), seed
+    assert 20 < share < 200
+
+
 def test_sums_are_compared_by_response() -> None:
     """The errors of a sum are those of its tokens, added up as independent ones."""
     one, off = answers(4), torch.tensor([0.3, 0.0, 0.0, 0.0])
@@ -198,3 +216,26 @@ def test_a_large_noise_is_said_in_one_line_with_the_remedy(caplog: pytest.LogCap
     (line,) = caplog.messages
     assert "\n" not in line and "nats per token" in line
     assert "`ref_dtype='float32'`" in line and "`precompute_ref_log_probs=False`" in line
+
+
+def test_more_rows_are_looked_at_where_a_few_cannot_show_a_small_shift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    check = ReferenceWatch.check_rows
+
+    def count(self: Any, policy: Any, parts: Any, where: str) -> None:
+        parts = list(parts)
+        seen.append(sum(batch.num_pairs for batch, _ in parts))
+        check(self, policy, parts, where)
+
+    monkeypatch.setattr(ReferenceWatch, "check_rows", count)
+    rows = [{"prompt": f"{row} ", "chosen": "a", "rejected": "b"} for row in range(40)]
+    options: dict[str, Any] = {"precompute_ref_log_probs": True, "max_steps": 1, "per_device_train_batch_size": 2}
+    with RoundsByBatch():
+        trained(tmp_path / "rough", tiny_model(dtype=torch.bfloat16), rows, **options)
+    few, many = seen
+    assert few == 8 < many <= 40
+    seen.clear()
+    trained(tmp_path / "exact", tiny_model(), rows, **options)
+    assert len(seen) == 1  # float32: a shift of 0.02 is seen at once

@@ -207,12 +207,13 @@ def test_every_process_comes_to_the_verdict_of_all() -> None:
     theirs = Gap.of(torch.full((10,), 3.0), torch.full((10,), 0.5), unreduced)
 
     def reduce(tensor: Tensor, how: str) -> Tensor:
-        sums = tensor.new_tensor([10, 30, 60, 5, 2.5, 20])
+        sums = tensor.new_tensor([10, 30, 60, 360, 5, 2.5, 20])
         return tensor + sums if how == "sum" else torch.maximum(tensor, tensor.new_tensor([3.0, 0.5]))
 
     gap = Gap.of(torch.zeros(10), torch.ones(10), reduce)
     assert (gap.mean, gap.largest, gap.num, gap.largest_scale) == (1.5, 3.0, 20, 1.0)
     assert gap.shift == pytest.approx(60 / 30)  # a token whose scale is half counts twice
+    assert gap.spread == pytest.approx((360 / 20) ** 0.5)
     assert (theirs.mean, theirs.largest, theirs.shift) == (3.0, 3.0, 3.0)
 
 

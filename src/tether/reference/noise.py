@@ -6,6 +6,7 @@ order. Knows batches and a function that scores them; knows no model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -194,13 +195,13 @@ class Noise:
 
     def share_needed(self, gap: Gap, shift: float) -> float:
         """How many times as many tokens as those of a gap it takes to refuse such a shift each time."""
-        error: float = self._spread_of_means * gap.num**0.5 / gap.scale_sums[2]
-        return float(((_ERRORS + _ERRORS_LEFT) * error / (shift - _SHIFT)) ** 2)
+        error = _not_less(self._spread_of_means, self.num_tokens) * math.sqrt(gap.num) / gap.scale_sums[2]
+        return ((_ERRORS + _ERRORS_LEFT) * error / (shift - _SHIFT)) ** 2
 
 
 def _not_less(spread: float, num: float) -> float:
     """A spread that was estimated from some tokens, with what it may be too low by."""
-    return float(spread * (1 + 2 / num**0.5))
+    return spread * (1 + 2 / math.sqrt(num))
 
 
 MEASURED_IN = 2  # forward passes
