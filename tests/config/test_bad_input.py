@@ -204,6 +204,22 @@ def test_a_former_option_is_refused_with_what_it_is_called_today(name: str, tmp_
     assert misspelt.instead == "Did you mean `beta`?"
 
 
+def test_former_arguments_of_the_trainer_are_refused_at_once_with_what_to_write() -> None:
+    class Subclass(DPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    for trainer in (DPOTrainer, Subclass):
+        with pytest.raises(ArgumentTypeError) as caught:
+            trainer("model", beta=0.1, tokenizer=None, max_prompt_length=8, train_datset=[])
+        assert [refusal.instead for refusal in caught.value.refusals] == [
+            "Write `args=DPOConfig(beta=...)`.",
+            "Write `processing_class`.",
+            "Write `max_length`, for prompt and response together.",
+            "Did you mean `train_dataset`?",
+        ]
+
+
 def test_a_constructor_of_ones_own_may_take_other_names(tmp_path: Path) -> None:
     class Config(DPOConfig):
         def __init__(self, folder: str, temperature: float, **options: Any) -> None:

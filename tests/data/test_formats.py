@@ -6,9 +6,11 @@ import json
 import logging
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from packaging.version import Version
 from transformers import PreTrainedTokenizerFast
 
 from support.tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
@@ -134,6 +136,8 @@ FORMATS: dict[str, list[Row]] = {
 @pytest.mark.parametrize("template", [TEMPLATE, THINKING], ids=["plain", "thinking"])
 def test_a_format_gives_the_token_ids_of_trl(name: str, template: str) -> None:
     rows = FORMATS[name]
+    if name == "a call beside plain messages" and Version(datasets.__version__) < Version("5.2"):
+        pytest.skip("TRL renders the keys that older versions of datasets fill with null")
     assert tokens_of(rows, tokenizer_of(template)) == trl_tokens(rows, tokenizer_of(template))
 
 

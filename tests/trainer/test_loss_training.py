@@ -88,8 +88,16 @@ QUICK = ("bco_pair", "aot", "sft", "discopop", "MPO", "forward_kl", "LD-DPO", "W
 LARGE = ("grad_norm", "logps/chosen", "logps/rejected")
 
 
+def needs_router_logits(family: str) -> None:
+    outputs = tiny_model(family)(input_ids=torch.tensor([[1, 2]]), output_router_logits=True, use_cache=False)
+    if "router_logits" not in outputs:
+        pytest.skip(f"this version of transformers returns no router logits for {family}")
+
+
 def assert_equal_to_trl(name: str, reference: str, num_steps: int, folders: dict[str, str], tmp_path: Path) -> None:
     kind, more = REFERENCES[reference]
+    if name == "router without a loss of its own":
+        needs_router_logits(RUNS[name]["family"])
     options = {
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 4,
@@ -161,6 +169,8 @@ def test_router_loss_is_added_by_the_models_own_coefficient_and_can_be_switched_
 
 @pytest.mark.parametrize(("family", "own"), [("glm4_moe", 0.0), ("hunyuan_v1_moe", 0.0), ("llama4_text", 0.001)])
 def test_router_loss_is_made_where_the_model_defines_none(family: str, own: float, tmp_path: Path) -> None:
+    needs_router_logits(family)
+
     def run(**options: Any) -> Any:
         return steps(trained(tmp_path, tiny_model(family), max_steps=1, **options))[0]
 
@@ -179,6 +189,9 @@ DENSE = {
 
 @pytest.mark.parametrize(("family", "config"), DENSE.values(), ids=DENSE)
 def test_router_loss_of_a_model_without_a_router_is_refused(family: str, config: Any, tmp_path: Path) -> None:
+    declared = getattr(tiny_model(family, **config), "_can_record_outputs", {})
+    if family == "granitemoehybrid" and "router_logits" not in declared:
+        pytest.skip("this version of transformers does not say which of its modules are routers")
     with pytest.raises(ConfigurationError, match=r"router_aux_loss_coef=0\.1.* no loss to weigh"):
         make_trainer(tmp_path, tiny_model(family, **config), router_aux_loss_coef=0.1)
     trainer = trained(tmp_path, tiny_model(family, **config), max_steps=1)

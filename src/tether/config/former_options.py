@@ -1,32 +1,57 @@
-"""Former options of TRL, transformers and Tether, and what each is called today.
+"""Former options and arguments of TRL, transformers and Tether, and what each is called today.
 
-For scripts (`DPOConfig`) and recipes alike. Loads no torch.
+For scripts and recipes alike. Loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 # What to write instead, in Python spelling.
-FORMER: Mapping[str, str] = {
+FORMER: dict[str, str] = {
+    "adafactor": "`optim='adafactor'`",
+    "base_model_attribute_name": "nothing: the model inside is found by itself",
+    "dispatch_batches": "`accelerator_config={'dispatch_batches': ...}`",
+    "evaluate_during_training": "`eval_strategy='steps'`",
     "evaluation_strategy": "`eval_strategy`",
     "force_use_ref_model": "`ref_model`, with the model that is the reference",
+    "fp16_backend": "`fp16`, alone",
+    "fsdp_min_num_params": "`fsdp_config={'min_num_params': ...}`",
+    "fsdp_transformer_layer_cls_to_wrap": "`fsdp_config={'transformer_layer_cls_to_wrap': ...}`",
     "generate_during_eval": "nothing: evaluation scores the held-out pairs",
     "group_by_length": "`train_sampling_strategy='group_by_length'`",
+    "half_precision_backend": "`fp16` or `bf16`, alone",
+    "include_inputs_for_metrics": "`include_for_metrics=['inputs']`",
+    "is_encoder_decoder": "nothing: the model is a decoder (`AutoModelForCausalLM`)",
     "label_pad_token_id": "nothing: rows have no padding",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
     "max_completion_length": "`max_length`, for prompt and response together",
     "max_prompt_length": "`max_length`, for prompt and response together",
+    "max_target_length": "`max_length`, for prompt and response together",
     "model_adapter_name": "nothing: the adapter beside the weights is the one that goes on training",
     "no_cuda": "`use_cpu=True`",
     "overwrite_output_dir": "nothing: a run writes to its folder, and goes on from there when it is resumed",
     "padding_value": "nothing: rows have no padding",
+    "per_gpu_eval_batch_size": "`per_device_eval_batch_size`",
+    "per_gpu_train_batch_size": "`per_device_train_batch_size`",
+    "push_to_hub_model_id": "`hub_model_id`",
+    "push_to_hub_organization": "`hub_model_id='organization/name'`",
+    "push_to_hub_token": "`hub_token`",
     "ref_adapter_name": "nothing: the reference of a continued adapter is the adapter as it was",
-    "ref_model_sync_rule": "`ref_model_mixup_alpha=1` for hard, and in Python BEMACallback(update_ref_model=True) "
-    "for bema; soft is what a sync does",
+    "ref_model_init_kwargs": "`ref_model`, with the model that was loaded with them",
+    "ref_model_sync_rule": "`ref_model_mixup_alpha=1` for hard, and in Python BEMACallback(update_ref_model=True) for "
+    "bema; soft is what a sync does",
     "rpo_alpha": "`loss_type=['sigmoid', 'sft']`, with the alpha as the second of `loss_weights`",
     "save_safetensors": "nothing: weights are saved as safetensors",
+    "split_batches": "`accelerator_config={'split_batches': ...}`",
     "torch_dtype": "`model_init_kwargs={'dtype': 'bfloat16'}`",
+    "use_liger_loss": "nothing: only the logits of responses are made, and never all at once",
     "use_logits_to_keep": "nothing: only the logits of responses are made, and never all at once",
+    "use_mps_device": "nothing: Apple's device is used where it is",
+    "use_num_logits_to_keep": "nothing: only the logits of responses are made, and never all at once",
     "warmup_ratio": "`warmup_steps`: below 1, it is a share of all steps",
+}
+
+# Arguments of `DPOTrainer` that are no options of `DPOConfig` either.
+FORMER_ARGUMENTS: dict[str, str] = {
+    "model_init": "`model`, made beforehand",
+    "tokenizer": "`processing_class`",
 }

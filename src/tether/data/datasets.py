@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from datasets import (
     Dataset,
+    DatasetInfo,
     Features,
     IterableDataset,
     Json,
@@ -89,7 +90,7 @@ def _column(name: str, values: list[Any]) -> Dataset:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as mixed:
         try:
             # Encoded here: `datasets` would take a text such as `4` for JSON already, and return a number.
-            texts = [None if value is None else json.dumps(value) for value in values]
+            texts = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
         except TypeError:
             raise DataError(
                 problem=f"Cannot make a dataset of these rows: the column `{name}` mixes kinds of values that cannot "
@@ -97,7 +98,9 @@ def _column(name: str, values: list[Any]) -> Dataset:
                 details=f"Arrow reports: {' '.join(str(mixed).split()).rstrip('.')}.",
                 instead="Give it values of one kind in all rows.",
             ) from None
-        return Dataset.from_dict({name: texts}, features=Features({name: Json()}))
+        features = Features({name: Json()})
+        encoded = pa.ExtensionArray.from_storage(features.arrow_schema.field(name).type, texts)
+        return Dataset(pa.table({name: encoded}, schema=features.arrow_schema), info=DatasetInfo(features=features))
 
 
 def _how_to_make_one(rows: Any) -> str:

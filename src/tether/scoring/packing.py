@@ -1,4 +1,4 @@
-"""What is known of packing without looking at numbers: adapters that act once per row, and images.
+"""What is known of packing without looking at numbers: adapters that act once per row, and inputs for padded rows only.
 
 Knows configs; `proof` compares the rest.
 """
@@ -11,26 +11,16 @@ from torch import nn
 
 from tether.types import PairBatch
 
-# Families whose text part treats image tokens like any other: no positions and no attention of their own.
-PROVEN_WITH_IMAGES = frozenset({"idefics3", "llava", "llava_next"})
 
-
-def why_unpacked(model: nn.Module, base: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> str:
+def why_unpacked(model: nn.Module, batch: PairBatch, auxiliary_loss: bool) -> str:
     """Why a batch is not scored in packed rows, whatever the numbers are; empty if it may be."""
     if any(map(reads_rows, getattr(model, "peft_config", {}).values())):
         return "its adapter acts once in each row"
-    if not batch.images:
-        return ""
-    says_more = any(images is not None and images.token_inputs for images in batch.images)
-    if says_more or auxiliary_loss or not packs_images(base):
-        return "its images are not known to be read alike in packed rows"
+    if any(images is not None and images.token_inputs for images in batch.images):
+        return "its images come with positions or an attention of their own"
+    if batch.images and auxiliary_loss:
+        return "its router is not known to weigh images alike in packed rows"
     return ""
-
-
-def packs_images(base: nn.Module) -> bool:
-    """Whether prompts with images may be scored packed: each prompt and its images once."""
-    config: Any = base.config
-    return config.model_type in PROVEN_WITH_IMAGES
 
 
 def reads_rows(adapter: Any) -> bool:

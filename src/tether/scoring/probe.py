@@ -21,7 +21,7 @@ class Probe(NamedTuple):
 
     Attributes:
         batch: A prompt with a response up to the length that is proven and one of half as many tokens, and another
-            prompt with two short ones. The last two are equally long.
+            prompt, with its images if the run has two such, with two short ones. The last two are equally long.
         contexts: One response behind two prompts.
         length: Tokens of the long row.
         spare: Columns of padding behind it in the padded layout: padding that takes part shows most in long rows.
@@ -80,8 +80,10 @@ def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = 
     three = three if three[0] != four[0] else other(three)
     pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
     if not alone:
-        pairs.append((Response(prompt, three), Response(prompt, four)))
+        others = (r for r in shown if r.prompt != first.prompt and len(r.prompt_ids) + _ROOM <= length)
+        behind = next(others, Response(prompt, ()))
+        pairs.append((behind._replace(token_ids=three, key=b""), behind._replace(token_ids=four, key=b"")))
     contexts = Response(prompt, four), Response(other(prompt)[::-1], four)
     spare = 0 if alone else _SPARE if limit is None else max(0, min(_SPARE, limit - length))
-    made, behind = (PairBatch.of_pairs(one).to(batch.device) for one in (pairs, [contexts]))
-    return Probe(made, behind, length, spare)
+    made, context = (PairBatch.of_pairs(one).to(batch.device) for one in (pairs, [contexts]))
+    return Probe(made, context, length, spare)

@@ -17,7 +17,7 @@ from tether.scoring.attention import UnsupportedAttentionError, restore
 from tether.scoring.forward import Way, replays_forward, rows_of, run
 from tether.scoring.images import check_even_images
 from tether.scoring.layout import ScoringRows
-from tether.scoring.packing import packs_images, why_unpacked
+from tether.scoring.packing import why_unpacked
 from tether.scoring.projection import base_model_of
 from tether.scoring.proof import way_of
 from tether.scoring.rotary import reset_rotary, rotary_limit, uneven_forwards
@@ -92,7 +92,7 @@ def _way_of(
 ) -> Way:
     if layout != "auto":
         return way_of(model, base, batch, [layout])
-    why_unpacked_at_all = why_unpacked(model, base, batch, auxiliary_loss)
+    why_unpacked_at_all = why_unpacked(model, batch, auxiliary_loss)
     layouts = ["padded", "rows"] if why_unpacked_at_all else ["packed", "padded", "rows"]
     return way_of(model, base, batch, layouts, why_not or why_unpacked_at_all, failed)
 
@@ -154,11 +154,6 @@ def _score_apart(
     ]
     order = [index for part in parts for index in part]
     return join_log_probs(scores, order)
-
-
-def can_pack_images(model: nn.Module) -> bool:
-    """Whether prompts with images may be scored packed; whether they are is proven on the rows."""
-    return packs_images(base_model_of(model))
 
 
 def can_pack(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalPrediction
 
 from tether.config.dpo_config import DPOConfig
+from tether.config.rules.arguments import with_known_names
 from tether.config.rules.run import refused_run, router_coefficient
 from tether.data.collators import Collator
 from tether.data.datasets import Rows, batch_of
@@ -105,6 +106,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     args: DPOConfig
     model: Any
 
+    @with_known_names
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

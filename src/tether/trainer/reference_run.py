@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ class ReferenceRun(TrainerCallback):
         # watch the same, which a resumed run finds again in the checkpoint that one of them wrote.
         share = self._args.process_index if self.reference.traits.answers_are_stored else 0
         own = share * self._args.per_device_train_batch_size
-        rows = list(pairs.skip(own).take(_SENTINEL_PAIRS)) if own else []
-        rows = rows or list(pairs.take(_SENTINEL_PAIRS))
+        rows = list(islice(pairs.skip(own), _SENTINEL_PAIRS)) if own else []
+        rows = rows or list(islice(pairs, _SENTINEL_PAIRS))
         self.watch.set_sentinel(batch_of(self._collator(rows)).to(self._args.device))
         self._accelerator.wait_for_everyone()  # so that a store filled on the way has them before anyone asks again
         if not has_trained:

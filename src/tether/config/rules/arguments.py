@@ -5,9 +5,12 @@ Looks at kinds only, before anything is loaded.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from peft import PeftConfig
@@ -16,11 +19,28 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.import_utils import is_gguf_available
 
 from tether.config.dpo_config import DPOConfig
-from tether.config.rules.options import VERIFIED_PAIRS
+from tether.config.former_options import FORMER, FORMER_ARGUMENTS
+from tether.config.rules.options import VERIFIED_PAIRS, refused_names
+from tether.errors import ArgumentTypeError
 from tether.models.loading import tokenizer_of
 from tether.models.origin import name_of
 from tether.reference import Reference
-from tether.refusals import Refusal, of_option
+from tether.refusals import Refusal, of_option, refuse
+
+P = ParamSpec("P")
+
+
+def with_known_names(constructor: Callable[P, None]) -> Callable[P, None]:
+    """A trainer's constructor that refuses names it does not know, all of them, with what each is called today."""
+    options = {field.name: f"`args=DPOConfig({field.name}=...)`" for field in fields(DPOConfig)}
+    former, signature = FORMER | options | FORMER_ARGUMENTS, inspect.signature(constructor)
+
+    @wraps(constructor)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        refuse(refused_names(kwargs, signature, former, "argument"), ArgumentTypeError)
+        constructor(*args, **kwargs)
+
+    return checked
 
 
 def refused_arguments(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -31,25 +31,28 @@ SAMPLE_TOKENS = 64
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
 
 
-def refused_names(given: Iterable[str], signature: inspect.Signature) -> Iterator[Refusal]:
-    """Names that no option has.
+def refused_names(
+    given: Iterable[str], signature: inspect.Signature, former: Mapping[str, str] = FORMER, kind: str = "option"
+) -> Iterator[Refusal]:
+    """Names that no option, or no argument, has.
 
     Args:
         given: The names that were written.
         signature: Of the constructor they were written to, which may take others for itself.
+        former: What is written today instead of former names.
+        kind: What the names are of.
     """
     known = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     for name in (name for name in given if name not in known):
         nearest = nearest_to(name, known)
-        if name in FORMER:
-            yield Refusal(
-                f"`{name}`", "TRL 1.16 and transformers 5 have no such option any more", f"Write {FORMER[name]}."
-            )
+        if name in former:
+            why = f"TRL 1.16 and transformers 5 have no such {kind} any more"
+            yield Refusal(f"`{name}`", why, f"Write {former[name]}.")
         else:
             instead = f"Did you mean `{nearest}`?" if nearest else "Remove it."
-            yield Refusal(f"`{name}`", "there is no such option", instead)
+            yield Refusal(f"`{name}`", f"there is no such {kind}", instead)
 
 
 def refused_options(args: DPOConfig) -> Iterator[Refusal]:

@@ -21,7 +21,7 @@ from tether.scoring import rotary_limit, uneven_forwards
 from tether.scoring.packing import reads_rows
 from tether.scoring.projection import base_model_of
 from tether.scoring.router import has_router
-from tether.scoring.score import can_pack, can_pack_images
+from tether.scoring.score import can_pack
 
 # What evaluation gives besides the figures of pairs.
 _OF_THE_RUN = ("num_tokens", "runtime", "samples_per_second", "steps_per_second")
@@ -56,9 +56,10 @@ def _layout(facts: Facts) -> Iterator[Refusal]:
         if reads or not can_pack(policy):
             why = "without padding it would not give the log-probs of each sequence alone"
             yield of_option("padding_free", True, why, instead, f"with a {name}")
-        elif facts.sets_with_images and not can_pack_images(policy):
-            why = "without padding its images are not proven to give the log-probs of each sequence alone"
-            yield of_option("padding_free", True, why, instead, f"with a {name} and images")
+        elif facts.sets_with_images:
+            why = "whether images are read alike without padding is found out on the first batch"
+            instead = "Leave it out: rows are packed where that is proven."
+            yield of_option("padding_free", True, why, instead, "with images")
     for model in (policy, facts.ref_model):
         if model is None:
             continue

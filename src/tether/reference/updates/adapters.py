@@ -36,6 +36,8 @@ LINEAR_TYPES = frozenset(
     IA3 LN_TUNING FOURIERFT WAVEFT C3A SHIRA MISS TRAINABLE_TOKENS PROMPT_TUNING PREFIX_TUNING
     """.split()  # noqa: SIM905
 )
+# Variants of LoRA that PEFT does not mark as such, or did not before 0.20.
+_UNMARKED = ("alora_invocation_tokens", "arrow_config", "use_bdlora", "use_qalora")
 # Layers on a quantized base, known by name: their libraries need not be there. The base is never touched.
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
@@ -72,9 +74,9 @@ def _kind(config: Any) -> str:
 
 
 def _variants(config: Any) -> Iterator[Refusal]:
-    chosen = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
-    for name in (*chosen, *(["use_qalora"] if getattr(config, "use_qalora", False) else [])):
-        if name != "use_dora":
+    marked = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    for name in dict.fromkeys((*marked, *_UNMARKED)):
+        if name != "use_dora" and getattr(config, name, None):
             yield _refusal(f"LoRA with `{name}`", "its update is not the product of two matrices")
 
 
