@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
-from tether.reference.adapter_state import adapter_off, adapter_on
+from tether.reference.adapter_state import adapter_off, adapter_on, adapter_settings
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.held import Slot, slots_of
@@ -33,12 +32,6 @@ from tether.scoring.evaluation import evaluation_mode
 from tether.types import PairBatch, ResponseLogProbs
 
 _MOST_WRITTEN = 1 << 20  # numbers in a buffer
-# What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
-_SWITCHES: dict[type, tuple[str, ...]] = {
-    PeftModel: ("active_adapters", "_adapters_disabled"),
-    BaseTunerLayer: ("active_adapters", "disable_adapters", "merged_adapters", "scaling"),
-    AuxiliaryTrainingWrapper: ("active_adapters", "disable_adapters"),
-}
 
 
 def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -223,28 +216,6 @@ class ImplicitReference(MovableReference):
             return
         with self._exchanged():
             export_adapter(self._policy, folder, merged=merged)
-
-
-def adapter_settings(model: nn.Module) -> Any:
-    """The adapters' configurations, and what is active, off, merged or scaled in each layer; None without an adapter.
-
-    Without the fields that do not change the answer.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        return None
-    cosmetic = ("base_model_name_or_path", "inference_mode")
-    described = {
-        name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
-        for name, config in configs.items()
-    }
-    states = {
-        path: [getattr(module, name, None) for name in switches]
-        for path, module in model.named_modules()
-        for kind, switches in _SWITCHES.items()
-        if isinstance(module, kind)
-    }
-    return [described, states]
 
 
 def _written_buffers(policy: PeftModel) -> list[tuple[Slot, Tensor]]:
