@@ -1,4 +1,4 @@
-"""A PEFT model's adapter off, or on, for a while.
+"""A PEFT model's adapter off, or on, for a while; and how its adapters are set.
 
 Knows PEFT's switches and its advice; knows no reference.
 """
@@ -8,9 +8,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+
+# What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
+_SWITCHES: dict[type, tuple[str, ...]] = {
+    PeftModel: ("active_adapters", "_adapters_disabled"),
+    BaseTunerLayer: ("active_adapters", "disable_adapters", "merged_adapters", "scaling"),
+    AuxiliaryTrainingWrapper: ("active_adapters", "disable_adapters"),
+}
 
 
 @contextmanager
@@ -48,6 +59,28 @@ def adapter_on(policy: PeftModel) -> Iterator[None]:
 def has_adapter_off(policy: nn.Module) -> bool:
     """Whether an adapter of the policy is off just now."""
     return any(map(_is_off, policy.modules()))
+
+
+def adapter_settings(model: nn.Module) -> Any:
+    """The adapters' configurations, and what is active, off, merged or scaled in each layer; None without an adapter.
+
+    Without the fields that do not change the answer.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    cosmetic = ("base_model_name_or_path", "inference_mode")
+    described = {
+        name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
+        for name, config in configs.items()
+    }
+    states = {
+        path: [getattr(module, name, None) for name in switches]
+        for path, module in model.named_modules()
+        for kind, switches in _SWITCHES.items()
+        if isinstance(module, kind)
+    }
+    return [described, states]
 
 
 def _is_off(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""An adapter's tensors and settings, and the tensors of its base under the names of a plain model.
+"""An adapter's tensors, and the tensors of its base under the names of a plain model.
 
 Knows PEFT's layers; knows no reference.
 """
@@ -6,8 +6,7 @@ Knows PEFT's layers; knows no reference.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,13 +15,6 @@ from torch import Tensor, nn
 
 from tether.distributed import forget_gathered
 from tether.reference.updates.groups import Tensors
-
-# What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
-_SWITCHES: dict[type, tuple[str, ...]] = {
-    PeftModel: ("active_adapters", "_adapters_disabled"),
-    BaseTunerLayer: ("active_adapters", "disable_adapters", "merged_adapters", "scaling"),
-    AuxiliaryTrainingWrapper: ("active_adapters", "disable_adapters"),
-}
 
 
 def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -33,28 +25,6 @@ def is_adapter_model(model: nn.Module) -> TypeGuard[PeftModel]:
 def saves_adapter_alone(model: nn.Module) -> bool:
     """Whether `save_pretrained` writes adapters and not the model: one wrapped by PEFT, or with `model.add_adapter`."""
     return is_adapter_model(model) or bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
-def adapter_settings(model: nn.Module) -> Any:
-    """The adapters' configurations, and what is active, off, merged or scaled in each layer; None without an adapter.
-
-    Without the fields that do not change the answer.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        return None
-    cosmetic = ("base_model_name_or_path", "inference_mode")
-    described = {
-        name: {key: value for key, value in asdict(config).items() if key not in cosmetic}
-        for name, config in configs.items()
-    }
-    states = {
-        path: [getattr(module, name, None) for name in switches]
-        for path, module in model.named_modules()
-        for kind, switches in _SWITCHES.items()
-        if isinstance(module, kind)
-    }
-    return [described, states]
 
 
 def base_tensors(base: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from tether.distributed import (
 )
 from tether.errors import ConfigurationError, MissingLogProbsError, ReferenceModelError
 from tether.models.origin import Origin
-from tether.reference.adapter_tensors import adapter_settings, all_tensors, base_tensors, is_adapter_model
+from tether.reference.adapter_state import adapter_settings
+from tether.reference.adapter_tensors import all_tensors, base_tensors, is_adapter_model
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.held import Slot, slots_of
 from tether.reference.identity import ReferenceIdentity, digest_tensors, identity_digests, num_bytes

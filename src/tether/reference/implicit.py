@@ -19,13 +19,8 @@ from torch import Tensor, nn
 
 from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
 from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
-from tether.reference.adapter_state import adapter_off, adapter_on
-from tether.reference.adapter_tensors import (
-    adapter_settings,
-    base_tensors,
-    beside_base,
-    is_adapter_model,
-)
+from tether.reference.adapter_state import adapter_off, adapter_on, adapter_settings
+from tether.reference.adapter_tensors import base_tensors, beside_base, is_adapter_model
 from tether.reference.base import Kind, Traits, compute_dtype_name, score_without_gradient
 from tether.reference.export import export_adapter
 from tether.reference.held import Slot, slots_of
