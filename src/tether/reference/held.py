@@ -147,7 +147,7 @@ class HeldTensors:
 
     def _all_parts(self) -> Iterator[tuple[int, int, int]]:
         """Parts of the tensors: the slot, and its bytes from where to where."""
-        size = max(-(-self.num_bytes // ROTATION_STEPS) // 8 * 8, _LEAST_BYTES)
+        size = max(-(-self.num_bytes // ROTATION_STEPS) // 16 * 16, _LEAST_BYTES)
         for index, end in enumerate(self._sizes):
             for start in range(0, end, size):
                 yield index, start, min(start + size, end)
@@ -160,7 +160,8 @@ class HeldTensors:
             return -1
         if own is None:
             return None
-        total = _sum_of(_bytes(own)[start:stop])
+        numbers, width = own.contiguous().reshape(-1), own.element_size()
+        total = _sum_of(_bytes(numbers[start // width : stop // width]))
         return total if start > 0 else total + sum(sum_of_bytes(scale) for scale in _scales(slot))
 
     def _traces_now(self) -> list[tuple[int, ...]]:
