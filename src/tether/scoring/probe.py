@@ -42,7 +42,7 @@ def proven_length(longest: int, limit: int | None) -> int:
         longest: Tokens of the longest row.
         limit: Tokens that the model can read, if known.
     """
-    length = 1 << (max(longest + _ROOM, _SHORTEST) - 1).bit_length()
+    length = 1 << (max(longest, _SHORTEST) - 1).bit_length()
     return max(longest, length if limit is None else min(length, limit))
 
 
@@ -70,8 +70,10 @@ def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = 
 
     shown = [response for response in responses if response.images]  # a sharded tower is used on all processes or none
     first = max(shown or responses, key=lambda response: len(response.prompt_ids) + len(response.token_ids))
-    room = length - len(first.prompt_ids)
     second = next((r for r in responses if r.prompt == first.prompt and r.token_ids != first.token_ids), None)
+    if not first.images:
+        first = first._replace(prompt_ids=first.prompt_ids[: max(1, length - _ROOM)])
+    room = length - len(first.prompt_ids)
     one = (first.token_ids + some(room))[:room]
     rest = room if alone else max(min(room, _ROOM), room // 2)
     two = ((second.token_ids if second else ()) + some(room))[:rest]
