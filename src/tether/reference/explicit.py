@@ -193,7 +193,7 @@ class ExplicitReference(MovableReference):
     def keep(self, names: Collection[str]) -> bool:
         if self._module is None or self._is_apart:
             return False
-        take_own(self._module, [slot.tensor for slot in self.held_by_others() if slot.name in names])
+        take_own(self._module, [p for name, p in self._module.named_parameters() if name in names])
         return True
 
     @property

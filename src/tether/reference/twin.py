@@ -52,9 +52,9 @@ def frozen_twin(
     return twin.eval()
 
 
-def take_own(twin: nn.Module, shared: Iterable[Tensor | None]) -> None:
+def take_own(twin: nn.Module, shared: Iterable[Tensor]) -> None:
     """Puts copies of some tensors that a twin shares in their place, everywhere in it."""
-    own = {id(t): nn.Parameter(t.detach().clone(), requires_grad=False) for t in shared if t is not None}
+    own = {id(t): nn.Parameter(t.detach().clone(), requires_grad=False) for t in shared}
     for module in twin.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             setattr(module, name, own.get(id(parameter), parameter))
