@@ -214,7 +214,7 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
     """A start with the rows in another order: all checks before the first step, without the step."""
     rows: Any = trainer.train_dataset
     rows = rows.shuffle(seed=seed)
-    policy, begin = trainer.model, time.perf_counter()
+    policy, begin = trainer.model, time.process_time()
     run = ReferenceRun(
         trainer.reference,
         trainer.accelerator,
@@ -233,7 +233,7 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
     except InitialGapError as error:
         found |= {"refused": True, "why": error.problem}
     assert run.watch.noise is not None
-    return found | {"noise": run.watch.noise.mean, "seconds": time.perf_counter() - begin}
+    return found | {"noise": run.watch.noise.mean, "seconds": time.process_time() - begin}
 
 
 @contextmanager
@@ -259,10 +259,10 @@ def _seconds_of_a_step(trainer: DPOTrainer) -> float:
     rows: Any = trainer.train_dataset
     times = []
     for row in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         trainer.training_step(trainer.model_wrapped, trainer.data_collator([rows[row]]))
         trainer.optimizer.step()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return statistics.median(times)
 
 

@@ -27,7 +27,7 @@ from tether.trainer.trl_attributes import ELSEWHERE
 pytestmark = pytest.mark.numerics
 
 CLOCK = ("runtime", "per_second", "preparation_time", "total_flos")
-OURS = ("reference/initial_gap", "pairs/tied", "pairs/total")
+OURS = ("reference/initial_gap", "reference/noise", "pairs/tied", "pairs/total")
 # Means over all tokens here; means over batches there.
 TOKEN_MEANS = ("entropy", "logits/", "mean_token_accuracy")
 EVALUATED = ("eval_", "again_")

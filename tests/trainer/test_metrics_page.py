@@ -28,6 +28,7 @@ def test_the_page_names_every_metric_that_runs_log_and_no_other(tmp_path: Path) 
         tmp_path / "lora", peft_config=peft.LoraConfig(task_type="CAUSAL_LM"), report_samples=1, **every_step
     )
     logged |= _logged(tmp_path / "experts", tiny_model("mixtral"), router_aux_loss_coef=0.01)
+    logged |= _logged(tmp_path / "stored", precompute_ref_log_probs=True)
     logged |= _logged(tmp_path / "bema", callbacks=[BEMACallback(update_ref_model=True)])
     cells = re.findall(r"^\| (`.*?) \|", PAGE.read_text(), flags=re.MULTILINE)
     named = {name for cell in cells for name in re.findall(r"`(.+?)`", cell)}
