@@ -21,7 +21,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ("fault", "error", "says"),
     [
         ("gap", "InitialGapError", "of the train set differently"),
-        ("drift", "DriftError", "These of its tensors changed: `model.embed_tokens.weight`."),
+        ("drift", "DriftError", "these of its tensors did: `model.embed_tokens.weight`"),
         ("other_weights", "ReferenceModelError", "process 1"),
         ("nan_weights", "ReferenceModelError", "`model.embed_tokens.weight` has NaN"),
         ("nan_loss", "NotFiniteError", "the loss of step 2 is NaN or infinite"),

@@ -9,8 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from support.observe import bits, same_bits
 from support.runs import as_dataset, make_trainer, trained
@@ -70,6 +72,8 @@ def resized() -> Any:
 
 
 def added_by_transformers() -> Any:
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}")
     model = tiny_model()
     torch.manual_seed(3)
     model.add_adapter(LoraConfig(**LORA))

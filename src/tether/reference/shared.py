@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from tether.distributed import names_of_all
+from tether.distributed import names_of_all, num_processes, raising_together
 from tether.errors import DriftError
 from tether.reference.base import Reference
 from tether.reference.behaviour import Behaviour
 from tether.reference.held import HeldTensors, slots_of
 
 logger = logging.getLogger(__name__)
+
+_STEPS_APART = 10  # of processes that tell each other what they found: one that stops alone leaves the others waiting
 
 INSTEAD = (
     "Keep training from changing it (through a bias, `modules_to_save`, tied or shared embeddings), or give the "
@@ -40,6 +42,7 @@ class SharedWatch:
     def __init__(self, reference: Reference, effect: Callable[[], str], compare: Callable[[], None]) -> None:
         self._reference, self._effect, self._compare = reference, effect, compare
         self._held = HeldTensors(())
+        self._found: set[str] = set()
         self._behaviour: Behaviour | None = None
         self.modules = nn.Module()
 
@@ -97,18 +100,26 @@ class SharedWatch:
             named([*names]),
         )
 
-    def check(self, *, everything: bool) -> None:
-        """Looks for traces of a change and, in rotation, at the bytes.
+    def check(self, step: int | None = None) -> None:
+        """Looks at every byte of the tensors, or after a step for traces of a change and, in rotation, at bytes.
+
+        Every process must take part: what one finds after a step, all raise within `_STEPS_APART`.
 
         Args:
-            everything: Read every byte; then every process must take part.
+            step: The optimizer step, counted from 1; None to look at everything.
 
         Raises:
             DriftError: Names the tensors that changed.
         """
-        names = names_of_all(self._held.changed()) if everything else self._held.changed_at_step()
-        if names:
+        self._found = set(self._held.changed()) if step is None else self._found | set(self._held.changed_at_step())
+        if step is not None and step % _STEPS_APART and num_processes() > 1:
+            return
+        if names := names_of_all(self._found):
             raise self._moved(names)
+        with raising_together():
+            self._check_behaviour(everything=step is None)
+
+    def _check_behaviour(self, *, everything: bool) -> None:
         if changes := self._changes(everything=everything):
             self._compare()  # on this process alone: maybe a profiler's hooks
             logger.warning(

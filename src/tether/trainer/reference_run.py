@@ -113,7 +113,7 @@ class ReferenceRun(TrainerCallback):
             self.prepare(self._sets())
             self.watch.shared.hold()
         self.watch.shared.tell_changes()
-        self.watch.shared.check(everything=True)
+        self.watch.shared.check()
         self._watch_from_start(policy, has_trained=state.global_step > 0)
         self.watch.shared.keep_what_trains(kwargs.get("optimizer"))
         self._look_at_sample(policy, check=state.global_step == 0 and self.watch.begin())
@@ -123,19 +123,19 @@ class ReferenceRun(TrainerCallback):
         self.watch.shared.keep_what_trains(kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.shared.check(everything=False)
+        self.watch.shared.check(state.global_step)
         self.reference.advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.shared.check(everything=True)
+        self.watch.shared.check()
         self.watch.check_drift()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.shared.check(everything=True)
+        self.watch.shared.check()
         self.watch.check_drift()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch.shared.check(everything=True)
+        self.watch.shared.check()
 
     def _look_at_sample(self, policy: nn.Module, *, check: bool) -> None:
         """Measures the policy's noise on a few rows from everywhere, and compares policy and reference on them; the

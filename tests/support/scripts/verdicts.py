@@ -51,7 +51,9 @@ class ChangeReference(TrainerCallback):
 
 def gap(folder: Path) -> None:
     trainer = trainer_of(folder)
-    change(trainer.ref_model)
+    if RANK == 1:
+        reference: Any = trainer.ref_model
+        reference.model.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
     trainer.train()
 
 
