@@ -20,7 +20,7 @@ FORMER: dict[str, str] = {
     "group_by_length": "`train_sampling_strategy='group_by_length'`",
     "half_precision_backend": "`fp16` or `bf16`, alone",
     "include_inputs_for_metrics": "`include_for_metrics=['inputs']`",
-    "is_encoder_decoder": "nothing: the model is a decoder (`AutoModelForCausalLM`)",
+    "is_encoder_decoder": "nothing: the model is a decoder",
     "label_pad_token_id": "nothing: rows have no padding",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
     "max_completion_length": "`max_length`, for prompt and response together",

@@ -46,7 +46,9 @@ def proven_length(longest: int, limit: int | None) -> int:
     return max(longest, length if limit is None else min(length, limit))
 
 
-def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = False, seed: int = 0) -> Probe:
+def probe_of(
+    batch: PairBatch, length: int, limit: int | None, *, alone: bool = False, one_image: bool = False, seed: int = 0
+) -> Probe:
     """Rows of a batch: its longest one and a sibling, extended with the batch's own tokens, and a short group.
 
     Args:
@@ -54,6 +56,7 @@ def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = 
         length: Tokens of the long rows; at least the batch's longest.
         limit: Tokens that the model can read, if known.
         alone: Rows of one length only, for those that are never scored together with shorter ones.
+        one_image: Images in the first prompt only; other processes may have no second one, and wait for each other.
         seed: Draws what is added.
     """
     draw = Random(seed)  # leaves the global random state alone
@@ -83,7 +86,7 @@ def probe_of(batch: PairBatch, length: int, limit: int | None, *, alone: bool = 
     pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
     if not alone:
         others = (r for r in shown if r.prompt != first.prompt and len(r.prompt_ids) + _ROOM <= length)
-        behind = next(others, Response(prompt, ()))
+        behind = Response(prompt, ()) if one_image else next(others, Response(prompt, ()))
         pairs.append((behind._replace(token_ids=three, key=b""), behind._replace(token_ids=four, key=b"")))
     contexts = Response(prompt, four), Response(other(prompt)[::-1], four)
     spare = 0 if alone else _SPARE if limit is None else max(0, min(_SPARE, limit - length))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tether.distributed import has_shards
 from tether.errors import ConfigurationError, TetherError
 from tether.scoring.at_rest import exact_call, is_rough
 from tether.scoring.equality import Difference, exact_difference, rough_difference
@@ -100,7 +101,8 @@ def trial_of(model: nn.Module, base: nn.Module, batch: PairBatch, length: int, l
     """
     longest, rotary = max(batch.fed_lengths()), rotary_limit(model)
     for tokens in dict.fromkeys((length, longest)):
-        probe = probe_of(batch, tokens, limit, alone=rotary is not None and tokens > rotary, seed=seed)
+        alone = rotary is not None and tokens > rotary
+        probe = probe_of(batch, tokens, limit, alone=alone, one_image=has_shards(model), seed=seed)
         try:
             plain = _plain(model, model, base, probe)
             break
