@@ -1220,7 +1220,14 @@ PROTECTIONS: dict[str, Protection] = {
 }
 
 
-@pytest.mark.parametrize("name", PROTECTIONS)
+# A resume takes five seconds; of those that differ in what makes the reference answer otherwise, two stand for all.
+RESUMES = [name for name in PROTECTIONS if name.startswith(("resumed with another:", "resumed with another adapter:"))]
+SLOW = {*RESUMES} - {"resumed with another: a steering hook", "resumed with another adapter: alpha"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PROTECTIONS]
+)
 def test_without_its_protection_the_fault_is_silent(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     protection = PROTECTIONS[name]
     if protection.error is None:
