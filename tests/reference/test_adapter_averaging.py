@@ -141,7 +141,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "MiSS, bat": lambda **o: adapted(other("MissConfig", target_modules=QV, r=4, init_weights="bat"), **o),
     "trainable tokens": lambda **o: adapted(other("TrainableTokensConfig", token_indices=[3, 5, 8]), **o),
 }
-if Version(peft.__version__) >= Version("0.20"):
+IS_OLD = Version(peft.__version__) < Version("0.20")
+if not IS_OLD:
     CASES["MiCA"] = lambda **o: adapted(lora(init_lora_weights="mica"), **o)
 else:  # a policy that has trained cannot be copied, which is what the oracle does
     del CASES["trainable tokens"]
@@ -155,7 +156,7 @@ _SINGLE_PRECISION = ("FourierFT", "WaveFT", "C3A")  # PEFT computes their update
 def test_every_type_that_follows_tensor_by_tensor_is_proven_here() -> None:
     policies = [make() for make in (*CASES.values(), *PROMPTS.values())]
     proven = {str(policy.peft_config["default"].peft_type.value) for policy in policies}
-    assert proven >= LINEAR_TYPES
+    assert proven >= LINEAR_TYPES - ({"TRAINABLE_TOKENS"} if IS_OLD else set())
 
 
 # -------------------------------------------------------------------------------- the average is the weights' average
@@ -533,6 +534,8 @@ def test_it_goes_on_from_its_saved_state_bit_for_bit(name: str, alpha: float, tm
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("PiSSA", "OLoRA")] + list(PROMPTS))
 def test_an_exported_adapter_is_the_reference(name: str, tmp_path: Path) -> None:
+    if name == "LoRA, experts" and IS_OLD:
+        pytest.skip("this version of PEFT cannot load such an adapter with this transformers")
     policy = (CASES | PROMPTS)[name]()
     reference = synchronized(policy, alpha=0.4)
     for step in (1, 2, 3):

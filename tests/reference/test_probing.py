@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -253,4 +254,4 @@ def test_a_refusal_says_what_has_changed_about_the_machine(tmp_path: Path) -> No
     other.put_probe(digest, probe._replace(made_with={"torch": "1.0", "abacus": "7"}))
     with pytest.raises(StoreError) as caught:
         prepared(other, odd.with_behaviour("norm epsilon"))
-    assert f"torch 1.0 then, {torch.__version__} now)" in caught.value.details
+    assert f"torch 1.0 then, {version('torch')} now)" in caught.value.details

@@ -13,6 +13,11 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 
+# transformers restores an optimizer to its process's device, `cpu:0`, which torch 2.11 does not know.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 def leave(folder: Path, seen: Any) -> NoReturn:
     """Writes what this process of a script saw, and ends it when all of them are done.

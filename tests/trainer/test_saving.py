@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Callable
@@ -49,6 +50,14 @@ WRITTEN: dict[str, tuple[dict[str, Any], Callable[[DPOTrainer, Path], Any], str]
 }
 
 
+# Before, transformers saves no such config, also of a model that it has just loaded; a run says so at the start.
+saves_unchanged = pytest.mark.skipif(
+    "_original_object_hash" not in inspect.getsource(GenerationConfig.save_pretrained),
+    reason="this version of transformers saves no generation config with a temperature and no do_sample",
+)
+
+
+@saves_unchanged
 @pytest.mark.parametrize("what", WRITTEN)
 def test_a_published_generation_config_is_saved_as_it_is(what: str, tmp_path: Path) -> None:
     options, save, folder = WRITTEN[what]
@@ -62,6 +71,7 @@ def test_a_published_generation_config_is_saved_as_it_is(what: str, tmp_path: Pa
     assert trainer.model.generation_config.do_sample is not True, "it generates as it did"
 
 
+@saves_unchanged
 def test_a_generation_config_made_in_memory_is_saved_too(tmp_path: Path) -> None:
     model = tiny_model()
     model.generation_config.temperature = 0.7

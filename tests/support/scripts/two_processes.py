@@ -24,11 +24,6 @@ from support.runs import as_dataset, make_trainer, steps, stream
 from support.tiny import tiny_pairs
 from tether import DPOTrainer, PrecomputedReference
 
-# transformers restores an optimizer to its process's device, `cpu:0`, which torch 2.11 does not know.
-torch.serialization.register_package(
-    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
-)
-
 
 def shards(rows: list[dict[str, Any]], first: int) -> IterableDataset:
     """A stream of two shards of different length."""
