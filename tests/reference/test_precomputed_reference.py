@@ -374,6 +374,7 @@ def test_progress_shows_tokens_a_second_and_the_time_left_and_is_off_where_asked
 ) -> None:
     rows, terminal = row_set(ROWS, tmp_path, precompute_ref_batch_size=1), Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.delenv("COLUMNS", raising=False)  # older versions of tqdm cut the line there
     reference = PrecomputedReference(LogProbStore(tmp_path / "s"), Counting())
     reference.prepare({"train": lambda: rows}, show_progress=show)
     if not show:
