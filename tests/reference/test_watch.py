@@ -28,8 +28,9 @@ from tether.reference import (
     Reference,
     SynchronizedReference,
 )
+from tether.reference.base import score_without_gradient
 from tether.reference.noise import ALIKE, Gap, Tolerance, unreduced
-from tether.reference.watch import ReferenceWatch, check_initial_gap, initial_gap
+from tether.reference.watch import ReferenceWatch, check_initial_gap
 from tether.store import LogProbStore
 
 
@@ -42,7 +43,7 @@ def disturb(model: Any, size: float = 0.02) -> Any:
 
 
 def gap_of(policy: Any, reference: Reference) -> Gap:
-    return initial_gap(policy, BATCH, reference.log_probs(BATCH), None, unreduced)
+    return Gap.between(score_without_gradient(policy, BATCH, None), reference.log_probs(BATCH), unreduced)
 
 
 # -------------------------------------------------------------------------------------------------- the gap

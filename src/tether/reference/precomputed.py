@@ -29,7 +29,7 @@ from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
-_VERIFIED_PAIRS = 2
+VERIFIED_PAIRS = 2
 
 
 class PrecomputedReference(WrappingReference[Reference]):
@@ -67,7 +67,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         length_limit: int | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
         how_to_fill: str = "",
-        verify: int = _VERIFIED_PAIRS,
+        verify: int = VERIFIED_PAIRS,
     ) -> None:
         if identity is None:
             if source is None:

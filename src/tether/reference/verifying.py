@@ -90,7 +90,7 @@ def verify(
     farthest = where[max(range(len(largest)), key=lambda index: (math.isnan(largest[index]), largest[index]))]
     differs = not gap.within(ALIKE[reference.identity.compute_dtype])
     noise = measured(reference.source.log_probs, *sample, unreduced) if agree(differs) else None
-    return Verification(len(stored), num_missing, int(gap.num), farthest, gap, noise)
+    return Verification(len(stored), num_missing, sum(map(len, stored)), farthest, gap, noise)
 
 
 def check(found: Verification, reference: PrecomputedReference) -> None:

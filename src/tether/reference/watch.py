@@ -30,21 +30,6 @@ logger = logging.getLogger(__name__)
 _MUCH_NOISE = 1e-2  # nats per token: visible in the first loss of short answers
 
 
-def initial_gap(
-    policy: nn.Module,
-    batch: PairBatch,
-    reference: ResponseLogProbs,
-    autocast_dtype: torch.dtype | None,
-    reduce: Reduce,
-    knows_tokens: bool = True,
-) -> Gap:
-    """Gap between the policy, in evaluation mode and under training's autocast, and its reference.
-
-    Per token; if the reference only knows sums, per response, as the mean over its tokens.
-    """
-    return Gap.between(score_without_gradient(policy, batch, autocast_dtype), reference, reduce, knows_tokens)
-
-
 def check_initial_gap(
     gap: Gap, reference: Reference, policy_dtype: str, noise: Noise | None = None, where: str = "the first batch"
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from tether.config.former_options import FORMER
 from tether.config.rules.launch import launched_precision
 from tether.losses.checks import refused_losses
+from tether.reference.precomputed import VERIFIED_PAIRS as VERIFIED_PAIRS
 from tether.reference.updates.groups import refused_rule
 from tether.refusals import Refusal, nearest_to, of_option
 
@@ -26,7 +27,6 @@ StoreMode = Literal["auto", "fill", "lazy", "require"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA, SYNC_STEPS = 0.6, 512
-VERIFIED_PAIRS = 2
 SAMPLE_TOKENS = 64
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
 
