@@ -50,7 +50,7 @@ def test_store_exports_columns_that_anyone_can_read(store: LogProbStore) -> None
     file = store.path.with_suffix(".parquet")
     export_parquet(store, file, OTHER)
     table = pq.read_table(file)
-    assert table.schema.names == ["key", "log_probs"]
+    assert table.schema.names == ["key", "log_probs", "checksum"]
     values = dict(zip(table["key"].to_pylist(), table["log_probs"].to_pylist(), strict=True))
     np.testing.assert_array_equal(np.float32(values[key_of(3)]), log_probs_of(3, 8, OTHER))
     assert table["key"].to_pylist() == sorted(values)
