@@ -224,7 +224,7 @@ def reference_checksum(*pair: Response) -> str:
 
 
 def check_reference(row: Mapping[str, Any], *pair: Response) -> None:
-    """Raises a `DataError` if a row's reference sums have a checksum, and it is not that of the sums and what is fed."""
+    """Raises a `DataError` if a row's reference sums have a checksum that is of other sums or other tokens."""
     kept = row.get(REFERENCE_CHECKSUM)
     if kept is None or any(response.reference_sum is None for response in pair) or kept == reference_checksum(*pair):
         return

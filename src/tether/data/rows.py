@@ -236,7 +236,7 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
 
 
 def check_reference_sum(value: Any, column: str, where: str) -> None:
-    """Raises a `DataError` if a row's reference log-prob is not a finite number, or is above 0 by more than rounding."""
+    """Raises a `DataError` if a row's reference log-prob is not finite, or above 0 by more than rounding."""
     if not _is_number(value) or value > _ROUNDING:
         raise DataError(
             problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
