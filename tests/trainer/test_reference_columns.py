@@ -178,14 +178,6 @@ def test_sums_of_another_max_length_are_refused_with_a_checksum_and_without(tmp_
         trained(tmp_path / "2", rows=unproven(rows), max_length=MAX_LENGTH - 8)
 
 
-def test_sums_of_another_max_length_are_found_where_one_row_of_many_is_cut(tmp_path: Path) -> None:
-    rows = [row | {"chosen": "Yes.", "rejected": "No."} for row in tiny_pairs(120)]
-    rows[57] |= {"chosen": ROWS[0]["chosen"] * 3}
-    whole = unproven(exported(tmp_path, rows, max_length=1024))
-    with pytest.raises(InitialGapError, match="57"):
-        trained(tmp_path / "1", rows=whole, max_length=MAX_LENGTH, per_device_train_batch_size=2)
-
-
 @pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), 5.0])
 def test_a_sum_that_is_no_number_is_refused_with_its_row(value: Any, tmp_path: Path) -> None:
     rows = list(exported(tmp_path))

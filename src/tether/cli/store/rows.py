@@ -63,10 +63,11 @@ def verify(request: Request, num_rows: int, seed: int) -> int:
             instead=f"Save them into a new file: {how_to_salvage(store.path)}.",
         )
     if num_lost > 0:
+        command = shlex.join([*request.words, "--ref_store", str(store.path)])
         raise StoreError(
             problem=f"Cannot find {num_lost:,} of the {num_put:,} records that were put into the log-prob store "
             f"{store.path}: they are damaged, or were removed by something else than Tether.",
-            instead=f"Score them again: `tether precompute {shlex.join(request.words)}`.",
+            instead=f"Score them again: `tether precompute {command}`.",
         )
     return EXIT_DONE
 
