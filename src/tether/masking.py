@@ -18,7 +18,7 @@ _NAME = re.compile(_SECRET, re.IGNORECASE)
 _WRITTEN = re.compile(
     rf"""(--(?:{_SECRET})[ =]\s*|\b(?:{_SECRET})=|["'](?:{_SECRET})["']:\s*|"""
     rf"""(?:`|\{{[^{{}}`]*?\b)(?:{_SECRET}):\s+)"""
-    r"""("[^"]*"|'[^']*'|[^\s,;`'"(){}\[\]]+)""",
+    r"""("[^"]*"|'[^']*'|\[[^\]]*\]|[^\s,;`'"(){}\[\]]+)""",
     re.IGNORECASE,
 )
 _OF_HUB = re.compile(r"\bhf_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{8,}")
@@ -34,6 +34,11 @@ def without_secrets(text: str) -> str:
     return _OF_HUB.sub("<hidden>", _WRITTEN.sub(hidden, text))
 
 
+def is_secret(name: str) -> bool:
+    """Whether something of that name is a token or a password."""
+    return _NAME.fullmatch(name) is not None
+
+
 def masked(value: Any, name: str = "", *, leave_out: bool = False) -> Any:
     """A value with tokens and passwords masked by name, as `<HUB_TOKEN>`, in mappings and lists at any depth.
 
@@ -46,6 +51,6 @@ def masked(value: Any, name: str = "", *, leave_out: bool = False) -> Any:
         return {key: masked(one, str(key), leave_out=leave_out) for key, one in value.items()}
     if isinstance(value, list):
         return [masked(one, name, leave_out=leave_out) for one in value]
-    if isinstance(value, str) and _NAME.fullmatch(name):
+    if isinstance(value, str) and is_secret(name):
         return None if leave_out else f"<{name.upper()}>"
     return without_secrets(value) if isinstance(value, str) else value
