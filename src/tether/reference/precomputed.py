@@ -234,8 +234,8 @@ class PrecomputedReference(WrappingReference[Reference]):
 
     def _warn_of_lost(self, kept: Path) -> None:
         """Logs if the store has fewer records than when a checkpoint was written."""
-        then = json.loads(kept.read_text()) if kept.is_file() else {"path": None}
-        if then["path"] != str(self._store.path) or not is_main_process():
+        then: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+        if then.get("path") != str(self._store.path) or not is_main_process():
             return
         now = self._store.count(self._identity.digest)
         if now < then["num_records"]:

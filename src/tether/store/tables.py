@@ -147,7 +147,9 @@ def read_passes(db: sqlite3.Connection, identity: str) -> list[StoredPass]:
 def begin_pass(db: sqlite3.Connection, owner: int, about: Mapping[str, Any], now: float) -> int:
     """Notes that a pass for the identity with row id `owner` begins; returns its row id."""
     text = json.dumps(dict(about), default=str)
-    return int(db.execute("INSERT INTO passes (identity, about, began) VALUES (?, ?, ?)", (owner, text, now)).lastrowid)
+    row_id = db.execute("INSERT INTO passes (identity, about, began) VALUES (?, ?, ?)", (owner, text, now)).lastrowid
+    assert row_id is not None
+    return row_id
 
 
 def end_pass(db: sqlite3.Connection, row_id: int, now: float) -> None:
@@ -181,7 +183,7 @@ def _count_removed(db: sqlite3.Connection, identity: str, num_removed: int) -> N
 
 def recount(db: sqlite3.Connection, owner: int) -> int:
     """Lets the number put be that of the records which are there; returns how many more it was."""
-    (num_put,) = db.execute("SELECT num_records FROM identities WHERE id = ?", (owner,)).fetchone()
+    (num_put,) = db.execute("SELECT CAST(num_records AS INTEGER) FROM identities WHERE id = ?", (owner,)).fetchone()
     (num_records,) = db.execute("SELECT count(*) FROM records WHERE identity = ?", (owner,)).fetchone()
     db.execute("UPDATE identities SET num_records = ? WHERE id = ?", (num_records, owner))
     return int(num_put - num_records)
@@ -214,13 +216,13 @@ def read_identities(db: sqlite3.Connection) -> list[StoredIdentity]:
     rows = db.execute(
         "SELECT digest, description, count(key), coalesce(sum(num_tokens), 0),"
         " coalesce(sum(length(key) + length(checksum) + length(log_probs)), 0), created, last_used,"
-        " identities.num_records"
+        " CAST(identities.num_records AS INTEGER)"
         " FROM identities LEFT JOIN records ON records.identity = identities.id"
         " GROUP BY identities.id ORDER BY identities.id"
     )
     return [
-        StoredIdentity(digest, _parse(text), num_records, num_tokens, size_bytes, *map(_moment, times), num_put)
-        for digest, text, num_records, num_tokens, size_bytes, *times, num_put in rows
+        StoredIdentity(digest, _parse(text), num, tokens, size_bytes, _moment(created), _moment(last_used), num_put)
+        for digest, text, num, tokens, size_bytes, created, last_used, num_put in rows
     ]
 
 
