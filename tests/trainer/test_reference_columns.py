@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from trl import DPOConfig as TRLConfig
@@ -158,6 +159,21 @@ def test_a_second_reference_is_refused_by_name(name: str, options: dict[str, Any
 def test_an_option_that_needs_every_token_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"ld_alpha=0\.5"):
         make_trainer(tmp_path / "1", rows=exported(tmp_path), ld_alpha=0.5)
+
+
+@pytest.mark.parametrize("damaged", ["prompt", "checksum"])
+def test_text_with_a_flipped_bit_is_refused(damaged: str, tmp_path: Path) -> None:
+    """As a Parquet file without checksums of its own brings it."""
+    table = exported(tmp_path).data.table
+    name, column = (REFERENCE_CHECKSUM,) * 2 if damaged == "checksum" else ("chosen", "chosen")
+    texts = [text.encode() for text in table[column].to_pylist()]
+    texts[2] = b"\xff" + texts[2][1:]
+    broken = pa.Array.from_buffers(pa.string(), len(texts), pa.array(texts, pa.binary()).buffers())
+    table = table.set_column(table.column_names.index(name), name, broken)
+    if damaged == "prompt":  # what is tokenized already is not read again
+        table = table.drop_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    with pytest.raises(DataError, match=r"train set.*not UTF-8"):
+        make_trainer(tmp_path / "1", rows=Dataset(table), max_length=MAX_LENGTH)
 
 
 @pytest.mark.parametrize("column", REFERENCE_COLUMNS)

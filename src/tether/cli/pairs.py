@@ -71,7 +71,7 @@ def load_pairs(
     source["split"] = split or source.get("split", "train")
     try:
         rows: PairDataset = load_dataset(**source | further, streaming=streaming)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # of a damaged file
         cause = _root_cause(error).rstrip(".")
         shortened = textwrap.shorten(cause, 100, placeholder="...").rstrip(".")
         raise DataError(

@@ -27,6 +27,7 @@ from tether.data.rows import check_reference_sum
 from tether.errors import DataError
 from tether.reference import Reference
 from tether.trainer.batches import token_columns
+from tether.trainer.sets import refusing_damaged_text
 
 _ROWS_AT_ONCE = 32
 
@@ -107,7 +108,8 @@ def _check_sums(name: str, dataset: Dataset, collator: Collator) -> None:
     rows = token_columns(dataset)
     for number in range(len(rows)):
         try:
-            collator(rows.__getitems__([number]))
+            with refusing_damaged_text(name):
+                collator(rows.__getitems__([number]))
         except DataError as error:
             problem = error.problem.replace("A row of a batch", f"Row {number} of the {name} set", 1)
             raise DataError(problem, error.instead, error.details) from None
