@@ -245,14 +245,16 @@ def test_store_refuses_another_format_version(path: Path, version: int, read_onl
     assert path.read_bytes() == before
 
 
-def test_store_of_an_older_format_is_brought_up_to_date(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as db:
-        db.executescript(Path(__file__).with_name("version_2.sql").read_text())  # written by a Tether of version 2
+@pytest.mark.parametrize("version", [2, 3])
+def test_store_of_an_older_format_is_brought_up_to_date(path: Path, version: int) -> None:
+    with closing(sqlite3.connect(path)) as db:  # written by a Tether of that version
+        db.executescript(Path(__file__).with_name(f"version_{version}.sql").read_text())
     with pytest.raises(StoreError, match="older format"):
         LogProbStore(path, read_only=True)
     probe = KeptProbe((((1, 2), (3, 4)),), np.array([-1, -2], np.float32), {})
     with LogProbStore(path) as store:
-        assert found(store, range(50)) == set(range(50)) and not store.probes(ME)
+        assert found(store, range(50)) == set(range(50)) and len(store.probes(ME)) == version - 2
+        assert [(of.num_put, of.num_records) for of in store.identities()] == [(50, 50)] and not store.passes(ME)
         store.put_probe(ME, probe)
     with LogProbStore(path, read_only=True) as store:
         assert found(store, range(50)) == set(range(50)) and len(store.probes(ME)) == 1

@@ -307,5 +307,7 @@ def _cannot(do: str, path: Path, error: Exception) -> StoreError:
     return StoreError(
         problem=f"Cannot {do} the Parquet file {path}: {first}.",
         details=rest and f"{rest}.",
-        instead="Check the path, its permissions and the disk space.",
+        instead="Check the path, its permissions and the disk space."
+        if do == "write"
+        else f"Check the path and its permissions. If it is damaged: {_EXPORT_AGAIN[0].lower()}{_EXPORT_AGAIN[1:]}",
     )

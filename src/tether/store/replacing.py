@@ -82,4 +82,5 @@ def _remove_left_behind(path: Path) -> None:
         if ours.fullmatch(other.name) and not other.is_symlink():
             with suppress(OSError), other.open("rb") as file:
                 if _lock(file):
-                    other.unlink()
+                    for part in (other, other.with_name(f"{other.name}-journal")):
+                        part.unlink(missing_ok=True)

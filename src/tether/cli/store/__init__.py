@@ -68,7 +68,7 @@ def verify(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The run whose rows and reference to verify.")],
     store: Store = None,
-    sample: Annotated[int, typer.Option(metavar="ROWS", help="Size of the sample.")] = 64,
+    sample: Annotated[int, typer.Option(metavar="ROWS", min=1, help="Size of the sample.")] = 64,
     sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", metavar="INT", help="Its seed.")] = 0,
 ) -> int:
     """Draws rows of a recipe's training set, scores them again with its reference, and reports the largest difference

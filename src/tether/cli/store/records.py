@@ -22,6 +22,7 @@ from tether.store import (
 )
 
 _MOST_DAYS = 36_500
+_LATEST_PASSES = 4
 
 
 def info(name: str | None) -> int:
@@ -30,8 +31,11 @@ def info(name: str | None) -> int:
         print(f"store      {store.path} ({size_of(store.path) / 1e6:,.1f} MB)")
         for identity in identities:
             print(_describe(identity))
-            for noted in store.passes(identity.digest):
+            passes = store.passes(identity.digest)
+            for noted in passes[:1] + passes[1:][-_LATEST_PASSES:]:
                 print(_describe_pass(noted))
+            if len(passes) > 1 + _LATEST_PASSES:
+                print(f"           These are the first and the latest of {len(passes)} passes.")
         if not identities:
             print("           It is empty.")
     return EXIT_DONE
