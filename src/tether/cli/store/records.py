@@ -159,6 +159,6 @@ def _lost(identity: StoredIdentity) -> str:
 
 
 def _describe_pass(noted: StoredPass) -> str:
-    about = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in noted.about.items() if value != "")
+    about = "; ".join(f"{name} {value}" for name, value in noted.about.items() if value != "")
     state = "" if noted.ended else "; did not end: stopped, under way, or its end is lost"
     return f"  filled   {noted.began:%Y-%m-%d %H:%M} UTC: {about}{state}"
