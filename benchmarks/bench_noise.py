@@ -3,7 +3,8 @@
 SmolLM2-135M-Instruct on a CPU. `noise`: the same responses alone and in other company. `starts`: the checks before the
 first step, with log-probs that a scoring pass stored (yes or no, one pair a batch), 100 times with other rows first:
 against the store, and against one with every log-prob moved by 0.02 up or down. Both as this processor computes, and
-as one does whose products round otherwise for each number of rows (AMX, GPUs). Some 20 minutes on one core.
+as one does whose products round otherwise for each number of rows (AMX, GPUs). Some 20 minutes on one core. `costs`:
+what a start with a filled store takes beside a training step; `--costs` measures these alone and keeps the rest.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tether.errors import InitialGapError
 from tether.models.gguf import use_as_plain
 from tether.reference.base import score_without_gradient
 from tether.reference.noise import Noise, unreduced
+from tether.reference.store_checks import StoreChecks
 from tether.trainer.reference_run import ReferenceRun
 from tether.types import PairBatch, Response, ResponseLogProbs, join_log_probs
 
@@ -55,6 +57,7 @@ Score = Callable[[PairBatch], ResponseLogProbs]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--starts", type=int, default=100)
+    parser.add_argument("--costs", action="store_true", help="only the costs; keeps the results of the rest")
     parser.add_argument("--quick", action="store_true", help="only try that it works: little is measured, nothing kept")
     arguments = parser.parse_args()
     sides.quiet()
@@ -65,12 +68,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, options = loading()
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        noise = list(_noise(tokenizer, 4 if arguments.quick else 24, quick=arguments.quick))
-        num = 2 if arguments.quick else arguments.starts
-        starts = [_starts(kernels, tokenizer, Path(folder), num) for kernels in KERNELS]
+        found: dict[str, Any] = {"costs": list(_costs(tokenizer, Path(folder)))}
+        if arguments.costs:
+            found = dict(harness.read_results("noise", "cpu")) | found
+        else:
+            found["noise"] = list(_noise(tokenizer, 4 if arguments.quick else 24, quick=arguments.quick))
+            num = 2 if arguments.quick else arguments.starts
+            found["starts"] = [_starts(kernels, tokenizer, Path(folder), num) for kernels in KERNELS]
     if not arguments.quick:
         settings = {"model": "SmolLM2-135M-Instruct"}
-        print(harness.write_results("noise", {"noise": noise, "starts": starts}, "cpu", settings=settings))
+        print(harness.write_results("noise", found, "cpu", settings=settings))
     return 0
 
 
@@ -187,15 +194,13 @@ def _starts(kernels: str, tokenizer: Any, folder: Path, num: int) -> dict[str, A
         "refused": {str(shift): sum(start[shift]["refused"] for start in found) for shift in SHIFTS},
         "initial_gap": max(start[0.0]["gap"] for start in found),
         "noise": statistics.median(start[0.0]["noise"] for start in found),
-        "seconds": statistics.median(start[0.0]["seconds"] for start in found),
-        "step_seconds": _seconds_of_a_step(trainers[0.0]) if kernels == "this processor" else None,
     }
 
 
-def _trainer(model: Any, rows: Dataset, tokenizer: Any, path: Path, folder: Path) -> DPOTrainer:
+def _trainer(model: Any, rows: Dataset, tokenizer: Any, path: Path, folder: Path, pairs_a_step: int = 1) -> DPOTrainer:
     args = DPOConfig(
         str(folder / "run"),
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=pairs_a_step,
         precompute_ref_log_probs=True,
         ref_store=str(path),
         max_steps=2,
@@ -214,13 +219,14 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
     """A start with the rows in another order: all checks before the first step, without the step."""
     rows: Any = trainer.train_dataset
     rows = rows.shuffle(seed=seed)
-    policy, begin = trainer.model, time.process_time()
+    policy = trainer.model
     run = ReferenceRun(
         trainer.reference,
         trainer.accelerator,
         trainer.args,
         trainer.data_collator,
         lambda: {"train": rows},
+        policy,
         autocast_dtype=None,
         waits=False,
     )
@@ -233,7 +239,7 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
     except InitialGapError as error:
         found |= {"refused": True, "why": error.problem}
     assert run.watch.noise is not None
-    return found | {"noise": run.watch.noise.mean, "seconds": time.process_time() - begin}
+    return found | {"noise": run.watch.noise.mean}
 
 
 @contextmanager
@@ -254,13 +260,61 @@ def remembered_scores() -> Iterator[Callable[[], None]]:
         watch.score_without_gradient = plain
 
 
-def _seconds_of_a_step(trainer: DPOTrainer) -> float:
-    trainer.train()
+# --- what a start with a filled store takes ---------------------------------------------------------------------------
+
+
+def _costs(tokenizer: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _load(dtype)
+        for name, rows, pairs_a_step in (("sentences", real_pairs(40), 2), ("yes or no", yes_or_no(40), 1)):
+            path = folder / f"{dtype}-{pairs_a_step}.sqlite"
+            arguments = model, Dataset.from_list(rows), tokenizer, path, folder, pairs_a_step
+            _trainer(*arguments)  # fills the store
+            with _timed(StoreChecks, "look_at") as store, _timed(ReferenceRun, "_look_at_sample") as sample:
+                trainer = _trainer(*arguments)
+                trainer.train()
+            by_length = sorted(range(len(rows)), key=lambda row: _num_tokens(trainer.train_dataset[row]))
+            yield {
+                "dtype": str(dtype).removeprefix("torch."),
+                "rows": name,
+                "pairs_a_step": pairs_a_step,
+                "store_seconds": sum(store),
+                "sample_seconds": sum(sample),
+                "step_seconds": _seconds_of_a_step(trainer, by_length[len(rows) // 2 :][:pairs_a_step]),
+                "longest_step_seconds": _seconds_of_a_step(trainer, by_length[-pairs_a_step:]),
+            }
+
+
+def _num_tokens(row: dict[str, Any]) -> int:
+    return sum(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+@contextmanager
+def _timed(owner: type, name: str) -> Iterator[list[float]]:
+    """The seconds of each call of a method, in time of the process."""
+    plain, seconds = getattr(owner, name), list[float]()
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.process_time()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            seconds.append(time.process_time() - begin)
+
+    setattr(owner, name, timed)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, name, plain)
+
+
+def _seconds_of_a_step(trainer: DPOTrainer, places: list[int]) -> float:
+    """The median of three steps on some rows."""
     rows: Any = trainer.train_dataset
     times = []
-    for row in range(3):
+    for _ in range(3):
         begin = time.process_time()
-        trainer.training_step(trainer.model_wrapped, trainer.data_collator([rows[row]]))
+        trainer.training_step(trainer.model_wrapped, trainer.data_collator(list(rows.select(places))))
         trainer.optimizer.step()
         times.append(time.process_time() - begin)
     return statistics.median(times)

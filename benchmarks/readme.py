@@ -230,9 +230,13 @@ def _starts(results: dict[str, Any]) -> str:
     return _table(head, map(line, results["starts"]))
 
 
-def _start_seconds(results: dict[str, Any]) -> str:
-    start = results["starts"][0]
-    return f"{start['seconds']:.1f} s, a training step with one pair {start['step_seconds']:.1f} s"
+def _costs(results: dict[str, Any]) -> str:
+    def line(row: dict[str, Any]) -> list[object]:
+        names = ("store_seconds", "sample_seconds", "step_seconds", "longest_step_seconds")
+        return [row["dtype"], row["rows"], row["pairs_a_step"], *(f"{row[name]:.2f} s" for name in names)]
+
+    head = "dtype | answers | pairs a step | probe and spot checks | gap and noise of a sample | median step | longest"
+    return _table(head, map(line, results["costs"]))
 
 
 def _vision(results: list[dict[str, Any]]) -> str:
@@ -284,7 +288,7 @@ _PARTS = {
     ("real-model", "most"): _factor(max),
     ("noise", "noise"): _noise,
     ("noise", "starts"): _starts,
-    ("noise", "seconds"): _start_seconds,
+    ("noise", "costs"): _costs,
     ("store", "share"): lambda found: f"{found['share_of_a_training_step']:.3%}",
 }
 

@@ -57,6 +57,11 @@ def coarser(one: str, other: str) -> str:
     return max(one, other, key=order.index)
 
 
+def rounds_coarsely(dtype: str) -> bool:
+    """Whether rounding in that dtype can hide a shift worth seeing; in float32 it cannot."""
+    return ALIKE[dtype] > ALIKE["float32"]
+
+
 @dataclass(frozen=True)
 class Gap:
     """The difference of two scorings of the same tokens.

@@ -20,7 +20,7 @@ import torch
 from tether.distributed import any_process, of_main
 from tether.errors import ResumeError
 from tether.reference.base import Reference
-from tether.reference.noise import ALIKE, Gap, Noise, Tolerance, measured, unreduced
+from tether.reference.noise import ALIKE, Gap, Noise, Tolerance, measured, rounds_coarsely, unreduced
 from tether.reference.watch import said
 from tether.store import KeptProbe, content_key
 from tether.store.probe import Text
@@ -110,7 +110,7 @@ def make_probe(reference: Reference, length: int, token_ids: Sequence[int]) -> K
     texts = _texts(length, token_ids if reads is None else reads.token_ids)
     try:
         probe = ask(reference, texts)
-        rounds = ALIKE[reference.identity.compute_dtype] > ALIKE["float32"]
+        rounds = rounds_coarsely(reference.identity.compute_dtype)
         return probe._replace(noise=asdict(_noise(reference, probe))) if rounds else probe
     except torch.OutOfMemoryError:
         raise

@@ -19,7 +19,7 @@ from tether.distributed import any_process, is_main_process, names_of_all, num_p
 from tether.errors import DriftError, InitialGapError, TetherError
 from tether.reference.adapter_state import has_adapter_off
 from tether.reference.base import Reference, compute_dtype_name, score_without_gradient
-from tether.reference.noise import ALIKE, Gap, Noise, Reduce, Tolerance, coarser, measured, unreduced
+from tether.reference.noise import ALIKE, Gap, Noise, Reduce, Tolerance, coarser, measured, rounds_coarsely, unreduced
 from tether.reference.shared import INSTEAD, SharedWatch, named
 from tether.reference.wrapping import WrappingReference
 from tether.scoring.evaluation import products_of_training
@@ -182,6 +182,10 @@ class ReferenceWatch:
         traits, own = self._reference.traits, self._reference.identity.compute_dtype
         return traits.means_policy and (traits.answers_are_stored or own != self._dtype_of(policy))
 
+    def is_noisy(self, policy: nn.Module) -> bool:
+        """Whether that may be more than a shift worth seeing, so that only many tokens tell the two apart."""
+        return self.has_noise(policy) and rounds_coarsely(self._common_dtype(policy))
+
     def measure_noise(self, policy: nn.Module, batch: PairBatch, shift: float) -> float:
         """Measures the policy's noise on some rows, the same on all processes, unless it plays no part; collective.
 
@@ -211,10 +215,13 @@ class ReferenceWatch:
     def _dtype_of(self, policy: nn.Module) -> str:
         return compute_dtype_name(policy, self._autocast_dtype)
 
+    def _common_dtype(self, policy: nn.Module) -> str:
+        return coarser(self._dtype_of(policy), self._reference.identity.compute_dtype)
+
     def _measure(self, policy: nn.Module, batch: PairBatch, scores: ResponseLogProbs, reduce: Reduce) -> None:
         """Scores the rows again, in the reference's dtype if that is the coarser one."""
         policy_dtype, own = self._dtype_of(policy), self._reference.identity.compute_dtype
-        dtype = coarser(policy_dtype, own)
+        dtype = self._common_dtype(policy)
         autocast_dtype = self._autocast_dtype if dtype == policy_dtype else getattr(torch, dtype, None)
         score = partial(score_without_gradient, policy, autocast_dtype=autocast_dtype)
         self.noise = measured(score, batch, scores, reduce)

@@ -143,7 +143,7 @@ class ReferenceRun(TrainerCallback):
         """
         if not self.reference.traits.means_policy:
             return
-        samples = self._samples(self.watch.has_noise(policy))
+        samples = self._samples(self.watch.is_noisy(policy))
         if not samples:
             return
         largest = max(samples, key=lambda sample: sample.batch.num_pairs)
