@@ -1,10 +1,12 @@
 """The exceptions of Tether.
 
 Each states what is wrong and why, then what to do instead, and is also the builtin that a caller would expect
-(`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
+(`ValueError` for bad input, `RuntimeError` for a broken state). None shows a token or a password.
 """
 
 from typing import Any
+
+from tether.masking import without_secrets
 
 
 class TetherError(Exception):
@@ -17,6 +19,7 @@ class TetherError(Exception):
     """
 
     def __init__(self, problem: str, instead: str, details: str = "") -> None:
+        problem, instead, details = map(without_secrets, (problem, instead, details))
         super().__init__(problem, instead, details)
         self.problem = problem
         self.instead = instead

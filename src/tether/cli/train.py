@@ -20,6 +20,7 @@ from tether.cli.recipe import Recipe, Request, make_recipe
 from tether.cli.resume import find_checkpoint, last_checkpoint, newest_checkpoint
 from tether.cli.summary import describe_end, describe_start
 from tether.errors import MissingLogProbsError
+from tether.masking import without_secrets
 from tether.trainer.dpo_trainer import DPOTrainer
 
 
@@ -98,7 +99,8 @@ def _how_to_resume(trainer: DPOTrainer, given: Sequence[str]) -> str:
         words += ["--resume", str(checkpoint)]
     elif not any(word.startswith("--resume") for word in words):
         words.append("--resume")
-    return f"{where} The last checkpoint is {checkpoint}. To resume:\n  tether train {shlex.join(words)}"
+    command = without_secrets(f"tether train {shlex.join(words)}")
+    return f"{where} The last checkpoint is {checkpoint}. To resume:\n  {command}"
 
 
 def _print(trainer: DPOTrainer, text: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -40,6 +41,7 @@ from tether.losses import (
     PreferenceLoss,
     check_loss_options,
 )
+from tether.masking import masked
 from tether.refusals import refuse
 from tether.types import TruncationMode
 
@@ -61,7 +63,7 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`: those of `transformers.TrainingArguments`, and those of DPO below.
 
@@ -218,6 +220,34 @@ class DPOConfig(TrainingArguments):
             self.use_cpu = True  # it is so anyway, and without it torchrun's processes would not find each other
         super().__post_init__()
         refuse(refused_launch(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, without tokens and passwords, also in those that are mappings."""
+        shown: dict[str, Any] = masked(super().to_dict())
+        return shown
+
+    def __str__(self) -> str:
+        values = masked({entry.name: getattr(self, entry.name) for entry in fields(self)})
+        lines = "\n".join(f"{name}={values[name]!r}," for name in sorted(values))
+        return f"{type(self).__name__}(\n{lines}\n)"
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled into `training_args.bin` beside every model, and pushed to the hub with it.
+        state: dict[str, Any] = masked(self.__dict__, leave_out=True)
+        return state
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = self.__copy__()
+        memo[id(self)] = made
+        made.__dict__.update(deepcopy(self.__dict__, memo))
+        return made
 
     @property
     def loss_options(self) -> LossOptions:

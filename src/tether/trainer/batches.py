@@ -47,6 +47,7 @@ class RowsToScore:
         num_rows: Rows of this process.
         num_tokens: Tokens of them, each row's prompt once.
         max_tokens: Tokens to score at once.
+        source: What the set says of where it comes from.
     """
 
     def __init__(self, dataset: Dataset, collator: Collator, args: DPOConfig) -> None:
@@ -57,6 +58,8 @@ class RowsToScore:
         self.num_rows = len(self._order)
         self.num_tokens = int(lengths[self._order].sum())
         self.max_tokens = _tokens_at_once(int(lengths.max()), args)
+        said = dataset.info.description or dataset.info.dataset_name or ""
+        self.source = (said.strip().splitlines() or [""])[0][:200]
 
     def __iter__(self) -> Iterator[PairBatch]:
         for start in range(0, self.num_rows, _ROWS_AT_ONCE):
