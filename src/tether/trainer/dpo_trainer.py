@@ -308,7 +308,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             )
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:
             raise ConfigurationError(
                 problem="Cannot train with `trainer.model_init`, as `hyperparameter_search` does: it makes another "
@@ -319,9 +319,10 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         self._losses = LossWatch()
         self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
         try:
-            output = super().train(*args, **kwargs)
-            self._check_weights()
-            return output
+            with self._in_folder(resume_from_checkpoint) as checkpoint:
+                output = super().train(checkpoint, *args, **kwargs)
+                self._check_weights()
+                return output
         finally:
             restore_attention(self.accelerator.unwrap_model(self.model))
 
