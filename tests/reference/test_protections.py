@@ -31,7 +31,7 @@ import tether.reference.shared
 import tether.reference.store_checks
 import tether.reference.twin
 import tether.reference.watch
-import tether.trainer.checkpoints
+import tether.trainer.run_saving
 from support import odd_models as odd
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
@@ -884,7 +884,7 @@ def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_identity_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.trainer.checkpoints, "_check_same", lambda *_: None)
+    patch.setattr(tether.trainer.run_saving, "check_reference", lambda *_, **__: None)
 
 
 def digest_no_adapter(patch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from xxhash import xxh3_64
 
@@ -24,7 +26,7 @@ from tether.config.dpo_config import DPOConfig
 from tether.config.rules.options import CHANGES_OF_RESUME, OBJECTIVE
 from tether.data.datasets import MARGIN_COLUMN, TOKEN_COLUMNS, PairDataset
 from tether.data.tokenizing import arrow_tables
-from tether.errors import ConfigurationError, ResumeError
+from tether.errors import ConfigurationError, ResumeError, TetherError
 from tether.trainer.manifest import MANIFEST
 from tether.trainer.run_folder import last_checkpoint, whole_checkpoints
 
@@ -98,6 +100,20 @@ class AboutRun:
         return cls(**json.loads(json.dumps(asdict(about), default=_plain)))
 
 
+def check_same_adapters(checkpoint: Path, about: Mapping[str, Any], own: AboutRun) -> None:
+    """Compares the adapters: a checkpoint's weights are of no other.
+
+    Raises:
+        ResumeError: Names what differs.
+    """
+    if found := list(_differing_adapters(AboutRun(**about).adapters, own.adapters)):
+        raise ResumeError(
+            problem=f"Cannot resume from {checkpoint} with other adapters than its run had: {found[0]}.",
+            details=" ".join(f"{text[0].upper()}{text[1:]}." for text in found[1:]),
+            instead="Build the policy as that run did (`peft_config`, or the same adapter), or start a new run.",
+        )
+
+
 def check_same_run(checkpoint: Path, about: Mapping[str, Any], own: AboutRun, allowed: list[str]) -> None:
     """Compares the run of a checkpoint with the one that is to go on from it, and logs what else differs.
 
@@ -108,15 +124,9 @@ def check_same_run(checkpoint: Path, about: Mapping[str, Any], own: AboutRun, al
         allowed: What may differ, `resume_changes`.
 
     Raises:
-        ResumeError: If the adapters differ, or what changes the objective or the training set.
+        ResumeError: If what changes the objective or the training set differs.
     """
     saved = AboutRun(**about)
-    if found := list(_differing_adapters(saved.adapters, own.adapters)):
-        raise ResumeError(
-            problem=f"Cannot resume from {checkpoint} with other adapters than its run had: {found[0]}.",
-            details=" ".join(f"{text[0].upper()}{text[1:]}." for text in found[1:]),
-            instead="Build the policy as that run did (`peft_config`, or the same adapter), or start a new run.",
-        )
     differing = {
         name: _was(name, there, here)
         for name, (there, here) in _pairs(saved.objective, own.objective).items()
@@ -151,20 +161,19 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
             details=f"Paths start at the current folder, {Path.cwd()}.",
             instead="Name the folder of a checkpoint (out/checkpoint-100), or start a new run.",
         )
-    others = [*whole_checkpoints(output_dir)]
+    earlier: list[Any] = [*whole_checkpoints(output_dir)]
     unproven = [path for path in sorted(output_dir.glob("checkpoint-*")) if not (path / MANIFEST).exists()]
-    why = "the run that was last started there has written none yet" if others else "there is none"
+    why, details = "there is none", f"{unproven[-1]} has no {MANIFEST}." if unproven else ""
+    if earlier:
+        why, details = (
+            "the run that was last started there has written none yet",
+            f"{earlier[-1]} is of an earlier run.",
+        )
+    other = (earlier or unproven or ["the folder of a checkpoint"])[-1]
     raise ResumeError(
         problem=f"Cannot resume from the last checkpoint in {output_dir}: {why}.",
-        details=f"{others[-1]} is of an earlier run."
-        if others
-        else f"{unproven[-1]} has no {MANIFEST}."
-        if unproven
-        else "",
-        instead=(
-            f"Name it to go on with it (`{(others or unproven)[-1]}`), or start" if others or unproven else "Start"
-        )
-        + " a new run.",
+        details=details,
+        instead=f"Name {other} to go on with it, or start a new run.",
     )
 
 
@@ -185,7 +194,10 @@ def check_unproven(checkpoint: Path, allowed: list[str], args: DPOConfig) -> Non
     rng = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
     needed = [TRAINER_STATE_NAME, rng] + ["optimizer.pt", "scheduler.pt"] * (not args.deepspeed and not args.fsdp)
     missing = [name for name in needed if not (checkpoint / name).is_file()]
-    if missing:
+    if not missing:
+        with reading(str(checkpoint)):
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    else:
         raise ResumeError(
             problem=f"Cannot resume from {checkpoint}: `{missing[0]}` is missing.",
             details=f"So are {', '.join(missing[1:])}." if missing[1:] else "",
@@ -193,26 +205,45 @@ def check_unproven(checkpoint: Path, allowed: list[str], args: DPOConfig) -> Non
         )
 
 
-def refuse_changes(allowed: list[str] | None) -> None:
+def refuse_changes(allowed: list[str]) -> None:
     """Refuses `resume_changes` where nothing is resumed.
 
     Raises:
-        ConfigurationError: If it names anything.
+        ConfigurationError: Always.
     """
-    if allowed:
-        raise ConfigurationError(
-            problem=f"Cannot use `resume_changes={allowed}` in a run that resumes nothing: it is about a checkpoint's run.",
-            instead="Leave it out, or name the checkpoint to resume.",
-        )
+    raise ConfigurationError(
+        problem=f"Cannot use `resume_changes={allowed}` in a run that resumes nothing: it has nothing to allow.",
+        instead="Leave it out, or resume a checkpoint.",
+    )
+
+
+@contextmanager
+def reading(checkpoint: str) -> Iterator[None]:
+    """A block that reads a checkpoint through a library.
+
+    Raises:
+        ResumeError: With what the library says where it cannot.
+    """
+    try:
+        yield
+    except TetherError:
+        raise
+    except Exception as error:  # of many kinds: of torch, safetensors, pickle, json, the file system
+        said = " ".join(str(error).split())
+        raise ResumeError(
+            problem=f"Cannot resume from {checkpoint}: it cannot be read into this trainer.",
+            details=f"{type(error).__name__}: {said[:300]}",
+            instead="Build the trainer as the checkpoint's run did (model, adapter, optimizer), resume from another "
+            "checkpoint, or start a new run.",
+        ) from error
 
 
 def _list_others(checkpoint: Path, saved: AboutRun, own: AboutRun, allowed: Mapping[str, str]) -> None:
     """Logs what differs and is not refused, in one line."""
     others = {n: _was(n, *both) for n, both in _pairs(saved.training, own.training).items() if both[0] != both[1]}
-    held_out = [
-        name for name in {**saved.data, **own.data} if name != "train" and saved.data.get(name) != own.data.get(name)
-    ]
-    texts = [*allowed.values(), *others.values(), *(f"the {name} set is another" for name in held_out)]
+    sets = {name: both for name, both in _pairs(saved.data, own.data).items() if name != "train"}
+    changed = [f"the {name} set is another" for name, (there, here) in sets.items() if there != here]
+    texts = [*allowed.values(), *others.values(), *changed]
     if not texts:
         return
     kept = [f"`{name}`" for name in _KEPT if name in others]
@@ -225,9 +256,7 @@ def _list_others(checkpoint: Path, saved: AboutRun, own: AboutRun, allowed: Mapp
 
 def _differing_adapters(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
     if bool(saved) != bool(own):
-        there, here = (
-            f"an adapter ({', '.join(each)})" if each else "the model's own weights" for each in (saved, own)
-        )
+        there, here = (f"an adapter ({_names(each)})" if each else "the model's own weights" for each in (saved, own))
         yield f"it trained {there}, and this trainer trains {here}"
         return
     if saved.keys() != own.keys():

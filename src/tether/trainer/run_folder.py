@@ -49,7 +49,7 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.born_at) > _CLOCK_SECONDS
+            return bool(abs(psutil.Process(self.pid).create_time() - self.born_at) > _CLOCK_SECONDS)
         except psutil.NoSuchProcess:
             return True
 

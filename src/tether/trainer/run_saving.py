@@ -23,12 +23,20 @@ from tether.losses import Objective
 from tether.models.finite import LossWatch, check_weights
 from tether.trainer.callbacks import BEMACallback
 from tether.trainer.checkpoint_weights import load_weights, save_adapters
-from tether.trainer.checkpoints import Kept, StreamPlace, load_companions, load_run, save_run
+from tether.trainer.checkpoints import Kept, StreamPlace, check_reference, load_companions, load_run, save_run
 from tether.trainer.manifest import Manifest, check_files, listed_alone, read_manifest, write_manifest
 from tether.trainer.model_card import write_model_card
 from tether.trainer.reference_note import write_reference_note
 from tether.trainer.reference_run import ReferenceRun
-from tether.trainer.resuming import AboutRun, check_same_run, check_unproven, named_checkpoint, refuse_changes
+from tether.trainer.resuming import (
+    AboutRun,
+    check_same_adapters,
+    check_same_run,
+    check_unproven,
+    named_checkpoint,
+    reading,
+    refuse_changes,
+)
 from tether.trainer.run_folder import RunFolder
 from tether.trainer.sets import named_sets
 
@@ -95,6 +103,8 @@ class RunSaving(Trainer):
             write_model_card(self, Path(output_dir))
         if self.is_world_process_zero():
             write_reference_note(self, Path(output_dir or str(self.args.output_dir)), self._reference_name)
+            if output_dir in (None, self.args.output_dir):
+                self._folder.note_saved(self.state.global_step)
 
     def _check_weights(self) -> None:
         check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
@@ -118,14 +128,15 @@ class RunSaving(Trainer):
             router_aux_loss_coef=self._router_coefficient,
             BEMACallback=[average.options for average in self._averages],
         )
-        self._folder, manifest, checkpoint = RunFolder(Path(str(args.output_dir))), None, None
+        manifest, checkpoint = None, None
+        with raising_together():
+            if resume not in (None, False):
+                checkpoint = named_checkpoint(self._folder.path, resume)
+                manifest = self._checked(checkpoint)
+            elif args.resume_changes:
+                refuse_changes(args.resume_changes)
         with ExitStack() as stack:
             with raising_together():
-                checkpoint = None if resume in (None, False) else named_checkpoint(self._folder.path, resume)
-                if checkpoint is None:
-                    refuse_changes(args.resume_changes)
-                else:
-                    manifest = self._checked(checkpoint)
                 if self.is_world_process_zero():
                     stack.enter_context(self._folder.held(checkpoint, take_over=args.take_over))
             self._folder.run = of_main(self._folder.run)
@@ -136,10 +147,13 @@ class RunSaving(Trainer):
         manifest, allowed = read_manifest(checkpoint), self.args.resume_changes or []
         if manifest is None:
             check_unproven(checkpoint, allowed, self.args)
-            return None
-        if self.args.should_save:
-            check_files(checkpoint, manifest)
-        check_same_run(checkpoint, manifest.about, self._about, allowed)
+        else:
+            if self.args.should_save:
+                check_files(checkpoint, manifest)
+            check_same_adapters(checkpoint, manifest.about, self._about)
+        check_reference(checkpoint, self._reference_run.reference, is_proven=manifest is not None)
+        if manifest is not None:
+            check_same_run(checkpoint, manifest.about, self._about, allowed)
         return manifest
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -190,9 +204,10 @@ class RunSaving(Trainer):
             average.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         num_tokens = load_run(Path(checkpoint), self._kept)
         self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
         for average in self._averages:
@@ -203,8 +218,20 @@ class RunSaving(Trainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, BEMACallback)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading(resume_from_checkpoint):
+            if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warns of weights that were not in a file, but not of other names of those that were."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(tensor) for name, tensor in named.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(named.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_best_model(self) -> None:
         checkpoint = Path(str(self.state.best_model_checkpoint))
