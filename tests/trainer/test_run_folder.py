@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,11 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, oth
 def test_a_dead_process_does_not_hold_its_folder(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
     owned_by(tmp_path, pid=other.pid, born_at=psutil.Process(other.pid).create_time())
     other.kill()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # its parent has not asked for its end
+    with RunFolder(tmp_path).held(None, take_over=False):
+        pass
     other.wait()
+    owned_by(tmp_path, pid=other.pid)
     with RunFolder(tmp_path).held(None, take_over=False):
         pass
 

@@ -49,7 +49,9 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.born_at) > _CLOCK_SECONDS)
+            process = psutil.Process(self.pid)
+            has_ended = process.status() == psutil.STATUS_ZOMBIE  # and nobody has asked how
+            return has_ended or bool(abs(process.create_time() - self.born_at) > _CLOCK_SECONDS)
         except psutil.NoSuchProcess:
             return True
 
@@ -137,7 +139,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         start = LastRun(uuid.uuid4().hex, time.time(), self._named(resumed_from), owner=Owner.this())
-        goes_on = resumed_from is not None and last_checkpoint(self.path) == str(resumed_from)
+        goes_on = start.resumed_from is not None and start.resumed_from == self._named(last_checkpoint(self.path))
         with self._alone():
             last = read_last_run(self.path)
             if last and last.owner and not take_over and not last.owner.is_dead:
@@ -163,10 +165,10 @@ class RunFolder:
             TetherError: If another run has taken the folder over.
         """
         last = read_last_run(self.path)
-        if last is None or last.run != self.run:
+        if last is not None and last.run != self.run:  # each machine's own disk has none but that of the main process
             raise TetherError(
                 problem=f"Cannot keep {name} in {self.path}: another run has taken this folder over.",
-                details=f"It is trained in by {last.owner}." if last and last.owner else "",
+                details=f"Process {last.owner.pid} on {last.owner.host} trains in it." if last.owner else "",
                 instead="Give each run its own `output_dir`.",
             )
         place = self.path / name
@@ -204,10 +206,10 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def _named(self, checkpoint: Path | None) -> str | None:
+    def _named(self, checkpoint: str | Path | None) -> str | None:
         if checkpoint is None:
             return None
-        path, home = checkpoint.resolve(), self.path.resolve()
+        path, home = Path(checkpoint).resolve(), self.path.resolve()
         return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
     def _beat(self, ended: threading.Event) -> None:

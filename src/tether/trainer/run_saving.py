@@ -128,6 +128,7 @@ class RunSaving(Trainer):
             router_aux_loss_coef=self._router_coefficient,
             BEMACallback=[average.options for average in self._averages],
         )
+        self._folder = RunFolder(Path(str(args.output_dir)))
         manifest, checkpoint = None, None
         with raising_together():
             if resume not in (None, False):
@@ -176,10 +177,11 @@ class RunSaving(Trainer):
         written, place = self._folder.staging / name, self._folder.path / name
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(place)
+            if writes:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()  # every process has written
         with raising_together():
             if writes and written.is_dir():
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
                 write_manifest(written, self._folder.run, self.state.global_step, asdict(self._about))
                 self._folder.publish(name)
         if writes:
