@@ -6,12 +6,12 @@ processes; knows no trainer.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -25,6 +25,9 @@ import psutil
 
 from tether.errors import ConfigurationError, TetherError
 from tether.trainer.manifest import Manifest, whole_manifest
+
+if sys.platform != "win32":
+    import fcntl
 
 _FILE, _STAGING, _REPLACED = "_tether_run.json", "_tether_saving", "replaced"
 _BEAT_SECONDS = 20.0
@@ -198,6 +201,9 @@ class RunFolder:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """While open, no other process reads and then writes the file."""
+        if sys.platform == "win32":  # does not lock folders
+            yield
+            return
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             with suppress(OSError):  # a file system without locks
