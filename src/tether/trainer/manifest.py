@@ -23,6 +23,7 @@ from tether.errors import ResumeError, TetherError
 
 MANIFEST = "manifest.json"
 _VERSION = 1
+_MAPPED_BYTES = 1 << 20  # from here on, mapping a file is faster than reading it
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def write_manifest(checkpoint: Path, run: str, step: int, about: dict[str, Any])
     """Writes the manifest of a checkpoint to which nothing else will be written."""
     files = {name: (path.stat().st_size, _checksum(path)) for name, path in _files_in(checkpoint).items()}
     fields = asdict(Manifest(run, step, about, files)) | {"version": _VERSION}
-    text = json.dumps(fields | {"checksum": _checksum_of(fields)}, indent=1)
+    text = json.dumps(fields | {"checksum": _checksum_of(fields)})
     (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
 
 
@@ -150,8 +151,8 @@ def _leads_out(name: str) -> bool:
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-            return xxh3_64().hexdigest()
+        if os.fstat(file.fileno()).st_size < _MAPPED_BYTES:
+            return xxh3_64(file.read()).hexdigest()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return xxh3_64(content).hexdigest()
 
