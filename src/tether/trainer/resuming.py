@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from xxhash import xxh3_64
 
 from tether.config.dpo_config import DPOConfig
-from tether.config.rules.options import CHANGES_OF_RESUME, OBJECTIVE
+from tether.config.rules.options import OBJECTIVE
 from tether.data.datasets import MARGIN_COLUMN, TOKEN_COLUMNS, PairDataset
 from tether.data.tokenizing import arrow_tables
 from tether.errors import ConfigurationError, ResumeError, TetherError
@@ -136,7 +136,7 @@ def check_same_run(checkpoint: Path, about: Mapping[str, Any], own: AboutRun, al
         differing["data"] = _other_rows(there, here)
     refused = {name: text for name, text in differing.items() if name not in allowed}
     if refused:
-        names = sorted({*refused, *(set(allowed) & set(CHANGES_OF_RESUME))})
+        names = sorted({*refused, *allowed})
         raise ResumeError(
             problem=f"Cannot resume from {checkpoint} as another run: {next(iter(refused.values()))}.",
             details=" ".join(f"{text[0].upper()}{text[1:]}." for text in list(refused.values())[1:]),
@@ -165,10 +165,8 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
     unproven = [path for path in sorted(output_dir.glob("checkpoint-*")) if not (path / MANIFEST).exists()]
     why, details = "there is none", f"{unproven[-1]} has no {MANIFEST}." if unproven else ""
     if earlier:
-        why, details = (
-            "the run that was last started there has written none yet",
-            f"{earlier[-1]} is of an earlier run.",
-        )
+        why = "the run that was last started there has written none yet"
+        details = f"{earlier[-1]} is of an earlier run."
     other = (earlier or unproven or ["the folder of a checkpoint"])[-1]
     raise ResumeError(
         problem=f"Cannot resume from the last checkpoint in {output_dir}: {why}.",
