@@ -19,6 +19,7 @@ from tether.cli import main
 from tether.cli.train import _how_to_resume
 from tether.errors import ConfigurationError
 from tether.masking import without_secrets
+from tether.trainer.manifest import write_manifest
 
 SECRET = "secret-of-mine"
 
@@ -106,8 +107,9 @@ def test_the_command_shows_no_secret(
 
 def test_the_line_that_says_how_to_go_on_shows_no_secret(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    write_manifest(tmp_path / "checkpoint-1", "run", 1, {})
     args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=False)
     trainer: Any = SimpleNamespace(args=args, state=SimpleNamespace(global_step=1, max_steps=2))
-    said = _how_to_resume(trainer, ["recipe.yaml", "--hub_token", SECRET])
+    recipe: Any = SimpleNamespace(script=SimpleNamespace(resume=None))
+    said = _how_to_resume(trainer, recipe, ["recipe.yaml", "--hub_token", SECRET])
     assert "tether train recipe.yaml --hub_token <hidden> --resume" in said

@@ -30,6 +30,7 @@ if _typing.TYPE_CHECKING:
     from tether.store import LogProbStore as LogProbStore
     from tether.trainer.callbacks import BEMACallback as BEMACallback
     from tether.trainer.dpo_trainer import DPOTrainer as DPOTrainer
+    from tether.trainer.run_folder import last_checkpoint as last_checkpoint
     from tether.types import PairBatch as PairBatch
     from tether.types import PairScores as PairScores
     from tether.types import Response as Response
@@ -63,6 +64,7 @@ _HOMES = {
     "LogProbStore": "tether.store",
     "BEMACallback": "tether.trainer.callbacks",
     "DPOTrainer": "tether.trainer.dpo_trainer",
+    "last_checkpoint": "tether.trainer.run_folder",
     "PairBatch": "tether.types",
     "PairScores": "tether.types",
     "Response": "tether.types",

@@ -40,6 +40,7 @@ import tether.store.record
 import tether.store.schema
 import tether.trainer.checkpoints
 import tether.trainer.reference_run
+import tether.trainer.run_saving
 from support import odd_models as odd
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
@@ -158,9 +159,36 @@ def resumed_with_another_adapter(folder: Path) -> float:
     return resumed_differs(folder, continued(0), lambda: continued(1))
 
 
+def resumed_with_another_alpha(folder: Path) -> float:
+    def fresh(alpha: int) -> dict[str, Any]:
+        return {"peft_config": LoraConfig(r=4, lora_alpha=alpha)}
+
+    return resumed_differs(folder, fresh(8), lambda: fresh(64))
+
+
+def resumed_with_a_damaged_reference(folder: Path) -> float:
+    """A page of zeros where weights of the reference were."""
+
+    def damaged() -> dict[str, Any]:
+        (path,) = (folder / "checkpoint-2" / "reference").glob("*.safetensors")
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 4096] = bytes(4096)
+        path.write_bytes(content)
+        return FOLLOWING
+
+    return resumed_differs(folder, FOLLOWING, damaged)
+
+
+def resumed_with_another_beta(folder: Path) -> float:
+    return resumed_differs(folder, {"beta": 0.1}, lambda: {"beta": 1.0})
+
+
+FOLLOWING: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+
+
 def resumed_while_following(folder: Path) -> float:
-    sync = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-    return resumed_differs(folder, sync, lambda: sync)
+    return resumed_differs(folder, FOLLOWING, lambda: FOLLOWING)
 
 
 def shares_with_the_policy(folder: Path) -> float:
@@ -945,8 +973,12 @@ def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def no_identity_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.trainer.checkpoints, "_check_same", lambda *_: None)
+def drop(check: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Without one of the checks of a checkpoint."""
+    return lambda patch: patch.setattr(tether.trainer.run_saving, check, lambda *_, **__: None)
+
+
+no_identity_check = drop("check_reference")
 
 
 def digest_no_adapter(patch: pytest.MonkeyPatch) -> None:
@@ -1302,6 +1334,15 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     "resumed with another adapter": Protection(
         resumed_with_another_adapter, also(no_identity_check, compare_nothing), ResumeError
+    ),
+    "resumed with another alpha of the adapter that trains": Protection(
+        resumed_with_another_alpha, drop("check_same_adapters"), ResumeError
+    ),
+    "resumed with a damaged reference": Protection(
+        resumed_with_a_damaged_reference, also(drop("check_files"), compare_nothing), ResumeError
+    ),
+    "resumed with another beta": Protection(
+        resumed_with_another_beta, drop("check_same_run"), ResumeError, silent=1e-4
     ),
     "a synchronized reference is saved": Protection(
         resumed_while_following, also(no_state, compare_nothing), silent=1e-4

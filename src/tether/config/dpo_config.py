@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from tether.config.option_types import refused_types
 from tether.config.rules.launch import launched_precision, refused_launch
 from tether.config.rules.options import (
+    CHANGES_OF_RESUME,
     DTYPES,
     SAMPLE_TOKENS,
     SYNC_ALPHA,
@@ -189,6 +190,15 @@ class DPOConfig(TrainingArguments):
     )
     ref_dtype: Dtype | None = _option(
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
+    )
+
+    resume_changes: list[str] | None = _option(
+        None,
+        "What a resumed run may change although it changes the objective or the pairs; an error names what differs. "
+        f"Any of: {', '.join(CHANGES_OF_RESUME)} (manifest: the checkpoint has none, so nothing proves it).",
+    )
+    take_over: bool = _option(
+        False, "Train in output_dir although another process says that it does; that process keeps nothing more."
     )
 
     report_samples: int = _option(

@@ -47,6 +47,7 @@ class Objective:
         functions = [LOSSES[loss] if isinstance(loss, str) else loss for loss in losses]
         self._terms = list(zip(weights or [1.0] * len(functions), functions, strict=True))
         self._options = options if callable(options) else lambda: options
+        self.names = [loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)) for loss in losses]
         self.use_weighting = use_weighting
         self.reward_shift = RewardShift() if bco_reward_shift and "bco_pair" in losses else None
 
