@@ -38,7 +38,6 @@ import tether.reference.watch
 import tether.store.exchange
 import tether.store.record
 import tether.store.schema
-import tether.trainer.checkpoints
 import tether.trainer.reference_run
 import tether.trainer.run_saving
 from support import odd_models as odd
