@@ -20,7 +20,9 @@ MARGIN_COLUMN = "margin"  # how much better the chosen response is, in units of 
 IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.data.image_rows`
 # Sums that rows may have; see `tether.trainer.reference_columns`.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-_RESPONSES = ("chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
+# Columns of ours: a row's number where the user sees it ("17 of pairs.jsonl"), and why a row cannot be read at all.
+ROW_COLUMN, UNREADABLE_COLUMN = "tether_row", "tether_unreadable"
 
 
 class RowTokens(NamedTuple):
@@ -55,6 +57,11 @@ class RowReader(Protocol):
             DataError: If it is not a pair.
         """
         ...
+
+
+def row_name(row: Mapping[str, Any], index: int, name: str) -> str:
+    """A row in messages: by its own number if it has one, else by its place in its set ("Row 3 of the train set")."""
+    return f"Row {row.get(ROW_COLUMN) or f'{index} of the {name} set'}"
 
 
 @dataclass(frozen=True)
@@ -196,18 +203,19 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: If it is not a pair.
     """
-    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
-    for field in _RESPONSES:
+    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *RESPONSES) if row.get(name) is not None}
+    for field in RESPONSES:
         if row.get(field) is None:
+            columns = sorted(row.keys() - {ROW_COLUMN, UNREADABLE_COLUMN})
             raise DataError(
                 problem=f"{where} has no `{field}`: a pair needs two responses to one prompt.",
-                details=f"The row has these columns: {', '.join(sorted(row))}.",
+                details=f"The row has these columns: {', '.join(columns)}.",
                 instead=f"Add `{field}`, or drop the row.",
             )
     if _prompt_is_repeated(row):
         row["prompt"] = None
     _check_kinds(row, where)
-    for field in _RESPONSES:
+    for field in RESPONSES:
         if _is_empty(row[field]):
             raise DataError(
                 problem=f"{where} has an empty `{field}` response: it has no token to score.",
@@ -224,7 +232,7 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
     if MARGIN_COLUMN not in row:
         return
     margin = row[MARGIN_COLUMN]
-    if not _is_number(margin):
+    if not is_number(margin):
         raise DataError(
             problem=f"{where} has `margin={margin!r}`: a margin must be a finite number.",
             details="It says how much better the chosen response is, in units of reward, and is subtracted from the "
@@ -235,7 +243,7 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
 
 def check_reference_sum(value: Any, column: str, where: str) -> None:
     """Raises a `DataError` if a row's reference log-prob is not a finite number."""
-    if not _is_number(value):
+    if not is_number(value):
         raise DataError(
             problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
             "finite number.",
@@ -243,9 +251,12 @@ def check_reference_sum(value: Any, column: str, where: str) -> None:
         )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether it is a finite number; a tensor or array of one element counts too."""
-    return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _prompt_is_repeated(row: Mapping[str, Any]) -> bool:
@@ -258,7 +269,7 @@ def _prompt_is_repeated(row: Mapping[str, Any]) -> bool:
 
 
 def _check_kinds(row: Mapping[str, Any], where: str) -> None:
-    kinds = {name: _kind(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
+    kinds = {name: _kind(row[name]) for name in ("prompt", *RESPONSES) if row.get(name) is not None}
     if set(kinds.values()) in ({"text"}, {"messages"}):
         return
     raise DataError(
@@ -274,7 +285,7 @@ def _check_kinds(row: Mapping[str, Any], where: str) -> None:
 def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
     """Refuses whole conversations beside a prompt: the prompt would be rendered twice."""
     prompt = row["prompt"]
-    if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in _RESPONSES):
+    if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in RESPONSES):
         raise DataError(
             problem=f"{where} has a `prompt` that both of its responses repeat at their start: the model would read it "
             "twice.",

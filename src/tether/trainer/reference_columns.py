@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset
 
 from tether.data.datasets import REFERENCE_COLUMNS, PairCollator, PairDataset, batch_columns, batch_of, column_names
-from tether.data.rows import check_reference_sum, has_image_column
+from tether.data.rows import check_reference_sum, has_image_column, is_number
+from tether.data.tokenizing import name_of_row
 from tether.errors import DataError
 from tether.reference import Reference
 
@@ -78,6 +79,7 @@ def _read_numbers(name: str, dataset: Dataset, digest: Any) -> None:
     for column in REFERENCE_COLUMNS:
         values = list(dataset.with_format(None)[column])
         for row, value in enumerate(values):
-            check_reference_sum(value, column, f"Row {row} of the {name} set")
+            if not is_number(value):
+                check_reference_sum(value, column, name_of_row(dataset, row, name))
         numbers = np.array(values, dtype=np.float64)
         digest.update(f"{name}:{column}".encode() + numbers.tobytes())

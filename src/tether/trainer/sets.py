@@ -17,7 +17,7 @@ from tether.data.collators import pair_collator
 from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
-from tether.data.tokenizing import largest_id
+from tether.data.tokenizing import largest_id, name_of_row
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError
 from tether.models.loading import tokenizer_of
@@ -112,4 +112,4 @@ def check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:
     for name, dataset in sets.items():
         if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
             largest, row = largest_id(dataset)
-            check_embeds(policy, largest, f"Row {row} of the {name} set")
+            check_embeds(policy, largest, name_of_row(dataset, row, name))
