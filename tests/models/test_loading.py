@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from support.runs import make_trainer, trained
 from support.tiny import tiny_model, tiny_tokenizer
 from tether.errors import ConfigurationError
+from tether.models.loading import load_model
 from tether.models.preparing import add_adapter
 
 
@@ -96,3 +97,26 @@ def test_an_adapter_on_a_quantized_base_trains_in_bfloat16(flag: str | None) -> 
     }
     assert dtypes == {"magnitude": torch.float32, "factor": torch.bfloat16 if flag else torch.float32}
     assert all(p.dtype == torch.float32 for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("trained", [{}, {"trainable_token_indices": [256, 257]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_with_added_tokens_loads_as_it_was_saved(trained: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(258)
+    adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **trained))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 256, 257, 9]])
+    loaded: Any = load_model(str(tmp_path / "adapter"), None, trust_remote_code=False)
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+
+
+def test_an_adapter_whose_new_tokens_have_no_row_in_the_head_is_refused(tmp_path: Path) -> None:
+    """PEFT saves the embedding that an adapter is on, but not the head; its new rows would be random."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(258)
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["embed_tokens"])
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigurationError, match="trained with 258 tokens, its base has 256"):
+        load_model(str(tmp_path / "adapter"), None, trust_remote_code=False)

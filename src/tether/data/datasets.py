@@ -58,6 +58,11 @@ def as_dataset(rows: Rows | None) -> PairDataset:
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         return _dataset_of(rows)
+    if rows is None:
+        raise ArgumentTypeError(
+            problem="Cannot train without pairs: `train_dataset` is None.",
+            instead="Pass rows with `prompt`, `chosen` and `rejected`, or `eval_dataset` alone to evaluate.",
+        )
     given = type(rows).__name__
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"

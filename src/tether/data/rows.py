@@ -108,7 +108,7 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
         DataError: If it is not a pair.
     """
     if any(row.get(column) is not None for column in TOKEN_COLUMNS):
-        tokens = _given_tokens(row, where, len(tokenizer))
+        tokens = _given_tokens(row, where, tokenizer)
         check_margin(row, where)
         return tokens
     row = with_prompt(row, where)
@@ -138,7 +138,7 @@ def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected
 # ---- tokens ------------------------------------------------------------------------------------------------------
 
 
-def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTokens:
+def _given_tokens(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:
     """The ids that a row has."""
     ids: list[list[int]] = []
     for column in TOKEN_COLUMNS:
@@ -149,18 +149,25 @@ def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTok
                 "fit together.",
                 instead=f"Give all of {', '.join(TOKEN_COLUMNS)}, or none of them and the row as text.",
             )
-        ids.append([int(token) for token in given] if is_token_ids(given, vocabulary) else _refuse_ids(column, where))
+        ids.append([int(token) for token in given] if _is_token_ids(given, tokenizer) else _refuse_ids(column, where))
     prompt_ids, chosen_ids, rejected_ids = ids
     tokens = RowTokens(prompt_ids, chosen_ids, rejected_ids, lost_ids=[])
     _check_not_empty(tokens, where)
     return tokens
 
 
-def is_token_ids(value: Any, vocabulary: int) -> bool:
-    """Whether it is a sequence of ids below `vocabulary`."""
+def _is_token_ids(value: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is a sequence of the tokenizer's ids."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         return False
-    return all(not isinstance(token, bool) and _is_whole(token) and 0 <= token < vocabulary for token in value)
+    ids = list(value)
+    are_whole = all(not isinstance(token, bool) and _is_whole(token) and token >= 0 for token in ids)
+    return are_whole and is_known(max(ids, default=0), tokenizer)
+
+
+def is_known(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has ids up to this one; with gaps between them, their number is smaller."""
+    return token < len(tokenizer) or token in tokenizer.get_vocab().values()
 
 
 def _is_whole(token: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows import (
     MARGIN_COLUMN,
@@ -26,6 +27,7 @@ from tether.data.rows import (
     RowTokens,
     check_margin,
     check_reference_sum,
+    is_known,
     row_name,
 )
 from tether.data.truncation import Truncation
@@ -76,13 +78,13 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
     if len(dataset) == 0:
         raise _no_rows(plan, "")
     _check_columns(dataset.column_names, plan.name)
-    if not _is_tokenized(dataset, len(plan.reader.tokenizer)):
+    if not _is_tokenized(dataset, plan.reader.tokenizer):
         dataset = _with_findings(dataset, plan, num_proc)
     problems = _problems(dataset)
     if problems and not plan.drops:
         raise _refusal(problems, dataset, plan)
     reasons = _by_reason(problems)
-    prompts, *_ = _lengths(dataset)
+    prompts, *_ = token_lengths(dataset)
     reasons[plan.full_prompt] += np.flatnonzero((prompts > 0) & ~plan.truncation.leaves_room(prompts)).tolist()
     dropped = {index for indices in reasons.values() for index in indices}
     if len(dropped) == len(dataset):
@@ -165,7 +167,7 @@ def _problems(dataset: Dataset) -> dict[int, tuple[str, DataError]]:
     return {index: (reason, DataError(*args)) for index, (reason, *args) in read.items()}
 
 
-def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
+def _is_tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether every row has ids of the tokenizer in every column; looks at whole columns, which is fast."""
     if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return False
@@ -177,12 +179,12 @@ def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
             bounds = pc.min_max(pc.list_flatten(column)).as_py()
             if column.null_count or not pc.all(pc.greater(pc.list_value_length(column), 0)).as_py():
                 return False
-            if bounds["min"] < 0 or bounds["max"] >= vocabulary:
+            if bounds["min"] < 0 or not is_known(bounds["max"], tokenizer):
                 return False
     return True
 
 
-def _lengths(dataset: Dataset) -> Any:
+def token_lengths(dataset: Dataset) -> Any:
     """Tokens of prompt, chosen and rejected: three rows of numbers."""
     tables = arrow_tables(dataset, TOKEN_COLUMNS)
     return np.concatenate(
@@ -358,12 +360,12 @@ def _rows(indices: Sequence[int], dataset: Dataset | None = None) -> str:
 
 def _warn_of_cuts(dataset: Dataset, plan: TokenizingPlan) -> None:
     """Says in one line how many pairs lose a part to the limit, and how much."""
-    cut = _num_cut(plan.truncation, *_lengths(dataset))
+    cut = _num_cut(plan.truncation, *token_lengths(dataset))
     rows = np.flatnonzero(cut.max(axis=0))
     if len(rows) == 0:
         return
     chosen, rejected = (cut > 0).sum(axis=1)
-    lost, whole = cut[cut > 0], int((_lengths(dataset)[0] + _lengths(dataset)[1:]).max())
+    lost, whole = cut[cut > 0], int((token_lengths(dataset)[0] + token_lengths(dataset)[1:]).max())
     _warn(
         f"{len(rows)} of {len(dataset)} pairs of the {plan.name} set lose {_lost_part(plan.truncation)} to "
         f"`max_length={plan.truncation.max_length}`, {chosen} of the chosen and {rejected} of the rejected: "

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from tether.errors import ConfigurationError
 from tether.models.gguf import gguf_option, use_as_plain, without_absent_file
 from tether.models.origin import Origin, absolute, name_of
 
@@ -94,7 +95,34 @@ def _load(model: str, init_kwargs: dict[str, Any] | None, trust_remote_code: boo
     # transformers would load the adapter into the base's own layers, frozen; AutoPeftModel would also resize the base.
     name = PeftConfig.from_pretrained(model).base_model_name_or_path
     base = _auto_class(name, options).from_pretrained(name, **options)
-    return PeftModel.from_pretrained(base, model, is_trainable=True)
+    return PeftModel.from_pretrained(_sized_for(base, model), model, is_trainable=True)
+
+
+def _sized_for(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The base with as many tokens as when the adapter was saved: PEFT saves embeddings that had grown with it."""
+    embeddings: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
+    weights = load_peft_weights(adapter, device="cpu")
+
+    def saved(layer: Any) -> int:
+        """Rows of a layer in the adapter's file; 0 if it is not there."""
+        paths = [f".{name}." for name, module in base.named_modules() if module is layer]
+        named = (key for key in weights if key.endswith(".weight") and any(path in key for path in paths))
+        return max((weights[key].shape[0] for key in named), default=0)
+
+    num_before, num_saved = embeddings.weight.shape[0], saved(embeddings)
+    if num_saved in (0, num_before):
+        return base
+    has_own_head = head is not None and head.weight is not embeddings.weight
+    if has_own_head and saved(head) < num_saved:
+        raise ConfigurationError(
+            problem=f"Cannot load the adapter {adapter}: it was trained with {num_saved} tokens, its base has "
+            f"{num_before}, and the head's rows for the others were not saved.",
+            instead="Save it again with `save_embedding_layers=True` and the head in `modules_to_save`, or save the "
+            "base with all its tokens and name that folder in the adapter's `base_model_name_or_path`.",
+        )
+    base.resize_token_embeddings(num_saved, mean_resizing=False)  # every row is then loaded
+    return base
 
 
 def _auto_class(name: str, options: dict[str, Any]) -> Any:

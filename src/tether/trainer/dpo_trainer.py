@@ -71,7 +71,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         data_collator: A collator of your own that returns the padded batches of `DataCollatorForPreference`. The
             default pads nothing and needs no padding token.
         train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`; for a model
-            that reads them with `image` or `images`.
+            that reads them with `image` or `images`. May be left out if the trainer only evaluates.
         eval_dataset: The same, or a dict of named sets.
         processing_class: The tokenizer, or the processor of a vision-language model; by default the one beside the
             model.
@@ -315,6 +315,11 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 "policy for each run, and the reference was made of the first.",
                 instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
                 "reference's answers.",
+            )
+        if self.train_dataset is None:
+            raise ConfigurationError(
+                problem="Cannot train without `train_dataset`: this trainer was made to evaluate.",
+                instead="Pass the pairs to train on: `DPOTrainer(..., train_dataset=pairs)`.",
             )
         self._losses = LossWatch()
         self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it

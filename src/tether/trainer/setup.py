@@ -39,7 +39,7 @@ from tether.trainer.callbacks import BEMACallback
 from tether.trainer.evaluation import WithTokenIds
 from tether.trainer.reference_columns import digest_given
 from tether.trainer.saving import keep_savable
-from tether.trainer.sets import EvalSets, SetReader, check_ids, named_sets
+from tether.trainer.sets import EvalSets, SetReader, check_fit, named_sets
 from tether.trainer.trainable import checkpoints_activations, warn_of_optimizer
 from tether.trainer.versions import note_untested
 
@@ -74,14 +74,14 @@ class Checked:
         around: What its reference needs to know that no option says.
         reader: What reads its sets.
         processing: The tokenizer, or the processor of a vision-language model.
-        train_set, eval_sets: The tokenized sets.
+        train_set, eval_sets: The tokenized sets; a run that only evaluates has none to train on.
     """
 
     facts: Facts
     around: Surroundings
     reader: SetReader
     processing: PreTrainedTokenizerBase | ProcessorMixin
-    train_set: PairDataset
+    train_set: PairDataset | None
     eval_sets: EvalSets
 
 
@@ -104,7 +104,9 @@ def check(asked: Asked) -> Checked:
         trust_remote_code=args.trust_remote_code,
     )
     reader = SetReader(loaded.processing_class, args, asked.data_collator)
-    train_rows, eval_rows = as_dataset(asked.train_dataset), reader.as_datasets(asked.eval_dataset)
+    only_evaluates = asked.train_dataset is None and asked.eval_dataset is not None
+    train_rows = None if only_evaluates else as_dataset(asked.train_dataset)
+    eval_rows = reader.as_datasets(asked.eval_dataset)
     facts = _facts(asked, args, loaded, reader, named_sets(train_rows, eval_rows))
     keep_differentiable(facts.policy)  # first, because a rule may make a forward
     if facts.ref_model is not None:
@@ -112,9 +114,10 @@ def check(asked: Asked) -> Checked:
     refuse(refused_run(facts))
     if facts.ref_model is not None:
         check_finite(model_tensors(facts.policy))  # a reference made from the policy looks at its weights itself
-    train_set, eval_sets = reader.read(train_rows, "train"), reader.read_all(eval_rows)
+    train_set = None if train_rows is None else reader.read(train_rows, "train")
+    eval_sets = reader.read_all(eval_rows)
     sets = named_sets(train_set, eval_sets)
-    check_ids(sets, facts.policy)
+    check_fit(sets, facts.policy, facts.ref_model, reader.truncation)
     tokenizer = facts.tokenizer  # the facts hold the models, which this must not keep alive
     around = Surroundings(
         origins=loaded.origins,
