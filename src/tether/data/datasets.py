@@ -58,11 +58,6 @@ def as_dataset(rows: Rows | None) -> PairDataset:
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         return _dataset_of(rows)
-    if rows is None:
-        raise ArgumentTypeError(
-            problem="Cannot train without pairs: `train_dataset` is None.",
-            instead="Pass rows with `prompt`, `chosen` and `rejected`, or `eval_dataset` alone to evaluate.",
-        )
     given = type(rows).__name__
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
@@ -160,6 +155,7 @@ def tokenize_pairs(
     num_proc: int | None = None,
     name: str = "train",
     bad_rows: Literal["raise", "drop"] = "raise",
+    max_positions: int | None = None,
 ) -> PairDataset:
     """Adds the `TOKEN_COLUMNS` (untruncated) if missing, and drops rows whose prompt fills `max_length`.
 
@@ -173,13 +169,16 @@ def tokenize_pairs(
         num_proc: Worker processes.
         name: The set's name, for messages.
         bad_rows: What happens to rows that are not pairs: `raise` or `drop`.
+        max_positions: Tokens of the longest row, as it is cut, that the models have positions for; a longer one is
+            treated as one that is not a pair. None for no limit.
 
     Raises:
         DataError: For a row that is not a pair (names it, and counts the others), or if no row remains. Rows of a
             stream are checked when they are read.
     """
     reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
-    plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
+    truncation = Truncation(max_length, truncation_mode)
+    plan = TokenizingPlan(reader, name, truncation, drops=bad_rows == "drop", max_positions=max_positions)
     if isinstance(dataset, Dataset):
         return tokenize_set(dataset, plan, num_proc)
     return tokenize_stream(dataset, plan)

@@ -54,16 +54,31 @@ class TokenizingPlan:
         name: The set's name, for messages.
         truncation: Where its rows will be cut; a row whose prompt leaves no room for a response is dropped.
         drops: Whether rows that are not pairs are dropped; otherwise they are refused.
+        max_positions: Tokens of the longest row that the models have positions for; a longer one is not a pair either.
     """
 
     reader: RowReader
     name: str
     truncation: Truncation
     drops: bool
+    max_positions: int | None = None
 
     @property
     def full_prompt(self) -> str:
         return f"has a prompt that fills `max_length={self.truncation.max_length}` and leaves no room for a response"
+
+    def too_long(self, where: str) -> DataError:
+        return DataError(
+            problem=f"{where} has more tokens than the {self.max_positions} that the model learned positions for.",
+            instead=f"Set `max_length={self.max_positions}`, or use a model with more positions.",
+        )
+
+    def lacks_positions(self, num_prompt: Any, *num_responses: Any) -> Any:
+        """Whether a model has no positions for a row of so many tokens, as it is cut."""
+        if self.max_positions is None:
+            return np.zeros_like(num_prompt, dtype=bool)
+        spans = [self.truncation.span(num_prompt, number) for number in num_responses]
+        return np.max([stop - start for start, _, stop in spans], axis=0) > self.max_positions
 
 
 # ---- sets in memory ----------------------------------------------------------------------------------------------
@@ -80,7 +95,7 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
     _check_columns(dataset.column_names, plan.name)
     if not _is_tokenized(dataset, plan.reader.tokenizer):
         dataset = _with_findings(dataset, plan, num_proc)
-    problems = _problems(dataset)
+    problems = _problems(dataset, plan)
     if problems and not plan.drops:
         raise _refusal(problems, dataset, plan)
     reasons = _by_reason(problems)
@@ -158,13 +173,18 @@ def _without_findings(dataset: Dataset, dropped: set[int], plan: TokenizingPlan)
     return dataset.select([index for index in range(len(dataset)) if index not in dropped])
 
 
-def _problems(dataset: Dataset) -> dict[int, tuple[str, DataError]]:
-    """What is wrong with each row that is not a pair; a set that came tokenized is checked as a whole instead."""
-    if _PROBLEM not in dataset.column_names:
-        return {}
-    found = enumerate(_texts(dataset, _PROBLEM))
-    read = {index: json.loads(problem) for index, problem in found if problem is not None}
-    return {index: (reason, DataError(*args)) for index, (reason, *args) in read.items()}
+def _problems(dataset: Dataset, plan: TokenizingPlan) -> dict[int, tuple[str, DataError]]:
+    """What is wrong with each row that is not a pair; the ids of a set that came tokenized are checked as a whole."""
+    problems: dict[int, tuple[str, DataError]] = {}
+    if _PROBLEM in dataset.column_names:
+        found = enumerate(_texts(dataset, _PROBLEM))
+        read = {index: json.loads(problem) for index, problem in found if problem is not None}
+        problems = {index: (reason, DataError(*args)) for index, (reason, *args) in read.items()}
+    for index in np.flatnonzero(plan.lacks_positions(*token_lengths(dataset))).tolist():
+        where = name_of_row(dataset, index, plan.name)
+        error = plan.too_long(where)
+        problems[index] = _reason(error, where), error
+    return dict(sorted(problems.items()))
 
 
 def _is_tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -317,7 +337,15 @@ def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _S
     if not plan.truncation.leaves_room(len(row["prompt_ids"])):
         log.drop(index, plan.full_prompt)
         return False
-    log.cut(index, [len(row[column]) for column in TOKEN_COLUMNS])
+    lengths = [len(row[column]) for column in TOKEN_COLUMNS]
+    if plan.lacks_positions(*lengths):
+        where = row_name(row, index, plan.name)
+        error = plan.too_long(where)
+        if not plan.drops:
+            raise error
+        log.drop(index, _reason(error, where))
+        return False
+    log.cut(index, lengths)
     return True
 
 

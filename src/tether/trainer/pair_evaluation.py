@@ -18,7 +18,7 @@ from tether.data.datasets import as_dataset, batch_of
 from tether.losses.metrics import MetricSums
 from tether.trainer.evaluation import PairGather, full_evaluation, padded_logits, running_in
 from tether.trainer.run_saving import RunSaving
-from tether.trainer.sets import SetReader, check_fit, named_sets
+from tether.trainer.sets import SetReader, check_ids, named_sets
 
 
 class PairEvaluation(RunSaving):
@@ -95,8 +95,7 @@ class PairEvaluation(RunSaving):
         tokenized = self._sets.read_all(sets)
         if tokenized is not self.eval_dataset:
             sets = named_sets(None, tokenized)
-            policy = self.accelerator.unwrap_model(self.model)
-            check_fit(sets, policy, self.reference.module, self._sets.truncation)
+            check_ids(sets, self.accelerator.unwrap_model(self.model))
             self._reference_run.prepare(sets)
         return tokenized
 

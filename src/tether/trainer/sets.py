@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -18,11 +17,11 @@ from tether.data.collators import pair_collator
 from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
-from tether.data.tokenizing import largest_id, name_of_row, token_lengths
+from tether.data.tokenizing import largest_id, name_of_row
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError
 from tether.models.loading import tokenizer_of
-from tether.models.preparing import check_embeds, position_limit
+from tether.models.preparing import check_embeds
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
 EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
@@ -36,6 +35,7 @@ class SetReader:
             conversational.
         args: The run's options.
         data_collator: What the trainer was given to make batches with, if anything.
+        max_positions: Tokens of the longest row that the run's models have positions for; None for no limit.
 
     Attributes:
         collator: What makes its batches.
@@ -45,9 +45,13 @@ class SetReader:
     """
 
     def __init__(
-        self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig, data_collator: Any = None
+        self,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: DPOConfig,
+        data_collator: Any = None,
+        max_positions: int | None = None,
     ) -> None:
-        self._args = args
+        self._args, self._max_positions = args, max_positions
         self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
         self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
         self.collator = pair_collator(data_collator, args.max_length, args.truncation_mode, self.image_rows)
@@ -68,6 +72,7 @@ class SetReader:
                 num_proc=args.dataset_num_proc,
                 name=name,
                 bad_rows=args.bad_rows,
+                max_positions=self._max_positions,
             )
 
     def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
@@ -105,36 +110,12 @@ def named_sets(train: PairDataset | None, eval_sets: EvalSets) -> dict[str, Pair
     return named if eval_sets is None else named | {"eval": eval_sets}
 
 
-def check_fit(sets: Mapping[str, PairDataset], policy: Any, ref_model: Any, truncation: Truncation) -> None:
-    """Refuses rows with a token id that the policy has no embedding for, or more tokens than a model has positions.
+def check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:
+    """Refuses rows with a token id that the policy has no embedding for.
 
-    Tokens of images are placeholders, which a model may not embed: the ids of sets with images are not looked at.
-
-    Raises:
-        ConfigurationError: Names the row; of a stream, whose rows are not known yet, the limit.
+    Tokens of images are placeholders, which a model may not embed: sets with images are not looked at.
     """
-    limits = [position_limit(model) for model in (policy, ref_model) if model is not None]
-    limit = min((limit for limit in limits if limit is not None), default=None)
     for name, dataset in sets.items():
         if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
             largest, row = largest_id(dataset)
             check_embeds(policy, largest, name_of_row(dataset, row, name))
-        if limit is not None and (truncation.max_length is None or truncation.max_length > limit):
-            _check_positions(name, dataset, truncation, limit)
-
-
-def _check_positions(name: str, dataset: PairDataset, truncation: Truncation, limit: int) -> None:
-    option = f"`max_length={truncation.max_length}`"
-    if isinstance(dataset, Dataset):
-        prompts, *responses = token_lengths(dataset)
-        fed = prompts + np.max(responses, axis=0)
-        row = int(fed.argmax())
-        if min(fed[row], truncation.max_length or fed[row]) <= limit:
-            return
-        problem = f"{name_of_row(dataset, row, name)} has {fed[row]} tokens, and {option} lets them through, but the"
-    else:
-        problem = f"Cannot use {option} with a stream: its rows may be longer than {limit} tokens, and the"
-    raise ConfigurationError(
-        problem=f"{problem} model learned a position for each of {limit} tokens only.",
-        instead=f"Set `max_length={limit}`, or use a model with more positions.",
-    )

@@ -31,7 +31,13 @@ from tether.losses import PreferenceLoss
 from tether.models.gguf import use_as_plain
 from tether.models.loading import Loaded, default_output_dir, load, tokenizer_of, use_pad_token
 from tether.models.offloading import activations_of
-from tether.models.preparing import add_adapter, broadcasts_buffers, disable_dropout, keep_differentiable
+from tether.models.preparing import (
+    add_adapter,
+    broadcasts_buffers,
+    disable_dropout,
+    keep_differentiable,
+    position_limit,
+)
 from tether.reference.identity import check_finite, model_tensors
 from tether.refusals import refuse
 from tether.trainer.build_reference import Surroundings
@@ -39,7 +45,7 @@ from tether.trainer.callbacks import BEMACallback
 from tether.trainer.evaluation import WithTokenIds
 from tether.trainer.reference_columns import digest_given
 from tether.trainer.saving import keep_savable
-from tether.trainer.sets import EvalSets, SetReader, check_fit, named_sets
+from tether.trainer.sets import EvalSets, SetReader, check_ids, named_sets
 from tether.trainer.trainable import checkpoints_activations, warn_of_optimizer
 from tether.trainer.versions import note_untested
 
@@ -93,6 +99,11 @@ def check(asked: Asked) -> Checked:
         ConfigurationError: For what does not go together; all of it.
         DataError: For rows that are not preference pairs.
     """
+    if asked.train_dataset is None and asked.eval_dataset is None:
+        raise ArgumentTypeError(
+            problem="Cannot train without pairs: `train_dataset` is None.",
+            instead="Pass rows with `prompt`, `chosen` and `rejected`, or `eval_dataset` alone to evaluate.",
+        )
     args = _checked_options(asked)
     set_seed(args.seed)  # a fresh adapter starts from it
     loaded = load(
@@ -103,9 +114,10 @@ def check(asked: Asked) -> Checked:
         quantization_config=asked.quantization_config,
         trust_remote_code=args.trust_remote_code,
     )
-    reader = SetReader(loaded.processing_class, args, asked.data_collator)
-    only_evaluates = asked.train_dataset is None and asked.eval_dataset is not None
-    train_rows = None if only_evaluates else as_dataset(asked.train_dataset)
+    limits = [position_limit(model) for model in (loaded.policy, loaded.ref_model) if model is not None]
+    max_positions = min((limit for limit in limits if limit is not None), default=None)
+    reader = SetReader(loaded.processing_class, args, asked.data_collator, max_positions)
+    train_rows = None if asked.train_dataset is None else as_dataset(asked.train_dataset)
     eval_rows = reader.as_datasets(asked.eval_dataset)
     facts = _facts(asked, args, loaded, reader, named_sets(train_rows, eval_rows))
     keep_differentiable(facts.policy)  # first, because a rule may make a forward
@@ -117,7 +129,7 @@ def check(asked: Asked) -> Checked:
     train_set = None if train_rows is None else reader.read(train_rows, "train")
     eval_sets = reader.read_all(eval_rows)
     sets = named_sets(train_set, eval_sets)
-    check_fit(sets, facts.policy, facts.ref_model, reader.truncation)
+    check_ids(sets, facts.policy)
     tokenizer = facts.tokenizer  # the facts hold the models, which this must not keep alive
     around = Surroundings(
         origins=loaded.origins,
