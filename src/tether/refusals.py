@@ -47,8 +47,14 @@ def of_option(name: str, value: Any, why: str, instead: str, beside: str = "", d
         beside: What it cannot be combined with, after the option: "with `other=True`".
         details: Further explanation, in sentences.
     """
-    subject = f"`{name}={getattr(value, 'value', value)!r}`"
+    subject = f"`{name}={shown(value)}`"
     return Refusal(f"{subject} {beside}".rstrip(), why, instead, details, name)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message, shortened; an enumeration member as its plain value."""
+    text = repr(getattr(value, "value", value))
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = ConfigurationError) -> None:

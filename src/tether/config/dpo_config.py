@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.config.option_types import refused_types
@@ -29,7 +31,7 @@ from tether.config.rules.options import (
     refused_names,
     refused_options,
 )
-from tether.errors import ArgumentTypeError
+from tether.errors import ArgumentTypeError, said
 from tether.losses import (
     DIVERGENCES,
     LOSSES,
@@ -40,7 +42,7 @@ from tether.losses import (
     PreferenceLoss,
     check_loss_options,
 )
-from tether.refusals import refuse
+from tether.refusals import Refusal, of_option, refuse
 from tether.types import TruncationMode
 
 if TYPE_CHECKING:  # for type checkers and editors; HfArgumentParser needs a plain list of text
@@ -48,6 +50,13 @@ if TYPE_CHECKING:  # for type checkers and editors; HfArgumentParser needs a pla
 else:
     LossType = list[str]
 
+
+# What transformers takes besides the types that it declares, or makes of a value itself, as in a copy of the options.
+_ALSO: dict[str, Any] = {
+    "accelerator_config": AcceleratorConfig,
+    "debug": list[Any] | None,
+    "fsdp": bool | list[Any],
+}
 
 # transformers' name of `gradient_checkpointing` since 5.23.
 _IS_RENAMED = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
@@ -204,8 +213,10 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str | tuple):
             self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        # The options of TrainingArguments are transformers' to check.
-        refuse(refused_types(self, DPOConfig, TrainingArguments), ArgumentTypeError)
+        for entry in fields(self):
+            if isinstance(number := getattr(self, entry.name), np.generic):
+                setattr(self, entry.name, number.item())
+        refuse(refused_types(self, DPOConfig, _ALSO), ArgumentTypeError)
         refuse(refused_options(self))
         self._settle_padding()
         if self.bf16 is None:
@@ -216,8 +227,25 @@ class DPOConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # without a device to copy to, DataLoader would warn
             self.use_cpu = True  # it is so anyway, and without it torchrun's processes would not find each other
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception as error:  # its own checks, and those of the libraries that it asks
+            refuse([self._refused_below(error)])
         refuse(refused_launch(self))
+
+    def _refused_below(self, error: Exception) -> Refusal:
+        """What transformers refused: the option that it refuses alone too, or else what it says of several."""
+        for entry in fields(TrainingArguments):
+            value = getattr(self, entry.name)
+            if value == entry.default or entry.name == "output_dir":
+                continue
+            try:
+                TrainingArguments(str(self.output_dir), use_cpu=self.use_cpu, **{entry.name: value})
+            except Exception as alone:
+                if str(alone) == str(error):
+                    return of_option(entry.name, value, said(error), f"Correct `{entry.name}`, or leave it out.")
+        subject = "these options of transformers.TrainingArguments"
+        return Refusal(subject, said(error), "Change the option that it names.")
 
     @property
     def loss_options(self) -> LossOptions:

@@ -450,8 +450,8 @@ def _check_columns(names: Sequence[str], name: str) -> None:
     if len(own) == 1 and (mark := next((mark for mark in ";,\t|" if mark in own[0]), None)):
         instead = f"Its columns seem to be separated by {mark!r}: a .csv file has commas, a .tsv file tabs."
     raise DataError(
-        problem=f"The {name} set has no column {listed([f'`{column}`' for column in missing])}: a pair needs two "
-        "responses to one prompt.",
+        problem=f"The {name} set has no column {' and no column '.join(f'`{column}`' for column in missing)}: a pair "
+        "needs two responses to one prompt.",
         details=f"Its columns are {listed([f'`{column}`' for column in own], most=20)}.",
         instead=instead,
     )
