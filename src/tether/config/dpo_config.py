@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -213,9 +214,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str | tuple):
             self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        for entry in fields(self):
-            if isinstance(number := getattr(self, entry.name), np.generic):
-                setattr(self, entry.name, number.item())
+        self._settle_values()
         refuse(refused_types(self, DPOConfig, _ALSO), ArgumentTypeError)
         refuse(refused_options(self))
         self._settle_padding()
@@ -287,6 +286,17 @@ class DPOConfig(TrainingArguments):
             bco_reward_shift=self.bco_reward_shift,
         )
         self.beta = value
+
+    def _settle_values(self) -> None:
+        """NumPy's numbers as plain ones, paths as text, and whole numbers as floats where torch takes no others."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, np.generic):
+                setattr(self, entry.name, value.item())
+            elif isinstance(value, os.PathLike):
+                setattr(self, entry.name, os.fspath(value))
+            elif type(value) is int and isinstance(entry.default, float) and abs(value) < 2**53:
+                setattr(self, entry.name, float(value))
 
     def _settle_padding(self) -> None:
         self.pad_to_multiple_of = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import os
 import re
 import textwrap
 import typing
@@ -42,7 +41,7 @@ def refused_types(options: Any, declared: type, also: Mapping[str, Any]) -> Iter
     """Values of the wrong type, such as text where a number belongs.
 
     Args:
-        options: Has the values as attributes. Tuples count as lists, and paths as text.
+        options: Has the values as attributes. Tuples count as lists.
         declared: The dataclass that declares the options, its own and those of the class it extends.
         also: Types that an option takes besides the declared ones.
     """
@@ -93,8 +92,6 @@ def _words(hint: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     if isinstance(value, Enum):
         return value.value
     return list(value) if isinstance(value, tuple) else value

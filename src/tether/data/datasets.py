@@ -43,11 +43,15 @@ PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
 
-def as_dataset(rows: Rows | None) -> PairDataset:
+def as_dataset(rows: Rows | None, argument: str = "set of pairs") -> PairDataset:
     """The rows as a dataset. A list of dicts becomes one, with the columns of all its rows.
 
     What a `with_transform` makes of a set is stored. A row that cannot be stored is kept as one that is not a pair:
     tokenizing names it, or drops it.
+
+    Args:
+        rows: The rows.
+        argument: What was given, for messages: "`train_dataset`".
 
     Raises:
         ArgumentTypeError: If they are neither a dataset nor a list of dicts.
@@ -62,7 +66,7 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
     raise ArgumentTypeError(
-        problem=f"Cannot use a set of pairs of type {given}: pairs are rows with `prompt`, `chosen` and `rejected`.",
+        problem=f"Cannot use a {argument} of type {given}: pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
 

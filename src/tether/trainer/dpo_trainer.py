@@ -39,7 +39,7 @@ from tether.trainer.reference_run import ReferenceRun
 from tether.trainer.samples import SampleReport
 from tether.trainer.saving import try_saving
 from tether.trainer.sets import named_sets
-from tether.trainer.setup import Asked, Checked, check, prepare
+from tether.trainer.setup import Asked, Checked, check, naming_options, prepare
 from tether.trainer.trl_attributes import OptionsAsAttributes
 
 if TYPE_CHECKING:
@@ -128,12 +128,14 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         reference: Reference | Callable[[nn.Module], Reference] | None = None,
     ) -> None:
         data = data_collator, train_dataset, eval_dataset, processing_class
-        run = callbacks, optimizers[0], quantization_config, peft_config, loss, reference
+        metrics = compute_metrics, preprocess_logits_for_metrics
+        run = callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config, loss, reference
         is_subclass = type(self) is not DPOTrainer
-        asked = Asked(model, ref_model, args, *data, compute_metrics, *run, is_subclass)
+        asked = Asked(model, ref_model, args, *data, *metrics, *run, is_subclass)
         checked = check(asked)  # from here on the caller's models change; what can be refused has been
         for_transformers = self._begin(checked, asked)
-        with full_evaluation(self.args) as self._evaluation_dtype:
+        asked_of_transformers = naming_options(self.args, "report_to", "torch_compile_backend", "hub_model_id")
+        with full_evaluation(self.args) as self._evaluation_dtype, asked_of_transformers:
             super().__init__(
                 **for_transformers,
                 compute_metrics=compute_metrics,
@@ -307,6 +309,14 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 self.accelerator.unwrap_model(self.model)
             )
         super().log(logs, start_time)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_options(self.args, "optim", "optim_args", "optim_target_modules"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_options(self.args, "lr_scheduler_type", "lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:

@@ -77,7 +77,9 @@ class SetReader:
 
     def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, as datasets, in the form in which they were passed."""
-        return _each(sets, lambda rows, name: as_dataset(rows))
+        return _each(
+            sets, lambda rows, name: as_dataset(rows, "`eval_dataset`" if rows is sets else f"`eval_dataset[{name!r}]`")
+        )
 
     def read_all(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, in the form in which they were passed."""
@@ -89,7 +91,7 @@ def _each(sets: Rows | Mapping[str, Rows] | None, make: Callable[[Rows, str], Pa
     if sets is None:
         return None
     if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
-        return {name: make(rows, name) for name, rows in sets.items()}
+        return {str(name): make(rows, str(name)) for name, rows in sets.items()}
     return make(sets, "eval")
 
 

@@ -5,9 +5,10 @@ Everything that can be refused is refused in `check`; only `prepare` changes wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
@@ -26,7 +27,7 @@ from tether.config.rules.model import refused_float16
 from tether.config.rules.options import refused_options
 from tether.config.rules.run import adds_figures, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
-from tether.errors import ArgumentTypeError
+from tether.errors import ArgumentTypeError, ConfigurationError, TetherError, said
 from tether.losses import PreferenceLoss
 from tether.models.gguf import use_as_plain
 from tether.models.loading import Loaded, default_output_dir, load, tokenizer_of, use_pad_token
@@ -39,7 +40,7 @@ from tether.models.preparing import (
     position_limit,
 )
 from tether.reference.identity import check_finite, model_tensors
-from tether.refusals import refuse
+from tether.refusals import listed, refuse, shown
 from tether.trainer.build_reference import Surroundings
 from tether.trainer.callbacks import BEMACallback
 from tether.trainer.evaluation import WithTokenIds
@@ -62,8 +63,10 @@ class Asked:
     eval_dataset: Rows | Mapping[str, Rows] | None
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     compute_metrics: Any
+    preprocess_logits_for_metrics: Any
     callbacks: Any
-    optimizer: Any
+    optimizers: Any
+    optimizer_cls_and_kwargs: Any
     quantization_config: Any
     peft_config: Any
     loss: PreferenceLoss | None
@@ -117,7 +120,7 @@ def check(asked: Asked) -> Checked:
     limits = [position_limit(model) for model in (loaded.policy, loaded.ref_model) if model is not None]
     max_positions = min((limit for limit in limits if limit is not None), default=None)
     reader = SetReader(loaded.processing_class, args, asked.data_collator, max_positions)
-    train_rows = None if asked.train_dataset is None else as_dataset(asked.train_dataset)
+    train_rows = None if asked.train_dataset is None else as_dataset(asked.train_dataset, "`train_dataset`")
     eval_rows = reader.as_datasets(asked.eval_dataset)
     facts = _facts(asked, args, loaded, reader, named_sets(train_rows, eval_rows))
     keep_differentiable(facts.policy)  # first, because a rule may make a forward
@@ -140,8 +143,11 @@ def check(asked: Asked) -> Checked:
 
 
 def _checked_options(asked: Asked) -> DPOConfig:
-    names = ("args", "model", "ref_model", "callbacks", "peft_config", "processing_class", "reference")
-    refuse(refused_arguments(**{name: getattr(asked, name) for name in names}), ArgumentTypeError)
+    kinds = {
+        name: getattr(asked, name) for name in inspect.signature(refused_arguments).parameters if name != "functions"
+    }
+    functions = {name: getattr(asked, name) for name in ("compute_metrics", "preprocess_logits_for_metrics", "loss")}
+    refuse(refused_arguments(**kinds, **functions), ArgumentTypeError)
     args = asked.args or DPOConfig(default_output_dir(asked.model))
     refuse(
         (
@@ -164,7 +170,7 @@ def _facts(asked: Asked, args: DPOConfig, loaded: Loaded, reader: SetReader, set
         ref_model=loaded.ref_model,
         reference=asked.reference,
         new_adapter=asked.peft_config,
-        optimizer=asked.optimizer,
+        optimizer=asked.optimizers[0],
         tokenizer=tokenizer_of(loaded.processing_class),
         sets=sets,
         truncation=reader.truncation,
@@ -175,6 +181,31 @@ def _facts(asked: Asked, args: DPOConfig, loaded: Loaded, reader: SetReader, set
         leaders=[c for c in callbacks if isinstance(c, BEMACallback) and c.update_ref_model],
         is_sharded=will_shard(args),
     )
+
+
+@contextmanager
+def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
+    """While open, an error of a library becomes one that names those of these options that were set.
+
+    Raises:
+        ConfigurationError: With what the library said.
+    """
+    try:
+        yield
+    except TetherError:
+        raise
+    except Exception as error:
+        defaults = {entry.name: entry.default for entry in fields(args)}
+        is_of_folder = isinstance(error, OSError) and str(args.output_dir) in str(error)
+        options = ("output_dir",) if is_of_folder else options
+        set_ones = {name: getattr(args, name) for name in options if getattr(args, name) not in (None, defaults[name])}
+        named = [f"`{name}={shown(value)}`" for name, value in set_ones.items()]
+        if not named:
+            raise
+        raise ConfigurationError(
+            problem=f"Cannot use {listed(named)}: {type(error).__name__}: {said(error)}.",
+            instead=f"Change {'it' if len(named) == 1 else 'one of them'} to what the library takes.",
+        ) from error
 
 
 @dataclass(frozen=True)

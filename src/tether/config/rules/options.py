@@ -68,6 +68,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 _FRACTIONS = frozenset(list(_RANGES)[list(_RANGES).index("num_train_epochs") :])
 _MAY_BE_INFINITE = ("max_grad_norm",)
 _TOO_LARGE = 2**63
+_TUNED = ("max-autotune", "max-autotune-no-cudagraphs")  # of `torch.compile`
 
 
 def refused_names(
@@ -151,6 +152,7 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
         ("ref_store_mode", STORE_MODES),
         ("ref_columns", ("policy", "other")),
         ("train_sampling_strategy", ("random", "sequential", "group_by_length", "batch_rebalance")),
+        ("torch_compile_mode", (None, "default", "lite", "reduce-overhead", *_TUNED)),
         ("log_level", tuple(trainer_log_levels)),
         ("log_level_replica", tuple(trainer_log_levels)),
     ):
@@ -164,6 +166,8 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
             "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
             "Write `group_by_length`, which also evens the work of the processes.",
         )
+    if args.output_dir == "":
+        yield of_option("output_dir", "", "it is the folder to write", "Name a folder, or leave it out.")
     for name in (entry.name for entry in fields(args) if entry.name.endswith("_kwargs")):
         value = getattr(args, name)
         if value is not None and not isinstance(value, dict) and not _is_object(str(value)):
