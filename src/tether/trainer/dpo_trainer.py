@@ -129,9 +129,9 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     ) -> None:
         data = data_collator, train_dataset, eval_dataset, processing_class
         metrics = compute_metrics, preprocess_logits_for_metrics
-        run = callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config, loss, reference
+        run = callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config
         is_subclass = type(self) is not DPOTrainer
-        asked = Asked(model, ref_model, args, *data, *metrics, *run, is_subclass)
+        asked = Asked(model, ref_model, args, *data, *metrics, *run, loss, reference, is_subclass)
         checked = check(asked)  # from here on the caller's models change; what can be refused has been
         for_transformers = self._begin(checked, asked)
         asked_of_transformers = naming_options(self.args, "report_to", "torch_compile_backend", "hub_model_id")

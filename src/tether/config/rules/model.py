@@ -110,7 +110,7 @@ def _absent_modules(policy: nn.Module, adapter: PeftConfig) -> Iterator[Refusal]
     """Names of layers that the model does not have; PEFT leaves one out in silence if it finds another."""
     paths = [f".{path}" for path, _ in policy.named_modules()]
     for field in ("target_modules", "modules_to_save"):
-        names = getattr(adapter, field, None)
+        names: Any = getattr(adapter, field, None)
         for name in sorted(names) if isinstance(names, list | tuple | set) else ():
             if not any(path.endswith(f".{name}") for path in paths):
                 known = dict.fromkeys(path.rpartition(".")[2] for path in paths if not path[-1].isdigit())

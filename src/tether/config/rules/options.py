@@ -166,6 +166,15 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
             "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
             "Write `group_by_length`, which also evens the work of the processes.",
         )
+    context = args.dataloader_multiprocessing_context
+    if context is not None and (args.dataloader_num_workers == 0 or context not in ("fork", "forkserver", "spawn")):
+        why = (
+            "it is how processes are started that load rows, and none is"
+            if args.dataloader_num_workers == 0
+            else ("there is no such way to start a process")
+        )
+        instead = "Write `fork`, `forkserver` or `spawn`, beside `dataloader_num_workers` above 0; or leave it out."
+        yield of_option("dataloader_multiprocessing_context", context, why, instead)
     if args.output_dir == "":
         yield of_option("output_dir", "", "it is the folder to write", "Name a folder, or leave it out.")
     for name in (entry.name for entry in fields(args) if entry.name.endswith("_kwargs")):
