@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.chat import ChatTemplate, without_nulls
 from tether.errors import ConfigurationError, DataError
+from tether.refusals import shown
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MARGIN_COLUMN = "margin"  # how much better the chosen response is, in units of reward; optional
@@ -241,7 +242,7 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
     margin = row[MARGIN_COLUMN]
     if not is_number(margin):
         raise DataError(
-            problem=f"{where} has `margin={margin!r}`: a margin must be a finite number.",
+            problem=f"{where} has `margin={shown(margin)}`: a margin must be a finite number.",
             details="It says how much better the chosen response is, in units of reward, and is subtracted from the "
             "reward margin.",
             instead="Give every row a finite number (0 for none), or drop the column.",
@@ -252,7 +253,7 @@ def check_reference_sum(value: Any, column: str, where: str) -> None:
     """Raises a `DataError` if a row's reference log-prob is not a finite number."""
     if not is_number(value):
         raise DataError(
-            problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
+            problem=f"{where} has `{column}={shown(value)}`: the sum of the reference's log-probs of a response must be a "
             "finite number.",
             instead="Compute it again, drop the row, or remove the columns from all rows.",
         )

@@ -27,7 +27,7 @@ from tether.config.rules.model import refused_float16
 from tether.config.rules.options import refused_options
 from tether.config.rules.run import adds_figures, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
-from tether.errors import ArgumentTypeError, ConfigurationError, TetherError, said
+from tether.errors import ArgumentTypeError, TetherError, said
 from tether.losses import PreferenceLoss
 from tether.models.gguf import use_as_plain
 from tether.models.loading import Loaded, default_output_dir, load, tokenizer_of, use_pad_token
@@ -40,7 +40,7 @@ from tether.models.preparing import (
     position_limit,
 )
 from tether.reference.identity import check_finite, model_tensors
-from tether.refusals import listed, refuse, shown
+from tether.refusals import of_option, refuse
 from tether.trainer.build_reference import Surroundings
 from tether.trainer.callbacks import BEMACallback
 from tether.trainer.evaluation import WithTokenIds
@@ -195,17 +195,17 @@ def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
     except TetherError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and str(args.output_dir) in str(error):
+            why, instead = (
+                f"it cannot be written ({error.strerror})",
+                "Name a folder that is new, or yours to write to.",
+            )
+            refuse([of_option("output_dir", args.output_dir, why, instead)])
         defaults = {entry.name: entry.default for entry in fields(args)}
-        is_of_folder = isinstance(error, OSError) and str(args.output_dir) in str(error)
-        options = ("output_dir",) if is_of_folder else options
-        set_ones = {name: getattr(args, name) for name in options if getattr(args, name) not in (None, defaults[name])}
-        named = [f"`{name}={shown(value)}`" for name, value in set_ones.items()]
-        if not named:
-            raise
-        raise ConfigurationError(
-            problem=f"Cannot use {listed(named)}: {type(error).__name__}: {said(error)}.",
-            instead=f"Change {'it' if len(named) == 1 else 'one of them'} to what the library takes.",
-        ) from error
+        values = {name: getattr(args, name) for name in options if getattr(args, name) not in (None, defaults[name])}
+        why = f"{type(error).__name__}: {said(error)}"
+        refuse(of_option(name, value, why, f"Correct `{name}`, or leave it out.") for name, value in values.items())
+        raise
 
 
 @dataclass(frozen=True)
