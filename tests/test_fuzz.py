@@ -51,9 +51,10 @@ def said(content: Any, role: Any = "assistant") -> Row:
 
 ODD: list[Any] = [
     None, "", " ", "\0", "a\ud800", "é" * 2000, 0, -1, 10**400, 1.5, float("nan"), float("inf"), True, b"x", {1},
-    object(), [], [None], [1], ["a"], [[]], {}, {"role": "user"}, [said("a")], [said(None)], [said("")], [said(5)], [said(["a"])],
-    [said([{"type": "text", "text": "a"}])], [said("a", None)], [said("a", 5)], [said("a\udfff")], [{"content": "a"}],
-    [said("a"), None], [said("a") | {"tool_calls": 5}], np.float32(1), np.array([1, 2]), 1j, {"a": {"b": [{}]}},
+    object(), [], [None], [1], ["a"], [[]], {}, {"role": "user"}, [said("a")], [said(None)], [said("")], [said(5)],
+    [said(["a"])], [said([{"type": "text", "text": "a"}])], [said("a", None)], [said("a", 5)], [said("a\udfff")],
+    [{"content": "a"}], [said("a"), None], [said("a") | {"tool_calls": 5}], np.float32(1), np.array([1, 2]), 1j,
+    {"a": {"b": [{}]}},
 ]  # fmt: skip
 COLUMNS = (
     "prompt", "chosen", "rejected", "margin", "tools", "chat_template_kwargs", "prompt_ids", "chosen_ids",

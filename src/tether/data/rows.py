@@ -253,8 +253,8 @@ def check_reference_sum(value: Any, column: str, where: str) -> None:
     """Raises a `DataError` if a row's reference log-prob is not a finite number."""
     if not is_number(value):
         raise DataError(
-            problem=f"{where} has `{column}={shown(value)}`: the sum of the reference's log-probs of a response must be a "
-            "finite number.",
+            problem=f"{where} has `{column}={shown(value)}`: the sum of the reference's log-probs of a response must "
+            "be a finite number.",
             instead="Compute it again, drop the row, or remove the columns from all rows.",
         )
 

@@ -446,7 +446,7 @@ def _check_columns(names: Sequence[str], name: str) -> None:
         return
     near = {column: _near(column, own) for column in missing}
     renamed = [f"`{found}` to `{column}`" for column, found in near.items() if found]
-    instead = f"Rename {listed(renamed)}." if renamed else "Give every row `prompt`, `chosen` and `rejected`."
+    instead = f"Rename {listed(renamed)}." if renamed else "Name the columns `prompt`, `chosen` and `rejected`."
     if len(own) == 1 and (mark := next((mark for mark in ";,\t|" if mark in own[0]), None)):
         instead = f"Its columns seem to be separated by {mark!r}: a .csv file has commas, a .tsv file tabs."
     raise DataError(

@@ -134,7 +134,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         asked = Asked(model, ref_model, args, *data, *metrics, *run, loss, reference, is_subclass)
         checked = check(asked)  # from here on the caller's models change; what can be refused has been
         for_transformers = self._begin(checked, asked)
-        asked_of_transformers = naming_options(self.args, "report_to", "torch_compile_backend", "hub_model_id")
+        names = "push_to_hub", "hub_model_id", "report_to", "torch_compile_backend"
+        asked_of_transformers = naming_options(self.args, *names)
         with full_evaluation(self.args) as self._evaluation_dtype, asked_of_transformers:
             super().__init__(
                 **for_transformers,

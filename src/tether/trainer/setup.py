@@ -202,7 +202,9 @@ def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
             )
             refuse([of_option("output_dir", args.output_dir, why, instead)])
         defaults = {entry.name: entry.default for entry in fields(args)}
-        values = {name: getattr(args, name) for name in options if getattr(args, name) not in (None, defaults[name])}
+        values = {
+            name: getattr(args, name) for name in options if getattr(args, name) not in (None, [], defaults[name])
+        }
         why = f"{type(error).__name__}: {said(error)}"
         refuse(of_option(name, value, why, f"Correct `{name}`, or leave it out.") for name, value in values.items())
         raise
