@@ -217,7 +217,7 @@ def test_what_a_launcher_cannot_do_is_refused(started: list[str], monkeypatch: p
         read("train_data: d.jsonl", "--zero_stage", "3")
     with pytest.raises(ConfigurationError, match="must be positive"):  # told once, by the process that starts others
         read("train_data: d.jsonl\nnum_processes: 2\nbeta: -1")
-    with pytest.raises(ConfigurationError, match="invalid int value: 'two'"):
+    with pytest.raises(ConfigurationError, match="`num_processes=two`: it is how many"):
         read("train_data: d.jsonl", "--num_processes", "two")
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
     with pytest.raises(ConfigurationError, match="in a process that a launcher has started"):
