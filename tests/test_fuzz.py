@@ -73,7 +73,7 @@ def odd_rows(draw: random.Random) -> list[Row]:
     return rows
 
 
-@seeds(120, 3000)
+@seeds(120, 1200)
 def test_odd_rows_are_used_or_named(seed: int, count: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     draw, tokenizer = random.Random(seed), tiny_tokenizer()

@@ -10,7 +10,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -295,8 +295,11 @@ class DPOConfig(TrainingArguments):
                 setattr(self, entry.name, value.item())
             elif isinstance(value, os.PathLike):
                 setattr(self, entry.name, os.fspath(value))
-            elif type(value) is int and isinstance(entry.default, float) and abs(value) < 2**53:
+            elif type(value) is int and abs(value) < 2**53 and _takes_floats(entry):
                 setattr(self, entry.name, float(value))
+
+        if isinstance(self.loss_weights, list | tuple):
+            self.loss_weights = [float(one) if type(one) is int else one for one in self.loss_weights]
 
     def _settle_padding(self) -> None:
         self.pad_to_multiple_of = None
@@ -306,6 +309,12 @@ class DPOConfig(TrainingArguments):
                 FutureWarning,
                 stacklevel=4,  # the caller of `DPOConfig(...)`
             )
+
+
+def _takes_floats(entry: Field[Any]) -> bool:
+    """Whether an option is a float, and not a share or a number of steps, as some of transformers' are."""
+    is_own = entry.name not in TrainingArguments.__dataclass_fields__
+    return isinstance(entry.default, float) or (is_own and str(entry.type).startswith("float"))
 
 
 def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
