@@ -290,14 +290,14 @@ class DPOConfig(TrainingArguments):
     def _settle_values(self) -> None:
         """NumPy's numbers as plain ones, paths as text, and whole numbers as floats where torch takes no others."""
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, np.generic):
-                setattr(self, entry.name, value.item())
-            elif isinstance(value, os.PathLike):
-                setattr(self, entry.name, os.fspath(value))
+            given = getattr(self, entry.name)
+            value = given.item() if isinstance(given, np.generic) else given
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
             elif type(value) is int and abs(value) < 2**53 and _takes_floats(entry):
-                setattr(self, entry.name, float(value))
-
+                value = float(value)
+            if value is not given:
+                setattr(self, entry.name, value)
         if isinstance(self.loss_weights, list | tuple):
             self.loss_weights = [float(one) if type(one) is int else one for one in self.loss_weights]
 
