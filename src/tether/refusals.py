@@ -57,8 +57,15 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
-def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = ConfigurationError) -> None:
+def refuse(
+    found: Iterable[Refusal], error: type[ConfigurationError] = ConfigurationError, cause: Exception | None = None
+) -> None:
     """Raises one error for everything that was found, once for each option; does nothing if there is nothing.
+
+    Args:
+        found: The refusals.
+        error: The class of the error.
+        cause: A library's error that was refused.
 
     Raises:
         ConfigurationError: With the refusals in `refusals`.
@@ -79,6 +86,8 @@ def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = Configura
             "\n  ".join(f"{one.subject}: {one.why}. {one.instead}" for one in refusals),
         )
     raised.refusals = refusals
+    if cause is not None:
+        raise raised from cause
     raise raised
 
 

@@ -57,6 +57,7 @@ _ALSO: dict[str, Any] = {
     "accelerator_config": AcceleratorConfig,
     "debug": list[Any] | None,
     "fsdp": bool | list[Any],
+    "resume_from_checkpoint": bool,
 }
 
 # transformers' name of `gradient_checkpointing` since 5.23.
@@ -229,7 +230,7 @@ class DPOConfig(TrainingArguments):
         try:
             super().__post_init__()
         except Exception as error:  # its own checks, and those of the libraries that it asks
-            refuse([self._refused_below(error)])
+            refuse([self._refused_below(error)], cause=error)
         refuse(refused_launch(self))
 
     def _refused_below(self, error: Exception) -> Refusal:

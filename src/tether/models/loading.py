@@ -66,10 +66,10 @@ def load(
     """Loads models given by path or name; models in memory are passed through."""
     given = init_kwargs if isinstance(init_kwargs, dict) else None
     options = loading_options(given, quantization_config)
-    with naming_model("model", model):
+    with naming_model("model", model, arguments=given):
         policy = load_model(model, options, trust_remote_code)
     of_reference = without_absent_file(ref_model, options or {}) if isinstance(ref_model, str) else options
-    with naming_model("ref_model", ref_model):
+    with naming_model("ref_model", ref_model, arguments=given):
         reference = None if ref_model is None else load_model(ref_model, of_reference, trust_remote_code)
     origins = where_from(model if ref_model is None else ref_model, of_reference, trust_remote_code)
     revision = (options or {}).get("revision")
@@ -79,7 +79,9 @@ def load(
 
 
 @contextmanager
-def naming_model(option: str, name: Any, what: str = "model", remedy: str = "") -> Iterator[None]:
+def naming_model(
+    option: str, name: Any, what: str = "model", remedy: str = "", arguments: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """While open, an error in loading by path or name becomes one that names the option.
 
     Args:
@@ -87,6 +89,7 @@ def naming_model(option: str, name: Any, what: str = "model", remedy: str = "") 
         name: The path or name; anything else is no name, and its errors are left alone.
         what: What is loaded.
         remedy: What else to write instead.
+        arguments: The user's own of `from_pretrained`, which are to blame unless a file is missing.
 
     Raises:
         ConfigurationError: With the library's message; at once for what can only be a folder, but is none.
@@ -106,10 +109,15 @@ def naming_model(option: str, name: Any, what: str = "model", remedy: str = "") 
     except (TetherError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of transformers, PEFT, safetensors, the hub, or a config of another kind
+        if arguments and not isinstance(error, OSError):
+            instead = "Correct the one that this is about, or leave it out."
+            refuse([of_option("model_init_kwargs", dict(arguments), said(error), instead)], cause=error)
         why = f"it is not a folder in {Path.cwd()}, and cannot be loaded from the hub"
         if path.exists():
             why = f"transformers cannot load the {what} of this folder"
-        refuse([of_option(option, name, why, remedy or kinds, details=f"{said(error).partition('. ')[0]}.")])
+        refuse(
+            [of_option(option, name, why, remedy or kinds, details=f"{said(error).partition('. ')[0]}.")], cause=error
+        )
 
 
 def is_meant_as_path(name: str) -> bool:

@@ -200,13 +200,14 @@ def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
                 f"it cannot be written ({error.strerror})",
                 "Name a folder that is new, or yours to write to.",
             )
-            refuse([of_option("output_dir", args.output_dir, why, instead)])
+            refuse([of_option("output_dir", args.output_dir, why, instead)], cause=error)
         defaults = {entry.name: entry.default for entry in fields(args)}
         values = {
             name: getattr(args, name) for name in options if getattr(args, name) not in (None, [], defaults[name])
         }
         why = f"{type(error).__name__}: {said(error)}"
-        refuse(of_option(name, value, why, f"Correct `{name}`, or leave it out.") for name, value in values.items())
+        found = [of_option(name, value, why, f"Correct `{name}`, or leave it out.") for name, value in values.items()]
+        refuse(found, cause=error)
         raise
 
 

@@ -67,7 +67,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 _FRACTIONS = frozenset(list(_RANGES)[list(_RANGES).index("num_train_epochs") :])
 _MAY_BE_INFINITE = ("max_grad_norm",)
-_TOO_LARGE = 2**63
 _TUNED = ("max-autotune", "max-autotune-no-cudagraphs")  # of `torch.compile`
 
 
@@ -120,10 +119,10 @@ def _ranges(args: DPOConfig) -> Iterator[Refusal]:
     """Numbers that have a least value, and those that are none."""
     for entry in fields(args):
         value = getattr(args, entry.name)
-        is_number = isinstance(value, int | float) and entry.name not in _MAY_BE_INFINITE
-        if is_number and not abs(value) < _TOO_LARGE:
-            why = "it must be a finite number" if isinstance(value, float) else "it has to fit into 64 bits"
-            yield of_option(entry.name, value, why, "Write a smaller number, or leave it out.")
+        if isinstance(value, float) and not math.isfinite(value) and entry.name not in _MAY_BE_INFINITE:
+            yield of_option(entry.name, value, "it must be a finite number", "Write a number, or leave it out.")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            yield of_option(entry.name, value, "it has to fit into 64 bits", "Write a smaller number.")
     for name, (least, most, why) in _RANGES.items():
         value = getattr(args, name)
         if isinstance(value, int | float) and not least <= value <= most:
