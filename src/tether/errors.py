@@ -4,6 +4,7 @@ Each states what is wrong and why, then what to do instead, and is also the buil
 (`ValueError` for bad input, `RuntimeError` for a broken state). None shows a token or a password.
 """
 
+import textwrap
 from typing import Any
 
 from tether.masking import without_secrets
@@ -27,6 +28,12 @@ class TetherError(Exception):
 
     def __str__(self) -> str:
         return "\n  ".join(filter(None, (self.problem, self.details, self.instead)))
+
+
+def said(error: BaseException, most: int = 300) -> str:
+    """What a library's error says, in one line without a full stop; some list every file, or a whole text."""
+    words = textwrap.shorten(str(error), most, placeholder=" ...").rstrip(".!") or type(error).__name__
+    return words if len(words) <= most else f"{words[:most]} ..."  # one long word is not shortened
 
 
 class ConfigurationError(TetherError, ValueError):

@@ -47,12 +47,25 @@ def of_option(name: str, value: Any, why: str, instead: str, beside: str = "", d
         beside: What it cannot be combined with, after the option: "with `other=True`".
         details: Further explanation, in sentences.
     """
-    subject = f"`{name}={getattr(value, 'value', value)!r}`"
+    subject = f"`{name}={shown(value)}`"
     return Refusal(f"{subject} {beside}".rstrip(), why, instead, details, name)
 
 
-def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = ConfigurationError) -> None:
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message, shortened; an enumeration member as its plain value."""
+    text = repr(getattr(value, "value", value))
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def refuse(
+    found: Iterable[Refusal], error: type[ConfigurationError] = ConfigurationError, cause: Exception | None = None
+) -> None:
     """Raises one error for everything that was found, once for each option; does nothing if there is nothing.
+
+    Args:
+        found: The refusals.
+        error: The class of the error.
+        cause: A library's error that was refused.
 
     Raises:
         ConfigurationError: With the refusals in `refusals`.
@@ -73,6 +86,8 @@ def refuse(found: Iterable[Refusal], error: type[ConfigurationError] = Configura
             "\n  ".join(f"{one.subject}: {one.why}. {one.instead}" for one in refusals),
         )
     raised.refusals = refusals
+    if cause is not None:
+        raise raised from cause
     raise raised
 
 

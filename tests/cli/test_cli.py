@@ -20,6 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -35,6 +37,8 @@ from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.verbs import HELP, VERBS
 from tether.config.dpo_config import DPOConfig
+from tether.data.datasets import tokenize_pairs
+from tether.data.rows import ROW_COLUMN
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LossOptions
 
@@ -300,7 +304,7 @@ REFUSALS = [
     (
         "eval_strategy: epoch\neval_fraction: 0.2\nload_best_model_at_end: true",
         "save and eval strategy to match",
-        "--help",
+        "Change the option that it names",
     ),
     ("loss_type: sigmoidal", "it should be 'sigmoid', 'hinge'", "Did you mean `sigmoid`?"),
     ("sync_ref_model: true\nprecompute_ref_log_probs: true", "stale", "one of the two"),
@@ -317,11 +321,15 @@ REFUSALS = [
     ("model_init_kwargs: nonsense", "it should be a valid dictionary", "--help"),
     ("lr_scheduler_kwargs: min_lr=1e-7", "it should be a valid dictionary", "--help"),
     ("dataset_test_split: test", "Unknown split", "a file has one split"),
-    ("attn_implementation: nonsense", "transformers refuses an option (Specified `attn_implementation", "--traceback"),
-    ("model_init_kwargs: {nonsense: 1}", "unexpected keyword argument 'nonsense'", "--traceback"),
-    ("accelerator_config: absent.json", "No such file", "--help"),
-    ("report_to: nope", "nope is not supported", "--traceback"),
-    ("lora_r: 2\nlora_target_modules: [q_prj]", "Target modules {'q_prj'} not found", "--traceback"),
+    ("attn_implementation: nonsense", "Specified `attn_implementation", "Correct the one that this is about"),
+    (
+        "model_init_kwargs: {nonsense: 1}",
+        "unexpected keyword argument 'nonsense'",
+        "Correct the one that this is about",
+    ),
+    ("accelerator_config: absent.json", "No such file", "Correct `accelerator_config`"),
+    ("report_to: nope", "nope is not supported", "Correct `report_to`"),
+    ("lora_r: 2\nlora_target_modules: [q_prj]", "the model has no layer `q_prj`", "Did you mean `q_proj`?"),
 ]
 
 
@@ -374,7 +382,10 @@ def test_what_a_library_refuses_when_training_is_set_up_is_told_with_its_words(
     tether: Run, recipe: Callable[..., str]
 ) -> None:
     code, _, err = tether("train", recipe(lr_scheduler_type="cosine_with_min_lr"))
-    assert code == 2 and "transformers refuses an option (One of min_lr or min_lr_rate should be set" in err
+    assert (
+        code == 2
+        and "`lr_scheduler_type='cosine_with_min_lr'`: ValueError: One of min_lr or min_lr_rate should be set" in err
+    )
     with pytest.raises(ConfigurationError, match="min_lr") as caught:
         main(["train", recipe(lr_scheduler_type="cosine_with_min_lr"), "--traceback"])
     assert isinstance(caught.value.__cause__, ValueError)
@@ -396,8 +407,13 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
     [
         ("absent.jsonl", None, "there is no such file"),
         ("pairs.txt", "a", "its name does not end in a known format"),
-        ("broken.jsonl", '{"prompt": "a"', "broken.jsonl`: "),
-        ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "Row 0 of the train set has no `rejected`"),
+        ("broken.jsonl", '{"prompt": "a"', "broken.jsonl is not JSON: "),
+        ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "The train set has no column `rejected`: "),
+        ("empty.jsonl", "", "empty.jsonl`: it has no rows"),
+        ("null.json", "null", "null.json is null: a row is an object"),
+        ("header.csv", "prompt,chosen,rejected\n", "header.csv`: it has no rows"),
+        ("names.csv", "Prompt,Choosen,Rejected\na,b,c\n", "Rename `Choosen` to `chosen` and `Rejected` to `rejected`."),
+        ("semicolons.csv", "prompt;chosen;rejected\na;b;c\n", "Its columns seem to be separated by ';'"),
     ],
 )
 def test_bad_data_are_refused_by_name(
@@ -437,7 +453,40 @@ def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -
         "csv.bz2": lambda: path.write_bytes(bz2.compress(csv_text(rows).encode())),
     }
     writers[suffix]()
-    assert load_pairs(str(path), "train_data").to_list() == rows
+    found: Any = load_pairs(str(path), "train_data")
+    assert found.remove_columns(ROW_COLUMN).to_list() == rows
+    assert found[2][ROW_COLUMN] == f"2 of {path}"
+
+
+def test_a_row_has_the_number_that_it_has_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [json.dumps(row) for row in tiny_pairs(12)]
+    lines[3], lines[7] = lines[3].replace('"chosen": "', '"chosen": null, "was": "'), "[" + lines[7]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines))
+    pairs: Any = load_pairs(str(path), "train_data")
+    for part in hold_out(pairs, 0.5, seed=0):
+        tokenize_pairs(part, tiny_tokenizer(), max_length=None, bad_rows="drop")
+    assert "(row 3)" in caplog.text and "(row 7)" in caplog.text
+    with pytest.raises(DataError, match=re.escape(f"Row 7 of {path} is not JSON: ")):
+        tokenize_pairs(pairs.select([2, 7]), tiny_tokenizer(), max_length=None)
+
+
+def test_text_of_a_csv_file_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected,margin\n2 + 2 =,4,NA,1\n3 =,None,5,\n")
+    rows = load_pairs(str(path), "train_data").remove_columns(ROW_COLUMN)
+    assert list(rows) == [
+        {"prompt": "2 + 2 =", "chosen": "4", "rejected": "NA", "margin": 1.0},
+        {"prompt": "3 =", "chosen": "None", "rejected": "5", "margin": None},
+    ]
+
+
+def test_notes_of_another_program_in_a_parquet_file_do_not_matter(tmp_path: Path) -> None:
+    table = pa.table({name: [row[name] for row in tiny_pairs(2)] for name in ("prompt", "chosen", "rejected")})
+    for number, notes in enumerate(("5", "{", '{"info": {"features": {"prompt": {"_type": "Other"}}}}')):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(table.replace_schema_metadata({"huggingface": notes}), path)
+        assert len(load_pairs(str(path), "train_data")) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
@@ -450,7 +499,8 @@ def test_a_file_may_have_text_in_some_rows_and_messages_in_others(form: str, tmp
     ]
     path = tmp_path / f"pairs.{form}"
     path.write_text(json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows)))
-    found = load_pairs(str(path), "train_data")
+    found: Any = load_pairs(str(path), "train_data")
+    found = found.remove_columns(ROW_COLUMN)
     assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
     with pytest.raises(DataError, match="messages in others can only be read from a whole"):
         load_pairs(str(path), "train_data", streaming=True)

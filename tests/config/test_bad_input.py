@@ -413,6 +413,21 @@ def test_a_token_that_the_model_does_not_embed_is_refused_with_its_row(tmp_path:
     assert make_trainer(tmp_path, model, rows=rows, processing_class=tokenizer).train().global_step == 3
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_row_beyond_the_positions_that_a_model_learned_is_refused(family: str, tmp_path: Path) -> None:
+    rows = [PAIRS[0], PAIRS[1] | {"chosen": " rain" * 600}]
+    model = tiny_model(family)
+    with pytest.raises(DataError) as caught:
+        refused(tmp_path, model, rows=rows, max_length=None)
+    assert_told(caught.value, "Row 1 of the train set", "more tokens than the 512", "`max_length=512`")
+    with pytest.raises(DataError, match="Row 1 of the train set"):
+        refused(tmp_path, ref_model=model, rows=rows)
+    with pytest.raises(DataError, match="Row 1 of the train set"):
+        make_trainer(tmp_path, model, rows=stream(rows)).train()
+    for options in ({"max_length": 512}, {"bad_rows": "drop"}):
+        assert make_trainer(tmp_path, model, rows=rows, max_steps=1, **options).train().global_step == 1
+
+
 def test_a_reference_whose_embedding_has_no_room_for_the_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         refused(tmp_path, ref_model=tiny_model(vocab_size=200))

@@ -251,11 +251,32 @@ def test_bad_rows_at_the_start_do_not_decide_the_type_of_the_others(num_proc: in
     assert kept == tokens_of([pair()], tiny_tokenizer())
 
 
+def test_cut_responses_are_counted_in_one_line_with_side_amount_and_rows(caplog: pytest.LogCaptureFixture) -> None:
+    ids = [{"prompt_ids": [5] * 6, "chosen_ids": [6] * num, "rejected_ids": [7] * 4} for num in (4, 5, 9, 4)]
+    ids.insert(1, {"prompt_ids": [5] * 10, "chosen_ids": [6], "rejected_ids": [7]})  # dropped, but numbers stay
+    with caplog.at_level(logging.WARNING, "tether"):
+        tokenize_pairs(Dataset.from_list(ids), tiny_tokenizer(), max_length=10)
+    *_, line = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
+    assert line == (
+        "2 of 4 pairs of the train set lose the end of a response to `max_length=10`, 2 of the chosen and 0 of the "
+        "rejected: 3 tokens on average, 5 at most (rows 2, 3). `max_length=15` would keep all."
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tether"):
+        list(tokenize_pairs(IterableDataset.from_generator(lambda: iter(ids[2:])), tiny_tokenizer(), max_length=10))
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("tether")] == [
+        "Row 0 of the train set loses the end of a response to `max_length=10` (1 of its tokens), and rows after "
+        "it may too."
+    ]
+
+
 def test_rows_are_dropped_silently_only_where_there_are_none_to_drop(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "tether"):
-        assert len(tokens_of([pair("Why " * 40)], tiny_tokenizer(), max_length=20, truncation_mode="keep_end")) == 1
         assert len(tokens_of([pair()], tiny_tokenizer(), max_length=20)) == 1
-    assert not [record for record in caplog.records if record.name.startswith("tether")]
+        assert not [record for record in caplog.records if record.name.startswith("tether")]
+        assert len(tokens_of([pair("Why " * 40)], tiny_tokenizer(), max_length=20, truncation_mode="keep_end")) == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("tether")]
+    assert line.startswith("1 of 1 pairs of the train set lose the start of the prompt to `max_length=20`")
 
 
 @pytest.mark.parametrize(
@@ -297,8 +318,8 @@ def test_a_stream_sums_up_when_it_has_left_out_many(caplog: pytest.LogCaptureFix
 # -------------------------------------------------------------------------------------------------- bad rows
 
 BAD_ROWS = {
-    "no chosen": ({"prompt": "a", "rejected": "b"}, "has no `chosen`"),
-    "no rejected": ({"prompt": "a", "chosen": "b"}, "has no `rejected`"),
+    "no chosen": (pair(chosen=None), "has no `chosen`"),
+    "no rejected": (pair(rejected=None), "has no `rejected`"),
     "empty chosen": (pair(chosen=""), "has an empty `chosen` response"),
     "empty rejected": (pair(rejected=""), "has an empty `rejected` response"),
     "no message": (pair(said("Hi", "user"), [], said("No.")), "has an empty `chosen` response"),

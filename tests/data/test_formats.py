@@ -11,11 +11,13 @@ import pyarrow
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from packaging.version import Version
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from support.tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
 from support.trl_oracle import trl_tokens
 from tether.data.datasets import as_dataset, tokenize_pairs
+from tether.data.rows import ROW_COLUMN
 from tether.errors import DataError
 
 Row = dict[str, Any]
@@ -64,7 +66,8 @@ def tokenizer_of(template: str = TEMPLATE, **options: Any) -> PreTrainedTokenize
 def tokens_of(rows: list[Row] | Dataset, tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[Row]:
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     tokenized = tokenize_pairs(dataset, tokenizer, **{"max_length": None} | options)
-    assert not [name for name in tokenized.column_names if name.startswith("tether")]
+    ours = {name for name in tokenized.column_names if name.startswith("tether")}
+    assert ours <= ({ROW_COLUMN} if len(tokenized) < len(dataset) else set())  # the numbers that they had
     return [{name: row[name] for name in COLUMNS} for row in tokenized]
 
 
@@ -259,7 +262,8 @@ def test_tokenized_rows_are_taken_as_they_are(caplog: pytest.LogCaptureFixture) 
     rows = [IDS, {**IDS, "chosen_ids": [200, 0]}]
     assert tokens_of(rows, tiny_tokenizer(chat=False)) == rows
     with caplog.at_level(logging.WARNING, "tether"):
-        assert tokens_of([*rows, {**IDS, "prompt_ids": [1] * 9}], tiny_tokenizer(), max_length=9) == rows
+        kept = tokens_of([*rows, {**IDS, "prompt_ids": [1] * 9}], tiny_tokenizer(), max_length=9)
+    assert kept == rows
     assert "1 of 3 rows" in caplog.text and "row 2" in caplog.text
     shuffled = Dataset.from_list([{**IDS, "prompt_ids": [1] * n} for n in range(1, 9)]).select([7, 0, 3])
     assert [len(row["prompt_ids"]) for row in tokens_of(shuffled, tiny_tokenizer(), max_length=8)] == [1, 4]
@@ -359,6 +363,55 @@ def test_a_number_that_a_later_row_of_a_stream_brings_is_not_passed_over(name: s
         list(stream)
 
 
-def test_values_that_cannot_stand_in_one_column_are_refused_by_its_name() -> None:
-    with pytest.raises(DataError, match="`source`"):
-        as_dataset([PLAIN | {"source": "a"}, PLAIN | {"source": object()}])
+def test_rows_that_a_transform_makes_are_read() -> None:
+    plain = Dataset.from_dict({"question": ["Hi", "Bye"]})
+
+    def pairs(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"prompt": batch["question"], "chosen": [" yes"] * len(batch["question"]), "rejected": [" no"] * 2}
+
+    made = as_dataset(plain.with_transform(pairs))
+    rows = [{"prompt": text, "chosen": " yes", "rejected": " no"} for text in ("Hi", "Bye")]
+    assert tokens_of(made, tiny_tokenizer()) == tokens_of(rows, tiny_tokenizer())  # type: ignore[arg-type]
+
+
+def test_ids_of_a_vocabulary_with_gaps_are_known() -> None:
+    """Such a tokenizer has fewer tokens than its largest id."""
+    parts = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = parts["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 290
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token="<eos>")
+    rows = [IDS, {**IDS, "chosen_ids": [7, 290]}]
+    assert tokens_of(rows, tokenizer) == rows
+    with pytest.raises(DataError, match="Row 1 of the train set has a `chosen_ids`"):
+        tokens_of([IDS, {**IDS, "chosen_ids": [7, 291]}], tokenizer)
+
+
+BROKEN: dict[str, Any] = {
+    "a lone surrogate": "a\ud800b",
+    "a lone surrogate in a message": [{"role": "assistant", "content": "a\udfff"}],
+    "a huge number": 10**400,
+    "an object": object(),
+    "a set": {1, 2},
+    "a list that holds itself": (lambda one: one.append(one) or one)([]),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("column", ["chosen", "source", "margin"])
+def test_a_value_that_cannot_be_stored_is_that_of_a_bad_row(name: str, column: str) -> None:
+    clean = PLAIN | {"source": "a", "margin": 1.0}
+    rows = as_dataset([clean, clean | {column: BROKEN[name]}, clean])
+    kept = tokenize_pairs(rows, tiny_tokenizer(), max_length=None, bad_rows="drop")
+    assert len(kept) in ((2, 3) if column == "source" else (2,))  # type: ignore[arg-type]
+    if len(kept) == 2:  # type: ignore[arg-type]
+        with pytest.raises(DataError, match="Row 1 of the train set ") as caught:
+            tokenize_pairs(rows, tiny_tokenizer(), max_length=None)
+        assert len(str(caught.value)) < 1000
+
+
+def test_text_that_is_not_utf_8_is_that_of_a_bad_row() -> None:
+    texts = pyarrow.array([b"yes", b"caf\xe9", b"so"]).view(pyarrow.string())
+    rows = Dataset(pyarrow.table({"prompt": ["a", "b", "c"], "chosen": texts, "rejected": ["x", "y", "z"]}))
+    with pytest.raises(DataError, match="Row 1 of the train set is not text in UTF-8"):
+        tokenize_pairs(as_dataset(rows), tiny_tokenizer(), max_length=None)
+    assert len(tokenize_pairs(as_dataset(rows), tiny_tokenizer(), max_length=None, bad_rows="drop")) == 2  # type: ignore[arg-type]

@@ -12,9 +12,10 @@ from peft import PromptTuningConfig
 from transformers import EvalPrediction, TrainerCallback
 
 from support.observe import LargestTensor
-from support.runs import as_dataset, make_trainer, trained
+from support.runs import DEFAULTS, as_dataset, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
-from tether.errors import ConfigurationError
+from tether import DPOConfig, DPOTrainer
+from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.trainer.evaluation import PairGather
 
 pytestmark = pytest.mark.numerics
@@ -214,3 +215,19 @@ def test_gathering_leaves_out_what_does_not_count(others_count: int, found: list
     gathered.begin_batch(torch.ones(2))
     assert gathered(torch.tensor([0.5, 0.5, 0.5])).shape == (len(found) // 2,)  # the loss, once for each pair
     assert gathered(torch.tensor([1.0, 2.0, -1.0, -2.0])).tolist() == found
+
+
+def test_a_trainer_may_only_evaluate(tmp_path: Path) -> None:
+    rows = tiny_pairs(6)
+    alone = DPOTrainer(
+        tiny_model(), args=DPOConfig(str(tmp_path), **DEFAULTS), eval_dataset=rows, processing_class=tiny_tokenizer()
+    )
+    found, expected = alone.evaluate(), make_trainer(tmp_path, eval_dataset=rows).evaluate()
+    assert {name for name in expected if name.startswith("eval_")} == {
+        name for name in found if name.startswith("eval_")
+    }
+    assert found["eval_loss"] == expected["eval_loss"] and found["eval_num_tokens"] == expected["eval_num_tokens"]
+    with pytest.raises(ConfigurationError, match="Cannot train without `train_dataset`"):
+        alone.train()
+    with pytest.raises(ArgumentTypeError, match="`train_dataset` is None"):
+        DPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path), **DEFAULTS), processing_class=tiny_tokenizer())

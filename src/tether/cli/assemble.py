@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from tether.config.rules.arguments import refused_gguf
 from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
 from tether.models.gguf import without_absent_file
-from tether.models.loading import load_processing_class_of
+from tether.models.loading import load_processing_class_of, naming_model
 from tether.models.preparing import lora_config
-from tether.refusals import refuse
+from tether.refusals import of_option, refuse
 from tether.trainer.dpo_trainer import DPOTrainer
 
 
@@ -50,14 +51,15 @@ def build_trainer(
     _quiet_libraries(recipe)
     _check_evaluation(recipe)
     quantization = quantization_of(script)
-    _check_models(recipe, quantization)
-    processing_class = _load_processing_class(recipe)
+    with _as_written(recipe):
+        _check_models(recipe, quantization)
+        processing_class = _load_processing_class(recipe)
     train_pairs, eval_pairs = load_sets(recipe)
     if shard is not None:
         train_pairs, eval_pairs = take_shard(train_pairs, *shard), eval_pairs and take_shard(eval_pairs, *shard)
         eval_pairs = eval_pairs or None
     assert script.model is not None
-    try:
+    with _as_written(recipe):
         trainer = DPOTrainer(
             script.model,
             ref_model=script.ref_model,
@@ -69,13 +71,20 @@ def build_trainer(
             quantization_config=quantization,
             peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
         )
-    except ConfigurationError as error:
-        refuse_as_written(error, recipe.request)
-        raise
     transformers_logging.disable_progress_bar()  # of each save, in the middle of the table
     for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at
         trainer.remove_callback(theirs)
     return trainer
+
+
+@contextmanager
+def _as_written(recipe: Recipe) -> Iterator[None]:
+    """While open, refusals of the library name options as they were written, each with its line."""
+    try:
+        yield
+    except ConfigurationError as error:
+        refuse_as_written(error, recipe.request)
+        raise
 
 
 def _adapter(script: ScriptOptions, rank: int) -> Any:
@@ -177,30 +186,30 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 def _check_models(recipe: Recipe, quantization: Any) -> None:
     script = recipe.script
-    try:
-        refuse(refused_gguf(recipe.config, script.model, script.ref_model, quantization))
-    except ConfigurationError as error:
-        refuse_as_written(error, recipe.request)
-        raise
+    refuse(refused_gguf(recipe.config, script.model, script.ref_model, quantization))
     for option, name in (("model", script.model), ("ref_model", script.ref_model)):
         _check_model(option, name, recipe)
 
 
 def _check_model(option: str, name: str | None, recipe: Recipe) -> None:
     """Finds a wrong name before any data is read."""
-    if name is None or (Path(name) / "adapter_config.json").is_file():
+    if name is None:
         return
-    config = recipe.config
+    config, rank = recipe.config, recipe.script.lora_r
+    if (Path(name) / "adapter_config.json").is_file():
+        if option == "model" and rank is not None:
+            why = "the model is an adapter already, and it would be unclear whether that belongs to the reference"
+            instead = "Leave `lora_r` out to go on training the adapter, or merge it into its base first."
+            refuse([of_option("lora_r", rank, why, instead, f"with `model={name!r}`")])
+        return
     kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     passed: dict[str, Any] = {
         key: kwargs[key] for key in ("revision", "token", "subfolder", "cache_dir", "gguf_file") if key in kwargs
     }
     if option == "ref_model":
         passed = without_absent_file(name, passed)
-    try:
+    with naming_model(option, name):
         AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **passed)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(option, name, "model", error) from error
 
 
 def _load_processing_class(recipe: Recipe) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -213,25 +222,7 @@ def _load_processing_class(recipe: Recipe) -> PreTrainedTokenizerBase | Processo
         kwargs = recipe.config.model_init_kwargs if isinstance(recipe.config.model_init_kwargs, dict) else {}
         passed = {"revision": script.model_revision, "gguf_file": kwargs.get("gguf_file")}
         options = without_absent_file(name, {key: value for key, value in passed.items() if value})
-    try:
+    option = "tokenizer" if script.tokenizer else "model"
+    remedy = "Name a folder or a name on the hub that holds a tokenizer: `tokenizer: Qwen/Qwen2.5-0.5B-Instruct`."
+    with naming_model(option, name, "tokenizer", remedy):
         return load_processing_class_of(name, recipe.config.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
-        option = "tokenizer" if script.tokenizer else "model"
-        raise _not_loadable(option, name, "tokenizer", error) from error
-
-
-def _not_loadable(option: str, name: str, what: str, error: Exception) -> ConfigurationError:
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    if path.exists():
-        fault, why = f"the folder holds no {what} that transformers can load", _first_sentence(error)
-    elif looks_local:
-        fault, why = "there is no such folder", f"Paths start at the current folder, {Path.cwd()}."
-    else:
-        fault, why = f"it is not a folder in {Path.cwd()}, and cannot be loaded from the hub", _first_sentence(error)
-    instead = f"Name a folder written by `save_pretrained` that holds a {what}, or a name on the hub."
-    return ConfigurationError(problem=f"Cannot use `{option}: {name}`: {fault}.", details=why, instead=instead)
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."

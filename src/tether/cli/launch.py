@@ -79,6 +79,12 @@ def launch(
     """
     if _STARTED in os.environ:
         return
+    number = given.get("num_processes")
+    if number is not None and not (str(number).isdecimal() and int(number) > 0):
+        raise ConfigurationError(
+            problem=f"Cannot use `num_processes={number}`: it is how many processes to start.",
+            instead="Write a whole number of at least 1, or leave it out for one process on each accelerator.",
+        )
     options = [word for name, value in given.items() for word in _words(name, value)]
     _check_kind(options)
     options += _missing_options(options)

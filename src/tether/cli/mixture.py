@@ -13,7 +13,8 @@ from datasets import concatenate_datasets
 from tether.cli.options import Part
 from tether.cli.pairs import is_file, load_pairs
 from tether.data.datasets import PairDataset
-from tether.errors import DataError
+from tether.data.rows import ROW_COLUMN
+from tether.errors import DataError, said
 
 
 def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
@@ -31,7 +32,7 @@ def load_mixture(parts: Sequence[Part], streaming: bool) -> PairDataset:
     except (ValueError, TypeError) as error:
         raise DataError(
             problem=f"Cannot join `datasets` {', '.join(part.path for part in parts)}: their columns differ.",
-            details=" ".join(str(error).split()),
+            details=f"{said(error)}.",
             instead="Keep the columns that they share (`columns: [prompt, chosen, rejected]`), and use either text or "
             "messages in all of them.",
         ) from error
@@ -70,8 +71,9 @@ def _with_columns(rows: PairDataset, part: Part) -> PairDataset:
     if absent:
         raise DataError(
             problem=f"Cannot keep `columns: {part.columns}` of {part.path}: it has no column `{absent[0]}`.",
-            details=f"It has {', '.join(rows.column_names)}.",
+            details=f"It has {', '.join(name for name in rows.column_names if name != ROW_COLUMN)}.",
             instead="Name some of these.",
         )
-    chosen: PairDataset = rows.select_columns(part.columns)
+    ours = [ROW_COLUMN] if ROW_COLUMN in (rows.column_names or ()) else []
+    chosen: PairDataset = rows.select_columns([*part.columns, *ours])
     return chosen

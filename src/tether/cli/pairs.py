@@ -5,30 +5,52 @@ Knows files and rows; `tether.data.datasets` knows what is in a row.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
-import textwrap
-from collections.abc import Mapping
+import lzma
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, Json, load_dataset
-from datasets.exceptions import DatasetsError
 
-from tether.data.datasets import PairDataset, as_dataset
-from tether.errors import DataError
+from tether.data.datasets import REFERENCE_COLUMNS, PairDataset, as_dataset
+from tether.data.rows import MARGIN_COLUMN, RESPONSES, ROW_COLUMN, UNREADABLE_COLUMN
+from tether.errors import DataError, said
 
+# Text is read as it is: pandas would take `NA` or `None` for a missing value, and `4` for a number.
+_CSV: Mapping[str, Any] = {
+    "path": "csv",
+    "converters": {"prompt": lambda text: text or None} | dict.fromkeys(RESPONSES, str),
+    "keep_default_na": False,
+    "na_values": {name: [""] for name in (MARGIN_COLUMN, *REFERENCE_COLUMNS)},
+}
 # What `datasets` calls the format of a file, and its arguments for it.
 _FORMATS: Mapping[str, dict[str, Any]] = {
     ".json": {"path": "json"},
     ".jsonl": {"path": "json"},
     ".ndjson": {"path": "json"},
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t"},
+    ".csv": {**_CSV},
+    ".tsv": {**_CSV, "sep": "\t"},
     ".parquet": {"path": "parquet"},
     ".arrow": {"path": "arrow"},
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # `datasets` unpacks them
+_UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+_WRITE = {
+    "json": 'Write one row on each line of a .jsonl file, in UTF-8: {"prompt": ..., "chosen": ..., "rejected": ...}.',
+    "csv": "Write a first line with the names of the columns, `prompt,chosen,rejected`, and one row on each line after "
+    "it, in UTF-8; text with commas, quotation marks or line breaks goes in double quotes.",
+    "parquet": 'Write the file again, for example by `dataset.to_parquet("pairs.parquet")`.',
+    "arrow": "Write the file again, or as a .jsonl file with one row on each line.",
+}
 
 
 def is_file(name: str) -> bool:
@@ -69,39 +91,106 @@ def load_pairs(
     if config is not None:
         source["name"] = config
     source["split"] = split or source.get("split", "train")
-    try:
-        rows: PairDataset = load_dataset(**source | further, streaming=streaming)
-    except (DatasetsError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # of a damaged file
-        cause = _root_cause(error).rstrip(".")
-        shortened = textwrap.shorten(cause, 100, placeholder="...").rstrip(".")
-        raise DataError(
-            problem=f"Cannot read `{option}: {name}`{f', split `{split}`' if split else ''}: {shortened}.",
-            details=f"The message is: {cause}." if cause != shortened else "",
-            instead=_what_to_name(name, split, error),
-        ) from error
-    if any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", "chosen", "rejected")):
-        is_whole = is_file(name) and Path(name).suffix not in _COMPRESSED and source["split"] == "train"
-        rows = _read_mixed(name, option, is_whole=is_whole and not streaming)
+    rows = _read(name, option, source | further, streaming=streaming)
+    if isinstance(rows, Dataset):
+        where = name if source["split"] == "train" else f"{source['split']} of {name}"
+        rows = rows.add_column(ROW_COLUMN, [f"{index} of {where}" for index in range(len(rows))])
     rows.info.description = rows.info.description or name  # a store notes it
     return rows
 
 
-def _read_mixed(name: str, option: str, *, is_whole: bool) -> PairDataset:
-    """The rows of a file that has text in some rows and messages in others.
-
-    `datasets` parses text in such a column if it is valid JSON (`4`, or text in quotation marks).
-    """
-    if not is_whole:
+def _read(name: str, option: str, source: Mapping[str, Any], *, streaming: bool) -> PairDataset:
+    """The rows as `datasets` reads them; or, of one whole JSON file, as `_json_rows` does where that cannot."""
+    path, split = Path(name).expanduser(), source["split"]
+    is_whole = is_file(name) and source["path"] == "json" and split == "train" and path.suffix != ".zst"
+    reads_rows = is_whole and not streaming
+    if reads_rows and not _may_have_rows(path):
+        return as_dataset(_json_rows(path, option))
+    try:
+        rows = as_dataset(_load(source, streaming))
+    except Exception as error:  # whatever `datasets` and the libraries below it make of a file
+        if reads_rows:
+            return as_dataset(_json_rows(path, option))
+        cause, where = _root_cause(error), "" if split == "train" else f", split `{split}`"
+        first, whole = said(cause, 100), said(cause, 500)
+        if "corresponds to no data" in first or "No columns to parse" in first:
+            first = whole = "it has no rows"
         raise DataError(
-            problem=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
-            "whole .json or .jsonl file.",
-            details="From a compressed or streamed file, a folder or the hub, a text such as `4` would come back as a "
-            "number.",
-            instead="Write all rows to one such file, or keep text and messages in two sets.",
-        )
-    text = Path(name).expanduser().read_text(encoding="utf-8-sig")
-    is_list = text.lstrip().startswith("[")
-    return as_dataset(json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()])
+            problem=f"Cannot read `{option}: {name}`{where}: {first}.",
+            details=f"The message is: {whole}." if whole != first else "",
+            instead=_what_to_name(name, split, error),
+        ) from error
+    if not any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", *RESPONSES)):
+        return rows
+    if reads_rows:
+        return as_dataset(_json_rows(path, option))
+    raise DataError(
+        problem=f"Cannot read `{option}: {name}`: text in some rows and messages in others can only be read from a "
+        "whole .json or .jsonl file.",
+        details="From a streamed file, a folder or the hub, a text such as `4` would come back as a number.",
+        instead="Write all rows to one such file, or keep text and messages in two sets.",
+    )
+
+
+def _load(source: Mapping[str, Any], streaming: bool) -> PairDataset:
+    try:
+        rows: PairDataset = load_dataset(**source, streaming=streaming)
+        return rows
+    except Exception:
+        if source["path"] != "parquet" or streaming or source["split"] != "train":
+            raise
+        # Notes under the name of `datasets` that are another program's, or another version's, describe no column.
+        return Dataset(pq.read_table(source["data_files"]).replace_schema_metadata(None))
+
+
+def _may_have_rows(path: Path) -> bool:
+    """Whether a JSON file begins as rows do; `datasets` dies of one that begins with `null`."""
+    with path.open("rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return path.suffix in _COMPRESSED or start[:1] in (b"{", b"[")
+
+
+def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
+    """The rows of a JSON file, one by one: one that cannot be read says why, and is dropped or refused with the others.
+
+    Text in a column that has messages in other rows stays as it is; `datasets` parses it if it is valid JSON (`4`, or
+    text in quotation marks).
+    """
+    try:
+        content = _UNPACK.get(path.suffix, bytes)(path.read_bytes()).removeprefix(b"\xef\xbb\xbf")
+    except Exception as error:  # of a compressed file; each format has its own
+        raise DataError(
+            problem=f"Cannot read `{option}: {path}`: it is not a whole {path.suffix} file ({said(error)}).",
+            instead="Copy or compress the file again.",
+        ) from error
+    try:
+        whole = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        rows = [_json_row(line) for line in content.split(b"\n") if line.strip()]
+    else:
+        rows = [_object(row) for row in (whole if isinstance(whole, list) else [whole])]
+    if not rows:
+        raise DataError(problem=f"Cannot read `{option}: {path}`: it has no rows.", instead=_WRITE["json"])
+    return rows
+
+
+def _json_row(line: bytes) -> dict[str, Any]:
+    try:
+        return _object(json.loads(line.decode()))
+    except UnicodeDecodeError:
+        return {UNREADABLE_COLUMN: "is not text in UTF-8"}
+    except json.JSONDecodeError as error:
+        return {UNREADABLE_COLUMN: f"is not JSON: {error.msg[0].lower()}{error.msg[1:]}"}
+    except (ValueError, RecursionError) as error:
+        return {UNREADABLE_COLUMN: f"is not JSON: {said(error, 100)}"}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    kinds = {type(None): "null", list: "a list", str: "text", bool: "a truth value"}
+    found = kinds.get(type(value), "a number")
+    return {UNREADABLE_COLUMN: f"is {found}: a row is an object with `prompt`, `chosen` and `rejected`"}
 
 
 def _what_to_name(name: str, split: str | None, error: Exception) -> str:
@@ -112,10 +201,7 @@ def _what_to_name(name: str, split: str | None, error: Exception) -> str:
             else "Name one of its splits."
         )
     if is_file(name):
-        return (
-            "Write one row on each line of a .jsonl file, and the same fields of the same types in all rows: "
-            '{"prompt": ..., "chosen": ..., "rejected": ...}.'
-        )
+        return _WRITE[str((_format_of(Path(name)) or {"path": "json"})["path"])]
     return (
         "Name a file (.json, .jsonl, .csv, .parquet), a folder of such files, or a dataset on the hub as "
         "`owner/name` or `owner/name:split`."
@@ -139,7 +225,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     groups: dict[bytes, list[int]] = {}
     texts = [pairs[column] for column in ("prompt", "chosen") if column in pairs.column_names]
     for index, named in enumerate(zip(*texts, range(len(pairs)), strict=True)):
-        text = next(text for text in named if text is not None)  # a row without a prompt begins with it
+        text = next(text for text in named if text is not None)  # without a prompt, the response begins with it
         groups.setdefault(_draw(text, seed), []).append(index)
     held_out: list[int] = []
     for draw in sorted(groups):
@@ -165,7 +251,7 @@ def take_shard(pairs: PairDataset, number: int, total: int) -> Dataset:
 
 
 def _draw(text: Any, seed: int) -> bytes:
-    return hashlib.blake2b(json.dumps([seed, text], sort_keys=True).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps([seed, text], sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
 def _file_source(path: Path, option: str) -> dict[str, Any]:
@@ -198,7 +284,7 @@ def _named_source(name: str, option: str, split: str | None) -> dict[str, Any]:
     return {"path": repository} | ({"split": named} if named else {})
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return textwrap.shorten(" ".join(str(error).split()), 500)  # some list the schema of every file
+    return error

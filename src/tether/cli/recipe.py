@@ -188,12 +188,6 @@ def make_recipe(request: Request) -> Recipe:
     except ConfigurationError as error:
         refuse_as_written(error, request)
         raise
-    except (ValueError, TypeError, ImportError, OSError) as error:  # TrainingArguments' own checks
-        message = " ".join(str(error).split())
-        raise ConfigurationError(
-            problem=f"Cannot use these options of transformers.TrainingArguments: {message}",
-            instead=f"Change the option it names; `{prog} --help` explains every one.",
-        ) from error
     if request.launch:
         from tether.cli.launch import launch
 
@@ -225,8 +219,6 @@ def _of_config(values: Mapping[str, Any], written: Mapping[str, Written], path: 
         DPOConfig(**values)
     except ConfigurationError as error:
         return _as_mistakes(error, written, path)
-    except (ValueError, TypeError, ImportError, OSError):  # TrainingArguments' own checks, told when the rest is right
-        pass
     return []
 
 

@@ -7,14 +7,17 @@ nothing.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tether.config.option_types import refused_types
@@ -31,7 +34,7 @@ from tether.config.rules.options import (
     refused_names,
     refused_options,
 )
-from tether.errors import ArgumentTypeError
+from tether.errors import ArgumentTypeError, said
 from tether.losses import (
     DIVERGENCES,
     LOSSES,
@@ -43,7 +46,7 @@ from tether.losses import (
     check_loss_options,
 )
 from tether.masking import masked
-from tether.refusals import refuse
+from tether.refusals import Refusal, of_option, refuse
 from tether.types import TruncationMode
 
 if TYPE_CHECKING:  # for type checkers and editors; HfArgumentParser needs a plain list of text
@@ -51,6 +54,14 @@ if TYPE_CHECKING:  # for type checkers and editors; HfArgumentParser needs a pla
 else:
     LossType = list[str]
 
+
+# What transformers takes besides the types that it declares, or makes of a value itself, as in a copy of the options.
+_ALSO: dict[str, Any] = {
+    "accelerator_config": AcceleratorConfig,
+    "debug": list[Any] | None,
+    "fsdp": bool | list[Any],
+    "resume_from_checkpoint": bool,
+}
 
 # transformers' name of `gradient_checkpointing` since 5.23.
 _IS_RENAMED = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
@@ -216,8 +227,8 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str | tuple):
             self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        # The options of TrainingArguments are transformers' to check.
-        refuse(refused_types(self, DPOConfig, TrainingArguments), ArgumentTypeError)
+        self._settle_values()
+        refuse(refused_types(self, DPOConfig, _ALSO), ArgumentTypeError)
         refuse(refused_options(self))
         self._settle_padding()
         if self.bf16 is None:
@@ -228,8 +239,25 @@ class DPOConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # without a device to copy to, DataLoader would warn
             self.use_cpu = True  # it is so anyway, and without it torchrun's processes would not find each other
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception as error:  # its own checks, and those of the libraries that it asks
+            refuse([self._refused_below(error)], cause=error)
         refuse(refused_launch(self))
+
+    def _refused_below(self, error: Exception) -> Refusal:
+        """What transformers refused: the option that it refuses alone too, or else what it says of several."""
+        for entry in fields(TrainingArguments):
+            value = getattr(self, entry.name)
+            if value == entry.default or entry.name == "output_dir":
+                continue
+            try:
+                TrainingArguments(str(self.output_dir), use_cpu=self.use_cpu, **{entry.name: value})
+            except Exception as alone:
+                if str(alone) == str(error):
+                    return of_option(entry.name, value, said(error), f"Correct `{entry.name}`, or leave it out.")
+        subject = "these options of transformers.TrainingArguments"
+        return Refusal(subject, said(error), "Change the option that it names.")
 
     def to_dict(self) -> dict[str, Any]:
         """The options, without tokens and passwords, also in those that are mappings."""
@@ -300,6 +328,20 @@ class DPOConfig(TrainingArguments):
         )
         self.beta = value
 
+    def _settle_values(self) -> None:
+        """NumPy's numbers as plain ones, paths as text, and whole numbers as floats where torch takes no others."""
+        for entry in fields(self):
+            given = getattr(self, entry.name)
+            value = given.item() if isinstance(given, np.generic) else given
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            elif type(value) is int and abs(value) < 2**53 and _takes_floats(entry):
+                value = float(value)
+            if value is not given:
+                setattr(self, entry.name, value)
+        if isinstance(self.loss_weights, list | tuple):
+            self.loss_weights = [float(one) if type(one) is int else one for one in self.loss_weights]
+
     def _settle_padding(self) -> None:
         self.pad_to_multiple_of = None
         if self.pad_token is not None:
@@ -308,6 +350,12 @@ class DPOConfig(TrainingArguments):
                 FutureWarning,
                 stacklevel=4,  # the caller of `DPOConfig(...)`
             )
+
+
+def _takes_floats(entry: Field[Any]) -> bool:
+    """Whether an option is a float, and not a share or a number of steps, as some of transformers' are."""
+    is_own = entry.name not in TrainingArguments.__dataclass_fields__
+    return isinstance(entry.default, float) or (is_own and str(entry.type).startswith("float"))
 
 
 def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:

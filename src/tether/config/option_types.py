@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import os
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -37,22 +37,23 @@ def faults(error: ValidationError) -> dict[str, str]:
     return {name: ", or ".join(dict.fromkeys(texts)) for name, texts in found.items()}
 
 
-def refused_types(options: Any, declared: type, base: type) -> Iterator[Refusal]:
+def refused_types(options: Any, declared: type, also: Mapping[str, Any]) -> Iterator[Refusal]:
     """Values of the wrong type, such as text where a number belongs.
 
     Args:
-        options: Has the values as attributes. NumPy numbers count as numbers, tuples as lists, and paths as text.
-        declared: The dataclass that declares the options.
-        base: The class it extends, whose options are not checked.
+        options: Has the values as attributes. Tuples count as lists.
+        declared: The dataclass that declares the options, its own and those of the class it extends.
+        also: Types that an option takes besides the declared ones.
     """
     texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(declared)}
-    model = _model_of(declared, base)
+    model = _model_of(declared, tuple(also.items()))
     try:
         model.model_validate({name: _plain(getattr(options, name)) for name in model.model_fields})
     except ValidationError as error:
         for name, why in faults(error).items():
             value = getattr(options, name)
-            yield of_option(name, value, why, _instead(name, value, why), details=f"`{name}`: {texts[name]}")
+            details = f"`{name}`: {texts[name]}" if texts[name] else ""
+            yield of_option(name, value, why, _instead(name, value, why), details=details)
 
 
 def _instead(name: str, value: Any, why: str) -> str:
@@ -69,13 +70,28 @@ def _instead(name: str, value: Any, why: str) -> str:
 
 
 @cache
-def _model_of(declared: type, base: type) -> type[BaseModel]:
-    names = {entry.name for entry in dataclasses.fields(declared)} - {entry.name for entry in dataclasses.fields(base)}
-    own: dict[str, Any] = {name: (hint, ...) for name, hint in typing.get_type_hints(declared).items() if name in names}
-    return create_model(declared.__name__, __config__=ConfigDict(strict=True, protected_namespaces=()), **own)
+def _model_of(declared: type, also: tuple[tuple[str, Any], ...]) -> type[BaseModel]:
+    hints, further = typing.get_type_hints(declared), dict(also)
+    names = [entry.name for entry in dataclasses.fields(declared)]
+    kinds: dict[str, Any] = {
+        name: (_words(hints[name]) | further.get(name, _words(hints[name])), ...) for name in names
+    }
+    config = ConfigDict(strict=True, protected_namespaces=(), arbitrary_types_allowed=True)
+    return create_model(declared.__name__, __config__=config, **kinds)
+
+
+def _words(hint: Any) -> Any:
+    """The values of an enumeration, where the option takes them as text too."""
+    enums = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    literal: Any = typing.Literal
+    return (
+        literal[tuple(word.value for kind in enums for word in kind)]
+        if enums and str in typing.get_args(hint)
+        else hint
+    )
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return list(value) if isinstance(value, tuple) else value.item() if hasattr(value, "item") else value
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value

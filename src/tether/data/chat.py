@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.errors import DataError
+from tether.errors import DataError, said
 
 # Arguments of `apply_chat_template` that a row may not set: they decide the boundary, or the form of the result.
 _RESERVED = frozenset(
@@ -74,9 +74,8 @@ class ChatTemplate:
         except ImportError:
             raise
         except Exception as error:  # a template may raise anything, its own `raise_exception` included
-            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise DataError(
-                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {message}.",
+                problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {said(error)}.",
                 instead="Change the row's messages to what the template accepts, or drop the row.",
             ) from error
 

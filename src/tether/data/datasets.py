@@ -30,8 +30,8 @@ from tether.data.rounds import REPEATED, own_rows
 from tether.data.rows import MARGIN_COLUMN as MARGIN_COLUMN
 from tether.data.rows import REFERENCE_CHECKSUM as REFERENCE_CHECKSUM
 from tether.data.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
+from tether.data.rows import RESPONSES, UNREADABLE_COLUMN, RowReader, TextRows, check_margin
 from tether.data.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
-from tether.data.rows import RowReader, TextRows, check_margin
 from tether.data.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.data.truncation import Truncation
 from tether.errors import ArgumentTypeError, DataError
@@ -42,14 +42,22 @@ PairDataset: TypeAlias = Dataset | IterableDataset
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
 
-def as_dataset(rows: Rows | None) -> PairDataset:
+def as_dataset(rows: Rows | None, argument: str = "set of pairs") -> PairDataset:
     """The rows as a dataset. A list of dicts becomes one, with the columns of all its rows.
+
+    What a `with_transform` makes of a set is stored. A row that cannot be stored is kept as one that is not a pair:
+    tokenizing names it, or drops it.
+
+    Args:
+        rows: The rows.
+        argument: What was given, for messages: "`train_dataset`".
 
     Raises:
         ArgumentTypeError: If they are neither a dataset nor a list of dicts.
-        DataError: If a column mixes kinds of values that cannot be stored together.
     """
-    if isinstance(rows, Dataset | IterableDataset):
+    if isinstance(rows, Dataset):
+        return _readable(rows)
+    if isinstance(rows, IterableDataset):
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         return _dataset_of(rows)
@@ -57,7 +65,7 @@ def as_dataset(rows: Rows | None) -> PairDataset:
     if isinstance(rows, list):
         given += f" of {next(type(row).__name__ for row in rows if not isinstance(row, Mapping))}"
     raise ArgumentTypeError(
-        problem=f"Cannot use a set of pairs of type {given}: pairs are rows with `prompt`, `chosen` and `rejected`.",
+        problem=f"Cannot use a {argument} of type {given}: pairs are rows with `prompt`, `chosen` and `rejected`.",
         instead=f"Pass a `datasets.Dataset`, an `IterableDataset` or a list of dicts{_how_to_make_one(rows)}.",
     )
 
@@ -75,31 +83,61 @@ def column_names(dataset: PairDataset) -> tuple[str, ...]:
 
 def _dataset_of(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """A list of rows as a set; `Dataset.from_list` reads the columns of the first row only."""
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {str(name): [row.get(name) for row in rows] for name in names}
     try:
         return Dataset.from_dict(columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of a column with text in one row and messages in another
-        return concatenate_datasets([_column(name, values) for name, values in columns.items()], axis=1)
+    except Exception:  # of a column with text in one row and messages in another, or a value that Arrow has no type for
+        problems: dict[int, str] = {}
+        sets = [_column(name, values, problems) for name, values in columns.items() if name != UNREADABLE_COLUMN]
+        known = columns.get(UNREADABLE_COLUMN, [None] * len(rows))
+        problems |= {index: problem for index, problem in enumerate(known) if problem is not None}
+        if problems:
+            sets.append(Dataset.from_dict({UNREADABLE_COLUMN: [problems.get(index) for index in range(len(rows))]}))
+        return concatenate_datasets(sets, axis=1)
 
 
-def _column(name: str, values: list[Any]) -> Dataset:
-    """A set of one column, as JSON where Arrow has no type for all its values."""
+def _column(name: str, values: list[Any], problems: dict[int, str]) -> Dataset:
+    """A set of one column, as JSON where Arrow has no type for all its values; adds what JSON cannot hold either."""
     try:
         return Dataset.from_dict({name: values})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as mixed:
-        try:
-            # Encoded here: `datasets` would take a text such as `4` for JSON already, and return a number.
-            texts = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
-        except TypeError:
-            raise DataError(
-                problem=f"Cannot make a dataset of these rows: the column `{name}` mixes kinds of values that cannot "
-                "be in one column.",
-                details=f"Arrow reports: {' '.join(str(mixed).split()).rstrip('.')}.",
-                instead="Give it values of one kind in all rows.",
-            ) from None
+    except Exception:
+        texts: list[str | None] = []
+        for index, value in enumerate(values):
+            try:  # encoded here: `datasets` would take a text such as `4` for JSON already, and return a number
+                text = None if value is None else json.dumps(value, ensure_ascii=False)
+                (text or "").encode()
+            except UnicodeEncodeError:  # `datasets` would leave such a character out
+                text, problems[index] = None, f"has a `{name}` that is not Unicode: it has half of a surrogate pair"
+            except (TypeError, ValueError, RecursionError):
+                kind = type(value).__name__
+                text, problems[index] = None, f"has a `{name}` of a kind that cannot be stored with the others: {kind}"
+            texts.append(text)
         features = Features({name: Json()})
-        encoded = pa.ExtensionArray.from_storage(features.arrow_schema.field(name).type, texts)
+        storage = pa.array(texts, pa.string())
+        encoded = pa.ExtensionArray.from_storage(features.arrow_schema.field(name).type, storage)
         return Dataset(pa.table({name: encoded}, schema=features.arrow_schema), info=DatasetInfo(features=features))
+
+
+def _readable(dataset: Dataset) -> Dataset:
+    """The set as it is, unless a transform makes its rows, or some have text that is not UTF-8."""
+    if dataset.format["type"] == "custom":
+        made = dataset.map(dict, remove_columns=dataset.column_names, desc="Applying the transform")
+        dataset = made.with_format(None)
+    texts = [name for name in ("prompt", *RESPONSES) if name in dataset.column_names]
+    try:
+        dataset.data.table.select(texts).validate(full=True)
+        return dataset
+    except pa.ArrowInvalid:
+        return _dataset_of([_decoded(dataset, index) for index in range(len(dataset))])
+
+
+def _decoded(dataset: Dataset, index: int) -> Mapping[str, Any]:
+    try:
+        row: Mapping[str, Any] = dataset[index]
+        return row
+    except UnicodeDecodeError:
+        return {UNREADABLE_COLUMN: "is not text in UTF-8"}
 
 
 def _how_to_make_one(rows: Any) -> str:
@@ -120,6 +158,7 @@ def tokenize_pairs(
     num_proc: int | None = None,
     name: str = "train",
     bad_rows: Literal["raise", "drop"] = "raise",
+    max_positions: int | None = None,
 ) -> PairDataset:
     """Adds the `TOKEN_COLUMNS` (untruncated) if missing, and drops rows whose prompt fills `max_length`.
 
@@ -133,13 +172,16 @@ def tokenize_pairs(
         num_proc: Worker processes.
         name: The set's name, for messages.
         bad_rows: What happens to rows that are not pairs: `raise` or `drop`.
+        max_positions: Tokens of the longest row, as it is cut, that the models have positions for; a longer one is
+            treated as one that is not a pair. None for no limit.
 
     Raises:
         DataError: For a row that is not a pair (names it, and counts the others), or if no row remains. Rows of a
             stream are checked when they are read.
     """
     reader: RowReader = TextRows(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer
-    plan = TokenizingPlan(reader, name, Truncation(max_length, truncation_mode), drops=bad_rows == "drop")
+    truncation = Truncation(max_length, truncation_mode)
+    plan = TokenizingPlan(reader, name, truncation, drops=bad_rows == "drop", max_positions=max_positions)
     if isinstance(dataset, Dataset):
         return tokenize_set(dataset, plan, num_proc)
     return tokenize_stream(dataset, plan)

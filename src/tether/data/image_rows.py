@@ -26,7 +26,7 @@ from tether.data.rows import (
     tokenize_row,
     with_prompt,
 )
-from tether.errors import ConfigurationError, DataError
+from tether.errors import ConfigurationError, DataError, said
 from tether.types import PromptImages
 
 # The columns that are read again when a row's batch is made.
@@ -241,7 +241,7 @@ def _not_fed(where: str, error: Exception) -> DataError:
         return error
     return DataError(
         problem=f"{where} has images that cannot be used: reading them raised {type(error).__name__}.",
-        details=f"The message is: {' '.join(str(error).split()).rstrip('.')}.",
+        details=f"The message is: {said(error)}.",
         instead="Give `image` (one) or `images` (a list) as PIL images, arrays or paths, as many as the prompt has "
         "places for.",
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.chat import ChatTemplate, without_nulls
 from tether.errors import ConfigurationError, DataError
+from tether.refusals import shown
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MARGIN_COLUMN = "margin"  # how much better the chosen response is, in units of reward; optional
@@ -22,7 +23,9 @@ IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.data.image_ro
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_CHECKSUM = "ref_checksum"
 _ROUNDING = 0.01  # nats by which the sum over a response of sure tokens may come out above 0
-_RESPONSES = ("chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
+# Columns of ours: a row's number where the user sees it ("17 of pairs.jsonl"), and why a row cannot be read at all.
+ROW_COLUMN, UNREADABLE_COLUMN = "tether_row", "tether_unreadable"
 
 
 class RowTokens(NamedTuple):
@@ -57,6 +60,11 @@ class RowReader(Protocol):
             DataError: If it is not a pair.
         """
         ...
+
+
+def row_name(row: Mapping[str, Any], index: int, name: str) -> str:
+    """A row in messages: by its own number if it has one, else by its place in its set ("Row 3 of the train set")."""
+    return f"Row {row.get(ROW_COLUMN) or f'{index} of the {name} set'}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
         DataError: If it is not a pair.
     """
     if any(row.get(column) is not None for column in TOKEN_COLUMNS):
-        tokens = _given_tokens(row, where, len(tokenizer))
+        tokens = _given_tokens(row, where, tokenizer)
         check_margin(row, where)
         return tokens
     row = with_prompt(row, where)
@@ -131,7 +139,7 @@ def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected
 # ---- tokens ------------------------------------------------------------------------------------------------------
 
 
-def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTokens:
+def _given_tokens(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> RowTokens:
     """The ids that a row has."""
     ids: list[list[int]] = []
     for column in TOKEN_COLUMNS:
@@ -142,18 +150,25 @@ def _given_tokens(row: Mapping[str, Any], where: str, vocabulary: int) -> RowTok
                 "fit together.",
                 instead=f"Give all of {', '.join(TOKEN_COLUMNS)}, or none of them and the row as text.",
             )
-        ids.append([int(token) for token in given] if is_token_ids(given, vocabulary) else _refuse_ids(column, where))
+        ids.append([int(token) for token in given] if _is_token_ids(given, tokenizer) else _refuse_ids(column, where))
     prompt_ids, chosen_ids, rejected_ids = ids
     tokens = RowTokens(prompt_ids, chosen_ids, rejected_ids, lost_ids=[])
     _check_not_empty(tokens, where)
     return tokens
 
 
-def is_token_ids(value: Any, vocabulary: int) -> bool:
-    """Whether it is a sequence of ids below `vocabulary`."""
+def _is_token_ids(value: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is a sequence of the tokenizer's ids."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         return False
-    return all(not isinstance(token, bool) and _is_whole(token) and 0 <= token < vocabulary for token in value)
+    ids = list(value)
+    are_whole = all(not isinstance(token, bool) and _is_whole(token) and token >= 0 for token in ids)
+    return are_whole and is_known(max(ids, default=0), tokenizer)
+
+
+def is_known(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has ids up to this one; with gaps between them, their number is smaller."""
+    return token < len(tokenizer) or token in tokenizer.get_vocab().values()
 
 
 def _is_whole(token: Any) -> bool:
@@ -196,18 +211,19 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: If it is not a pair.
     """
-    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
-    for field in _RESPONSES:
+    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *RESPONSES) if row.get(name) is not None}
+    for field in RESPONSES:
         if row.get(field) is None:
+            columns = sorted(row.keys() - {ROW_COLUMN, UNREADABLE_COLUMN})
             raise DataError(
                 problem=f"{where} has no `{field}`: a pair needs two responses to one prompt.",
-                details=f"The row has these columns: {', '.join(sorted(row))}.",
+                details=f"The row has these columns: {', '.join(columns)}.",
                 instead=f"Add `{field}`, or drop the row.",
             )
     if _prompt_is_repeated(row):
         row["prompt"] = None
     _check_kinds(row, where)
-    for field in _RESPONSES:
+    for field in RESPONSES:
         if _is_empty(row[field]):
             raise DataError(
                 problem=f"{where} has an empty `{field}` response: it has no token to score.",
@@ -224,9 +240,9 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
     if MARGIN_COLUMN not in row:
         return
     margin = row[MARGIN_COLUMN]
-    if not _is_number(margin):
+    if not is_number(margin):
         raise DataError(
-            problem=f"{where} has `margin={margin!r}`: a margin must be a finite number.",
+            problem=f"{where} has `margin={shown(margin)}`: a margin must be a finite number.",
             details="It says how much better the chosen response is, in units of reward, and is subtracted from the "
             "reward margin.",
             instead="Give every row a finite number (0 for none), or drop the column.",
@@ -235,17 +251,25 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
 
 def check_reference_sum(value: Any, column: str, where: str) -> None:
     """Raises a `DataError` if a row's reference log-prob is not finite, or above 0 by more than rounding."""
-    if not _is_number(value) or value > _ROUNDING:
+    if not is_log_prob(value):
         raise DataError(
-            problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
-            "finite number, and not above 0.",
+            problem=f"{where} has `{column}={shown(value)}`: the sum of the reference's log-probs of a response must "
+            "be a finite number, and not above 0.",
             instead="Compute it again, drop the row, or remove the columns from all rows.",
         )
 
 
-def _is_number(value: Any) -> bool:
+def is_log_prob(value: Any) -> bool:
+    """Whether it is a finite number, and not above 0 by more than rounding."""
+    return is_number(value) and value <= _ROUNDING
+
+
+def is_number(value: Any) -> bool:
     """Whether it is a finite number; a tensor or array of one element counts too."""
-    return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _prompt_is_repeated(row: Mapping[str, Any]) -> bool:
@@ -258,7 +282,7 @@ def _prompt_is_repeated(row: Mapping[str, Any]) -> bool:
 
 
 def _check_kinds(row: Mapping[str, Any], where: str) -> None:
-    kinds = {name: _kind(row[name]) for name in ("prompt", *_RESPONSES) if row.get(name) is not None}
+    kinds = {name: _kind(row[name]) for name in ("prompt", *RESPONSES) if row.get(name) is not None}
     if set(kinds.values()) in ({"text"}, {"messages"}):
         return
     raise DataError(
@@ -274,7 +298,7 @@ def _check_kinds(row: Mapping[str, Any], where: str) -> None:
 def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
     """Refuses whole conversations beside a prompt: the prompt would be rendered twice."""
     prompt = row["prompt"]
-    if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in _RESPONSES):
+    if isinstance(prompt, list) and prompt and all(row[side][: len(prompt)] == prompt for side in RESPONSES):
         raise DataError(
             problem=f"{where} has a `prompt` that both of its responses repeat at their start: the model would read it "
             "twice.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,23 +26,32 @@ from datasets import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows import (
     MARGIN_COLUMN,
     REFERENCE_COLUMNS,
+    ROW_COLUMN,
     TOKEN_COLUMNS,
+    UNREADABLE_COLUMN,
     RowReader,
+    RowTokens,
     check_margin,
     check_reference_sum,
+    is_known,
+    row_name,
 )
 from tether.data.truncation import Truncation
-from tether.errors import DataError
+from tether.distributed import is_main_process
+from tether.errors import DataError, TetherError, said
+from tether.refusals import listed, nearest_to
 
 logger = logging.getLogger("tether.data.datasets")
 
 # Columns that exist only while a set is tokenized: why a row is not a pair, and which end of its prompt was lost.
 _PROBLEM, _LOST = "tether_problem", "tether_lost_text"
 _ROWS_AT_ONCE = 1000
+_REASONS = 10  # that a message lists
 _EXAMPLES = 5  # row numbers that a message gives for each reason
 _NAMED_DROPS = 10  # rows of a stream that are named one by one
 
@@ -56,19 +65,31 @@ class TokenizingPlan:
         name: The set's name, for messages.
         truncation: Where its rows will be cut; a row whose prompt leaves no room for a response is dropped.
         drops: Whether rows that are not pairs are dropped; otherwise they are refused.
+        max_positions: Tokens of the longest row that the models have positions for; a longer one is not a pair either.
     """
 
     reader: RowReader
     name: str
     truncation: Truncation
     drops: bool
-
-    def name_of(self, index: int) -> str:
-        return f"Row {index} of the {self.name} set"
+    max_positions: int | None = None
 
     @property
     def full_prompt(self) -> str:
         return f"has a prompt that fills `max_length={self.truncation.max_length}` and leaves no room for a response"
+
+    def too_long(self, where: str) -> DataError:
+        return DataError(
+            problem=f"{where} has more tokens than the {self.max_positions} that the model learned positions for.",
+            instead=f"Set `max_length={self.max_positions}`, or use a model with more positions.",
+        )
+
+    def lacks_positions(self, num_prompt: Any, *num_responses: Any) -> Any:
+        """Whether a model has no positions for a row of so many tokens, as it is cut."""
+        if self.max_positions is None:
+            return np.zeros_like(num_prompt, dtype=bool)
+        spans = [self.truncation.span(num_prompt, number) for number in num_responses]
+        return np.max([stop - start for start, _, stop in spans], axis=0) > self.max_positions
 
 
 # ---- sets in memory ----------------------------------------------------------------------------------------------
@@ -82,24 +103,23 @@ def tokenize_set(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -
     """
     if len(dataset) == 0:
         raise _no_rows(plan, "")
-    if not _is_tokenized(dataset, len(plan.reader.tokenizer)):
+    _check_columns(dataset.column_names, plan.name)
+    if not _is_tokenized(dataset, plan.reader.tokenizer):
         dataset = _with_findings(dataset, plan, num_proc)
-    problems = _problems(dataset)
+    problems = _problems(dataset, plan)
     if problems and not plan.drops:
-        raise _refusal(problems, len(dataset), plan)
-    reasons: dict[str, list[int]] = defaultdict(list)
-    for index, error in problems.items():
-        reasons[_reason(error, index, plan)].append(index)
-    lengths = _prompt_lengths(dataset)
-    reasons[plan.full_prompt] += np.flatnonzero((lengths > 0) & ~plan.truncation.leaves_room(lengths)).tolist()
+        raise _refusal(problems, dataset, plan)
+    reasons = _by_reason(problems)
+    prompts, *_ = token_lengths(dataset)
+    reasons[plan.full_prompt] += np.flatnonzero((prompts > 0) & ~plan.truncation.leaves_room(prompts)).tolist()
     dropped = {index for indices in reasons.values() for index in indices}
     if len(dropped) == len(dataset):
-        raise _no_rows(plan, _listed(reasons))
+        raise _no_rows(plan, _listed(reasons, dataset))
     if dropped:
-        logger.warning(
-            "%d of %d rows of the %s set were dropped:%s", len(dropped), len(dataset), plan.name, _listed(reasons)
-        )
-    return _without_findings(dataset, dropped, plan)
+        _warn(f"{len(dropped)} of {len(dataset)} rows of the {plan.name} set were dropped:{_listed(reasons, dataset)}")
+    kept = _without_findings(dataset, dropped, plan)
+    _warn_of_cuts(kept, plan)
+    return kept
 
 
 def _with_findings(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None) -> Dataset:
@@ -136,34 +156,63 @@ def progress_bars_off(off: bool) -> Iterator[None]:
 
 
 def _tokenize_or_explain(row: Mapping[str, Any], index: int, reader: RowReader, name: str) -> dict[str, Any]:
+    where = row_name(row, index, name)
     try:
-        tokens = reader.tokens(row, f"Row {index} of the {name} set")
+        tokens = _tokens(reader, row, where)
     except DataError as error:
-        return {column: [] for column in TOKEN_COLUMNS} | {_PROBLEM: json.dumps(error.args), _LOST: None}
+        problem = json.dumps([_reason(error, where), *error.args])
+        return {column: [] for column in TOKEN_COLUMNS} | {_PROBLEM: problem, _LOST: None}
     lost = str(reader.tokenizer.decode(tokens.lost_ids)) if tokens.lost_ids else None
     return {column: getattr(tokens, column) for column in TOKEN_COLUMNS} | {_PROBLEM: None, _LOST: lost}
+
+
+def _tokens(reader: RowReader, row: Mapping[str, Any], where: str) -> RowTokens:
+    """The row's token ids, or a `DataError` that names it, whatever a tokenizer or a template makes of it."""
+    if row.get(UNREADABLE_COLUMN) is not None:
+        raise DataError(problem=f"{where} {row[UNREADABLE_COLUMN]}.", instead="Correct the row, or drop it.")
+    try:
+        return reader.tokens(row, where)
+    except (TetherError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(
+            problem=f"{where} cannot be tokenized: {type(error).__name__}: {said(error)}.",
+            instead="Correct its text, or drop the row.",
+        ) from error
 
 
 def _without_findings(dataset: Dataset, dropped: set[int], plan: TokenizingPlan) -> Dataset:
     if _LOST in dataset.column_names:
         texts = enumerate(_texts(dataset, _LOST))
         lost = {index: text for index, text in texts if text is not None and index not in dropped}
-        _warn_of_lost_tokens(lost, len(dataset) - len(dropped), plan)
-        dataset = dataset.remove_columns([_PROBLEM, _LOST])
+        if lost:
+            index, text = next(iter(lost.items()))
+            rows = f"{len(lost)} of {len(dataset) - len(dropped)} rows of the {plan.name} set"
+            _warn_of_lost_tokens(rows, _rows([index], dataset), text)
+        ours = {_PROBLEM, _LOST, UNREADABLE_COLUMN} & set(dataset.column_names)
+        dataset = dataset.remove_columns(sorted(ours))
     if not dropped:
         return dataset
+    if ROW_COLUMN not in dataset.column_names:
+        dataset = dataset.add_column(ROW_COLUMN, [f"{index} of the {plan.name} set" for index in range(len(dataset))])
     return dataset.select([index for index in range(len(dataset)) if index not in dropped])
 
 
-def _problems(dataset: Dataset) -> dict[int, DataError]:
-    """The rows that are not pairs; none for a set that came tokenized, which is checked as a whole."""
-    if _PROBLEM not in dataset.column_names:
-        return {}
-    found = enumerate(_texts(dataset, _PROBLEM))
-    return {index: DataError(*json.loads(problem)) for index, problem in found if problem is not None}
+def _problems(dataset: Dataset, plan: TokenizingPlan) -> dict[int, tuple[str, DataError]]:
+    """What is wrong with each row that is not a pair; the ids of a set that came tokenized are checked as a whole."""
+    problems: dict[int, tuple[str, DataError]] = {}
+    if _PROBLEM in dataset.column_names:
+        found = enumerate(_texts(dataset, _PROBLEM))
+        read = {index: json.loads(problem) for index, problem in found if problem is not None}
+        problems = {index: (reason, DataError(*args)) for index, (reason, *args) in read.items()}
+    for index in np.flatnonzero(plan.lacks_positions(*token_lengths(dataset))).tolist():
+        where = name_of_row(dataset, index, plan.name)
+        error = plan.too_long(where)
+        problems[index] = _reason(error, where), error
+    return dict(sorted(problems.items()))
 
 
-def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
+def _is_tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether every row has ids of the tokenizer in every column; looks at whole columns, which is fast."""
     if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
         return False
@@ -175,14 +224,31 @@ def _is_tokenized(dataset: Dataset, vocabulary: int) -> bool:
             bounds = pc.min_max(pc.list_flatten(column)).as_py()
             if column.null_count or not pc.all(pc.greater(pc.list_value_length(column), 0)).as_py():
                 return False
-            if bounds["min"] < 0 or bounds["max"] >= vocabulary:
+            if bounds["min"] < 0 or not is_known(bounds["max"], tokenizer):
                 return False
     return True
 
 
-def _prompt_lengths(dataset: Dataset) -> Any:
-    tables = arrow_tables(dataset, TOKEN_COLUMNS[:1])
-    return np.concatenate([pc.list_value_length(table[TOKEN_COLUMNS[0]]).to_numpy() for table in tables])
+def token_lengths(dataset: Dataset) -> Any:
+    """Tokens of prompt, chosen and rejected: three rows of numbers."""
+    tables = arrow_tables(dataset, TOKEN_COLUMNS)
+    return np.concatenate(
+        [[pc.list_value_length(table[name]).to_numpy() for name in TOKEN_COLUMNS] for table in tables], axis=1
+    )
+
+
+def name_of_row(dataset: Dataset, index: int, name: str) -> str:
+    """A row of a set in messages; see `rows.row_name`."""
+    labels = _labels(dataset, [index])
+    return row_name({ROW_COLUMN: labels[0]} if labels else {}, index, name)
+
+
+def _labels(dataset: Dataset, indices: Sequence[int]) -> list[str]:
+    """The rows' own numbers; none if they have none."""
+    if ROW_COLUMN not in dataset.column_names:
+        return []
+    labels: list[str] = dataset.with_format(None).select_columns([ROW_COLUMN])[list(indices)][ROW_COLUMN]
+    return labels
 
 
 def largest_id(dataset: Dataset) -> tuple[int, int]:
@@ -226,20 +292,27 @@ class _StreamLog:
     plan: TokenizingPlan
     reasons: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     has_lost: bool = False
+    has_cut: bool = False
 
     def drop(self, index: int, reason: str) -> None:
         self.reasons[reason].append(index)
         num_dropped = sum(map(len, self.reasons.values()))
         if num_dropped <= _NAMED_DROPS:
-            logger.warning("%s was dropped because it %s.", self.plan.name_of(index), reason)
+            _warn(f"{row_name({}, index, self.plan.name)} was dropped because it {reason}.")
         elif num_dropped in (10**power for power in range(2, 12)):
-            listed = _listed(self.reasons)
-            logger.warning("%d rows of the %s set were dropped so far:%s", num_dropped, self.plan.name, listed)
+            _warn(f"{num_dropped} rows of the {self.plan.name} set were dropped so far:{_listed(self.reasons)}")
 
     def lose(self, index: int, text: str) -> None:
         if not self.has_lost:
-            _warn_of_lost_tokens({index: text}, None, self.plan)
+            _warn_of_lost_tokens(f"rows of the {self.plan.name} set", _rows([index]), text)
         self.has_lost = True
+
+    def cut(self, index: int, lengths: Sequence[int]) -> None:
+        if not self.has_cut and (lost := _num_cut(self.plan.truncation, *lengths).max()) > 0:
+            where, part = row_name({}, index, self.plan.name), _lost_part(self.plan.truncation)
+            limit = self.plan.truncation.max_length
+            _warn(f"{where} loses {part} to `max_length={limit}` ({lost} of its tokens), and rows after it may too.")
+            self.has_cut = True
 
 
 def _number_columns(dataset: IterableDataset) -> frozenset[str]:
@@ -253,13 +326,14 @@ def _number_columns(dataset: IterableDataset) -> frozenset[str]:
 def _tokenize_next(
     row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _StreamLog, brought: frozenset[str]
 ) -> dict[str, Any]:
+    where = row_name(row, index, plan.name)
     try:
-        tokens = plan.reader.tokens(row, plan.name_of(index))
-        _check_numbers(row, plan.name_of(index), brought)
+        tokens = _tokens(plan.reader, row, where)
+        _check_numbers(row, where, brought)
     except DataError as error:
         if not plan.drops:
             raise
-        log.drop(index, _reason(error, index, plan))
+        log.drop(index, _reason(error, where))
         return {column: [] for column in TOKEN_COLUMNS}
     if tokens.lost_ids:
         log.lose(index, str(plan.reader.tokenizer.decode(tokens.lost_ids)))
@@ -288,60 +362,130 @@ def _is_usable(row: Mapping[str, Any], index: int, plan: TokenizingPlan, log: _S
     if not plan.truncation.leaves_room(len(row["prompt_ids"])):
         log.drop(index, plan.full_prompt)
         return False
+    lengths = [len(row[column]) for column in TOKEN_COLUMNS]
+    if plan.lacks_positions(*lengths):
+        where = row_name(row, index, plan.name)
+        error = plan.too_long(where)
+        if not plan.drops:
+            raise error
+        log.drop(index, _reason(error, where))
+        return False
+    log.cut(index, lengths)
     return True
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
 
 
-def _reason(error: DataError, index: int, plan: TokenizingPlan) -> str:
+def _warn(text: str) -> None:
+    if is_main_process():
+        logger.warning(text)
+
+
+def _reason(error: DataError, where: str) -> str:
     """What is wrong with a row, in words shared by all rows with the same fault."""
-    return error.problem.removeprefix(plan.name_of(index)).strip().rstrip(".")
+    return error.problem.removeprefix(where).strip().rstrip(".")
 
 
-def _listed(reasons: Mapping[str, list[int]]) -> str:
-    lines = []
-    for reason, indices in reasons.items():
-        if indices:
-            numbers = ", ".join(map(str, indices[:_EXAMPLES])) + (", ..." if len(indices) > _EXAMPLES else "")
-            lines.append(f"\n  {len(indices)}: {reason} ({'row' if len(indices) == 1 else 'rows'} {numbers})")
-    return "".join(lines)
+def _by_reason(problems: Mapping[int, tuple[str, DataError]]) -> dict[str, list[int]]:
+    reasons: dict[str, list[int]] = defaultdict(list)
+    for index, (reason, _) in problems.items():
+        reasons[reason].append(index)
+    return reasons
+
+
+def _listed(reasons: Mapping[str, Sequence[int]], dataset: Dataset | None = None) -> str:
+    found = [(reason, indices) for reason, indices in reasons.items() if indices]
+    lines = [f"\n  {len(indices)}: {reason} ({_rows(indices, dataset)})" for reason, indices in found[:_REASONS]]
+    others = sum(len(indices) for _, indices in found[_REASONS:])
+    return "".join([*lines, *([f"\n  {others}: for other reasons"] if others else [])])
+
+
+def _rows(indices: Sequence[int], dataset: Dataset | None = None) -> str:
+    """The first rows by number: "rows 3, 5, 8, ..."; with their file, if they are of several."""
+    first = indices[:_EXAMPLES]
+    names = (dataset and _labels(dataset, first)) or list(map(str, first))
+    if len({name.partition(" ")[2] for name in names}) == 1:
+        names = [name.partition(" ")[0] for name in names]
+    more = ", ..." if len(indices) > _EXAMPLES else ""
+    return f"{'row' if len(indices) == 1 else 'rows'} {', '.join(names)}{more}"
+
+
+def _warn_of_cuts(dataset: Dataset, plan: TokenizingPlan) -> None:
+    """Says in one line how many pairs lose a part to the limit, and how much."""
+    cut = _num_cut(plan.truncation, *token_lengths(dataset))
+    rows = np.flatnonzero(cut.max(axis=0))
+    if len(rows) == 0:
+        return
+    chosen, rejected = (cut > 0).sum(axis=1)
+    lost, whole = cut[cut > 0], int((token_lengths(dataset)[0] + token_lengths(dataset)[1:]).max())
+    _warn(
+        f"{len(rows)} of {len(dataset)} pairs of the {plan.name} set lose {_lost_part(plan.truncation)} to "
+        f"`max_length={plan.truncation.max_length}`, {chosen} of the chosen and {rejected} of the rejected: "
+        f"{lost.mean():,.0f} tokens on average, {lost.max():,} at most ({_rows(rows.tolist(), dataset)}). "
+        f"`max_length={whole}` would keep all."
+    )
+
+
+def _num_cut(truncation: Truncation, num_prompt: Any, *num_responses: Any) -> Any:
+    """Tokens that each response loses or, where the start of a row is cut, its prompt."""
+    spans = ((truncation.span(num_prompt, number), number) for number in num_responses)
+    return np.stack([num_prompt + number - (stop - start) for (start, _, stop), number in spans])
+
+
+def _lost_part(truncation: Truncation) -> str:
+    return "the end of a response" if truncation.mode == "keep_start" else "the start of the prompt"
 
 
 def _counted(listed: str) -> str:
     return "The reasons, with the number of rows for each:" + listed.replace("\n", "\n  ")
 
 
-def _refusal(problems: Mapping[int, DataError], num_rows: int, plan: TokenizingPlan) -> DataError:
+def _refusal(problems: Mapping[int, tuple[str, DataError]], dataset: Dataset, plan: TokenizingPlan) -> DataError:
     """The first row's error, with a count of the others."""
-    first = next(iter(problems.values()))
+    _, first = next(iter(problems.values()))
     if len(problems) == 1:
         return first
-    reasons: dict[str, list[int]] = defaultdict(list)
-    for number, error in problems.items():
-        reasons[_reason(error, number, plan)].append(number)
     return DataError(
-        problem=f"{first.problem} In all, {len(problems)} of {num_rows} rows cannot be used.",
-        details="\n  ".join(filter(None, (first.details, _counted(_listed(reasons))))),
+        problem=f"{first.problem} In all, {len(problems)} of {len(dataset)} rows cannot be used.",
+        details="\n  ".join(filter(None, (first.details, _counted(_listed(_by_reason(problems), dataset))))),
         instead=f'{first.instead} `bad_rows="drop"` leaves such rows out.',
     )
 
 
-def _warn_of_lost_tokens(lost: Mapping[int, str], num_rows: int | None, plan: TokenizingPlan) -> None:
+def _warn_of_lost_tokens(rows: str, first: str, text: str) -> None:
     """Warns that responses do not begin where their prompts end."""
-    if not lost:
-        return
-    index, text = next(iter(lost.items()))
-    logger.warning(
-        "In %s of the %s set, the prompt ends differently before its response than on its own (row %d: %r): tokens "
+    _warn(
+        f"In {rows}, the prompt ends differently before its response than on its own ({first}: {text!r}): tokens "
         "merge across the boundary, or the chat template renders an open answer differently. The response is taken to "
         "start where the two differ, so the model is not trained to continue exactly what it is given when it answers. "
-        "End the prompt at the end of a token, or use a template that renders it the same way in both cases.",
-        f"{len(lost)} of {num_rows} rows" if num_rows is not None else "rows",
-        plan.name,
-        index,
-        text,
+        "End the prompt at the end of a token, or use a template that renders it the same way in both cases."
     )
+
+
+def _check_columns(names: Sequence[str], name: str) -> None:
+    """Refuses a set of which no row can be a pair; a stream's rows are looked at one by one."""
+    own = [column for column in names if column != ROW_COLUMN]
+    missing = [column for column in ("chosen", "rejected") if column not in own]
+    if not missing or UNREADABLE_COLUMN in own or any(column in own for column in TOKEN_COLUMNS):
+        return
+    near = {column: _near(column, own) for column in missing}
+    renamed = [f"`{found}` to `{column}`" for column, found in near.items() if found]
+    instead = f"Rename {listed(renamed)}." if renamed else "Name the columns `prompt`, `chosen` and `rejected`."
+    if len(own) == 1 and (mark := next((mark for mark in ";,\t|" if mark in own[0]), None)):
+        instead = f"Its columns seem to be separated by {mark!r}: a .csv file has commas, a .tsv file tabs."
+    raise DataError(
+        problem=f"The {name} set has no column {' and no column '.join(f'`{column}`' for column in missing)}: a pair "
+        "needs two responses to one prompt.",
+        details=f"Its columns are {listed([f'`{column}`' for column in own], most=20)}.",
+        instead=instead,
+    )
+
+
+def _near(column: str, names: Sequence[str]) -> str:
+    """The column that was probably meant: spelled otherwise, or with more words."""
+    lower = {name.lower(): name for name in names}
+    return lower.get(nearest_to(column, lower)) or next((name for low, name in lower.items() if column in low), "")
 
 
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:

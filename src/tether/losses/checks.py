@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from tether.losses.divergence import DIVERGENCES
 from tether.losses.options import LossOptions
 from tether.losses.table import LOSSES, Loss
-from tether.refusals import Refusal, nearest_to, of_option, refuse
+from tether.refusals import Refusal, nearest_to, of_option, refuse, shown
 
 
 def check_loss_options(
@@ -43,7 +43,9 @@ def refused_losses(
     unknown = [name for name in losses if name not in LOSSES]
     if unknown or not losses:
         why = (
-            f"there is no loss named {' or '.join(map(repr, unknown))}" if unknown else "a policy needs a loss to train"
+            f"there is no loss named {' or '.join(map(shown, unknown))}"
+            if unknown
+            else "a policy needs a loss to train"
         )
         nearest = nearest_to(unknown[0], LOSSES) if unknown else ""
         meant = f"Did you mean `{nearest}`? " if nearest else ""

@@ -21,6 +21,7 @@ from tether.errors import ConfigurationError
 from tether.models.gguf import gguf_option
 from tether.models.origin import name_of
 from tether.scoring import rotary_limit
+from tether.scoring.projection import base_model_of
 
 # Dropout that attention modules and layers store as a number rather than as an `nn.Dropout`.
 _DROPOUT_NUMBERS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "dropout_p", "layerdrop")
@@ -123,8 +124,23 @@ def check_embeds(model: PreTrainedModel | PeftModel, largest: int, where: str) -
         raise ConfigurationError(
             problem=f"{where} has the token id {largest}, but the model embeds only {rows} tokens.",
             details="The tokenizer has tokens that the model does not know, such as tokens that were added later.",
-            instead="Call `model.resize_token_embeddings(len(tokenizer))` first, or use the model's own tokenizer.",
+            instead="Call `model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)` first, or use the "
+            "model's own tokenizer.",
         )
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens of the longest row that a model has positions for, if it learned one for each; None for all others."""
+    base: Any = base_model_of(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    limits = []
+    for module in decoder.modules():
+        for name, positions in (*module.named_children(), *module.named_buffers(recurse=False)):
+            if isinstance(positions, nn.Embedding) and (name == "wpe" or "pos" in name):
+                limits.append(full_shape(positions.weight)[0] - getattr(positions, "offset", 0))
+            elif name == "embed_positions" and isinstance(positions, torch.Tensor):
+                limits.append(positions.shape[-2])
+    return min(limits, default=None)
 
 
 def differing_vocabulary(ref_model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> str:

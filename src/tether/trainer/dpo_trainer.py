@@ -41,7 +41,7 @@ from tether.trainer.run_folder import RunFolder
 from tether.trainer.samples import SampleReport
 from tether.trainer.saving import try_saving
 from tether.trainer.sets import named_sets
-from tether.trainer.setup import Asked, Checked, check, prepare
+from tether.trainer.setup import Asked, Checked, check, naming_options, prepare
 from tether.trainer.trl_attributes import OptionsAsAttributes
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         data_collator: A collator of your own that returns the padded batches of `DataCollatorForPreference`. The
             default pads nothing and needs no padding token.
         train_dataset: Rows with `prompt`, `chosen`, `rejected` (text or messages), or without `prompt`; for a model
-            that reads them with `image` or `images`.
+            that reads them with `image` or `images`. May be left out if the trainer only evaluates.
         eval_dataset: The same, or a dict of named sets.
         processing_class: The tokenizer, or the processor of a vision-language model; by default the one beside the
             model.
@@ -130,12 +130,15 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         reference: Reference | Callable[[nn.Module], Reference] | None = None,
     ) -> None:
         data = data_collator, train_dataset, eval_dataset, processing_class
-        run = callbacks, optimizers[0], quantization_config, peft_config, loss, reference
+        metrics = compute_metrics, preprocess_logits_for_metrics
+        run = callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config
         is_subclass = type(self) is not DPOTrainer
-        asked = Asked(model, ref_model, args, *data, compute_metrics, *run, is_subclass)
+        asked = Asked(model, ref_model, args, *data, *metrics, *run, loss, reference, is_subclass)
         checked = check(asked)  # from here on the caller's models change; what can be refused has been
         for_transformers = self._begin(checked, asked)
-        with full_evaluation(self.args) as self._evaluation_dtype:
+        names = "push_to_hub", "hub_model_id", "report_to", "torch_compile_backend"
+        asked_of_transformers = naming_options(self.args, *names)
+        with full_evaluation(self.args) as self._evaluation_dtype, asked_of_transformers:
             super().__init__(
                 **for_transformers,
                 compute_metrics=compute_metrics,
@@ -311,6 +314,14 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             )
         super().log(logs, start_time)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_options(self.args, "optim", "optim_args", "optim_target_modules"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_options(self.args, "lr_scheduler_type", "lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:
             raise ConfigurationError(
@@ -318,6 +329,11 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 "policy for each run, and the reference was made of the first.",
                 instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
                 "reference's answers.",
+            )
+        if self.train_dataset is None:
+            raise ConfigurationError(
+                problem="Cannot train without `train_dataset`: this trainer was made to evaluate.",
+                instead="Pass the pairs to train on: `DPOTrainer(..., train_dataset=pairs)`.",
             )
         self._losses = LossWatch()
         self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it

@@ -23,7 +23,8 @@ from tether.data.datasets import (
     column_names,
     reference_checksum,
 )
-from tether.data.rows import check_reference_sum
+from tether.data.rows import check_reference_sum, is_log_prob
+from tether.data.tokenizing import name_of_row
 from tether.errors import DataError
 from tether.reference import Reference
 from tether.trainer.batches import token_columns
@@ -98,7 +99,8 @@ def _read_numbers(name: str, dataset: Dataset, digest: Any) -> None:
     for column in REFERENCE_COLUMNS:
         values = list(dataset.with_format(None)[column])
         for row, value in enumerate(values):
-            check_reference_sum(value, column, f"Row {row} of the {name} set")
+            if not is_log_prob(value):
+                check_reference_sum(value, column, name_of_row(dataset, row, name))
         numbers = np.array(values, dtype=np.float64)
         digest.update(f"{name}:{column}".encode() + numbers.tobytes())
 
@@ -111,5 +113,5 @@ def _check_sums(name: str, dataset: Dataset, collator: Collator) -> None:
             with refusing_damaged_text(name):
                 collator(rows.__getitems__([number]))
         except DataError as error:
-            problem = error.problem.replace("A row of a batch", f"Row {number} of the {name} set", 1)
+            problem = error.problem.replace("A row of a batch", name_of_row(dataset, number, name), 1)
             raise DataError(problem, error.instead, error.details) from None

@@ -180,8 +180,8 @@ class ReferenceRun(TrainerCallback):
             yield batch_of(self._collator(list(part))).to(self._args.device)
 
     def _few_rows(self) -> PairBatch | None:
-        """Rows of the training set, the longest among them if it is no stream."""
-        pairs: Any = self._sets()["train"]
+        """Rows of the first set, that to train on if there is one; the longest among them if it is no stream."""
+        pairs: Any = next(iter(self._sets().values()))
         if isinstance(pairs, Dataset):
             return RowsToScore(pairs, self._collator, self._args).some(_PROBED_ROWS)
         return batch_of(self._collator(list(pairs.take(_SENTINEL_PAIRS))))

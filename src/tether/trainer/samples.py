@@ -117,8 +117,7 @@ class SampleReport(TrainerCallback):
     def _chosen_prompts(self) -> Iterator[list[int]]:
         """The first distinct prompts of the set to evaluate on, or of the training set, that leave room to answer."""
         sets = named_sets(self._trainer.train_dataset, self._trainer.eval_dataset)
-        train = sets.pop("train")
-        rows: Any = next(iter(sets.values()), train)
+        rows: Any = next((dataset for name, dataset in sets.items() if name != "train"), sets.get("train"))
         longest, num_new = self._args.max_length, self._args.report_samples_max_new_tokens
         seen: set[tuple[int, ...]] = set()
         for row in rows.select_columns(["prompt_ids"]):

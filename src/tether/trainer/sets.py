@@ -18,7 +18,7 @@ from tether.data.collators import pair_collator
 from tether.data.datasets import PairDataset, Rows, as_dataset, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
-from tether.data.tokenizing import largest_id, progress_bars_off
+from tether.data.tokenizing import largest_id, name_of_row, progress_bars_off
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError, DataError
 from tether.models.loading import tokenizer_of
@@ -36,6 +36,7 @@ class SetReader:
             conversational.
         args: The run's options.
         data_collator: What the trainer was given to make batches with, if anything.
+        max_positions: Tokens of the longest row that the run's models have positions for; None for no limit.
 
     Attributes:
         collator: What makes its batches.
@@ -45,9 +46,13 @@ class SetReader:
     """
 
     def __init__(
-        self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig, data_collator: Any = None
+        self,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: DPOConfig,
+        data_collator: Any = None,
+        max_positions: int | None = None,
     ) -> None:
-        self._args = args
+        self._args, self._max_positions = args, max_positions
         self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
         self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
         self.collator = pair_collator(data_collator, args.max_length, args.truncation_mode, self.image_rows)
@@ -69,11 +74,14 @@ class SetReader:
                 num_proc=args.dataset_num_proc,
                 name=name,
                 bad_rows=args.bad_rows,
+                max_positions=self._max_positions,
             )
 
     def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, as datasets, in the form in which they were passed."""
-        return _each(sets, lambda rows, name: as_dataset(rows))
+        return _each(
+            sets, lambda rows, name: as_dataset(rows, "`eval_dataset`" if rows is sets else f"`eval_dataset[{name!r}]`")
+        )
 
     def read_all(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, in the form in which they were passed."""
@@ -98,7 +106,7 @@ def _each(sets: Rows | Mapping[str, Rows] | None, make: Callable[[Rows, str], Pa
     if sets is None:
         return None
     if isinstance(sets, Mapping) and not {"chosen", "rejected"} & set(sets):
-        return {name: make(rows, name) for name, rows in sets.items()}
+        return {str(name): make(rows, str(name)) for name, rows in sets.items()}
     return make(sets, "eval")
 
 
@@ -127,4 +135,4 @@ def check_ids(sets: Mapping[str, PairDataset], policy: Any) -> None:
     for name, dataset in sets.items():
         if isinstance(dataset, Dataset) and not has_image_column(dataset.column_names):
             largest, row = largest_id(dataset)
-            check_embeds(policy, largest, f"Row {row} of the {name} set")
+            check_embeds(policy, largest, name_of_row(dataset, row, name))

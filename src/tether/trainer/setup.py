@@ -5,9 +5,10 @@ Everything that can be refused is refused in `check`; only `prepare` changes wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
@@ -26,14 +27,20 @@ from tether.config.rules.model import refused_float16
 from tether.config.rules.options import refused_options
 from tether.config.rules.run import adds_figures, refused_run
 from tether.data.datasets import PairDataset, Rows, as_dataset
-from tether.errors import ArgumentTypeError
+from tether.errors import ArgumentTypeError, TetherError, said
 from tether.losses import PreferenceLoss
 from tether.models.gguf import use_as_plain
 from tether.models.loading import Loaded, default_output_dir, load, tokenizer_of, use_pad_token
 from tether.models.offloading import activations_of
-from tether.models.preparing import add_adapter, broadcasts_buffers, disable_dropout, keep_differentiable
+from tether.models.preparing import (
+    add_adapter,
+    broadcasts_buffers,
+    disable_dropout,
+    keep_differentiable,
+    position_limit,
+)
 from tether.reference.identity import check_finite, model_tensors
-from tether.refusals import refuse
+from tether.refusals import of_option, refuse
 from tether.trainer.build_reference import Surroundings
 from tether.trainer.callbacks import BEMACallback
 from tether.trainer.evaluation import WithTokenIds
@@ -56,8 +63,10 @@ class Asked:
     eval_dataset: Rows | Mapping[str, Rows] | None
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     compute_metrics: Any
+    preprocess_logits_for_metrics: Any
     callbacks: Any
-    optimizer: Any
+    optimizers: Any
+    optimizer_cls_and_kwargs: Any
     quantization_config: Any
     peft_config: Any
     loss: PreferenceLoss | None
@@ -74,14 +83,14 @@ class Checked:
         around: What its reference needs to know that no option says.
         reader: What reads its sets.
         processing: The tokenizer, or the processor of a vision-language model.
-        train_set, eval_sets: The tokenized sets.
+        train_set, eval_sets: The tokenized sets; a run that only evaluates has none to train on.
     """
 
     facts: Facts
     around: Surroundings
     reader: SetReader
     processing: PreTrainedTokenizerBase | ProcessorMixin
-    train_set: PairDataset
+    train_set: PairDataset | None
     eval_sets: EvalSets
 
 
@@ -93,6 +102,11 @@ def check(asked: Asked) -> Checked:
         ConfigurationError: For what does not go together; all of it.
         DataError: For rows that are not preference pairs.
     """
+    if asked.train_dataset is None and asked.eval_dataset is None:
+        raise ArgumentTypeError(
+            problem="Cannot train without pairs: `train_dataset` is None.",
+            instead="Pass rows with `prompt`, `chosen` and `rejected`, or `eval_dataset` alone to evaluate.",
+        )
     args = _checked_options(asked)
     set_seed(args.seed)  # a fresh adapter starts from it
     loaded = load(
@@ -103,8 +117,11 @@ def check(asked: Asked) -> Checked:
         quantization_config=asked.quantization_config,
         trust_remote_code=args.trust_remote_code,
     )
-    reader = SetReader(loaded.processing_class, args, asked.data_collator)
-    train_rows, eval_rows = as_dataset(asked.train_dataset), reader.as_datasets(asked.eval_dataset)
+    limits = [position_limit(model) for model in (loaded.policy, loaded.ref_model) if model is not None]
+    max_positions = min((limit for limit in limits if limit is not None), default=None)
+    reader = SetReader(loaded.processing_class, args, asked.data_collator, max_positions)
+    train_rows = None if asked.train_dataset is None else as_dataset(asked.train_dataset, "`train_dataset`")
+    eval_rows = reader.as_datasets(asked.eval_dataset)
     facts = _facts(asked, args, loaded, reader, named_sets(train_rows, eval_rows))
     keep_differentiable(facts.policy)  # first, because a rule may make a forward
     if facts.ref_model is not None:
@@ -112,7 +129,8 @@ def check(asked: Asked) -> Checked:
     refuse(refused_run(facts))
     if facts.ref_model is not None:
         check_finite(model_tensors(facts.policy))  # a reference made from the policy looks at its weights itself
-    train_set, eval_sets = reader.read(train_rows, "train"), reader.read_all(eval_rows)
+    train_set = None if train_rows is None else reader.read(train_rows, "train")
+    eval_sets = reader.read_all(eval_rows)
     sets = named_sets(train_set, eval_sets)
     check_ids(sets, facts.policy)
     tokenizer = facts.tokenizer  # the facts hold the models, which this must not keep alive
@@ -125,8 +143,11 @@ def check(asked: Asked) -> Checked:
 
 
 def _checked_options(asked: Asked) -> DPOConfig:
-    names = ("args", "model", "ref_model", "callbacks", "peft_config", "processing_class", "reference")
-    refuse(refused_arguments(**{name: getattr(asked, name) for name in names}), ArgumentTypeError)
+    kinds = {
+        name: getattr(asked, name) for name in inspect.signature(refused_arguments).parameters if name != "functions"
+    }
+    functions = {name: getattr(asked, name) for name in ("compute_metrics", "preprocess_logits_for_metrics", "loss")}
+    refuse(refused_arguments(**kinds, **functions), ArgumentTypeError)
     args = asked.args or DPOConfig(default_output_dir(asked.model))
     refuse(
         (
@@ -149,7 +170,7 @@ def _facts(asked: Asked, args: DPOConfig, loaded: Loaded, reader: SetReader, set
         ref_model=loaded.ref_model,
         reference=asked.reference,
         new_adapter=asked.peft_config,
-        optimizer=asked.optimizer,
+        optimizer=asked.optimizers[0],
         tokenizer=tokenizer_of(loaded.processing_class),
         sets=sets,
         truncation=reader.truncation,
@@ -160,6 +181,34 @@ def _facts(asked: Asked, args: DPOConfig, loaded: Loaded, reader: SetReader, set
         leaders=[c for c in callbacks if isinstance(c, BEMACallback) and c.update_ref_model],
         is_sharded=will_shard(args),
     )
+
+
+@contextmanager
+def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
+    """While open, an error of a library becomes one that names those of these options that were set.
+
+    Raises:
+        ConfigurationError: With what the library said.
+    """
+    try:
+        yield
+    except TetherError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and str(args.output_dir) in str(error):
+            why, instead = (
+                f"it cannot be written ({error.strerror})",
+                "Name a folder that is new, or yours to write to.",
+            )
+            refuse([of_option("output_dir", args.output_dir, why, instead)], cause=error)
+        defaults = {entry.name: entry.default for entry in fields(args)}
+        values = {
+            name: getattr(args, name) for name in options if getattr(args, name) not in (None, [], defaults[name])
+        }
+        why = f"{type(error).__name__}: {said(error)}"
+        found = [of_option(name, value, why, f"Correct `{name}`, or leave it out.") for name, value in values.items()]
+        refuse(found, cause=error)
+        raise
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tether.errors import ArgumentTypeError
 from tether.models.loading import tokenizer_of
 from tether.models.origin import name_of
 from tether.reference import Reference
-from tether.refusals import Refusal, of_option, refuse
+from tether.refusals import Refusal, of_option, refuse, shown
 
 P = ParamSpec("P")
 
@@ -51,8 +51,11 @@ def refused_arguments(
     peft_config: Any,
     processing_class: Any,
     reference: Any,
+    optimizers: Any,
+    optimizer_cls_and_kwargs: Any,
+    **functions: Any,
 ) -> Iterator[Refusal]:
-    """Arguments of another kind than the trainer's."""
+    """Arguments of another kind than the trainer's; `functions` are those that it calls, or None."""
     if args is not None and not isinstance(args, DPOConfig):
         yield Refusal(
             f"`args` of type {type(args).__module__}.{type(args).__qualname__}",
@@ -77,6 +80,25 @@ def refused_arguments(
             "vision-language model (`AutoProcessor.from_pretrained(...)`).",
         )
     yield from _no_reference(reference)
+    yield from _no_optimizers(optimizers, optimizer_cls_and_kwargs)
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            why = "it is a function that the trainer calls"
+            named = " A loss by its name is `args=DPOConfig(loss_type=...)`." if name == "loss" else ""
+            yield of_option(name, value, why, f"Pass a function, or leave `{name}` out.{named}")
+
+
+def _no_optimizers(optimizers: Any, optimizer_cls_and_kwargs: Any) -> Iterator[Refusal]:
+    is_pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
+    if not is_pair or not all(value is None or hasattr(value, "step") for value in optimizers):
+        why = "it is a pair of an optimizer and its scheduler, each of which may be None"
+        yield of_option("optimizers", optimizers, why, "Write `optimizers=(optimizer, scheduler)`.")
+    given = optimizer_cls_and_kwargs
+    is_pair = isinstance(given, tuple | list) and len(given) == 2 and callable(given[0]) and isinstance(given[1], dict)
+    if given is not None and not is_pair:
+        why = "it is a pair of an optimizer's class and its keyword arguments"
+        instead = 'Write `optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-6})`.'
+        yield of_option("optimizer_cls_and_kwargs", given, why, instead)
 
 
 def _no_model(name: str, value: Any) -> Iterator[Refusal]:
@@ -99,7 +121,7 @@ def _no_callbacks(callbacks: Any) -> Iterator[Refusal]:
     for callback in callbacks or ():
         if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
             yield Refusal(
-                f"{callback!r} in `callbacks`",
+                f"{shown(callback)} in `callbacks`",
                 "it is not a `transformers.TrainerCallback`",
                 "Pass callbacks, or classes of them.",
             )

@@ -79,7 +79,7 @@ class Facts:
 
     @property
     def trains_on_stream(self) -> bool:
-        return isinstance(self.sets["train"], IterableDataset)
+        return isinstance(self.sets.get("train"), IterableDataset)
 
     @cached_property
     def columns(self) -> dict[str, tuple[str, ...]]:

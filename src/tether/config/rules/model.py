@@ -16,7 +16,7 @@ from tether.config.rules.launch import refused_cut
 from tether.models.gguf import is_unpacked
 from tether.models.preparing import differing_vocabulary
 from tether.reference.adapter_tensors import is_adapter_model
-from tether.refusals import Refusal, of_option
+from tether.refusals import Refusal, listed, nearest_to, of_option
 
 # What evaluation gives besides the figures of pairs.
 _OF_THE_RUN = ("num_tokens", "runtime", "samples_per_second", "steps_per_second")
@@ -26,6 +26,13 @@ _MAKE_OPTIMIZER = "or let the trainer make it, `optimizer_cls_and_kwargs=(torch.
 def refused_model(name: str, model: Any) -> Iterator[Refusal]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     yield from refused_cut(name, base)
+    compiled = next((path for path, module in model.named_modules() if path and hasattr(module, "_orig_mod")), None)
+    if compiled is not None:
+        yield Refusal(
+            f"a `{name}` with `torch.compile` around `{compiled}`",
+            "its weights would be saved under other names, which load as fresh ones",
+            "Compile in place, `module.compile()`, or set `torch_compile=True`.",
+        )
     if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None and not base.can_generate():
         yield Refusal(
             f"a `{name}` of type {type(base).__name__}",
@@ -78,6 +85,7 @@ def refused_training(facts: Facts) -> Iterator[Refusal]:
             )
         elif facts.args.deepspeed_plugin is None:
             yield from _copied_in_float16(policy, facts.new_adapter)
+        yield from _absent_modules(policy, facts.new_adapter)
         return
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         yield Refusal(
@@ -105,6 +113,20 @@ def refused_training(facts: Facts) -> Iterator[Refusal]:
         )
     if facts.args.deepspeed_plugin is None:  # whose optimizer keeps float32 copies and scales the loss itself
         yield from refused_float16(policy)
+
+
+def _absent_modules(policy: nn.Module, adapter: PeftConfig) -> Iterator[Refusal]:
+    """Names of layers that the model does not have; PEFT leaves one out in silence if it finds another."""
+    paths = [f".{path}" for path, _ in policy.named_modules()]
+    for field in ("target_modules", "modules_to_save"):
+        names: Any = getattr(adapter, field, None)
+        for name in sorted(names) if isinstance(names, list | tuple | set) else ():
+            if not any(path.endswith(f".{name}") for path in paths):
+                known = dict.fromkeys(path.rpartition(".")[2] for path in paths if not path[-1].isdigit())
+                nearest = nearest_to(name, known)
+                instead = f"Did you mean `{nearest}`?" if nearest else f"It has {listed(list(known)[1:], most=20)}."
+                why = f"the model has no layer `{name}`"
+                yield Refusal(f"`{field}={sorted(names)}`", why, instead, option=f"lora_{field}")
 
 
 def _quantized(policy: Any, *, has_adapter: bool) -> Iterator[Refusal]:

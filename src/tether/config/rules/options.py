@@ -6,12 +6,15 @@ Knows options only: a model, rows and processes are looked at where they are kno
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from transformers.training_args import trainer_log_levels
 
 from tether.config.former_options import FORMER
 from tether.config.rules.launch import launched_precision
@@ -45,6 +48,42 @@ OBJECTIVE = (
 )
 CHANGES_OF_RESUME = (*OBJECTIVE, "router_aux_loss_coef", "BEMACallback", "data", "manifest")
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
+
+
+# Least and greatest value of numbers, and what they are.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "max_length": (2, math.inf, "a prompt and a response need a token each"),
+    "max_tokens_per_micro_batch": (1, math.inf, "it is a number of tokens"),
+    "per_device_train_batch_size": (1, math.inf, "it is a number of pairs"),
+    "per_device_eval_batch_size": (1, math.inf, "it is a number of pairs"),
+    "eval_accumulation_steps": (1, math.inf, "it is a number of batches"),
+    "gradient_accumulation_steps": (1, math.inf, "it is a number of micro-batches"),
+    "precompute_ref_batch_size": (1, math.inf, "it is a number of pairs"),
+    "ref_store_verify": (0, math.inf, "it is a number of pairs"),
+    "ref_model_sync_steps": (1, math.inf, "it is a number of optimizer steps"),
+    "report_samples": (0, math.inf, "it is a number of prompts"),
+    "report_samples_max_new_tokens": (1, math.inf, "it is a number of tokens"),
+    "seed": (0, 2**32 - 1, "numpy takes no other seed"),
+    "data_seed": (0, 2**32 - 1, "numpy takes no other seed"),
+    "dataset_num_proc": (1, math.inf, "it is a number of processes"),
+    "dataloader_num_workers": (0, math.inf, "it is a number of processes"),
+    "ddp_timeout": (1, math.inf, "it is a number of seconds"),
+    "num_train_epochs": (0, math.inf, "it is a number of passes over the pairs"),
+    "learning_rate": (0, math.inf, "a step would go up the loss"),
+    "weight_decay": (0, math.inf, "weights would grow by it"),
+    "adam_beta1": (0, math.nextafter(1, 0), "it is the share of an average that is kept, below 1"),
+    "adam_beta2": (0, math.nextafter(1, 0), "it is the share of an average that is kept, below 1"),
+    "adam_epsilon": (0, math.inf, "a step is divided by it"),
+    "max_grad_norm": (0, math.inf, "it is the greatest length of a gradient, 0 for no limit"),
+    "neftune_noise_alpha": (0, math.inf, "it is the size of a noise"),
+    "logging_steps": (0, math.inf, "it is a number of optimizer steps, or below 1 a share of all"),
+    "eval_steps": (0, math.inf, "it is a number of optimizer steps, or below 1 a share of all"),
+    "save_steps": (0, math.inf, "it is a number of optimizer steps, or below 1 a share of all"),
+    "eval_delay": (0, math.inf, "it is a number of steps or epochs"),
+}
+_FRACTIONS = frozenset(list(_RANGES)[list(_RANGES).index("num_train_epochs") :])
+_MAY_BE_INFINITE = ("max_grad_norm",)
+_TUNED = ("max-autotune", "max-autotune-no-cudagraphs")  # of `torch.compile`
 
 
 def refused_names(
@@ -93,24 +132,22 @@ def refused_options(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def _ranges(args: DPOConfig) -> Iterator[Refusal]:
-    """Numbers that have a least value."""
-    for name, least, why in (
-        ("max_length", 2, "a prompt and a response need a token each"),
-        ("max_tokens_per_micro_batch", 1, "it is a number of tokens"),
-        ("per_device_eval_batch_size", 1, "it is a number of pairs"),
-        ("eval_accumulation_steps", 1, "it is a number of batches"),
-        ("precompute_ref_batch_size", 1, "it is a number of pairs"),
-        ("ref_store_verify", 0, "it is a number of pairs"),
-        ("ref_model_sync_steps", 1, "it is a number of optimizer steps"),
-        ("per_device_train_batch_size", 1, "it is a number of pairs"),
-        ("gradient_accumulation_steps", 1, "it is a number of micro-batches"),
-        ("report_samples", 0, "it is a number of prompts"),
-        ("report_samples_max_new_tokens", 1, "it is a number of tokens"),
-    ):
+    """Numbers that have a least value, and those that are none."""
+    for entry in fields(args):
+        value = getattr(args, entry.name)
+        if isinstance(value, float) and not math.isfinite(value) and entry.name not in _MAY_BE_INFINITE:
+            yield of_option(entry.name, value, "it must be a finite number", "Write a number, or leave it out.")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            yield of_option(entry.name, value, "it has to fit into 64 bits", "Write a smaller number.")
+    for name, (least, most, why) in _RANGES.items():
         value = getattr(args, name)
-        if isinstance(value, int | float) and value < least:
+        if isinstance(value, int | float) and not least <= value <= most:
+            whole = "a whole number" if name not in _FRACTIONS else "a number"
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most:g}"
             or_none = ", or None" if name in ("max_length", "max_tokens_per_micro_batch") else ""
-            yield of_option(name, value, why, f"Write a whole number of at least {least}{or_none}.")
+            yield of_option(name, value, why, f"Write {whole} {limits}{or_none}.")
+    if args.save_strategy == "steps" and args.save_steps == 0:
+        yield of_option("save_steps", 0, "a checkpoint is written every so many steps", "Write 1 or more.")
     if args.router_aux_loss_coef is not None and not math.isfinite(args.router_aux_loss_coef):
         why = "the router's loss is multiplied by it, so it must be finite"
         yield of_option(
@@ -129,6 +166,10 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
         ("ref_dtype", (None, *DTYPES)),
         ("ref_store_mode", STORE_MODES),
         ("ref_columns", ("policy", "other")),
+        ("train_sampling_strategy", ("random", "sequential", "group_by_length", "batch_rebalance")),
+        ("torch_compile_mode", (None, "default", "lite", "reduce-overhead", *_TUNED)),
+        ("log_level", tuple(trainer_log_levels)),
+        ("log_level_replica", tuple(trainer_log_levels)),
     ):
         value = getattr(args, name)
         if value not in choices:
@@ -140,6 +181,22 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
             "transformers' rebalancing reads rows of `input_ids`, which pairs do not have",
             "Write `group_by_length`, which also evens the work of the processes.",
         )
+    context = args.dataloader_multiprocessing_context
+    if context is not None and (args.dataloader_num_workers == 0 or context not in ("fork", "forkserver", "spawn")):
+        why = (
+            "it is how processes are started that load rows, and none is"
+            if args.dataloader_num_workers == 0
+            else ("there is no such way to start a process")
+        )
+        instead = "Write `fork`, `forkserver` or `spawn`, beside `dataloader_num_workers` above 0; or leave it out."
+        yield of_option("dataloader_multiprocessing_context", context, why, instead)
+    if args.output_dir == "":
+        yield of_option("output_dir", "", "it is the folder to write", "Name a folder, or leave it out.")
+    for name in (entry.name for entry in fields(args) if entry.name.endswith("_kwargs")):
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, dict) and not _is_object(str(value)):
+            why = "it holds keyword arguments, and is no JSON object"
+            yield of_option(name, value, why, 'Write a mapping, or JSON such as {"name": 1}.')
     if str(args.pad_to_multiple_of).lower() not in ("auto", "none", "null"):
         yield of_option(
             "pad_to_multiple_of",
@@ -147,6 +204,13 @@ def _choices(args: DPOConfig) -> Iterator[Refusal]:
             "pairs are laid out one behind the other, without padding that could be rounded up",
             "Leave it out.",
         )
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def one_of(choices: Sequence[str | None]) -> str:
