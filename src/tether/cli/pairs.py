@@ -94,7 +94,7 @@ def load_pairs(
     rows = _read(name, option, source | further, streaming=streaming)
     if isinstance(rows, Dataset):
         where = name if source["split"] == "train" else f"{source['split']} of {name}"
-        rows = rows.add_column(ROW_COLUMN, [f"{index} of {where}" for index in range(len(rows))])
+        rows = without_row_numbers(rows).add_column(ROW_COLUMN, [f"{index} of {where}" for index in range(len(rows))])
     rows.info.description = rows.info.description or name  # a store notes it
     return rows
 
@@ -206,6 +206,11 @@ def _what_to_name(name: str, split: str | None, error: Exception) -> str:
         "Name a file (.json, .jsonl, .csv, .parquet), a folder of such files, or a dataset on the hub as "
         "`owner/name` or `owner/name:split`."
     )
+
+
+def without_row_numbers(rows: Dataset) -> Dataset:
+    """The pairs without the numbers that `load_pairs` gives them for messages."""
+    return rows.remove_columns([ROW_COLUMN]) if ROW_COLUMN in rows.column_names else rows
 
 
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tether.cli import EXIT_DONE
 from tether.cli.assemble import build_trainer
+from tether.cli.pairs import without_row_numbers
 from tether.cli.recipe import Request, make_recipe
 from tether.data.datasets import batch_of
 from tether.errors import ConfigurationError, StoreError
@@ -84,7 +85,7 @@ def export(request: Request, file: str, set_name: str) -> int:
                 instead="Name them with `eval_data` or `eval_fraction`, or leave `--set` out.",
             )
         collator: Any = trainer.data_collator
-        rows = with_reference_columns(rows, trainer.reference, collator)
+        rows = without_row_numbers(with_reference_columns(rows, trainer.reference, collator))
         if trainer.is_world_process_zero():
             with replacing(target, PARQUET) as unfinished:
                 rows.to_parquet(unfinished)
