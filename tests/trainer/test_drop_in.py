@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +280,41 @@ def test_a_script_gives_the_same_under_both(name: str, model_folder: str, tmp_pa
                 continue
             expected = pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
             assert our[key] == expected, (number, key)
+
+
+def of_trls_example(library: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The log of the script that TRL ships, run with these words on its command line."""
+    text = Path(trl.__file__).with_name("scripts").joinpath("dpo.py").read_text(encoding="utf-8")
+    changed = text.replace("from trl import", f"from {library} import")
+    with monkeypatch.context() as patch:
+        if library == "tether":
+            patch.setitem(sys.modules, "trl", None)  # an import of it fails
+        patch.setattr(sys, "argv", ["dpo.py", *words])
+        exec(compile(changed, "dpo.py", "exec"), {"__name__": "__main__"})
+    out = Path(words[words.index("--output_dir") + 1])
+    assert list(out.glob("adapter_model.safetensors"))
+    log: list[dict[str, Any]] = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in entry.items() if not any(word in key for word in CLOCK)} for entry in log]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trls_own_script_runs_with_its_import_changed_and_trl_gone(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, count in (("train", 12), ("test", 4)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in tiny_pairs(count, seed=count)))
+    words = (
+        f"--dataset_name {tmp_path} --model_name_or_path {model_folder} --learning_rate 1e-2 --max_steps 2 "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_strategy steps --eval_steps 1 "
+        "--use_peft --lora_r 4 --lora_alpha 16 --logging_steps 1 --save_steps 2 --report_to none --bf16 false "
+        f"--disable_tqdm true --no_remove_unused_columns --adam_epsilon {ADAM_EPSILON}"
+    ).split()
+    runs = [of_trls_example(n, [*words, "--output_dir", str(tmp_path / n)], monkeypatch) for n in ("trl", "tether")]
+    for their, our in zip(*runs, strict=True):
+        assert not their.keys() - our.keys()
+        for key, value in their.items():
+            if not (says_rounding(their, key) or any(word in key for word in TOKEN_MEANS)):
+                assert our[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
 # ------------------------------------------------------------------------------------------------- the checklist
