@@ -44,6 +44,10 @@ class NotHereError(TetherError, AttributeError):
     """Something that TRL's trainer has under this name, and this one has under another."""
 
 
+class NotInBatchError(TetherError, KeyError):
+    """A tensor of a padded batch, which a batch without padding does not have."""
+
+
 class DataError(TetherError, ValueError):
     """A row that cannot be trained on. Names the row."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -29,7 +29,7 @@ from tether.config.rules.options import (
     refused_names,
     refused_options,
 )
-from tether.errors import ArgumentTypeError
+from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.losses import (
     DIVERGENCES,
     LOSSES,
@@ -38,7 +38,6 @@ from tether.losses import (
     LossOptions,
     Objective,
     PreferenceLoss,
-    check_loss_options,
 )
 from tether.refusals import refuse
 from tether.types import TruncationMode
@@ -202,11 +201,7 @@ class DPOConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str | tuple):
-            self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        # The options of TrainingArguments are transformers' to check.
-        refuse(refused_types(self, DPOConfig, TrainingArguments), ArgumentTypeError)
-        refuse(refused_options(self))
+        self._check()
         self._settle_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
@@ -245,20 +240,26 @@ class DPOConfig(TrainingArguments):
         kwargs = getattr(self, f"{_CHECKPOINTING}_kwargs")
         return bool(self.recomputes_activations and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
 
-    def set_beta(self, value: float) -> None:
-        """Changes `beta` while training.
+    def set_loss(self, **options: Any) -> None:
+        """Changes options of the loss while training: `set_loss(beta=0.2)`.
 
         Raises:
-            ConfigurationError: If it is not positive.
+            ConfigurationError: For what cannot be; nothing is changed then.
         """
-        check_loss_options(
-            self.loss_type,
-            self.loss_weights,
-            replace(self.loss_options, beta=value),
-            use_weighting=self.use_weighting,
-            bco_reward_shift=self.bco_reward_shift,
-        )
-        self.beta = value
+        former = {name: getattr(self, name) for name in options}
+        vars(self).update(options)
+        try:
+            self._check()
+        except ConfigurationError:
+            vars(self).update(former)
+            raise
+
+    def _check(self) -> None:
+        """Types and values of our own options; those of TrainingArguments are transformers' to check."""
+        if isinstance(self.loss_type, str | tuple):
+            self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        refuse(refused_types(self, DPOConfig, TrainingArguments), ArgumentTypeError)
+        refuse(refused_options(self))
 
     def _settle_padding(self) -> None:
         self.pad_to_multiple_of = None
@@ -270,15 +271,24 @@ class DPOConfig(TrainingArguments):
             )
 
 
-def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
-    """What a run minimises: the losses named by its options, or the user's own."""
-    return Objective(
+def objective_of(args: DPOConfig, loss: PreferenceLoss | None, former: Objective | None = None) -> Objective:
+    """What a run minimises: the losses named by its options, or the user's own.
+
+    Args:
+        args: The options.
+        loss: The user's own loss.
+        former: What the run minimised so far; BCO's running mean goes on.
+    """
+    objective = Objective(
         [loss] if loss is not None else args.loss_type,
         args.loss_weights,
         lambda: args.loss_options,  # read at each step: a callback may change beta
         use_weighting=args.use_weighting,
         bco_reward_shift=args.bco_reward_shift,
     )
+    if objective.reward_shift is not None and former is not None:
+        objective.reward_shift = former.reward_shift or objective.reward_shift
+    return objective
 
 
 def look_for_unused_parameters(args: DPOConfig) -> None:

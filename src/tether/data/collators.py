@@ -184,7 +184,7 @@ def pair_collator(
     """
     if given is None:
         return PairCollator(max_length, truncation_mode, image_rows)
-    if isinstance(given, PairCollator):
+    if isinstance(given, PairCollator | PairsOfPadded):
         return given
     if type(given) is DataCollatorForPreference:  # the same pairs, without the detour through padding
         return PairCollator(given.max_length, given.truncation_mode, image_rows)

@@ -35,7 +35,7 @@ from tether.data.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.data.rows import RowReader, TextRows, check_margin
 from tether.data.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.data.truncation import Truncation
-from tether.errors import ArgumentTypeError, DataError
+from tether.errors import ArgumentTypeError, DataError, NotInBatchError
 from tether.store import content_key
 from tether.types import PairBatch, PromptImages, Response, TruncationMode
 
@@ -216,13 +216,25 @@ def inputs_of(
 ) -> dict[str, Any]:
     """The output of a collator for these pairs: their batch, and a tensor with a 1 for each pair that counts."""
     batch = replace(PairBatch.of_pairs(pairs, margins), counts=counts)
-    return {"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch}
+    return PairInputs({"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch})
+
+
+class PairInputs(dict[str, Any]):
+    """What a collator returns: a dict without the padded tensors of other collators, which says so."""
+
+    def __missing__(self, key: str) -> Any:
+        raise NotInBatchError(
+            problem=f"Cannot read `{key}` of a batch: it holds pairs without padding, in `batch`, and `pairs`.",
+            instead="Write `padded_ids(inputs['batch'], pad_token_id)` of `tether.trainer.evaluation` for padded token "
+            "ids, `compute_loss(model, inputs, return_outputs=True)` for logits, and "
+            "`tether.DataCollatorForPreference(pad_token_id)(rows)` for a padded batch of rows.",
+        )
 
 
 def uncounted(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs, as pairs that do not count."""
     batch = replace(batch_of(inputs), counts=False)
-    return {**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch}
+    return PairInputs({**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch})
 
 
 def truncation_of(collator: Any) -> Truncation | None:

@@ -91,6 +91,11 @@ class Objective:
         plain = [loss.function if isinstance(loss, Loss) else loss for _, loss in self._terms]
         return {getattr(function, "__name__", type(function).__name__): function for function in plain}
 
+    @property
+    def own_loss(self) -> PreferenceLoss | None:
+        """The user's own loss, if there is one."""
+        return next((loss for _, loss in self._terms if not isinstance(loss, Loss)), None)
+
     def refused_margin(self) -> Iterator[Refusal]:
         """A `margin` in the rows that no loss reads."""
         named = [loss for _, loss in self._terms if isinstance(loss, Loss)]

@@ -159,7 +159,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         return {
             "model": prepared.policy,
             "args": self.args,
-            "data_collator": prepared.collator,
+            "data_collator": self._sets.collator,
             "train_dataset": checked.train_set,
             "eval_dataset": checked.eval_sets,
             "processing_class": checked.processing,
@@ -193,7 +193,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             reference,
             self.accelerator,
             self.args,
-            self.data_collator,
+            lambda: self.data_collator,
             lambda: named_sets(self.train_dataset, self.eval_dataset),
             self.model,
             autocast_dtype=around.autocast_dtype,
@@ -225,6 +225,13 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     def ref_model(self) -> nn.Module | None:
         """The reference's own model, or None where it has none apart from the policy."""
         return self.reference.module
+
+    @ref_model.setter
+    def ref_model(self, value: Any) -> NoReturn:
+        raise AttributeError(
+            "Cannot set `trainer.ref_model`: the reference is watched and saved from the start. Pass it at "
+            "construction, `DPOTrainer(..., ref_model=...)` or `DPOTrainer(..., reference=...)`."
+        )
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """While open, the policy computes what the reference computes (adapter models)."""

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
+from tether.data.collators import Collator
 from tether.data.datasets import batch_columns, batch_of, num_pairs_tensor, uncounted
 from tether.data.sampling import EvenBatches
 from tether.trainer.batches import counted_loader, even_loader
@@ -45,6 +46,16 @@ class PairLoading(Trainer):
     _epochs: EpochsOfBatches
     _place: StreamPlace | None
     _signature_columns: Any
+
+    @property
+    def data_collator(self) -> Collator:
+        """What makes the batches; one that is set holds for every loader made from then on."""
+        return self._sets.collator
+
+    @data_collator.setter
+    def data_collator(self, given: Any) -> None:
+        if given is not self._sets.collator:  # as transformers' constructor does with the one that it is given
+            self._sets.use_collator(given)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""

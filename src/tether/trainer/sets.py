@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
-from tether.data.collators import pair_collator
+from tether.data.collators import Collator, pair_collator
 from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
@@ -22,6 +23,7 @@ from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError
 from tether.models.loading import tokenizer_of
 from tether.models.preparing import check_embeds
+from tether.trainer.evaluation import WithTokenIds
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
 EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
@@ -43,14 +45,28 @@ class SetReader:
         image_rows: What reads the rows' images; None where only a tokenizer is at hand.
     """
 
+    collator: Collator
+    truncation: Truncation
+
     def __init__(
         self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig, data_collator: Any = None
     ) -> None:
         self._args = args
         self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
         self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
-        self.collator = pair_collator(data_collator, args.max_length, args.truncation_mode, self.image_rows)
-        self.truncation = truncation_of(self.collator) or Truncation(args.max_length, args.truncation_mode)
+        self.use_collator(data_collator)
+
+    def use_collator(self, given: Any) -> None:
+        """Makes batches with another collator from now on, or with the trainer's own."""
+        args = self._args
+        made: Any = pair_collator(given, args.max_length, args.truncation_mode, self.image_rows)
+        self.truncation = truncation_of(made) or Truncation(args.max_length, args.truncation_mode)
+        former = getattr(self, "collator", None)
+        self.collator = replace(former, collator=made) if isinstance(former, WithTokenIds) else made
+
+    def add_token_ids(self, pad_token_id: int) -> None:
+        """Puts padded token ids into each batch, for `include_for_metrics=["inputs"]`."""
+        self.collator = WithTokenIds(self.collator, pad_token_id)
 
     def read(self, rows: Rows | None, name: str) -> PairDataset:
         """One set, tokenized, without the rows that cannot be used; `name` is for messages."""
