@@ -43,6 +43,7 @@ if _typing.TYPE_CHECKING:
     from tether.types import PairScores as PairScores
     from tether.types import Response as Response
     from tether.types import ResponseLogProbs as ResponseLogProbs
+    from tether.types import TokenScores as TokenScores
 
 __version__ = "0.1.0"
 
@@ -85,6 +86,7 @@ _HOMES = {
     "PairScores": "tether.types",
     "Response": "tether.types",
     "ResponseLogProbs": "tether.types",
+    "TokenScores": "tether.types",
 }
 
 __all__ = [*_HOMES, "__version__"]

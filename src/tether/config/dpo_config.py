@@ -29,6 +29,7 @@ from tether.config.rules.options import (
     refused_names,
     refused_options,
 )
+from tether.data.columns import PairColumns
 from tether.errors import ArgumentTypeError, ConfigurationError
 from tether.losses import (
     DIVERGENCES,
@@ -137,6 +138,10 @@ class DPOConfig(TrainingArguments):
         0.0, "Probability that a preference label is flipped, in [0, 0.5); exo_pair needs some."
     )
     beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO, the regularisation tau).")
+    beta_column: str | None = _option(None, "Column of the rows that has each pair's own beta, instead of `beta`.")
+    loss_columns: list[str] | None = _option(
+        None, "Columns of the rows, a number in each, that your own loss reads from `scores.columns`."
+    )
     f_divergence_type: DivergenceName = _option(
         "reverse_kl",
         f"The f-divergence from the reference, for losses on the difference of two rewards: {', '.join(DIVERGENCES)}.",
@@ -226,6 +231,12 @@ class DPOConfig(TrainingArguments):
         )
 
     @property
+    def pair_columns(self) -> PairColumns:
+        """Further columns of the rows that the loss reads."""
+        beta = () if self.beta_column is None else (self.beta_column,)
+        return PairColumns(tuple(dict.fromkeys((*beta, *(self.loss_columns or ())))), frozenset(beta))
+
+    @property
     def recomputes_activations(self) -> bool:
         """Activation checkpointing, under the name that transformers' trainer reads."""
         return bool(getattr(self, _CHECKPOINTING))
@@ -285,6 +296,7 @@ def objective_of(args: DPOConfig, loss: PreferenceLoss | None, former: Objective
         lambda: args.loss_options,  # read at each step: a callback may change beta
         use_weighting=args.use_weighting,
         bco_reward_shift=args.bco_reward_shift,
+        beta_column=args.beta_column,
     )
     if objective.reward_shift is not None and former is not None:
         objective.reward_shift = former.reward_shift or objective.reward_shift

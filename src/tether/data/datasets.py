@@ -266,9 +266,10 @@ def cut_images(where: str, truncation: Truncation) -> DataError:
     )
 
 
-def batch_columns(*, with_images: bool) -> list[str]:
-    """The columns of a tokenized set that a batch may need."""
-    return [*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *(PROMPT_COLUMNS if with_images else ())]
+def batch_columns(*, with_images: bool, further: Sequence[str] = ()) -> list[str]:
+    """The columns of a tokenized set that a batch may need, and further ones that the loss reads."""
+    of_images = PROMPT_COLUMNS if with_images else ()
+    return [*dict.fromkeys((*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *of_images, *further))]
 
 
 def _as_python(value: Any) -> Any:

@@ -17,7 +17,7 @@ from tether.errors import ConfigurationError
 from tether.losses.checks import refused_margin
 from tether.losses.options import LossOptions, PreferenceLoss
 from tether.losses.table import LOSSES, Loss
-from tether.losses.weighting import RewardShift, pair_scores, policy_weights
+from tether.losses.weighting import RewardShift, pair_scores, pair_tokens, policy_weights
 from tether.refusals import Refusal, refuse
 from tether.types import PairBatch, PairScores, ResponseLogProbs
 
@@ -33,6 +33,10 @@ class Objective:
         options: The numbers in the losses' equations, or a function that returns them for each batch.
         use_weighting: Weight pairs by their likelihood under the policy (WPO).
         bco_reward_shift: Keep BCO's running mean of rewards, if `bco_pair` is one of the losses.
+        beta_column: A column of the rows that is each pair's `beta`.
+
+    Attributes:
+        needs_tokens: A loss reads single tokens, whatever the options.
     """
 
     def __init__(
@@ -43,11 +47,13 @@ class Objective:
         *,
         use_weighting: bool = False,
         bco_reward_shift: bool = True,
+        beta_column: str | None = None,
     ) -> None:
         functions = [LOSSES[loss] if isinstance(loss, str) else loss for loss in losses]
         self._terms = list(zip(weights or [1.0] * len(functions), functions, strict=True))
         self._options = options if callable(options) else lambda: options
-        self.use_weighting = use_weighting
+        self.use_weighting, self._beta_column = use_weighting, beta_column
+        self.needs_tokens = any(getattr(loss, "needs_tokens", False) for loss in functions)
         self.reward_shift = RewardShift() if bco_reward_shift and "bco_pair" in losses else None
 
     def __call__(
@@ -74,8 +80,10 @@ class Objective:
         """
         if batch.margins is not None:
             refuse(self.refused_margin())
-        options = self._options()
+        options = self.options_of(batch)
         scores = pair_scores(batch, policy, reference, options.ld_alpha)
+        if self.needs_tokens:
+            scores = replace(scores, tokens=pair_tokens(batch, policy, reference))
         if self.reward_shift is not None:
             shift = self.reward_shift.update(scores, options.beta, reduce, counts=batch.counts) if training else None
             scores = replace(
@@ -84,6 +92,11 @@ class Objective:
         values = [weight * _checked(loss(scores, options), loss, batch) for weight, loss in self._terms]
         losses = torch.stack(values).sum(0)
         return scores, losses * policy_weights(batch, policy) if self.use_weighting else losses
+
+    def options_of(self, batch: PairBatch) -> LossOptions:
+        """The numbers in the losses' equations for a batch."""
+        options = self._options()
+        return options if self._beta_column is None else replace(options, beta=batch.columns[self._beta_column])
 
     @property
     def functions(self) -> dict[str, PreferenceLoss]:

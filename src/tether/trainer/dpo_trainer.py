@@ -186,7 +186,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         with raising_together():
             reference = build_reference(self.model, facts, around)
             if facts.reference is not None:
-                refuse(refused_own(reference, facts.tokenizer))
+                refuse(refused_own(reference, facts))
         check_alike(reference.identity.digest, "reference")
         follow_average(reference, facts.leaders)
         run = ReferenceRun(
@@ -288,7 +288,14 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         )
         if policy.auxiliary_loss is not None:
             losses = losses + self._router_coefficient * policy.auxiliary_loss
-        metrics = pair_metrics(batch, scores, losses, self.args.beta, policy, self._reference_run.watch.noise_spread)
+        metrics = pair_metrics(
+            batch,
+            scores,
+            losses,
+            self._objective.options_of(batch).beta,
+            policy,
+            self._reference_run.watch.noise_spread,
+        )
         sums.add(metrics, batch.num_counted_pairs, self.state.global_step)
         if self.model.training:
             self._num_train_tokens += batch.num_sequence_tokens()

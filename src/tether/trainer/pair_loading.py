@@ -119,7 +119,9 @@ class PairLoading(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = batch_columns(with_images=self._sets.image_rows is not None)
+            self._signature_columns = batch_columns(
+                with_images=self._sets.image_rows is not None, further=self.args.pair_columns.names
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""

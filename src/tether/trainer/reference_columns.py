@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from tether.data.datasets import REFERENCE_COLUMNS, PairCollator, PairDataset, batch_columns, batch_of, column_names
+from tether.data.collators import Collator
+from tether.data.columns import WithColumns
+from tether.data.datasets import REFERENCE_COLUMNS, PairDataset, batch_columns, batch_of, column_names
 from tether.data.rows import check_reference_sum, has_image_column
 from tether.errors import DataError
 from tether.reference import Reference
@@ -46,7 +48,7 @@ def digest_given(sets: Mapping[str, PairDataset]) -> str:
     return digest.hexdigest()
 
 
-def with_reference_columns(dataset: Dataset, reference: Reference, collator: PairCollator) -> Dataset:
+def with_reference_columns(dataset: Dataset, reference: Reference, collator: Collator) -> Dataset:
     """A tokenized set with the reference's sums as columns, as TRL reads them; replaces those it may have.
 
     Args:
@@ -55,7 +57,8 @@ def with_reference_columns(dataset: Dataset, reference: Reference, collator: Pai
         collator: Truncates as the run does.
     """
     sums: tuple[list[float], list[float]] = ([], [])
-    needed = batch_columns(with_images=has_image_column(dataset.column_names))
+    further = collator.columns.names if isinstance(collator, WithColumns) else ()
+    needed = batch_columns(with_images=has_image_column(dataset.column_names), further=further)
     rows: Any = dataset.select_columns(
         [name for name in needed if name in dataset.column_names and name not in REFERENCE_COLUMNS]
     )

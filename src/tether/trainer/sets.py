@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
 from tether.data.collators import Collator, pair_collator
+from tether.data.columns import WithColumns
 from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
@@ -61,6 +62,8 @@ class SetReader:
         args = self._args
         made: Any = pair_collator(given, args.max_length, args.truncation_mode, self.image_rows)
         self.truncation = truncation_of(made) or Truncation(args.max_length, args.truncation_mode)
+        if args.pair_columns.names:
+            made = WithColumns(made, args.pair_columns)
         former = getattr(self, "collator", None)
         self.collator = replace(former, collator=made) if isinstance(former, WithTokenIds) else made
 
@@ -75,7 +78,7 @@ class SetReader:
             _refuse_keep_end(name, self.truncation)
         quiet = args.disable_tqdm or not sys.stderr.isatty()
         with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
-            return tokenize_pairs(
+            tokenized = tokenize_pairs(
                 dataset,
                 self._reader,
                 max_length=self.truncation.max_length,
@@ -84,6 +87,8 @@ class SetReader:
                 name=name,
                 bad_rows=args.bad_rows,
             )
+        args.pair_columns.check(tokenized, name)
+        return tokenized
 
     def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, as datasets, in the form in which they were passed."""

@@ -16,14 +16,16 @@ from tether.types.batch import PairBatch, Response, TruncationMode
 from tether.types.images import PromptImages, image_inputs
 from tether.types.log_probs import ResponseLogProbs, TokenStatistics, join_log_probs
 from tether.types.ragged import offsets_of
-from tether.types.scores import PairScores
+from tether.types.scores import PairScores, PairTokens, TokenScores
 
 __all__ = [
     "PairBatch",
     "PairScores",
+    "PairTokens",
     "PromptImages",
     "Response",
     "ResponseLogProbs",
+    "TokenScores",
     "TokenStatistics",
     "TruncationMode",
     "image_inputs",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ class PairBatch:
         reference_sums: Each response's log-prob under the reference, in nats, if the rows give it.
         margins: How much better each pair's chosen response is, in units of reward; None if the rows have no
             `margin`.
+        columns: Further columns of the rows, a number for each pair.
         images: Images of each prompt (groups entries, None for a prompt without); empty if no prompt has any.
         counts: Whether the pairs count towards the loss and the metrics. False for pairs repeated only to give all
             processes the same number of batches.
@@ -71,6 +72,7 @@ class PairBatch:
     rows: tuple[int, ...] = ()
     reference_sums: tuple[float | None, ...] = ()
     margins: Float[Tensor, " pairs"] | None = None
+    columns: Mapping[str, Float[Tensor, " pairs"]] = field(default_factory=dict)
     images: tuple[PromptImages | None, ...] = ()
     counts: bool = True
 
@@ -133,6 +135,7 @@ class PairBatch:
             prompt_ids=change(self.prompt_ids),
             response_ids=change(self.response_ids),
             margins=None if self.margins is None else change(self.margins),
+            columns={name: change(values) for name, values in self.columns.items()},
             images=tuple(shown and shown.on_each(change) for shown in self.images),
         )
 
