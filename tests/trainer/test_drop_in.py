@@ -202,6 +202,22 @@ trainer.train()
 logged = [entry["num_input_tokens_seen"] for entry in trainer.state.log_history if "loss" in entry]
 result = [{"seen": trainer.state.num_input_tokens_seen, "logged": str(logged)}]
 """,
+    "a completion mask with holes": """
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+import torch
+padding = DataCollatorForPreference(pad_token_id=0)
+
+def answers_only(examples):
+    batch = padding(examples)
+    batch["completion_mask"] = batch["completion_mask"] * (torch.arange(batch["input_ids"].shape[1]) % 4 > 0)
+    return batch
+
+result = []
+for options in ({}, {"loss_type": ["ipo", "sigmoid_norm"]}, {"use_weighting": True, "beta": 0.7}):
+    trainer = DPOTrainer(model_folder, None, config(**options), answers_only, rows, eval_rows)
+    trainer.train()
+    result += [*trainer.state.log_history, trainer.evaluate()]
+""",
     "options of the loss and a collator that are set after construction": """
 from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference

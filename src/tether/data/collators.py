@@ -204,7 +204,9 @@ def pair_collator(
 class PairsOfPadded:
     """Turns the padded batches of another collator into pairs, by removing the padding.
 
-    Content keys are made from the fed tokens, since those that the collator truncated are not known.
+    Content keys are made from the fed tokens, since those that the collator truncated are not known. A response begins
+    at the first token that `completion_mask` marks and ends with its sequence; those of its tokens that are not marked
+    are scored, so that one record serves every mask, and do not count (`PairBatch.scored`).
 
     Args:
         collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
@@ -213,7 +215,7 @@ class PairsOfPadded:
 
     Raises:
         ConfigurationError: If it returns other keys or shapes.
-        DataError: If a sequence has no response, or one with gaps.
+        DataError: If a sequence has no response.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -259,13 +261,15 @@ def _response(number: int, ids: list[int], attended: list[int], scored: list[int
     tokens = [(token, mark) for token, is_there, mark in zip(ids, attended, scored, strict=True) if is_there]
     marks = [int(mark) for _, mark in tokens]
     # A response that fills the sequence loses its first token, which nothing predicts.
-    start = max(1, marks.index(1)) if 1 in marks else len(marks)
-    if start >= len(marks) or not all(marks[start:]):
+    start = next((place for place, mark in enumerate(marks) if place and mark), 0)
+    if not start:
         raise DataError(
-            problem=f"The completion mask of sequence {number} of a batch from `data_collator` is {marks}: a response "
-            "must be one run of tokens up to the end of its sequence, with a token before it.",
-            instead="Mark every token from the response's first to its last, and set the trainer's `max_length` to "
-            "the length at which the collator cuts: rows without room for a response are then dropped.",
+            problem=f"The completion mask of sequence {number} of a batch from `data_collator` is {marks}: it marks no "
+            "token of a response, with a token before it.",
+            instead="Mark the response's tokens in `completion_mask`, and set the trainer's `max_length` to the length "
+            "at which the collator cuts: rows without room for a response are then dropped.",
         )
     prompt, response = (tuple(token for token, _ in part) for part in (tokens[:start], tokens[start:]))
-    return Response(prompt, response, content_key(prompt, response))
+    whole = all(marks[start:])
+    counts = None if whole else tuple(map(bool, marks[start:]))
+    return Response(prompt, response, content_key(prompt, response), scored=counts)

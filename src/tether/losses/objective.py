@@ -69,7 +69,8 @@ class Objective:
 
         Args:
             batch: The pairs.
-            policy: The policy's log-probs; with statistics if pairs are weighted.
+            policy: The policy's log-probs of the tokens that count (`scored_tokens`); with statistics if pairs are
+                weighted.
             reference: The reference's.
             training: Whether to update BCO's running mean with the batch; evaluation only reads it.
             reduce: Sums a tensor over the processes.

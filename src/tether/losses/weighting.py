@@ -43,23 +43,24 @@ def pair_scores(
 def pair_tokens(batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs) -> PairTokens:
     """Every token of the pairs' responses; those of a response in several pairs once for each."""
     device = policy.values.device
+    ids = batch.response_ids if batch.scored is None else batch.response_ids[batch.scored]
 
     def tokens(side: tuple[int, ...]) -> TokenScores:
         places = _places(batch, side).to(device)
-        offsets = offsets_of([batch.response_lengths[r] for r in side], device)
-        return TokenScores(policy.values[places], reference.values[places], batch.response_ids[places], offsets)
+        offsets = offsets_of([batch.counted_lengths()[r] for r in side], device)
+        return TokenScores(policy.values[places], reference.values[places], ids[places], offsets)
 
     return PairTokens(tokens(batch.chosen), tokens(batch.rejected))
 
 
 def _places(batch: PairBatch, side: tuple[int, ...]) -> Tensor:
-    """Where the tokens of these responses are among those of the batch."""
-    starts = list(accumulate(batch.response_lengths, initial=0))
+    """Where the tokens of these responses are among those of the batch that count."""
+    starts = list(accumulate(batch.counted_lengths(), initial=0))
     return torch.cat([torch.arange(starts[r], starts[r + 1]) for r in side])
 
 
 def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -> tuple[Tensor, Tensor]:
-    lengths = batch.response_lengths
+    lengths = batch.counted_lengths()
     public = [min(lengths[c], lengths[r]) for c, r in zip(batch.chosen, batch.rejected, strict=True)]
     device = log_probs.values.device
 

@@ -112,6 +112,17 @@ def _own(reference: Any, policy: nn.Module, autocast_dtype: torch.dtype | None) 
     return made
 
 
+def refused_holes(reference: Reference) -> Iterator[Refusal]:
+    """A reference of sums for responses of which some tokens do not count."""
+    if not reference.traits.knows_tokens:
+        yield Refusal(
+            "a completion mask with holes with a reference that knows sums only",
+            "how much of a sum belongs to the tokens that count is unknown",
+            "Take the columns out (`dataset.remove_columns(['ref_chosen_logps', 'ref_rejected_logps'])`), and set "
+            "`precompute_ref_log_probs=True`: its store keeps every token.",
+        )
+
+
 def refused_own(reference: Reference, facts: Facts) -> Iterator[Refusal]:
     """A model of the user's reference that no `ref_model` could be, and sums where single tokens are read."""
     if not reference.traits.knows_tokens and (facts.objective.needs_tokens or facts.args.loss_options.needs_per_token):

@@ -30,7 +30,14 @@ from tether.reference import Reference
 from tether.reference.adapter_tensors import is_adapter_model
 from tether.refusals import refuse
 from tether.scoring import restore_attention, score
-from tether.trainer.build_reference import build_reference, check_own, follow_average, refused_own, waits_for_device
+from tether.trainer.build_reference import (
+    build_reference,
+    check_own,
+    follow_average,
+    refused_holes,
+    refused_own,
+    waits_for_device,
+)
 from tether.trainer.evaluation import full_evaluation, padded_logits
 from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
@@ -41,6 +48,7 @@ from tether.trainer.saving import try_saving
 from tether.trainer.sets import named_sets
 from tether.trainer.setup import Asked, Checked, check, prepare
 from tether.trainer.trl_attributes import OptionsAsAttributes
+from tether.types import scored_tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -283,6 +291,9 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
                 layout="auto" if self.args.neftune_noise_alpha is None else "padded",
             )
+        if batch.scored is not None:
+            refuse(refused_holes(self.reference))
+        policy, reference = scored_tokens(batch, policy), scored_tokens(batch, reference)
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
         )

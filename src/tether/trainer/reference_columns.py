@@ -19,6 +19,7 @@ from tether.data.datasets import REFERENCE_COLUMNS, PairDataset, batch_columns, 
 from tether.data.rows import check_reference_sum, has_image_column
 from tether.errors import DataError
 from tether.reference import Reference
+from tether.types import scored_tokens
 
 _ROWS_AT_ONCE = 32
 
@@ -64,7 +65,9 @@ def with_reference_columns(dataset: Dataset, reference: Reference, collator: Col
     )
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = batch_of(collator(rows.__getitems__(list(range(start, min(start + _ROWS_AT_ONCE, len(rows)))))))
-        for side, values in zip(sums, batch.of_responses(reference.log_probs(batch).sums()), strict=True):
+        for side, values in zip(
+            sums, batch.of_responses(scored_tokens(batch, reference.log_probs(batch)).sums()), strict=True
+        ):
             side += values.tolist()
     dataset = dataset.remove_columns(_given_columns(dataset))
     for name, side in zip(REFERENCE_COLUMNS, sums, strict=True):

@@ -16,7 +16,7 @@ from tether.types.batch import PairBatch, Response, TruncationMode
 from tether.types.images import PromptImages, image_inputs
 from tether.types.log_probs import ResponseLogProbs, TokenStatistics, join_log_probs
 from tether.types.ragged import offsets_of
-from tether.types.scores import PairScores, PairTokens, TokenScores
+from tether.types.scores import PairScores, PairTokens, TokenScores, scored_tokens
 
 __all__ = [
     "PairBatch",
@@ -31,4 +31,5 @@ __all__ = [
     "image_inputs",
     "join_log_probs",
     "offsets_of",
+    "scored_tokens",
 ]

@@ -14,6 +14,11 @@ from tether.types.batch import PairBatch
 from tether.types.log_probs import ResponseLogProbs
 
 
+def scored_tokens(batch: PairBatch, log_probs: ResponseLogProbs) -> ResponseLogProbs:
+    """The log-probs of the tokens that count, where a completion mask leaves some of a response out."""
+    return log_probs if batch.scored is None else log_probs.where(batch.scored, batch.scored_lengths)
+
+
 @dataclass(frozen=True)
 class TokenScores:
     """Log-probabilities of every token of some responses, one for each pair: one response after another.
