@@ -4,6 +4,7 @@ Each states what is wrong and why, then what to do instead, and is also the buil
 (`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
 """
 
+import re
 from typing import Any
 
 
@@ -16,7 +17,12 @@ class TetherError(Exception):
         details: Further explanation: numbers, rows, a library's message.
     """
 
-    def __init__(self, problem: str, instead: str, details: str = "") -> None:
+    def __init__(self, problem: str, instead: str = "", details: str = "") -> None:
+        # torch makes the error of a DataLoader's worker anew, from its traceback alone: its last lines are the error.
+        told = re.search(r"\ntether\.errors\.\w+: (.*)", problem, re.DOTALL) if problem.startswith("Caught ") else None
+        if told is not None:
+            problem, *further, instead = told[1].rstrip().split("\n  ")
+            details = "\n  ".join(further)
         super().__init__(problem, instead, details)
         self.problem = problem
         self.instead = instead

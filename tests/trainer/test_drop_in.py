@@ -36,6 +36,7 @@ TOKEN_MEANS = ("entropy", "logits/", "mean_token_accuracy")
 EVALUATED = ("eval_", "again_")
 
 START = """
+from datasets import Dataset
 from LIBRARY import DPOConfig, DPOTrainer
 
 def config(**options):
@@ -194,6 +195,13 @@ for options in ({"max_steps": 7}, {"max_steps": 2}, {"max_steps": 2, "logging_st
                          callbacks=[AsksForALog()])
     result.append(trainer.train().metrics)
     result += trainer.state.log_history
+""",
+    "floating-point operations, of pairs without padding": """
+one_length = [row | {"chosen": row["chosen"][:20], "rejected": row["rejected"][1:21]} for row in rows
+              if len(row["chosen"]) > 22 and len(row["rejected"]) > 22][:1]
+trainer = DPOTrainer(model_folder, args=config(max_steps=1), train_dataset=Dataset.from_list(one_length))
+trainer.train()
+result = [{"flops": trainer.state.total_flos}]
 """,
     "tokens that the model was fed": """
 args = config(include_num_input_tokens_seen="non_padding", gradient_accumulation_steps=2)

@@ -44,7 +44,7 @@ from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
 from tether.trainer.reference_note import source_name
 from tether.trainer.reference_run import ReferenceRun
 from tether.trainer.samples import SampleReport
-from tether.trainer.saving import try_saving
+from tether.trainer.saving import try_saving, without_token_notice
 from tether.trainer.sets import named_sets
 from tether.trainer.setup import Asked, Checked, check, prepare
 from tether.trainer.trl_attributes import OptionsAsAttributes
@@ -344,7 +344,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         self._losses = LossWatch()
         self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
         try:
-            output = super().train(*args, **kwargs)
+            with without_token_notice():
+                output = super().train(*args, **kwargs)
             self._check_weights()
             return output
         finally:

@@ -132,7 +132,12 @@ class PairLoading(Trainer):
         return total
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Counts each response with its prompt, as a batch without padding has them."""
+        super()._track_num_input_tokens(self._fed(inputs))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(self._fed(inputs))
+
+    def _fed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What transformers counts tokens by: each response with its prompt, without padding."""
         tokens = torch.ones(batch_of(inputs).num_sequence_tokens())
-        name = getattr(self.model, "main_input_name", "input_ids")
-        super()._track_num_input_tokens({name: tokens, "attention_mask": tokens})
+        return {getattr(self.model, "main_input_name", "input_ids"): tokens, "attention_mask": tokens}

@@ -290,6 +290,9 @@ def _samples(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def _saving(args: DPOConfig) -> Iterator[Refusal]:
+    if args.eval_steps is not None and args.eval_strategy != "steps":
+        why = "nothing is evaluated" if args.eval_strategy == "no" else "evaluations come at the ends of epochs"
+        yield of_option("eval_steps", args.eval_steps, why, "Set `eval_strategy='steps'`, or leave it out.")
     if args.load_best_model_at_end and args.eval_strategy == "no":
         why = "nothing is evaluated, so no checkpoint is the best"
         instead = "Set `eval_strategy` and `save_strategy` too, or leave it out."
