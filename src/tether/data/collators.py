@@ -21,7 +21,7 @@ from tether.data.rows import REFERENCE_COLUMNS, check_reference_sum
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError, DataError
 from tether.store import content_key
-from tether.types import PairBatch, Response, TruncationMode, image_inputs
+from tether.types import PairBatch, PromptImages, Response, TruncationMode, image_inputs
 
 _PADDED = ("input_ids", "attention_mask", "completion_mask")
 
@@ -191,7 +191,9 @@ def pair_collator(
     if type(given) is DataCollatorForVisionPreference:
         return PairCollator(given.max_length, image_rows=ImageRows(given.processor))
     if callable(given):
-        return PairsOfPadded(given)
+        return PairsOfPadded(
+            given, ImageRows(given.processor) if isinstance(given, DataCollatorForVisionPreference) else None
+        )
     raise ConfigurationError(
         problem=f"Cannot use a `data_collator` of type {type(given).__name__}: a collator is called with a list of "
         "rows and returns one batch.",
@@ -212,13 +214,16 @@ class PairsOfPadded:
         collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
             sequences, then all rejected ones; and `ref_chosen_logps`, `ref_rejected_logps`, each `[rows]`, if the
             rows have them. Batches that are pairs already are passed through.
+        image_rows: Reads the rows' images, for a subclass of `DataCollatorForVisionPreference`; what it returns of them
+            must be the same.
 
     Raises:
-        ConfigurationError: If it returns other keys or shapes.
+        ConfigurationError: If it returns other keys or shapes, or other images.
         DataError: If a sequence has no response.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
+    image_rows: ImageRows | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows, counts = own_rows(rows)
@@ -227,16 +232,33 @@ class PairsOfPadded:
             return dict(padded) if counts else uncounted(padded)
         # Sums that are not from the rows belong to a reference that this run does not use.
         optional = REFERENCE_COLUMNS if all(name in row for row in rows for name in REFERENCE_COLUMNS) else ()
+        shown = [None if self.image_rows is None else self.image_rows.shown(row) for row in rows] * 2
+        padded = _without_images(padded, shown)
         _check_layout(padded, len(rows), optional)
         sums = [total for name in REFERENCE_COLUMNS if name in padded for total in padded[name].tolist()]
         sequences = [
-            _response(number, *(tensor.tolist() for tensor in sequence))._replace(
+            _response(number, shown[number], *(tensor.tolist() for tensor in sequence))._replace(
                 reference_sum=sums[number] if sums else None
             )
             for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
         ]
         pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
         return inputs_of(pairs, margins_of(rows), counts=counts)
+
+
+def _without_images(padded: Any, shown: Sequence[PromptImages | None]) -> Any:
+    """The batch without what shows the images of its rows, which is read from the rows."""
+    if not any(shown) or not isinstance(padded, Mapping) or "input_ids" not in padded:
+        return padded
+    own = image_inputs(shown, padded["input_ids"].shape[1])
+    for name in own.keys() & padded.keys():
+        if not torch.equal(own[name], padded[name]):
+            raise ConfigurationError(
+                problem=f"Cannot use what `data_collator` made of `{name}`: the reference's answers are kept by the "
+                "images of the rows, and these are others.",
+                instead="Change the images in the rows (`dataset.map`), and leave them as they are in the collator.",
+            )
+    return {name: value for name, value in padded.items() if name not in own}
 
 
 def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None:
@@ -256,7 +278,9 @@ def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None
     )
 
 
-def _response(number: int, ids: list[int], attended: list[int], scored: list[int]) -> Response:
+def _response(
+    number: int, images: PromptImages | None, ids: list[int], attended: list[int], scored: list[int]
+) -> Response:
     """The prompt and response of one padded sequence."""
     tokens = [(token, mark) for token, is_there, mark in zip(ids, attended, scored, strict=True) if is_there]
     marks = [int(mark) for _, mark in tokens]
@@ -272,4 +296,5 @@ def _response(number: int, ids: list[int], attended: list[int], scored: list[int
     prompt, response = (tuple(token for token, _ in part) for part in (tokens[:start], tokens[start:]))
     whole = all(marks[start:])
     counts = None if whole else tuple(map(bool, marks[start:]))
-    return Response(prompt, response, content_key(prompt, response), scored=counts)
+    key = content_key(prompt, response, inputs={"images": images.digest} if images else None)
+    return Response(prompt, response, key, images=images, scored=counts)
