@@ -19,7 +19,7 @@ from tether.losses.options import LossOptions, PreferenceLoss
 from tether.losses.table import LOSSES, Loss
 from tether.losses.weighting import RewardShift, pair_scores, pair_tokens, policy_weights
 from tether.refusals import Refusal, refuse
-from tether.types import PairBatch, PairScores, ResponseLogProbs
+from tether.types import PairBatch, PairScores, ResponseLogProbs, scored_tokens
 
 
 class Objective:
@@ -69,8 +69,7 @@ class Objective:
 
         Args:
             batch: The pairs.
-            policy: The policy's log-probs of the tokens that count (`scored_tokens`); with statistics if pairs are
-                weighted.
+            policy: The policy's log-probs; with statistics if pairs are weighted.
             reference: The reference's.
             training: Whether to update BCO's running mean with the batch; evaluation only reads it.
             reduce: Sums a tensor over the processes.
@@ -81,6 +80,7 @@ class Objective:
         """
         if batch.margins is not None:
             refuse(self.refused_margin())
+        policy, reference = scored_tokens(batch, policy), scored_tokens(batch, reference)
         options = self.options_of(batch)
         scores = pair_scores(batch, policy, reference, options.ld_alpha)
         if self.needs_tokens:

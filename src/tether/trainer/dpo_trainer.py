@@ -293,7 +293,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             )
         if batch.scored is not None:
             refuse(refused_holes(self.reference))
-        policy, reference = scored_tokens(batch, policy), scored_tokens(batch, reference)
+        policy = scored_tokens(batch, policy)
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
         )

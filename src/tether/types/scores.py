@@ -15,8 +15,13 @@ from tether.types.log_probs import ResponseLogProbs
 
 
 def scored_tokens(batch: PairBatch, log_probs: ResponseLogProbs) -> ResponseLogProbs:
-    """The log-probs of the tokens that count, where a completion mask leaves some of a response out."""
-    return log_probs if batch.scored is None else log_probs.where(batch.scored, batch.scored_lengths)
+    """The log-probs of the tokens that count, where a completion mask leaves some of a response out.
+
+    Those of these tokens alone are returned as they are.
+    """
+    if batch.scored is None or log_probs.values.shape != batch.scored.shape:
+        return log_probs
+    return log_probs.where(batch.scored, batch.scored_lengths)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class PairScores:
 
     @classmethod
     def of(cls, batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs) -> PairScores:
-        """Sums per response and pairs them up."""
+        """Sums the tokens that count per response, and pairs the sums up."""
+        policy, reference = scored_tokens(batch, policy), scored_tokens(batch, reference)
         return cls(
             *batch.of_responses(policy.sums()),
             *batch.of_responses(reference.sums()),
