@@ -221,7 +221,7 @@ def answers_only(examples):
     return batch
 
 result = []
-for options in ({}, {"loss_type": ["ipo", "sigmoid_norm"]}, {"use_weighting": True, "beta": 0.7}):
+for options in ({"loss_type": ["ipo", "sigmoid_norm"]}, {"use_weighting": True, "beta": 0.7}):
     trainer = DPOTrainer(model_folder, None, config(**options), answers_only, rows, eval_rows)
     trainer.train()
     result += [*trainer.state.log_history, trainer.evaluate()]
@@ -231,9 +231,9 @@ from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 result = []
-for changes in ({"label_smoothing": 0.2, "loss_types": ["robust"]}, {"ld_alpha": 0.3},
-                {"loss_types": ["hinge", "ipo"], "loss_weights": [1.0, 0.5]}, {"beta": 0.7},
-                {"data_collator": DataCollatorForPreference(pad_token_id=0, max_length=60)}):
+for changes in ({"label_smoothing": 0.2, "loss_types": ["robust"], "ld_alpha": 0.3},
+                {"loss_types": ["hinge", "ipo"], "loss_weights": [1.0, 0.5], "beta": 0.7,
+                 "data_collator": DataCollatorForPreference(pad_token_id=0, max_length=60)}):
     trainer = DPOTrainer(model_folder, args=config(), train_dataset=rows,
                          eval_dataset=eval_rows)
     for name, value in changes.items():

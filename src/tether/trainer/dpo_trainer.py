@@ -93,7 +93,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         optimizer_cls_and_kwargs: An optimizer's class and its keyword arguments, as `transformers.Trainer` takes them.
         preprocess_logits_for_metrics: What to keep of the logits, given them and the token ids.
         loss: Your own loss instead of `loss_type`: a function of `tether.PairScores` and `tether.LossOptions` that
-            returns one value per pair.
+            returns one value per pair. With `loss.needs_tokens = True` it also gets every token (`scores.tokens`).
         reference: A `tether.Reference`, or a function that is called with the policy, its adapter on it, and returns
             one: `lambda policy: SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=64)`.
             It takes the place of `ref_model` and of all `ref_*` options.
