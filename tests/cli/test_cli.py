@@ -490,9 +490,9 @@ def test_train_saves_a_model_and_sums_the_run_up(tether: Run, recipe: Callable[.
     assert re.search(rf" +step +{titles}\n +2/4 +{figures} +\d+ s\n +4/4 +{figures} +\d+ s\n", out)
     assert max(map(len, out.split("4 steps, ")[0].splitlines()[3:])) <= 80
     summary = out.split("4 steps, ")[1]
-    assert re.search(r"train, to step 2 .*\ntrain, to step 4 .*\nheld out, 5 pairs +0\.\d{4}", summary)
-    assert re.search(rf" {titles}\ntrain, to step 2 +{figures}\n", summary)
-    assert re.search(r"explicit [0-9a-f]{12}, .* \d+ passes", summary)
+    assert re.search(r"steps 1-2 .*\nsteps 3-4 .*\nheld out at the end +0\.\d{4}", summary)
+    assert re.search(rf" {titles}\nsteps 1-2 +{figures}\n", summary)
+    assert re.search(r"explicit [0-9a-f]{12}, .*\n +\d+ passes", summary)
     assert f"saved      {tmp_path / 'out'}" in summary
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "checkpoint-4"} <= files
@@ -605,7 +605,7 @@ def test_a_run_shorter_than_logging_steps_shows_its_end(tether: Run, recipe: Cal
     code, out, err = tether("train", recipe(max_steps=1, logging_steps=10, eval_fraction=None))
     assert code == 0, err
     assert re.search(r" 1/1 +0\.69", out)
-    assert re.search(r"1 step, .* [1-9][\d,]* tokens/s\n.*\ntrain, to step 1 +0\.69", out)
+    assert re.search(r"1 step, .* [1-9][\d,]* tokens/s\n.*\nstep 1 +0\.69", out)
     code, out, err = tether("train", recipe(max_steps=1, logging_strategy="no", eval_fraction=None))
     assert code == 0, err
     assert " 1/1" not in out and "tokens/s" not in out and "rewards/chosen" not in out
@@ -634,9 +634,9 @@ def test_float16_is_refused_before_anything_is_written(tether: Run, recipe: Call
 def test_accuracy_of_pairs_that_are_all_tied_is_no_figure(tether: Run, recipe: Callable[..., str]) -> None:
     code, out, err = tether("train", recipe(max_steps=2, logging_steps=1))
     assert code == 0, err
-    for row in (" 1/2", "train, to step 1"):
+    for row in (" 1/2", "step 1"):
         assert re.search(row + r" +0\.6931 +\+0\.0000 +- +\+0\.0000 ", out)
-    for row in (" 2/2", "train, to step 2"):
+    for row in (" 2/2", "step 2"):
         assert re.search(row + r" +0\.\d{4} +[+-]\d\.\d{4} +\d\.\d{3} +[+-]\d\.\d{4} ", out)
 
 
@@ -657,13 +657,6 @@ def test_rows_of_figures_fit_a_terminal_of_80_columns(capsys: pytest.CaptureFixt
     assert max(map(len, (header, *rows))) <= 80
 
 
-def test_one_pair_is_counted_as_one(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text(json.dumps(tiny_pairs(1)[0]))
-    code, out, err = tether("train", recipe(max_steps=1, eval_fraction=None, eval_data=str(tmp_path / "one.jsonl")))
-    assert code == 0, err
-    assert re.search(r"held out, 1 pair +0\.\d{4}", out)
-
-
 def test_the_speed_of_a_resumed_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 101.0, 103.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
@@ -675,6 +668,28 @@ def test_the_speed_of_a_resumed_run_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert lines.tokens_per_second is None
     lines.on_log(args, state, None, {"loss": 1.0, "learning_rate": 0.0, "num_tokens": 5400.0})
     assert lines.tokens_per_second == 200.0
+
+
+def test_the_speed_leaves_out_evaluations_and_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 5.0, 9.0, 10.0, 10.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    lines, args = ProgressLines(), SimpleNamespace(disable_tqdm=True, logging_strategy="no")
+    state = SimpleNamespace(global_step=0, max_steps=8, is_world_process_zero=True)
+    lines.on_train_begin(args, state, None)
+    lines.on_step_end(args, state, None)  # at second 1
+    lines.on_evaluate(args, state, None)  # at 5
+    lines.on_save(args, state, None)  # at 9
+    lines.on_step_end(args, state, None)  # at 10
+    lines.on_log(args, state, None, {"loss": 1.0, "num_tokens": 500.0})
+    assert lines.tokens_per_second == 250.0
+
+
+def test_a_run_that_made_the_model_worse_says_so(tether: Run, recipe: Callable[..., str]) -> None:
+    code, out, err = tether("train", recipe(learning_rate=0.05, max_steps=2))
+    assert code == 0, err
+    loss = re.search(r"held out at the end +(\d\.\d{4})", out).group(1)  # type: ignore[union-attr]
+    assert float(loss) > 0.6931
+    assert f"worse      the held-out loss, {loss}, is above 0.6931, where it was before training" in out
 
 
 def test_the_best_weights_are_named_where_they_are_saved(tether: Run, recipe: Callable[..., str]) -> None:

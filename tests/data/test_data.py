@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerFast
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from support.tiny import CHAT_TEMPLATE, EOS, tiny_pairs, tiny_tokenizer
 from support.trl_oracle import trl_batch, trl_tokens
 from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
+from tether.data.rows import TextRows
 from tether.errors import DataError
 from tether.store import content_key
 from tether.types import PairBatch
@@ -39,6 +42,26 @@ def said(content: str, role: str = "assistant") -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
+
+
+def test_the_ids_of_a_file_are_kept_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its rows, the tokenizer and the template; as `datasets.map` keeps what it makes."""
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, tiny_pairs(4, conversational=True))))
+    plain, read = TextRows.tokens, []
+    monkeypatch.setattr(TextRows, "tokens", lambda *row: read.append(row) or plain(*row))
+
+    def num_read(template: str) -> int:
+        read.clear()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        rows = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train", cache_dir=tmp_path / "c")
+        tokenize_pairs(rows, tokenizer, max_length=None)
+        return len(read)
+
+    folder = tmp_path / "tokenizer"
+    tiny_tokenizer().save_pretrained(folder)
+    assert [num_read(CHAT_TEMPLATE), num_read(CHAT_TEMPLATE), num_read(CHAT_TEMPLATE + " ")] == [4, 0, 4]
+
 
 SHAPES = {
     "plain": lambda: tiny_pairs(24),

@@ -9,9 +9,14 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
 from typing import NoReturn
 
 from tether.errors import TetherError
+
+# Environment variable of processes that a launcher of ours has started: a folder for what one of them has said.
+SAID = "TETHER_SAID"
 
 EXIT_DONE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TetherError as error:
         if traceback:
             raise
-        print(f"tether: {error}", file=sys.stderr)
+        _say(f"tether: {error}")
         return EXIT_REFUSED
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,8 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if traceback:
             raise
-        print(f"\ntether: stopped. {stop}".rstrip(), file=sys.stderr)
+        _say(f"\ntether: stopped. {stop}".rstrip())
         return EXIT_INTERRUPTED
+
+
+def _say(text: str) -> None:
+    """Prints to standard error, once for all processes that a launcher of ours has started."""
+    folder = os.environ.get(SAID)
+    if folder is not None:
+        try:
+            Path(folder, sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print(text, file=sys.stderr)
 
 
 def _quiet_bitsandbytes() -> None:

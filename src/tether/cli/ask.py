@@ -195,7 +195,7 @@ def _questions() -> Iterator[str]:
 def _answer(voices: list[Voice], tokenizer: Any, question: str, max_new_tokens: int) -> None:
     if tokenizer.chat_template is not None:
         template = ChatTemplate(tokenizer, {}, "The question")
-        ids = template.ids([{"role": "user", "content": question}], add_generation_prompt=True)
+        (ids,) = template.ids([[{"role": "user", "content": question}]], add_generation_prompt=True)
     else:
         ids = list(tokenizer(question)["input_ids"])
     for voice in voices:

@@ -5,6 +5,7 @@ Shared by the verbs, so that `precompute` and `train` see the same rows and the 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ def build_trainer(
     except ConfigurationError as error:
         refuse_as_written(error, recipe.request)
         raise
+    transformers_logging.disable_progress_bar()  # of each save, in the middle of the table
     for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at
         trainer.remove_callback(theirs)
     return trainer
@@ -116,12 +118,24 @@ def _load_split(script: ScriptOptions, split: str | None) -> PairDataset:
 
 
 def _quiet_libraries(recipe: Recipe) -> None:
-    """Hides progress bars where they are unwanted, and notices from one library to another."""
+    """Hides progress bars where they are unwanted, notices from one library to another, and what one process of several
+    says already.
+    """
     quiet_deepspeed()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 still calls it
-    if recipe.config.disable_tqdm:
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_no_alignment)
+    is_first = recipe.config.local_process_index == 0
+    if not is_first:
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity_error()
+    if recipe.config.disable_tqdm or not is_first:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
+
+
+def _is_no_alignment(record: logging.LogRecord) -> bool:
+    """False for the line on special tokens, which comes with nearly every model."""
+    return "new PAD/BOS/EOS tokens" not in record.getMessage()
 
 
 def _check_evaluation(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ class StopOnInterrupt(TrainerCallback):
     """While open, the first Ctrl-C stops training after its step, with a checkpoint; the second stops at once.
 
     With several processes the first one stops at once: they get the signal at different steps, and would wait for each
-    other.
+    other. They get it twice, from the terminal and from their launcher.
 
     Attributes:
         stopped: Whether training was stopped after a step.
@@ -29,8 +29,8 @@ class StopOnInterrupt(TrainerCallback):
 
     def __enter__(self) -> StopOnInterrupt:
         is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        if is_alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask if is_alone else _stop_at_once)
         return self
 
     def __exit__(
@@ -51,3 +51,8 @@ class StopOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
         self._asked = True
         print("\ntether: stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

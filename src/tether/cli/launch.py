@@ -6,17 +6,24 @@ Knows processes only; the recipe decides what each of them does.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from tether.cli import SAID
 from tether.cli.options import LAUNCHER
 from tether.errors import ConfigurationError
 
@@ -82,7 +89,7 @@ def launch(
     sys.stdout.flush()
     sys.stderr.flush()
     # This process becomes the launcher, so that signals and the exit code are the launcher's.
-    program = [sys.executable, "-m", "accelerate.commands.launch", *command]
+    program = [sys.executable, "-m", __name__, *command]
     os.execve(program[0], program, {**environment, _STARTED: shlex.join(typed)})
 
 
@@ -144,3 +151,30 @@ def _missing_options(options: Sequence[str]) -> list[str]:
     # Without it, accelerate starts one process if it sees fewer than two GPUs, whatever number was requested.
     number = options[options.index("--num_processes") + 1] if "--num_processes" in options else "1"
     return words if number == "1" or any(kind in options for kind in _KINDS) else ["--multi_gpu", *words]
+
+
+def _run_launcher() -> NoReturn:
+    """`accelerate launch`, but without a traceback for how its processes ended: they have said why themselves."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ[SAID] = folder
+            launch_command(launch_command_parser().parse_args())
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except ChildFailedError as failed:
+        _end(failed.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as failed:
+        _end(failed.returncode)
+    sys.exit()
+
+
+def _end(code: int) -> NoReturn:
+    """Ends with the exit code of a process; the shell's, if a signal ended it."""
+    if code < 0:
+        print(f"tether: a process was ended by {signal.Signals(-code).name}.", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    _run_launcher()

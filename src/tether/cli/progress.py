@@ -29,7 +29,7 @@ class ProgressLines(TrainerCallback):
 
     Attributes:
         tokens_per_second: Prompt and response tokens per second that the policy was trained on in this run, up to the
-            last log; None if not known yet.
+            last log, without the time of evaluations and saves; None if not known yet.
         has_begun: Whether a step has begun.
     """
 
@@ -40,9 +40,10 @@ class ProgressLines(TrainerCallback):
         self._has_header = False
         self._start = 0.0
         self._counted: tuple[float, float] | None = None  # number of tokens, and the time of that count
+        self._stepped = self._aside = 0.0  # when the last step ended, and seconds that were not spent on steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
+        self._start, self._aside = time.perf_counter(), 0.0
         self._counted = (0.0, self._start) if state.global_step == 0 else None  # a resumed run starts above 0
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
@@ -51,6 +52,7 @@ class ProgressLines(TrainerCallback):
         self.has_begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stepped = time.perf_counter()
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True
         if self._bar is not None:
@@ -67,6 +69,13 @@ class ProgressLines(TrainerCallback):
         elif "eval_loss" in logs:
             self._print_row(f"held out {state.global_step}", logs, "eval_")
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._aside += now - self._stepped
+        self._stepped = now
+
+    on_save = on_evaluate
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -76,10 +85,10 @@ class ProgressLines(TrainerCallback):
         """Updates the token count; returns the seconds since training began."""
         now = time.perf_counter()
         if self._counted is None:
-            self._counted = (num_tokens, now)
+            self._counted, self._aside = (num_tokens, now), 0.0
         before, since = self._counted
         if num_tokens > before:
-            self.tokens_per_second = (num_tokens - before) / (now - since)
+            self.tokens_per_second = (num_tokens - before) / (now - since - self._aside)
         return now - self._start
 
     def _print_row(self, label: str, logs: Mapping[str, float], prefix: str, end: str = "") -> None:

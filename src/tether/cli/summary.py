@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,7 @@ def describe_end(
         tokens_per_second: Of the training; None if not known.
     """
     state = trainer.state
-    logged = [entry for entry in state.log_history if "loss" in entry]
-    rows = [(f"train, to step {entry['step']}", figures(entry, "")) for entry in logged[:1] + logged[1:][-1:]]
-    if metrics:
-        num = _num_rows(trainer.eval_dataset)
-        held_out = f"held out, {_counted(int(num), 'pair')}" if num.isdigit() else "held out"
-        rows.append((held_out, figures(metrics, "eval_")))
+    rows = [*_trained_rows(state.log_history), *_held_out_rows(state.log_history, metrics)]
     if rows:
         rows.insert(0, ("", HEADER))
     steps = _counted(state.global_step, "step")
@@ -53,12 +49,41 @@ def describe_end(
         "",
         f"{steps}, {state.epoch or 0:.2f} epochs, {seconds:.1f} s{speed}",
         *(f"{title:<20}{row}" for title, row in rows),
-        f"reference  {describe_reference(trainer)}, {_counted(trainer.reference.num_passes, 'pass', 'passes')}",
+        *_describe_harm(trainer, metrics),
+        f"reference  {describe_reference(trainer)}",
+        f"           {_counted(trainer.reference.num_passes, 'pass', 'passes')}",
         *describe_store(trainer),
         *_describe_samples(trainer),
         f"saved      {trainer.args.output_dir}{_which_weights(trainer)}",
     ]
     return "\n".join(lines)
+
+
+def _trained_rows(history: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str]]:
+    """The first and the last log of training, with the steps that they are the mean of."""
+    logged = [entry for entry in history if "loss" in entry]
+    begins = dict(zip((entry["step"] for entry in logged), (0, *(entry["step"] for entry in logged)), strict=False))
+    for entry in logged[:1] + logged[1:][-1:]:
+        first, last = begins[entry["step"]] + 1, entry["step"]
+        yield f"step {last}" if first == last else f"steps {first}-{last}", figures(entry, "")
+
+
+def _held_out_rows(history: Sequence[Mapping[str, float]], metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """The first evaluation of training, and the one of the weights that were saved."""
+    first = next((entry for entry in history if "eval_loss" in entry), None)
+    if first is not None and first["eval_loss"] != metrics.get("eval_loss"):
+        yield f"held out at {first['step']}", figures(first, "eval_")
+    if metrics:
+        yield "held out at the end", figures(metrics, "eval_")
+
+
+def _describe_harm(trainer: DPOTrainer, metrics: Mapping[str, float]) -> list[str]:
+    """Says so if the held-out loss is above that of the model before training, where that is known."""
+    traits, loss, at_start = trainer.reference.traits, metrics.get("eval_loss", 0.0), math.log(2)
+    is_known = trainer.args.loss_type == ["sigmoid"] and traits.means_policy and not traits.moves
+    if not is_known or loss < at_start + 5e-5:
+        return []
+    return [f"worse      the held-out loss, {loss:.4f}, is above {at_start:.4f}, where it was before training"]
 
 
 def _describe_samples(trainer: DPOTrainer) -> list[str]:
@@ -83,7 +108,7 @@ def _which_weights(trainer: DPOTrainer) -> str:
 def describe_reference(trainer: DPOTrainer) -> str:
     """Its kind, its digest, and the size of its weights beside the policy."""
     reference, extra = trainer.reference, trainer.reference.extra_bytes
-    return f"{reference.kind.name} {reference.identity.digest[:12]}, {extra / 1e6:,.1f} MB of weights beside the policy"
+    return f"{reference.kind.name} {reference.identity.digest[:12]}, {extra / 1e6:,.1f} MB beside the policy"
 
 
 def describe_store(trainer: DPOTrainer) -> list[str]:

@@ -51,13 +51,14 @@ class ChatTemplate:
                 instead="Set `tokenizer.chat_template`, use the tokenizer of a chat model, or write the row as text.",
             )
 
-    def ids(self, messages: list[Any], **options: Any) -> list[int]:
-        """The token ids of the messages as the template renders them.
+    def ids(self, conversations: list[list[Any]], **options: Any) -> list[list[int]]:
+        """The token ids of each conversation's messages as the template renders them.
 
         Raises:
             DataError: If rendering fails.
         """
-        return list(self._render(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+        ids: list[list[int]] = self._render(conversations, tokenize=True, return_dict=True, **options)["input_ids"]
+        return ids
 
     def text(self, messages: list[Any], **options: Any) -> str:
         """The text of the messages as the template renders them.

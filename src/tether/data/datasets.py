@@ -6,8 +6,7 @@ Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -19,10 +18,7 @@ from datasets import (
     Features,
     IterableDataset,
     Json,
-    are_progress_bars_disabled,
     concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
 )
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -144,19 +140,6 @@ def tokenize_pairs(
     if isinstance(dataset, Dataset):
         return tokenize_set(dataset, plan, num_proc)
     return tokenize_stream(dataset, plan)
-
-
-@contextmanager
-def progress_bars_off(off: bool) -> Iterator[None]:
-    """Hides the progress bars of `datasets` while open, if `off`; then restores the user's setting."""
-    switches = off and not are_progress_bars_disabled()
-    if switches:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if switches:
-            enable_progress_bars()
 
 
 @dataclass

@@ -110,13 +110,11 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         chosen, rejected = (text if text.endswith(end) else text + end for text in (chosen, rejected))
-        prompt_ids, full_chosen, full_rejected = (
-            list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + chosen, prompt + rejected)
-        )
+        prompt_ids, full_chosen, full_rejected = tokenizer([prompt, prompt + chosen, prompt + rejected])["input_ids"]
     else:
         template = ChatTemplate(tokenizer, row, where)
-        prompt_ids = template.ids(prompt, add_generation_prompt=True)
-        full_chosen, full_rejected = (template.ids(prompt + part) for part in (chosen, rejected))
+        (prompt_ids,) = template.ids([prompt], add_generation_prompt=True)
+        full_chosen, full_rejected = template.ids([prompt + chosen, prompt + rejected])
     return split_responses(prompt_ids, full_chosen, full_rejected, where)
 
 

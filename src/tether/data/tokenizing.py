@@ -9,12 +9,23 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from tether.data.rows import (
     MARGIN_COLUMN,
@@ -107,7 +118,21 @@ def _with_findings(dataset: Dataset, plan: TokenizingPlan, num_proc: int | None)
     # The new columns are put beside the others, which are not rewritten: images are large, and `datasets` may write a
     # column of JSON differently from how it read it.
     others = dataset.remove_columns([column for column in dataset.column_names if column in types])
-    return concatenate_datasets([others, found], axis=1) if others.column_names else found
+    with progress_bars_off(True):  # "Flattening the indices", of both
+        return concatenate_datasets([others, found], axis=1) if others.column_names else found
+
+
+@contextmanager
+def progress_bars_off(off: bool) -> Iterator[None]:
+    """Hides the progress bars of `datasets` while open, if `off`; then restores the user's setting."""
+    switches = off and not are_progress_bars_disabled()
+    if switches:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if switches:
+            enable_progress_bars()
 
 
 def _tokenize_or_explain(row: Mapping[str, Any], index: int, reader: RowReader, name: str) -> dict[str, Any]:

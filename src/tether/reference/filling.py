@@ -109,7 +109,15 @@ class StorePass:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._progress()) from None
         finally:
-            self._bar.close()
+            self._end_bar()
+
+    def _end_bar(self) -> None:
+        if not self.num_computed:
+            self._bar.bar_format = f"{{desc}}: complete, {self.num_found} responses found"
+        elif self._bar.total is not None and not self._waiting:
+            self._bar.total = self._bar.n  # it was an estimate
+        self._bar.refresh()
+        self._bar.close()
 
     def _progress(self) -> str:
         total = self._num_seen if self._num_rows is None else self._num_rows
@@ -140,7 +148,6 @@ class StorePass:
             if self._bar.total is not None:  # a prompt whose responses did not fit together is fed twice
                 self._bar.total = max(self._bar.total, self._bar.n + _num_tokens(responses))
             self._bar.update(_num_tokens(responses))
-            self._bar.set_postfix(found=self.num_found, computed=self.num_computed, refresh=False)
 
     def _score_once(self, responses: Sequence[Response]) -> None:
         batch = PairBatch.of_pairs([(response, response) for response in responses])

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from tether.config.dpo_config import DPOConfig
 from tether.data.collators import Collator, pair_collator
 from tether.data.columns import WithColumns
-from tether.data.datasets import PairDataset, Rows, as_dataset, progress_bars_off, tokenize_pairs, truncation_of
+from tether.data.datasets import PairDataset, Rows, as_dataset, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
-from tether.data.tokenizing import largest_id
+from tether.data.tokenizing import largest_id, progress_bars_off
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError
 from tether.models.loading import tokenizer_of

@@ -83,10 +83,18 @@ def refused_training(facts: Facts) -> Iterator[Refusal]:
         yield Refusal(
             "a model of which nothing trains",
             "`requires_grad` is False for all its parameters",
-            "Load the adapter to train: `PeftModel.from_pretrained(base, path, is_trainable=True)`."
-            if is_adapter_model(policy)
-            else "Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` for an adapter.",
-            "PEFT leaves a base frozen after `merge_and_unload()`, and loads an adapter frozen.",
+            *(
+                (
+                    "Load the adapter to be trained: `PeftModel.from_pretrained(base, folder, is_trainable=True)`.",
+                    "PEFT loads an adapter frozen unless told otherwise.",
+                )
+                if is_adapter_model(policy)
+                else (
+                    "Call `model.requires_grad_(True)` to train the whole model, or pass `peft_config` to train an "
+                    "adapter.",
+                    "PEFT leaves a base frozen after `merge_and_unload()`.",
+                )
+            ),
         )
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in policy.modules()):
         yield Refusal(
