@@ -49,7 +49,7 @@ FORMER: dict[str, str] = {
     "save_safetensors": "nothing: weights are saved as safetensors",
     "sharded_ddp": "`fsdp`",
     "split_batches": "`accelerator_config={'split_batches': ...}`",
-    "tools": "a column `tools` in the rows",
+    "tools": "nothing: each row may have its own, in a column of that name",
     "torch_dtype": "`model_init_kwargs={'dtype': 'bfloat16'}`",
     "torchdynamo": "`torch_compile_backend`",
     "tpu_metrics_debug": "`debug='tpu_metrics_debug'`",
