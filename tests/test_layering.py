@@ -22,7 +22,8 @@ SOURCE = ROOT / "src"
 # Besides itself and the standard library.
 ONLY = {
     "tether/types": ("tether.types", "tether.errors", "torch", "jaxtyping"),
-    "tether/errors": (),
+    "tether/errors": ("tether.masking",),
+    "tether/masking": (),
     "tether/losses": ("tether.losses", "tether.types", "tether.errors", "tether.refusals", "torch", "jaxtyping"),
 }
 # Part of a library -> its homes.

@@ -39,6 +39,7 @@ if _typing.TYPE_CHECKING:
     from tether.trainer.callbacks import BEMACallback as BEMACallback
     from tether.trainer.callbacks import SyncRefModelCallback as SyncRefModelCallback
     from tether.trainer.dpo_trainer import DPOTrainer as DPOTrainer
+    from tether.trainer.run_folder import last_checkpoint as last_checkpoint
     from tether.types import PairBatch as PairBatch
     from tether.types import PairScores as PairScores
     from tether.types import Response as Response
@@ -82,6 +83,7 @@ _HOMES = {
     "BEMACallback": "tether.trainer.callbacks",
     "SyncRefModelCallback": "tether.trainer.callbacks",
     "DPOTrainer": "tether.trainer.dpo_trainer",
+    "last_checkpoint": "tether.trainer.run_folder",
     "PairBatch": "tether.types",
     "PairScores": "tether.types",
     "Response": "tether.types",

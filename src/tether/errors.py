@@ -1,11 +1,13 @@
 """The exceptions of Tether.
 
 Each states what is wrong and why, then what to do instead, and is also the builtin that a caller would expect
-(`ValueError` for bad input, `RuntimeError` for a broken state). This module knows nothing else of the package.
+(`ValueError` for bad input, `RuntimeError` for a broken state). None shows a token or a password.
 """
 
 import re
 from typing import Any
+
+from tether.masking import without_secrets
 
 
 class TetherError(Exception):
@@ -23,6 +25,7 @@ class TetherError(Exception):
         if told is not None:
             problem, *further, instead = told[1].rstrip().split("\n  ")
             details = "\n  ".join(further)
+        problem, instead, details = map(without_secrets, (problem, instead, details))
         super().__init__(problem, instead, details)
         self.problem = problem
         self.instead = instead

@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
+from tether import last_checkpoint
 from tether.cli import main, progress
 from tether.cli.library_errors import report_library_errors
 from tether.cli.pairs import hold_out, load_pairs
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
-from tether.cli.resume import last_checkpoint
 from tether.cli.verbs import HELP, VERBS
 from tether.config.dpo_config import DPOConfig
 from tether.errors import ConfigurationError, DataError
@@ -583,22 +583,48 @@ def test_resume_passes_over_a_checkpoint_that_was_not_written_to_its_end(
     assert tether("train", recipe())[0] == 0
     whole = last_logs(tmp_path / "out")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"log_history": [')  # killed here
-    assert last_checkpoint(str(tmp_path / "out")) == tmp_path / "out" / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
     code, out, err = tether("train", recipe(), "--resume")
     assert code == 0, err
     assert " 2/4 " not in out and " 4/4 " in out
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
 
 
-def test_resume_among_the_checkpoints_of_two_runs_asks_for_a_name(
+def test_resume_goes_on_with_the_run_that_was_started_last(
     tether: Run, recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     assert tether("train", recipe())[0] == 0
-    assert tether("train", recipe(max_steps=2))[0] == 0  # anew, into the folder that has checkpoint-4
-    newer = tmp_path / "out" / "checkpoint-2"
+    earlier = last_logs(tmp_path / "out")
+    assert tether("train", recipe(max_steps=2, seed=1))[0] == 0  # anew, into the folder that has checkpoint-4
+    code, _, err = tether("train", recipe(seed=1), "--resume")
+    assert code == 0, err
+    assert last_logs(tmp_path / "out")["loss"] != earlier["loss"]
+
+
+def test_resume_names_the_checkpoint_of_an_earlier_run_where_the_last_has_none(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    assert tether("train", recipe())[0] == 0
+    assert tether("train", recipe(learning_rate=1e30, save_steps=3, eval_fraction=None))[0] == 2  # NaN at step 2
     code, _, err = tether("train", recipe(), "--resume")
-    assert code == 2 and f"{newer} was written after it" in err and f"--resume {newer}" in err
-    assert tether("train", recipe(), "--resume", str(newer))[0] == 0
+    assert code == 2 and "the run that was last started there has written none yet" in err
+    assert f"Name {tmp_path / 'out' / 'checkpoint-4'} to go on with it" in err
+
+
+def test_a_finished_run_that_is_resumed_is_done(tether: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    assert tether("train", recipe())[0] == 0
+    model = tmp_path / "out" / "model.safetensors"
+    before = model.stat()
+    for _ in range(2):
+        code, out, err = tether("train", recipe(), "--resume")
+        assert code == 0, err
+        assert f"done       the model of step 4 is in {tmp_path / 'out'}" in out
+        assert (model.stat().st_ino, model.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    model.unlink()  # killed between the last checkpoint and the model's file
+    (tmp_path / "out" / "_tether_run.json").unlink()
+    assert tether("train", recipe(), "--resume")[0] == 0 and model.is_file()
+    code, out, _ = tether("train", recipe(max_steps=6, save_steps=2), "--resume")
+    assert code == 0 and " 6/6 " in out
 
 
 def test_a_run_shorter_than_logging_steps_shows_its_end(tether: Run, recipe: Callable[..., str]) -> None:
@@ -620,7 +646,7 @@ def test_a_run_that_becomes_nan_is_one_message_and_leaves_the_last_checkpoint(
     assert code == 2
     assert err.startswith("tether: Cannot continue training: the loss of step 2 is NaN or infinite.\n  ")
     assert "Traceback" not in err and " 2/4" not in out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "README.md") == ["checkpoint-1"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["checkpoint-1"]
     weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
 
@@ -721,7 +747,7 @@ def test_ctrl_c_names_its_own_checkpoint_beside_later_ones_of_an_earlier_run(
     code, out, _ = tether("train", recipe(save_strategy="no"))
     own = str(tmp_path / "out" / "checkpoint-1")
     assert code == 130 and f"The last checkpoint is {own}." in out
-    assert shlex.split(out.strip().splitlines()[-1])[-2:] == ["--resume", own]
+    assert shlex.split(out.strip().splitlines()[-1])[-1] == "--resume"
 
 
 def test_ctrl_c_keeps_the_step_and_resume_goes_on(

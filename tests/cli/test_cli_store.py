@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ def test_info_tells_which_references_a_store_holds(tether: Run, filled: tuple[st
     assert code == 0 and f"store      {path} (" in out
     assert f"reference  explicit {identity.digest}: compute dtype float32, scoring version {SCORING_VERSION}" in out
     assert f"{identity.num_records} responses, {identity.num_tokens:,} tokens" in out
+    assert re.search(r"filled   \d{4}-.* UTC: model \S+; run tether precompute; max_length .*; data \S+; rows 16", out)
+    assert tether("store", "info", path)[1] == out
 
 
 @pytest.mark.numerics
@@ -65,7 +69,7 @@ def test_verify_scores_a_sample_again_and_says_the_largest_difference(
     code, out, err = tether("store", "verify", recipe_path, "--store", store, "--sample", "10")
     assert code == 0, err
     count = LogProbStore(store).count()
-    assert f"records    {count}, every checksum correct" in out and digest_in(store) in out
+    assert f"records    {count}, all that were put, every checksum correct" in out and digest_in(store) in out
     largest = float(re.search(r"difference (\S+) nats at most", out).group(1))  # type: ignore[union-attr]
     assert largest < 1e-4 and LogProbStore(store).count() == count
 
@@ -82,6 +86,35 @@ def test_verify_finds_a_wrong_number_and_names_its_row(tether: Run, filled: tupl
     code, out, err = tether("store", "verify", recipe_path, "--store", path, "--sample", "100")
     assert code == 2 and "difference 0.25 nats at most" in out
     assert re.search(r"(chosen|rejected) response of row \d+ of the train set", err) and "store prune" in err
+
+
+def test_verify_finds_what_is_gone(tether: Run, filled: tuple[str, str]) -> None:  # noqa: F811
+    recipe_path, path = filled
+    with closing(sqlite3.connect(path)) as db, db:
+        num_lost = db.execute("DELETE FROM records WHERE id % 3 = 0").rowcount
+    code, out, err = tether("store", "verify", recipe_path, "--store", path)
+    assert code == 2 and f"{num_lost} lost" in out and f"Cannot find {num_lost} of the" in err
+    assert tether(*err.split("`tether ")[-1].split("`")[0].split())[0] == 0, "the command that it names"
+    assert tether("store", "verify", recipe_path, "--store", path)[0] == 0
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_master SET rootpage = 2 WHERE name = 'records_by_key'")
+    code, out, err = tether("store", "verify", recipe_path, "--store", path)
+    assert code == 2 and "tether store salvage" in err
+
+
+def test_salvage_saves_what_is_intact(tether: Run, filled: tuple[str, str], tmp_path: Path) -> None:  # noqa: F811
+    _, path = filled
+    damaged, fresh = tmp_path / "damaged.sqlite", str(tmp_path / "fresh.sqlite")
+    LogProbStore(path).copy_to(damaged)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2])
+    code, _, err = tether("store", "info", str(damaged))
+    assert code == 2 and f"`tether store salvage {damaged} --store NEW.sqlite`" in err
+    code, out, err = tether("store", "salvage", str(damaged), "--store", fresh)
+    assert code == 0 and f"{LogProbStore(fresh).count()} intact responses" in out, err
+    code, _, err = tether("store", "salvage", fresh, "--store", fresh)
+    assert code == 2 and "into itself" in err
 
 
 def test_verify_of_a_store_without_the_recipes_rows_is_refused(
@@ -178,6 +211,15 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "prune of everything": (["prune", "--store", "STORE"], "Name an `identity`"),
     "no such reference": (["prune", "--store", "STORE", "--identity", "zz"], "tether store info"),
     "two references": (["export", "x.parquet", "--store", "STORE"], "--identity"),
+    "prune by no age": (["prune", "--store", "STORE", "--older_than", "0"], "--older_than 90"),
+    "prune by a negative age": (["prune", "--store", "STORE", "--older_than", "-1"], "--older_than 90"),
+    "prune by an age that is no number": (["prune", "--store", "STORE", "--older_than", "nan"], "--older_than 90"),
+    "prune by nothing": (["prune", "--store", "STORE", "--identity", ""], "tether store info"),
+    "export onto the store": (["export", "STORE", "--store", "STORE", "--identity", "aaaa"], "Name a new file"),
+    "export of rows onto the store": (
+        ["export", "STORE", "--store", "STORE", "--rows", "RECIPE"],
+        "Name a new file",
+    ),
     "rows of another reference": (
         ["export", "x.parquet", "--rows", "r.yaml", "--identity", "a"],
         "Leave `--identity` out",
@@ -186,14 +228,22 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_store_refuses_with_what_to_write(tether: Run, name: str, tmp_path: Path) -> None:  # noqa: F811
+def test_store_refuses_with_what_to_write(
+    tether: Run,  # noqa: F811
+    recipe: Recipes,  # noqa: F811
+    name: str,
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "store.sqlite"
     with LogProbStore(path) as store:
         for digest in ("aaaa", "bbbb"):
             store.put(digest, [b"0" * 16], [np.zeros(2, np.float32)])
     words, said = REFUSALS[name]
-    code, out, err = tether("store", *[str(path) if word == "STORE" else word for word in words])
+    given = {"STORE": str(path), "RECIPE": recipe()}
+    code, out, err = tether("store", *[given.get(word, word) for word in words])
     assert (code, out) == (2, "")
+    with LogProbStore(path) as store:
+        assert store.count() == 2
     assert said in err.rstrip().splitlines()[-1]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from support.runs import as_dataset, curve, make_trainer, stream, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
@@ -21,7 +23,7 @@ from tether.data.collators import PairsOfPadded
 from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError, MissingLogProbsError, ReferenceModelError
 from tether.reference import ExplicitReference, PrecomputedReference, Reference
-from tether.store import LogProbStore, content_key
+from tether.store import LogProbStore, content_key, prune
 from tether.trainer.batches import RowsToScore
 from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 
@@ -55,6 +57,71 @@ def test_fill_scores_each_response_once_before_training_and_never_again(tmp_path
     assert reference.num_computed == distinct_responses(trainer) and passes > 0
     trainer.train()
     assert reference.num_passes == passes and reference.num_computed == distinct_responses(trainer)
+
+
+def damage_records(store: LogProbStore, which: str) -> None:
+    """Zeros the values of some records behind the store's back."""
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.execute(f"UPDATE records SET log_probs = zeroblob(length(log_probs)) {which}")
+
+
+def test_a_damaged_record_is_scored_again_before_training(tmp_path: Path) -> None:
+    kept = stored_of(make_trainer(tmp_path / "1", rows=ROWS, **PRECOMPUTE))
+    damage_records(kept.store, "WHERE id % 5 = 0")
+    trainer = make_trainer(tmp_path / "2", rows=ROWS, num_train_epochs=1, max_steps=-1, **PRECOMPUTE)
+    assert stored_of(trainer).num_computed == kept.num_computed // 5
+    trainer.train()
+    damage_records(kept.store, "WHERE id = 1")
+    with pytest.raises(MissingLogProbsError, match=r"1 responses, one of them the (chosen|rejected) response of row"):
+        make_trainer(tmp_path / "3", rows=ROWS, **REQUIRE)
+
+
+class DamagesAll(TrainerCallback):
+    """Damages every record after the first step."""
+
+    def __init__(self, store: LogProbStore) -> None:
+        self.store = store
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            damage_records(self.store, "")
+
+
+@pytest.mark.parametrize("where", ["lora", "folder", "memory"])
+def test_a_record_damaged_while_training_is_answered_by_a_proven_source_or_stops_with_the_cure(
+    where: str, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model") if where == "folder" else tiny_model()
+    options = PRECOMPUTE | {"rows": ROWS, "max_steps": 3} | (LORA if where == "lora" else {})
+    trainer = make_trainer(tmp_path / "1", model, **options)
+    trainer.add_callback(DamagesAll(stored_of(trainer).store))
+    if where == "memory":
+        with pytest.raises(MissingLogProbsError, match=r"has other weights by now(.|\n)*`tether precompute"):
+            trainer.train()
+        return
+    trainer.train()
+    clean = trained(
+        tmp_path / "2", tiny_model() if where == "lora" else model, **options | {"precompute_ref_log_probs": False}
+    )
+    assert curve(trainer) == pytest.approx(curve(clean), rel=1e-4, abs=1e-5)
+
+
+def test_a_pass_is_noted_with_its_model_and_rows_and_a_checkpoint_knows_how_many_there_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = PRECOMPUTE | LORA | {"rows": ROWS, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    first = stored_of(trained(tmp_path / "1", **options))
+    again = make_trainer(tmp_path / "1", **options | {"max_steps": 2})  # scores nothing, so it notes nothing
+    (noted,) = first.store.passes(first.identity.digest)
+    about = {"set": "train", "rows": len(ROWS), "max_length": 1024, "run": str(tmp_path / "1")}
+    assert noted.ended is not None and noted.about.items() >= about.items()
+    prune(first.store, identity=first.identity.digest)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-1"))
+    assert (
+        f"had {first.num_computed} records of this reference when the checkpoint was written, and has 0" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tether.config.rules.reference
+import tether.data.datasets
 import tether.reference.base
 import tether.reference.explicit
 import tether.reference.held
@@ -31,15 +35,20 @@ import tether.reference.shared
 import tether.reference.store_checks
 import tether.reference.twin
 import tether.reference.watch
-import tether.trainer.checkpoints
+import tether.store.exchange
+import tether.store.record
+import tether.store.schema
+import tether.trainer.reference_run
+import tether.trainer.run_saving
 from support import odd_models as odd
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
-from tether.data.datasets import TOKEN_COLUMNS, batch_of
+from tether.data.datasets import REFERENCE_CHECKSUM, TOKEN_COLUMNS, batch_of
 from tether.errors import (
     ConfigurationError,
+    DataError,
     DriftError,
     InitialGapError,
     MissingLogProbsError,
@@ -59,7 +68,7 @@ from tether.reference import (
 from tether.scoring import score
 from tether.scoring.fingerprint import Fingerprint
 from tether.scoring.probe import probe_of
-from tether.store import LogProbStore, prune
+from tether.store import LogProbStore, export_parquet, import_parquet, prune
 from tether.testing import naive_log_probs_of
 from tether.trainer.reference_columns import with_reference_columns
 from tether.types import PairBatch, Response
@@ -149,9 +158,36 @@ def resumed_with_another_adapter(folder: Path) -> float:
     return resumed_differs(folder, continued(0), lambda: continued(1))
 
 
+def resumed_with_another_alpha(folder: Path) -> float:
+    def fresh(alpha: int) -> dict[str, Any]:
+        return {"peft_config": LoraConfig(r=4, lora_alpha=alpha)}
+
+    return resumed_differs(folder, fresh(8), lambda: fresh(64))
+
+
+def resumed_with_a_damaged_reference(folder: Path) -> float:
+    """A page of zeros where weights of the reference were."""
+
+    def damaged() -> dict[str, Any]:
+        (path,) = (folder / "checkpoint-2" / "reference").glob("*.safetensors")
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 4096] = bytes(4096)
+        path.write_bytes(content)
+        return FOLLOWING
+
+    return resumed_differs(folder, FOLLOWING, damaged)
+
+
+def resumed_with_another_beta(folder: Path) -> float:
+    return resumed_differs(folder, {"beta": 0.1}, lambda: {"beta": 1.0})
+
+
+FOLLOWING: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+
+
 def resumed_while_following(folder: Path) -> float:
-    sync = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-    return resumed_differs(folder, sync, lambda: sync)
+    return resumed_differs(folder, FOLLOWING, lambda: FOLLOWING)
 
 
 def shares_with_the_policy(folder: Path) -> float:
@@ -457,6 +493,59 @@ def given_by_another_model(folder: Path) -> float:
     trainer = make_trainer(folder, tiny_model(seed=1))
     rows = with_reference_columns(trainer.train_dataset, trainer.reference, trainer.data_collator)
     return distance_from_start(trained(folder, rows=rows, max_steps=1))
+
+
+def sums_of_another_max_length(folder: Path) -> float:
+    """Rows that were scored with another `max_length`, of a reference that is not the policy at the start."""
+    exporting = make_trainer(folder, max_length=60)
+    rows = with_reference_columns(exporting.train_dataset, exporting.reference, exporting.data_collator)
+    return distance_from_start(trained(folder, rows=rows, max_length=40, ref_columns="other", max_steps=1))
+
+
+def sums_of_another_max_length_in_one_row(folder: Path) -> float:
+    rows = [row | {"chosen": "Yes.", "rejected": "No."} for row in tiny_pairs(120)]
+    rows[57] |= {"chosen": tiny_pairs(1)[0]["chosen"] * 3}
+    exporting = make_trainer(folder, rows=rows)
+    given = with_reference_columns(exporting.train_dataset, exporting.reference, exporting.data_collator)
+    given = given.remove_columns([REFERENCE_CHECKSUM])  # as another program writes them
+    still = {"learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 1, "max_length": 60}
+    return max(abs(loss - LOG_2) for loss in curve(trained(folder, rows=given, **still)))
+
+
+KEY = b"0" * 16
+
+
+def a_changed_export(folder: Path) -> float:
+    """A number in a Parquet file that is whole as a Parquet file."""
+    folder.mkdir()
+    file = folder / "scores.parquet"
+    with LogProbStore(folder / "a.sqlite") as store:
+        store.put("me", [KEY], [np.array([-1.0], np.float32)])
+        export_parquet(store, file, "me")
+    table, about = pq.read_table(file), pq.ParquetFile(file).metadata.metadata
+    rows = [row | {"log_probs": [-3.0]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema.with_metadata(about)), file)
+    with LogProbStore(folder / "b.sqlite") as store:
+        import_parquet(store, file)
+        (found,) = store.get("me", [KEY], [1])
+        assert found is not None
+        return abs(float(found[0]) + 1.0)
+
+
+def a_trigger(folder: Path) -> float:
+    """One that empties a store when the next reference comes."""
+    with LogProbStore(folder / "a.sqlite") as store:
+        store.put("me", [KEY], [np.array([-1.0], np.float32)])
+        with closing(sqlite3.connect(store.path)) as db:
+            db.executescript("CREATE TRIGGER t AFTER INSERT ON identities BEGIN DELETE FROM records; END")
+        store.put("other", [KEY], [np.array([-1.0], np.float32)])
+        return 1.0 - store.count("me")
+
+
+def a_log_prob_above_zero(folder: Path) -> float:
+    with LogProbStore(folder / "a.sqlite") as store:
+        store.put("me", [KEY], [np.array([5.0], np.float32)])
+        return 5.0 * store.count()
 
 
 def new_rows_of_the_embedding(folder: Path) -> float:
@@ -904,8 +993,12 @@ def move_what_was_given(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def no_identity_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.trainer.checkpoints, "_check_same", lambda *_: None)
+def drop(check: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Without one of the checks of a checkpoint."""
+    return lambda patch: patch.setattr(tether.trainer.run_saving, check, lambda *_, **__: None)
+
+
+no_identity_check = drop("check_reference")
 
 
 def digest_no_adapter(patch: pytest.MonkeyPatch) -> None:
@@ -1012,6 +1105,26 @@ def look_at_the_first_batch_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.watch.ReferenceWatch, "check_rows", lambda *_: None)
 
 
+def take_given_sums(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.data.datasets, "check_reference", lambda *_: None)
+
+
+def look_at_no_longest_row(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.trainer.reference_run, "pair_lengths", lambda *_: np.zeros(1))
+
+
+def prove_no_export(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.store.exchange, "_prove", lambda *_: None)
+
+
+def obey_triggers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.store.schema, "check", lambda *_: None)
+
+
+def store_any_number(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.store.record, "_ROUNDING", float("inf"))
+
+
 def leave_the_adapter_off(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.implicit, "adapter_on", lambda policy: nullcontext())
     no_drift_check(patch)
@@ -1114,6 +1227,13 @@ PROTECTIONS: dict[str, Protection] = {
         brought_back(vary_the_rows), share_what_is_brought_back
     ),
     "stored rows are scored again": Protection(rows_of_another, compare_nothing, StoreError),
+    "an export is proven record by record": Protection(a_changed_export, prove_no_export, StoreError, silent=2),
+    "no trigger of a file acts": Protection(a_trigger, obey_triggers, StoreError, silent=1),
+    "no log-prob is above 0": Protection(a_log_prob_above_zero, store_any_number, StoreError, silent=5),
+    "given sums belong to what is fed": Protection(sums_of_another_max_length, take_given_sums, DataError),
+    "the longest row of given sums is looked at": Protection(
+        sums_of_another_max_length_in_one_row, look_at_no_longest_row, InitialGapError
+    ),
     # the same weights and other answers
     **{
         f"stored by another: {name}": Protection(
@@ -1235,6 +1355,15 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     "resumed with another adapter": Protection(
         resumed_with_another_adapter, also(no_identity_check, compare_nothing), ResumeError
+    ),
+    "resumed with another alpha of the adapter that trains": Protection(
+        resumed_with_another_alpha, drop("check_same_adapters"), ResumeError
+    ),
+    "resumed with a damaged reference": Protection(
+        resumed_with_a_damaged_reference, also(drop("check_files"), compare_nothing), ResumeError
+    ),
+    "resumed with another beta": Protection(
+        resumed_with_another_beta, drop("check_same_run"), ResumeError, silent=1e-4
     ),
     "a synchronized reference is saved": Protection(
         resumed_while_following, also(no_state, compare_nothing), silent=1e-4

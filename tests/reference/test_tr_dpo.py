@@ -116,7 +116,7 @@ def test_the_distance_to_the_start_is_that_of_the_policy_even_with_another_refer
 def test_a_run_resumed_with_other_rows_logs_no_distance_to_a_start_that_it_never_saw(tmp_path: Path) -> None:
     options = sync(0.5, 1) | {"max_steps": 4}
     trained(tmp_path, **options, save_strategy="steps", save_steps=2)
-    resumed = make_trainer(tmp_path, rows=tiny_pairs(12, seed=3), **options)
+    resumed = make_trainer(tmp_path, rows=tiny_pairs(12, seed=3), **options, resume_changes=["data"])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     last = steps(resumed)[-1]
     assert last["reference/distance"] > 0 and "reference/distance_from_start" not in last

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from support.store_cases import ME, OTHER, fill, found, key_of, log_probs_of, start_writer, wait_for
+from support.store_cases import ME, OTHER, fill, found, in_fork, key_of, log_probs_of, start_writer, wait_for
 from tether.errors import StoreError
 from tether.store import KeptProbe, LogProbStore, export_parquet, import_parquet, merge, prune
+from tether.store.replacing import PARQUET, replacing
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def test_store_exports_columns_that_anyone_can_read(store: LogProbStore) -> None
     file = store.path.with_suffix(".parquet")
     export_parquet(store, file, OTHER)
     table = pq.read_table(file)
-    assert table.schema.names == ["key", "log_probs"]
+    assert table.schema.names == ["key", "log_probs", "checksum"]
     values = dict(zip(table["key"].to_pylist(), table["log_probs"].to_pylist(), strict=True))
     np.testing.assert_array_equal(np.float32(values[key_of(3)]), log_probs_of(3, 8, OTHER))
     assert table["key"].to_pylist() == sorted(values)
@@ -84,6 +88,101 @@ def test_store_refuses_imports_with_holes(other: LogProbStore, bad: list[object]
     with pytest.raises(StoreError, match=r"nan|empty cells"):
         import_parquet(other, file, ME)
     assert other.count() == 0
+
+
+def test_an_export_with_any_bit_flipped_brings_no_wrong_record(store: LogProbStore, tmp_path: Path) -> None:
+    file, flipped = tmp_path / "scores.parquet", tmp_path / "flipped.parquet"
+    store.put_probe(OTHER, KeptProbe((((1, 2), (3, 4)),), np.array([-1, -2], np.float32), {}))
+    export_parquet(store, file, OTHER)
+    content, draw, num_refused = file.read_bytes(), random.Random(0), 0
+    for number in range(40):
+        changed = bytearray(content)
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        flipped.write_bytes(changed)
+        with LogProbStore(tmp_path / f"{number}.sqlite") as other:
+            try:
+                import_parquet(other, flipped)
+            except StoreError:
+                num_refused += 1
+            else:  # the bit means nothing
+                assert found(other, range(10), identity=OTHER) == set(range(10)) and other.probes(OTHER)
+            assert set(other.digests()) <= {OTHER}
+            found(other, range(10), identity=OTHER)
+    assert num_refused > 20
+
+
+@pytest.mark.parametrize("change", ["a value", "a row less", "two rows change places", "no checksums", "no metadata"])
+def test_an_export_that_was_rewritten_is_refused(store: LogProbStore, other: LogProbStore, change: str) -> None:
+    file = store.path.with_suffix(".parquet")
+    export_parquet(store, file, OTHER)
+    table, about = pq.read_table(file), pq.ParquetFile(file).metadata.metadata[b"tether"]
+    rows = table.to_pylist()
+    if change == "a value":
+        rows[3]["log_probs"][2] -= 1
+    if change == "a row less":
+        del rows[-1]
+    if change == "two rows change places":
+        rows[2], rows[3] = rows[3], rows[2]
+    changed = pa.Table.from_pylist(rows, table.schema).replace_schema_metadata({"tether": about})
+    if change == "no checksums":
+        changed = changed.drop_columns(["checksum"])
+    pq.write_table(changed.replace_schema_metadata({}) if change == "no metadata" else changed, file)
+    with pytest.raises(StoreError, match=r"Cannot (import|read)"):
+        import_parquet(other, file, OTHER)
+    found(other, range(10), identity=OTHER)
+
+
+def test_records_without_checksums_are_read_and_called_unproven(
+    store: LogProbStore, other: LogProbStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = store.path.with_suffix(".parquet")
+    about = json.dumps({"format": 1, "identity": OTHER, "description": None})  # as Tether wrote it once
+    columns = {"key": [key_of(0)], "log_probs": [list(log_probs_of(0, 8, OTHER))]}
+    pq.write_table(pa.table(columns).replace_schema_metadata({"tether": about}), file)
+    assert import_parquet(other, file) == 1 and found(other, [0], identity=OTHER) == {0}
+    assert "has no checksums" in caplog.text
+    pq.write_table(pa.table(columns | {"log_probs": [[-1.0, 5.0]]}), file)
+    with pytest.raises(StoreError, match="no log-prob is above 0"):
+        import_parquet(other, file, ME)
+
+
+def test_what_is_written_replaces_only_files_of_its_kind(store: LogProbStore, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="what is there is an SQLite file"):
+        export_parquet(store, store.path, OTHER)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    for write in (lambda: export_parquet(store, rows, OTHER), lambda: store.copy_to(rows)):
+        with pytest.raises(StoreError, match="would be lost"):
+            write()
+    for place in (store.path, tmp_path / "busy.sqlite"):
+        with LogProbStore(place), pytest.raises(StoreError, match="a store in use is there"):
+            store.copy_to(place)
+    assert rows.read_text() == "{}" and store.count() == 1311
+
+
+def test_unfinished_files_follow_no_link_and_are_removed_when_their_writer_is_dead(
+    store: LogProbStore, tmp_path: Path
+) -> None:
+    file, victim = tmp_path / "scores.parquet", tmp_path / "victim"
+    victim.write_text("mine")
+    for process in range(os.getpid() - 2, os.getpid() + 3):
+        (tmp_path / f"{file.name}.{process}.tmp").symlink_to(victim)
+
+    def dies_while_writing() -> None:
+        with replacing(file, PARQUET):
+            os._exit(0)
+
+    with pytest.raises(AssertionError, match="died"):
+        in_fork(dies_while_writing)
+    assert len(list(tmp_path.glob("*.tmp"))) == 6
+    with replacing(tmp_path / "other.parquet", PARQUET) as other, replacing(file, PARQUET) as unfinished:
+        assert len([path for path in tmp_path.glob("*.tmp") if not path.is_symlink()]) == 2
+        for path in (other, unfinished):
+            path.write_bytes(PARQUET)
+        with replacing(file, PARQUET):
+            assert unfinished.exists(), "its writer lives"
+    export_parquet(store, file, OTHER)
+    assert victim.read_text() == "mine" and not [path for path in tmp_path.glob("*.tmp") if not path.is_symlink()]
 
 
 def test_store_says_what_is_wrong_with_a_file(store: LogProbStore) -> None:
@@ -170,8 +269,10 @@ def test_store_prunes_by_age(store: LogProbStore) -> None:
 
 
 def test_store_is_not_pruned_of_everything_by_a_slip(store: LogProbStore) -> None:
-    with pytest.raises(StoreError, match="everything"):
-        prune(store)
+    slips: list[dict[str, Any]] = [{}, {"identity": ""}, {"older_than": timedelta(0)}, {"older_than": timedelta(-1)}]
+    for slip in slips:
+        with pytest.raises(StoreError, match="everything"):
+            prune(store, **slip)
     assert store.count() == 1311
 
 

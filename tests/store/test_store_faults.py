@@ -245,17 +245,84 @@ def test_store_refuses_another_format_version(path: Path, version: int, read_onl
     assert path.read_bytes() == before
 
 
-def test_store_of_an_older_format_is_brought_up_to_date(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as db:
-        db.executescript(Path(__file__).with_name("version_2.sql").read_text())  # written by a Tether of version 2
+@pytest.mark.parametrize("version", [2, 3])
+def test_store_of_an_older_format_is_brought_up_to_date(path: Path, version: int) -> None:
+    with closing(sqlite3.connect(path)) as db:  # written by a Tether of that version
+        db.executescript(Path(__file__).with_name(f"version_{version}.sql").read_text())
     with pytest.raises(StoreError, match="older format"):
         LogProbStore(path, read_only=True)
     probe = KeptProbe((((1, 2), (3, 4)),), np.array([-1, -2], np.float32), {})
     with LogProbStore(path) as store:
-        assert found(store, range(50)) == set(range(50)) and not store.probes(ME)
+        assert found(store, range(50)) == set(range(50)) and len(store.probes(ME)) == version - 2
+        assert [(of.num_put, of.num_records) for of in store.identities()] == [(50, 50)] and not store.passes(ME)
         store.put_probe(ME, probe)
     with LogProbStore(path, read_only=True) as store:
         assert found(store, range(50)) == set(range(50)) and len(store.probes(ME)) == 1
+
+
+FOREIGN = {
+    "a trigger": "CREATE TRIGGER t AFTER INSERT ON identities BEGIN DELETE FROM records; END",
+    "a view": "CREATE VIEW v AS SELECT 1",
+    "a view for a table": "ALTER TABLE records RENAME TO r; CREATE VIEW records AS SELECT * FROM r",
+    "a table": "CREATE TABLE extra (x)",
+    "no index": "DROP INDEX records_by_key",
+}
+
+
+@pytest.mark.parametrize("statement", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_with_another_schema_is_no_store(path: Path, statement: str, read_only: bool) -> None:
+    with closing(sqlite3.connect(filled(path))) as db:
+        db.executescript(statement)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"Cannot use the log-prob store(.|\n)*tether store salvage"):
+        LogProbStore(path, read_only=read_only)
+    assert path.read_bytes() == before
+
+
+def test_a_trigger_that_comes_while_a_store_is_open_does_nothing(path: Path) -> None:
+    with LogProbStore(filled(path)) as store:
+        with closing(sqlite3.connect(path)) as db:
+            db.executescript(FOREIGN["a trigger"])
+        with pytest.raises(StoreError, match="a trigger `t`"):
+            fill(store, range(5), identity="new")
+        assert store.count() == 50
+
+
+def test_a_store_knows_how_many_records_it_was_given(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def put_and_there(store: LogProbStore) -> tuple[int, int]:
+        (of,) = store.identities()
+        return of.num_put, of.num_records
+
+    with LogProbStore(filled(path)) as store:
+        fill(store, range(40, 60), length=9)  # ten known, and longer
+        damage(path, 3, DAMAGES["one byte"])
+        found(store, range(10))
+        assert put_and_there(store) == (59, 59), "a damaged record is removed, and counted as that"
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("DELETE FROM records WHERE id > 40")
+        assert put_and_there(store) == (59, 39) and not store.find_damage()
+        with caplog.at_level(logging.WARNING), store.noting(ME, {"set": "train"}):
+            assert "20 records of the reference" in caplog.text
+            fill(store, range(60))
+        assert put_and_there(store) == (60, 60)
+        assert [dict(done.about) for done in store.passes(ME) if done.ended] == [{"set": "train"}]
+        store.remove(ME)
+        assert store.identities() == [] and store.passes(ME) == []
+
+
+def test_a_pass_whose_end_is_lost_with_the_write_ahead_log_is_seen(path: Path) -> None:
+    def killed_in_a_pass() -> None:
+        store = LogProbStore(path)
+        with store.noting(ME, {"set": "train"}):
+            fill(store, range(50))
+            os._exit(0)
+
+    with pytest.raises(AssertionError, match="died"):
+        in_fork(killed_in_a_pass)
+    path.with_name(path.name + "-wal").unlink()
+    with LogProbStore(path) as store:
+        assert store.count() == 0 and [done.ended for done in store.passes(ME)] == [None]
 
 
 def test_store_works_where_a_write_ahead_log_cannot(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

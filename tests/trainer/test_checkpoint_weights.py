@@ -239,7 +239,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
 def test_a_checkpoint_of_other_adapters_is_refused(other: str, tmp_path: Path) -> None:
     run: dict[str, Any] = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, adapted(LoraConfig(**LORA)), **run)
-    resumed = make_trainer(tmp_path, OTHERS[other](), **run | {"max_steps": 2})
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()  # which would name what differs
+    resumed = make_trainer(tmp_path, OTHERS[other](), **run | {"max_steps": 2, "resume_changes": ["manifest"]})
     before = bits(resumed.model)
     with pytest.raises(ResumeError, match="Cannot load the"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

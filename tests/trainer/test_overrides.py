@@ -12,6 +12,7 @@ from tether import DPOConfig, DPOTrainer
 OVERRIDDEN = {
     "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
     "_get_num_items_in_batch": ("batch_samples", "device"),
+    "_get_output_dir": ("trial",),
     "_init_training_state": (
         "max_steps",
         "num_update_steps_per_epoch",
@@ -19,9 +20,12 @@ OVERRIDDEN = {
         "resume_from_checkpoint",
         "trial",
     ),
+    "_issue_warnings_after_load": ("load_result",),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_rng_state": ("checkpoint",),
+    "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),
     "_save_optimizer_and_scheduler": ("output_dir",),
     "_set_signature_columns_if_needed": (),

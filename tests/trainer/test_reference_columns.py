@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from trl import DPOConfig as TRLConfig
@@ -13,7 +14,7 @@ from trl import DPOTrainer as TRLTrainer
 from support.runs import as_dataset, curve, make_trainer, steps, stream, trained
 from support.tiny import ADAM_EPSILON, naive_log_probs, tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback
-from tether.data.datasets import REFERENCE_COLUMNS
+from tether.data.datasets import REFERENCE_CHECKSUM, REFERENCE_COLUMNS
 from tether.errors import ConfigurationError, DataError, InitialGapError, MissingLogProbsError
 from tether.trainer.reference_columns import with_reference_columns
 
@@ -27,6 +28,11 @@ def exported(tmp_path: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) 
     options = {"max_length": MAX_LENGTH, "precompute_ref_log_probs": True} | options
     trainer = make_trainer(tmp_path / "export", rows=rows, **options)
     return with_reference_columns(trainer.train_dataset, trainer.reference, trainer.data_collator)
+
+
+def unproven(rows: Dataset) -> Dataset:
+    """Rows as another program writes them."""
+    return rows.remove_columns([REFERENCE_CHECKSUM])
 
 
 def test_columns_are_the_sums_over_what_is_fed(tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_rows_that_bring_sums_train_without_any_reference_pass(loss_type: str, t
 
 
 def test_a_gap_of_given_sums_is_refused_unless_they_are_another_model_s(tmp_path: Path) -> None:
-    rows = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 5.0} for row in exported(tmp_path)]
+    rows = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 5.0} for row in unproven(exported(tmp_path))]
     with pytest.raises(InitialGapError, match="given reference") as caught:
         trained(tmp_path / "1", rows=rows, max_length=MAX_LENGTH)
     assert "`ref_columns='other'`" in caught.value.instead
@@ -115,7 +121,7 @@ def test_whose_the_columns_are_is_refused_where_there_are_none(tmp_path: Path) -
 
 
 def test_one_response_may_have_another_sum_in_another_row(tmp_path: Path) -> None:
-    row = exported(tmp_path)[0]
+    row = unproven(exported(tmp_path))[0]
     other = row | {"ref_chosen_logps": row["ref_chosen_logps"] - 1.0}
     trainer = make_trainer(tmp_path / "1", rows=[row, other], max_length=MAX_LENGTH)
     batch = trainer.data_collator([row, other])["batch"]
@@ -155,7 +161,40 @@ def test_an_option_that_needs_every_token_is_refused_by_name(tmp_path: Path) -> 
         make_trainer(tmp_path / "1", rows=exported(tmp_path), ld_alpha=0.5)
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("-inf")])
+@pytest.mark.parametrize("damaged", ["prompt", "checksum"])
+def test_text_with_a_flipped_bit_is_refused(damaged: str, tmp_path: Path) -> None:
+    """As a Parquet file without checksums of its own brings it."""
+    table = exported(tmp_path).data.table
+    name, column = (REFERENCE_CHECKSUM,) * 2 if damaged == "checksum" else ("chosen", "chosen")
+    texts = [text.encode() for text in table[column].to_pylist()]
+    texts[2] = b"\xff" + texts[2][1:]
+    broken = pa.Array.from_buffers(pa.string(), len(texts), pa.array(texts, pa.binary()).buffers())
+    table = table.set_column(table.column_names.index(name), name, broken)
+    if damaged == "prompt":  # what is tokenized already is not read again
+        table = table.drop_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    with pytest.raises(DataError, match=r"train set.*not UTF-8"):
+        make_trainer(tmp_path / "1", rows=Dataset(table), max_length=MAX_LENGTH)
+
+
+@pytest.mark.parametrize("column", REFERENCE_COLUMNS)
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_sum_that_was_changed_is_refused_by_its_checksum(column: str, streams: bool, tmp_path: Path) -> None:
+    rows = list(exported(tmp_path))
+    rows[3][column] -= 0.001
+    with pytest.raises(DataError, match="has reference log-probs that do not belong to it") as caught:
+        trained(tmp_path / "1", rows=stream(rows) if streams else rows, max_length=MAX_LENGTH, ref_columns="other")
+    assert streams or caught.value.problem.startswith("Row 3 of the train set")
+
+
+def test_sums_of_another_max_length_are_refused_with_a_checksum_and_without(tmp_path: Path) -> None:
+    rows = exported(tmp_path)
+    with pytest.raises(DataError, match="another `max_length`"):
+        make_trainer(tmp_path / "1", rows=rows, max_length=MAX_LENGTH - 8)
+    with pytest.raises(InitialGapError, match=r"row .* of the train set"):
+        trained(tmp_path / "2", rows=unproven(rows), max_length=MAX_LENGTH - 8)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), 5.0])
 def test_a_sum_that_is_no_number_is_refused_with_its_row(value: Any, tmp_path: Path) -> None:
     rows = list(exported(tmp_path))
     rows[3]["ref_rejected_logps"] = value
@@ -195,7 +234,7 @@ def test_one_column_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_sums_is_refused(tmp_path: Path) -> None:
-    rows, options = exported(tmp_path), {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    rows, options = unproven(exported(tmp_path)), {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trained(tmp_path / "1", rows=rows, max_length=MAX_LENGTH, **options)
     changed = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 5.0} for row in rows]
     other = make_trainer(tmp_path / "1", rows=changed, max_length=MAX_LENGTH, **options | {"max_steps": 2})

@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.cli import EXIT_DONE
-from tether.cli.resume import last_checkpoint
 from tether.data.chat import ChatTemplate
 from tether.errors import ConfigurationError
 from tether.models.answering import answer, ends_of
@@ -29,6 +28,7 @@ from tether.reference.adapter_state import adapter_off
 from tether.reference.adapter_tensors import base_tensors, is_adapter_model
 from tether.reference.identity import digest_tensors, digest_weights, model_tensors
 from tether.trainer.reference_note import REFERENCE_FILE
+from tether.trainer.run_folder import last_checkpoint
 
 _WIDTH, _LABEL = 80, 11
 _IN_FOLDER = ("config.json", "adapter_config.json")

@@ -16,6 +16,7 @@ import yaml
 
 from tether.cli.options import help_of
 from tether.errors import ConfigurationError
+from tether.masking import is_secret
 from tether.refusals import Refusal, nearest_to
 
 
@@ -64,6 +65,8 @@ def unknown_option(subject: str, name: str, known: Iterable[str], line: int | No
     """
     nearest = nearest_to(name, known)
     instead = f"Did you mean `{dashes}{nearest}`?" if nearest else "Remove it."
+    if is_secret(nearest):  # then its value is none to show
+        subject = f"`{dashes}{name}`"
     return Mistake(subject, f"there is no option `{name}`", instead, line=line, about=nearest)
 
 

@@ -71,7 +71,7 @@ def load_pairs(
     source["split"] = split or source.get("split", "train")
     try:
         rows: PairDataset = load_dataset(**source | further, streaming=streaming)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # of a damaged file
         cause = _root_cause(error).rstrip(".")
         shortened = textwrap.shorten(cause, 100, placeholder="...").rstrip(".")
         raise DataError(
@@ -81,7 +81,8 @@ def load_pairs(
         ) from error
     if any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", "chosen", "rejected")):
         is_whole = is_file(name) and Path(name).suffix not in _COMPRESSED and source["split"] == "train"
-        return _read_mixed(name, option, is_whole=is_whole and not streaming)
+        rows = _read_mixed(name, option, is_whole=is_whole and not streaming)
+    rows.info.description = rows.info.description or name  # a store notes it
     return rows
 
 

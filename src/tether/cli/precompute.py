@@ -27,6 +27,7 @@ def _fill_store(request: Request, shard: tuple[int, int] | None) -> int:
     recipe = make_recipe(request)
     with tempfile.TemporaryDirectory() as nowhere:  # nothing is trained, so nothing is written to output_dir
         recipe.config.output_dir = nowhere
+        recipe.config.run_name = recipe.config.run_name or "tether precompute"
         with report_library_errors("tether precompute"):
             trainer = build_trainer(recipe, shard=shard)
         lines = describe_start(trainer, recipe)

@@ -17,15 +17,18 @@ from tether.cli.library_errors import report_library_errors
 from tether.cli.pairs import is_file
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, Request, make_recipe
-from tether.cli.resume import find_checkpoint, last_checkpoint, newest_checkpoint
 from tether.cli.summary import describe_end, describe_start
+from tether.distributed import of_main
 from tether.errors import MissingLogProbsError
+from tether.masking import without_secrets
 from tether.trainer.dpo_trainer import DPOTrainer
+from tether.trainer.resuming import named_checkpoint
+from tether.trainer.run_folder import last_checkpoint, read_last_run, whole_checkpoints
 
 
 def run(request: Request) -> int:
     recipe = make_recipe(request)
-    checkpoint = find_checkpoint(recipe)
+    checkpoint = _checkpoint_to_resume(recipe)
     if recipe.script.dry_run:
         with report_library_errors("tether train"):
             print(describe_dry_run(recipe), flush=True)
@@ -48,8 +51,11 @@ def run(request: Request) -> int:
     except KeyboardInterrupt:
         stop.stopped = True
     if stop.stopped:
-        _print(trainer, _how_to_resume(trainer, request.words))
+        _print(trainer, _how_to_resume(trainer, recipe, request.words))
         return EXIT_INTERRUPTED
+    if checkpoint and of_main(_is_saved(trainer)):
+        _print(trainer, f"done       the model of step {trainer.state.global_step} is in {trainer.args.output_dir}")
+        return EXIT_DONE
     seconds = time.perf_counter() - started
     trainer.save_model()
     trainer.save_state()
@@ -60,6 +66,19 @@ def run(request: Request) -> int:
     return EXIT_DONE
 
 
+def _checkpoint_to_resume(recipe: Recipe) -> str | None:
+    wanted = recipe.script.resume
+    if wanted is None:
+        return None
+    return str(named_checkpoint(Path(str(recipe.config.output_dir)), wanted.lower() == "true" or wanted))
+
+
+def _is_saved(trainer: DPOTrainer) -> bool:
+    """Whether the weights of the step that was reached are the run's model already."""
+    last = read_last_run(Path(str(trainer.args.output_dir)))
+    return last is not None and last.saved_step == trainer.state.global_step
+
+
 def _hub_data(recipe: Recipe) -> str | None:
     """The name on the hub of the pairs, for the model card; None for a file, a folder or a mixture."""
     name = recipe.script.train_data
@@ -68,13 +87,11 @@ def _hub_data(recipe: Recipe) -> str | None:
 
 def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
     """A note on checkpoints that this run may replace; empty if it resumes one, or finds none."""
-    folder = str(trainer.args.output_dir)
-    earlier = last_checkpoint(folder) if checkpoint is None else None
-    return (
-        f"\nnote       {earlier} is there from an earlier run; this run starts over (use --resume to continue it)"
-        if earlier
-        else ""
-    )
+    earlier = [*whole_checkpoints(Path(str(trainer.args.output_dir)))] if checkpoint is None else []
+    if not earlier:
+        return ""
+    how = f"(to continue it: --resume {earlier[-1]})"
+    return f"\nnote       {earlier[-1]} is there from an earlier run; this run starts over {how}"
 
 
 def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
@@ -87,18 +104,17 @@ def _held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def _how_to_resume(trainer: DPOTrainer, given: Sequence[str]) -> str:
+def _how_to_resume(trainer: DPOTrainer, recipe: Recipe, given: Sequence[str]) -> str:
     where = f"\ntether: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}."
-    folder = str(trainer.args.output_dir)
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = last_checkpoint(str(trainer.args.output_dir))
     if checkpoint is None or trainer.args.save_only_model:
         return f"{where} There is no checkpoint to resume from."
+    asked = recipe.script.resume
     words = typed_words(given)
-    if checkpoint != last_checkpoint(folder):  # an earlier run left later steps
-        words += ["--resume", str(checkpoint)]
-    elif not any(word.startswith("--resume") for word in words):
-        words.append("--resume")
-    return f"{where} The last checkpoint is {checkpoint}. To resume:\n  tether train {shlex.join(words)}"
+    if asked is None or asked.lower() != "true":
+        words += ["--resume"] if asked is None else ["--resume", checkpoint]
+    command = without_secrets(f"tether train {shlex.join(words)}")
+    return f"{where} The last checkpoint is {checkpoint}. To resume:\n  {command}"
 
 
 def _print(trainer: DPOTrainer, text: str) -> None:

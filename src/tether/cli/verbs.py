@@ -33,7 +33,7 @@ the reference model as an object you can hold, name, store, verify and swap.
   tether precompute RECIPE.yaml   score the pairs under the reference once and
                                   keep the log-probs on disk
   tether store VERB               manage stored log-probs: info, verify,
-                                  export, import, merge, prune
+                                  export, import, merge, prune, salvage
   tether schema                   the JSON schema of a recipe, for editors that
                                   complete and check it
   tether env                      versions, devices and the store, for a bug

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from tether.config.option_types import refused_types
 from tether.config.rules.launch import launched_precision, refused_launch
 from tether.config.rules.options import (
+    CHANGES_OF_RESUME,
     DTYPES,
     SAMPLE_TOKENS,
     SYNC_ALPHA,
@@ -40,6 +42,7 @@ from tether.losses import (
     Objective,
     PreferenceLoss,
 )
+from tether.masking import masked
 from tether.refusals import refuse
 from tether.types import TruncationMode
 
@@ -61,7 +64,7 @@ def _option(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`: those of `transformers.TrainingArguments`, and those of DPO below.
 
@@ -193,6 +196,15 @@ class DPOConfig(TrainingArguments):
         None, f"Dtype of an explicit reference's weights: {', '.join(DTYPES)}. Default: the policy's."
     )
 
+    resume_changes: list[str] | None = _option(
+        None,
+        "What a resumed run may change although it changes the objective or the pairs; an error names what differs. "
+        f"Any of: {', '.join(CHANGES_OF_RESUME)} (manifest: the checkpoint has none, so nothing proves it).",
+    )
+    take_over: bool = _option(
+        False, "Train in output_dir although another process says that it does; that process keeps nothing more."
+    )
+
     report_samples: int = _option(
         0,
         "Answer this many held-out prompts at each evaluation and after training; samples.jsonl in output_dir keeps "
@@ -218,6 +230,34 @@ class DPOConfig(TrainingArguments):
             self.use_cpu = True  # it is so anyway, and without it torchrun's processes would not find each other
         super().__post_init__()
         refuse(refused_launch(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, without tokens and passwords, also in those that are mappings."""
+        shown: dict[str, Any] = masked(super().to_dict())
+        return shown
+
+    def __str__(self) -> str:
+        values = masked({entry.name: getattr(self, entry.name) for entry in fields(self)})
+        lines = "\n".join(f"{name}={values[name]!r}," for name in sorted(values))
+        return f"{type(self).__name__}(\n{lines}\n)"
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled into `training_args.bin` beside every model, and pushed to the hub with it.
+        state: dict[str, Any] = masked(self.__dict__, leave_out=True)
+        return state
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = self.__copy__()
+        memo[id(self)] = made
+        made.__dict__.update(deepcopy(self.__dict__, memo))
+        return made
 
     @property
     def loss_options(self) -> LossOptions:

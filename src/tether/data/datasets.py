@@ -6,8 +6,10 @@ Knows datasets; `rows` knows the formats, `tokenizing` which rows stay. Knows no
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.data.image_rows import PROMPT_COLUMNS, ImageRows
 from tether.data.rounds import REPEATED, own_rows
 from tether.data.rows import MARGIN_COLUMN as MARGIN_COLUMN
+from tether.data.rows import REFERENCE_CHECKSUM as REFERENCE_CHECKSUM
 from tether.data.rows import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from tether.data.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.data.rows import RowReader, TextRows, check_margin
@@ -173,6 +176,7 @@ class PairCollator:
             self._response(prompt, ids, images)._replace(reference_sum=value)
             for ids, value in zip(sides, known, strict=True)
         )
+        check_reference(row, chosen, rejected)
         return chosen, rejected
 
     @property
@@ -192,6 +196,29 @@ class PairCollator:
         named = fed if self.truncation_mode == "keep_end" else (prompt_ids, response_ids)
         inputs = {"images": images.digest} if images else None
         return Response(*fed, content_key(*named, inputs=inputs), images=images)
+
+
+def reference_checksum(*pair: Response) -> str:
+    """A checksum over what is fed of two responses and their reference sums: 16 hexadecimal digits."""
+    digest = blake2b(digest_size=8, person=b"tether row v1")
+    for response in pair:
+        digest.update(response.key + struct.pack("<qf", len(response.token_ids), response.reference_sum))
+    return digest.hexdigest()
+
+
+def check_reference(row: Mapping[str, Any], *pair: Response) -> None:
+    """Raises a `DataError` if a row's reference sums have a checksum that is of other sums or other tokens."""
+    kept = row.get(REFERENCE_CHECKSUM)
+    if kept is None or any(response.reference_sum is None for response in pair) or kept == reference_checksum(*pair):
+        return
+    raise DataError(
+        problem=f"A row of a batch has reference log-probs that do not belong to it: its `{REFERENCE_CHECKSUM}` is of "
+        "other sums, or of other tokens.",
+        details="The sums are of the tokens that were fed when they were computed: another `max_length`, "
+        "`truncation_mode`, tokenizer or template feeds others. Or a number was changed since.",
+        instead="Use the `max_length` of the run that exported the rows, or export them again (`tether store export "
+        f"--rows`). If you changed the sums on purpose, remove the column `{REFERENCE_CHECKSUM}`.",
+    )
 
 
 def inputs_of(
@@ -251,8 +278,9 @@ def cut_images(where: str, truncation: Truncation) -> DataError:
 
 def batch_columns(*, with_images: bool, further: Sequence[str] = ()) -> list[str]:
     """The columns of a tokenized set that a batch may need, and further ones that the loss reads."""
+    of_rows = MARGIN_COLUMN, *REFERENCE_COLUMNS, REFERENCE_CHECKSUM, REPEATED
     of_images = PROMPT_COLUMNS if with_images else ()
-    return [*dict.fromkeys((*TOKEN_COLUMNS, MARGIN_COLUMN, *REFERENCE_COLUMNS, REPEATED, *of_images, *further))]
+    return [*dict.fromkeys((*TOKEN_COLUMNS, *of_rows, *of_images, *further))]
 
 
 def _as_python(value: Any) -> Any:

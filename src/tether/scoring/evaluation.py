@@ -6,6 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from tether.distributed import modules_of
+
+# Those that set a module's mode and do no more, unless a model uses kernels.
+_PLAIN = (nn.Module.train, PreTrainedModel.train)
 
 
 @contextmanager
@@ -15,33 +21,49 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Layers in 8 bits keep theirs: they have no dropout, and on a CPU bitsandbytes (0.50) computes another product in
     training than in evaluation, so that reference and policy would differ from the first step on.
     """
-    with _modes_as_before(model.modules()) as modes:
-        model.eval()
-        for module, mode in modes:
-            if _is_in_8_bits(module):
-                module.training = mode
+    modules = modules_of(model)
+    with _modes_as_before(module for module in modules if module.training) as training:
+        if training and not _has_plain_modes(modules):
+            model.eval()
+        for module in training:
+            _set_mode(module, _is_in_8_bits(module))
         yield
 
 
 @contextmanager
 def products_of_training(model: nn.Module) -> Iterator[None]:
     """While open, layers in 8 bits compute as in training, also under `evaluation_mode`, whatever was run before."""
-    with _modes_as_before(filter(_is_in_8_bits, model.modules())) as modes:
-        for module, _ in modes:
-            module.training = True
+    with _modes_as_before(filter(_is_in_8_bits, modules_of(model))) as in_8_bits:
+        for module in in_8_bits:
+            _set_mode(module, True)
         yield
 
 
 @contextmanager
-def _modes_as_before(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, bool]]]:
-    """Gives some modules with their modes, which they have again afterwards."""
+def _modes_as_before(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Gives some modules, whose modes are afterwards what they are now."""
     modes = [(module, module.training) for module in modules]
     try:
-        yield modes
+        yield [module for module, _ in modes]
     finally:
         for module, mode in modes:
-            module.training = mode
+            _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    state = vars(module)
+    if "training" in state and not hasattr(type(module), "training"):
+        state["training"] = mode  # `nn.Module.__setattr__` takes ten times as long, and does the same
+    else:
+        module.training = mode
+
+
+def _has_plain_modes(modules: Iterable[nn.Module]) -> bool:
+    """Whether `model.eval()` does nothing but set modes."""
+    kinds = {type(module) for module in modules}
+    are_plain = all(kind.train in _PLAIN and kind.eval in (nn.Module.eval, PreTrainedModel.eval) for kind in kinds)
+    return are_plain and not any(module.use_kernels for module in modules if isinstance(module, PreTrainedModel))
 
 
 def _is_in_8_bits(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "state", None), "is_training")
+    return hasattr(vars(module).get("state"), "is_training")

@@ -2,7 +2,7 @@
 
 from tether.store.exchange import export_parquet, import_parquet, merge, prune
 from tether.store.key import KEY_BYTES, content_key, key_at_length
-from tether.store.log_prob_store import LogProbStore, StoredIdentity, default_store_path
+from tether.store.log_prob_store import LogProbStore, StoredIdentity, StoredPass, default_store_path
 from tether.store.probe import KeptProbe
 from tether.store.salvage import salvage
 
@@ -11,6 +11,7 @@ __all__ = [
     "KeptProbe",
     "LogProbStore",
     "StoredIdentity",
+    "StoredPass",
     "content_key",
     "default_store_path",
     "export_parquet",

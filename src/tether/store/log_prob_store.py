@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +23,9 @@ from tether.store.opening import copy_database
 from tether.store.probe import KeptProbe
 from tether.store.record import LogProbs, Record, RecordCodec, check_keys, check_values, unpack
 from tether.store.store_file import StoreFile
-from tether.store.tables import StoredIdentity
+from tether.store.tables import StoredIdentity, StoredPass
 
-__all__ = ["LogProbStore", "StoredIdentity", "default_store_path"]
+__all__ = ["LogProbStore", "StoredIdentity", "StoredPass", "default_store_path"]
 
 _log = logging.getLogger("tether.store")
 _DAY = timedelta(days=1)
@@ -133,10 +133,12 @@ class LogProbStore:
         if longest:
             with self._file.write() as db:
                 owner = tables.use_identity(db, identity, description, time.time())
+                num_new = len(longest)
                 for old in tables.read_records(db, identity, list(longest)):
+                    num_new -= 1
                     if codec.is_intact(old) and old.num_tokens >= longest[old.key].num_tokens:
                         del longest[old.key]
-                tables.write_records(db, owner, longest.values())
+                tables.write_records(db, owner, longest.values(), num_new)
 
     def probes(self, identity: str) -> list[KeptProbe]:
         """The intact probes of a reference, the shortest first; raises StoreError if the file can't be read."""
@@ -161,6 +163,48 @@ class LogProbStore:
             with self._file.write() as db:
                 owner = tables.use_identity(db, identity, description, time.time())
                 tables.write_probe(db, owner, probe.pack(RecordCodec(identity)))
+
+    @contextmanager
+    def noting(
+        self, identity: str, about: Mapping[str, Any], *, description: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
+        """Notes a pass over rows in the store, as begun, and as ended when the block ends without an error.
+
+        Records that vanished from the file since they were put are logged.
+
+        Args:
+            identity: Digest of the reference.
+            about: What is scored, and for which run, by name, as JSON.
+            description: As `put`.
+
+        Raises:
+            StoreError: If the file can't be written.
+        """
+        with self._file.write() as db:
+            owner = tables.use_identity(db, identity, description, time.time())
+            num_lost = tables.recount(db, owner)
+            row_id = tables.begin_pass(db, owner, about, time.time())
+        self._file.settle()  # so that a write-ahead log that is lost leaves a pass that never ended
+        if num_lost > 0:
+            _log.warning(
+                "%d records of the reference %s have vanished from the log-prob store %s since they were put. Those "
+                "that are needed are scored again.",
+                *(num_lost, identity, self.path),
+            )
+        yield
+        with self._file.write() as db:
+            tables.end_pass(db, row_id, time.time())
+        self._file.settle()
+
+    def passes(self, identity: str) -> list[StoredPass]:
+        """The passes noted for a reference, the first one first; raises StoreError if the file can't be read."""
+        with self._file.read() as db:
+            return tables.read_passes(db, identity)
+
+    def find_damage(self) -> list[str]:
+        """What SQLite's own check finds wrong with the file; reads all of it. Raises StoreError if it can't be read."""
+        with self._file.read() as db:
+            return tables.find_damage(db)
 
     def count(self, identity: str | None = None) -> int:
         """Number of records, of one identity or (`None`) of all; raises StoreError if it can't be read."""
@@ -236,7 +280,7 @@ class LogProbStore:
             path: The file to write; an existing one is replaced in one step.
 
         Raises:
-            StoreError: If this store can't be read or the copy can't be written.
+            StoreError: If this store can't be read, the copy can't be written, or a file there is in use or no store.
         """
         with self._file.read() as db:
             copy_database(db, Path(path).expanduser().absolute())

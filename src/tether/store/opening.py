@@ -6,11 +6,13 @@ Knows SQLite's modes and journals; must not know records or processes.
 import os
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 from tether.errors import StoreError
 from tether.store import schema
 from tether.store.location import is_on_network
+from tether.store.replacing import SQLITE, replacing
 from tether.store.sqlite_errors import as_store_error, is_busy
 
 PATIENCE_SECONDS = 60.0  # how long to wait for another process that is writing
@@ -22,7 +24,7 @@ _PAGES_BETWEEN_CHECKPOINTS = 5000
 
 def open_to_write(path: Path) -> sqlite3.Connection:
     """A connection to the store at `path`, which is created if it doesn't exist; raises StoreError."""
-    with as_store_error(f"open the log-prob store {path}"):
+    with as_store_error("open the log-prob store", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not os.access(path, os.W_OK):
             raise sqlite3.OperationalError("attempt to write a readonly database")
@@ -42,7 +44,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
             problem=f"Cannot read the log-prob store {path}: there is no store at this path.",
             instead="Check the path, or open it without `read_only` to start a new store.",
         )
-    with as_store_error(f"open the log-prob store {path}"):
+    with as_store_error("open the log-prob store", path):
         db = _connect_to_read(path)
         try:
             schema.check(db, path)
@@ -61,7 +63,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
 
 def open_damaged(path: Path) -> sqlite3.Connection:
     """A connection for reading what is readable of a damaged store; raises StoreError if it is not a store."""
-    with as_store_error(f"open the log-prob store {path}"):
+    with as_store_error("open the log-prob store", path):
         db = _connect_to_read(path, is_damaged=True)
         db.execute("PRAGMA query_only = ON")
     return db
@@ -69,18 +71,17 @@ def open_damaged(path: Path) -> sqlite3.Connection:
 
 def copy_database(db: sqlite3.Connection, path: Path) -> None:
     """Copies what `db` sees at this moment to the file `path`, which appears only when complete."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with as_store_error(f"write a copy of the log-prob store to {path}"):
+    in_use = [part for part in _journals(path) if part.exists()]
+    if in_use or (path.exists() and os.path.samefile(path, db.execute("PRAGMA database_list").fetchone()[2])):
+        raise StoreError(
+            problem=f"Cannot write a copy of the log-prob store to {path}: a store in use is there"
+            + (f" ({in_use[0].name} belongs to it)." if in_use else ", this one."),
+            instead="Name a new file.",
+        )
+    with as_store_error("write a copy of the log-prob store to", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            copy = sqlite3.connect(unfinished)
-            try:
-                db.backup(copy)
-            finally:
-                copy.close()
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(path, SQLITE) as unfinished, closing(sqlite3.connect(unfinished)) as copy:
+            db.backup(copy)
 
 
 def _connect(path: Path, mode: str, *, is_damaged: bool = False) -> sqlite3.Connection:
@@ -96,6 +97,7 @@ def _connect(path: Path, mode: str, *, is_damaged: bool = False) -> sqlite3.Conn
     try:
         if is_damaged:
             db.execute("PRAGMA writable_schema = ON")  # continues if the file is shorter than its header states
+        db.execute("PRAGMA trusted_schema = OFF")  # what a file defines may call no function with effects
         db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         db.execute("PRAGMA schema_version").fetchone()
     except BaseException:
@@ -171,11 +173,14 @@ def _connect_to_read(path: Path, *, is_damaged: bool = False) -> sqlite3.Connect
 
 def _refuse_unfinished(path: Path) -> None:
     """Refuses a file with a journal beside it, since it isn't the whole store by itself."""
-    for suffix in ("-wal", "-journal"):
-        journal = path.with_name(path.name + suffix)
+    for journal in _journals(path):
         if journal.exists() and journal.stat().st_size > 0:
             raise StoreError(
                 problem=f"Cannot read the log-prob store {path}: its last writes are still in {journal.name}, and "
                 "joining the two needs a folder that can be written.",
                 instead="Open it once where its folder can be written, or copy both files to such a folder.",
             )
+
+
+def _journals(path: Path) -> list[Path]:
+    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal")]

@@ -15,7 +15,8 @@ from tether.store.key import KEY_BYTES
 
 LogProbs = npt.NDArray[np.float32]
 _ON_DISK = np.dtype("<f4")
-_CHECKSUM_BYTES = 8
+CHECKSUM_BYTES = 8
+_ROUNDING = 1e-3  # nats by which the log-prob of a sure token may come out above 0, from logits of some hundreds
 _ENCODING = b"tether record v1"
 
 
@@ -39,7 +40,7 @@ class RecordCodec:
     """
 
     def __init__(self, identity: str) -> None:
-        self._start = blake2b(digest_size=_CHECKSUM_BYTES, person=_ENCODING)
+        self._start = blake2b(digest_size=CHECKSUM_BYTES, person=_ENCODING)
         self._start.update(identity.encode() + b"\0")
 
     def pack(self, key: bytes, log_probs: LogProbs) -> Record:
@@ -83,7 +84,9 @@ def check_keys(keys: Sequence[bytes], others: Sequence[object], name: str) -> No
 
 
 def check_values(value: npt.ArrayLike, key: bytes, position: int) -> LogProbs:
-    """`value` as float32, shape (num_tokens,); raises StoreError, naming the key, unless finite and 1-D."""
+    """`value` as float32, shape (num_tokens,); raises StoreError, naming the key, unless 1-D, finite and not above 0
+    by more than rounding.
+    """
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused below
         log_probs = np.asarray(value, dtype=np.float32)
     name = f"the log-probs of key {key.hex()} (entry {position} of this call)"
@@ -101,5 +104,13 @@ def check_values(value: npt.ArrayLike, key: bytes, position: int) -> LogProbs:
             details="Nothing of this call was written.",
             instead="Find what makes the reference overflow on this row (its dtype, or a ruled-out token), or leave "
             "the row out.",
+        )
+    if (log_probs > _ROUNDING).any():
+        token = int(np.argmax(log_probs))
+        raise StoreError(
+            problem=f"Cannot store {name}: token {token} of {len(log_probs)} is {log_probs[token]:.3g}, and no "
+            "log-prob is above 0.",
+            details="Nothing of this call was written.",
+            instead="Store the logarithms of probabilities, in nats.",
         )
     return log_probs

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tether.errors import StoreError
 from tether.store.log_prob_store import LogProbStore
 from tether.store.opening import open_damaged
 from tether.store.record import Record, RecordCodec, unpack
-from tether.store.sqlite_errors import as_store_error, is_damage
+from tether.store.sqlite_errors import as_store_error, how_to_salvage, is_damage
 
 _BATCH_SIZE = 1024
 _SMALLEST_ROW_BYTES = 32  # no record is smaller, which bounds the number of rows in a file
@@ -31,12 +32,17 @@ def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
         The number of intact records that were found.
 
     Raises:
-        StoreError: If the file is not an SQLite file at all, or `into` can't be written.
+        StoreError: If the file is not an SQLite file at all, is `into` itself, or `into` can't be written.
     """
     path = Path(damaged_path).expanduser().absolute()
+    if path.exists() and os.path.samefile(path, into.path):
+        raise StoreError(
+            problem=f"Cannot salvage {path} into itself: both paths name the same file.",
+            instead=f"Name a new file: {how_to_salvage(path)}.",
+        )
     db = open_damaged(path)
     try:
-        with as_store_error(f"read the log-prob store {path}"):
+        with as_store_error("read the log-prob store", path):
             return _move_records(db, into)
     finally:
         db.close()
@@ -74,6 +80,8 @@ def _rows(db: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[An
     (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
     highest = num_pages * page_bytes // _SMALLEST_ROW_BYTES
     last = num_read = num_failures = 0
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = ? AND type <> 'table'", (table,)).fetchone():
+        raise sqlite3.DatabaseError(f"`{table}` is no table, so the file is malformed")  # a view might never end
     while max(last, num_read) < highest:  # damaged pages may form a cycle
         try:
             for row in db.execute(f"SELECT {columns} FROM {table} NOT INDEXED WHERE id > ? ORDER BY id", (last,)):

@@ -3,9 +3,11 @@
 Knows SQLite's messages; must not know tables or records.
 """
 
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tether.errors import StoreError
 
@@ -34,7 +36,7 @@ _CAUSES = {
     "malformed": (
         "the file is damaged",
         "It was truncated or overwritten. No number was read from the damaged part.",
-        "Recover every intact record with `tether.store.salvage(damaged, fresh)`, then use the fresh store.",
+        "Save every intact record into a new file, and use that one: {salvage}.",
     ),
     "not a database": (
         "the file isn't an SQLite database, or its first bytes were overwritten",
@@ -58,15 +60,24 @@ for piece, like in (
 _ELSE = ("SQLite or the system failed", "", "Check the disk and the file, or choose another path for the store.")
 
 
+def how_to_salvage(path: Path) -> str:
+    """The command that saves what is left of a damaged store."""
+    return f"`tether store salvage {shlex.quote(str(path))} --store NEW.sqlite`"
+
+
 @contextmanager
-def as_store_error(action: str) -> Iterator[None]:
-    """Turns an SQLite error in its block into a StoreError: `Cannot {action}: ...`."""
+def as_store_error(action: str, path: Path) -> Iterator[None]:
+    """Turns an SQLite error in its block into a StoreError: `Cannot {action} {path}: ...`."""
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         why, details, instead = next((parts for piece, parts in _CAUSES.items() if piece in str(error)), _ELSE)
         message = " ".join(str(error).split())
-        raise StoreError(problem=f"Cannot {action}: {why} ({message}).", details=details, instead=instead) from error
+        raise StoreError(
+            problem=f"Cannot {action} {path}: {why} ({message}).",
+            details=details,
+            instead=instead.replace("{salvage}", how_to_salvage(path)),
+        ) from error
 
 
 def is_busy(error: sqlite3.Error) -> bool:

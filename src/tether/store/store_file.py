@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tether.errors import StoreError
+from tether.store import schema
 from tether.store.opening import open_to_read, open_to_write
 from tether.store.sqlite_errors import as_store_error
 
@@ -34,7 +35,7 @@ class StoreFile:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """A connection to read with; all statements see one state of the store."""
-        with _in_use, as_store_error(f"read the log-prob store {self.path}"):
+        with _in_use, as_store_error("read the log-prob store", self.path):
             yield self._connection()
 
     @contextmanager
@@ -45,16 +46,22 @@ class StoreFile:
                 problem=f"Cannot write to the log-prob store {self.path}: it was opened with `read_only=True`.",
                 instead="Open it without `read_only`.",
             )
-        with _in_use, as_store_error(f"write to the log-prob store {self.path}"):
+        with _in_use, as_store_error("write to the log-prob store", self.path):
             db = self._connection()
             try:
                 db.execute("BEGIN IMMEDIATE")  # waits here for other writers, never halfway
+                schema.check(db, self.path)  # within the transaction, so that nothing can come in between
                 yield db
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+
+    def settle(self) -> None:
+        """Moves what was written from the write-ahead log into the file itself, as far as readers allow it now."""
+        with self.read() as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def close(self) -> None:
         """Closes the file permanently."""

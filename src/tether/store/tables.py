@@ -29,6 +29,7 @@ class StoredIdentity:
         size_bytes: Size of its keys, checksums and values, without SQLite's overhead.
         created: When the first record was put (UTC).
         last_used: When records were last put or read (UTC), exact to a day.
+        num_put: Number of responses that were put and not removed; more than `num_records` if some were lost.
     """
 
     digest: str
@@ -38,6 +39,22 @@ class StoredIdentity:
     size_bytes: int
     created: datetime
     last_used: datetime
+    num_put: int
+
+
+@dataclass(frozen=True)
+class StoredPass:
+    """What a store noted of a pass over rows that filled it.
+
+    Args:
+        about: What was scored, and for which run, by name.
+        began: When it began (UTC).
+        ended: When all its rows were kept (UTC); None if it was stopped, or is under way.
+    """
+
+    about: Mapping[str, Any]
+    began: datetime
+    ended: datetime | None
 
 
 def read_lengths(db: sqlite3.Connection, identity: str, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
@@ -97,8 +114,9 @@ def read_digests(db: sqlite3.Connection) -> list[tuple[str, datetime]]:
     return [(digest, _moment(last_used)) for digest, last_used in rows]
 
 
-def write_records(db: sqlite3.Connection, owner: int, records: Iterable[Record]) -> None:
-    """Writes records of the identity with row id `owner`, replacing those with the same key."""
+def write_records(db: sqlite3.Connection, owner: int, records: Iterable[Record], num_new: int) -> None:
+    """Writes records of the identity with row id `owner`, replacing those with the same key; `num_new` have none."""
+    db.execute("UPDATE identities SET num_records = num_records + ? WHERE id = ?", (num_new, owner))
     db.executemany(
         f"INSERT INTO records (identity, {_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT (identity, key) DO UPDATE SET num_tokens = excluded.num_tokens,"
@@ -117,9 +135,32 @@ def write_probe(db: sqlite3.Connection, owner: int, probe: tuple[str, bytes, byt
     db.execute("INSERT INTO probes (identity, about, checksum, log_probs) VALUES (?, ?, ?, ?)", (owner, *probe))
 
 
+def read_passes(db: sqlite3.Connection, identity: str) -> list[StoredPass]:
+    """The passes that were noted for an identity, the first one first."""
+    rows = db.execute(f"SELECT about, began, ended FROM passes WHERE {_OF_IDENTITY} ORDER BY id", (identity,))
+    return [
+        StoredPass(_parse(about) or {}, _moment(began), None if ended is None else _moment(ended))
+        for about, began, ended in rows
+    ]
+
+
+def begin_pass(db: sqlite3.Connection, owner: int, about: Mapping[str, Any], now: float) -> int:
+    """Notes that a pass for the identity with row id `owner` begins; returns its row id."""
+    text = json.dumps(dict(about), default=str)
+    row_id = db.execute("INSERT INTO passes (identity, about, began) VALUES (?, ?, ?)", (owner, text, now)).lastrowid
+    assert row_id is not None
+    return row_id
+
+
+def end_pass(db: sqlite3.Connection, row_id: int, now: float) -> None:
+    """Notes that all rows of a pass are kept."""
+    db.execute("UPDATE passes SET ended = ? WHERE id = ?", (now, row_id))
+
+
 def delete_records(db: sqlite3.Connection, identity: str, keys: Iterable[bytes]) -> None:
     """Removes the records of `keys`."""
-    db.executemany(f"DELETE FROM records WHERE {_OF_IDENTITY} AND key = ?", ((identity, key) for key in keys))
+    found = db.executemany(f"DELETE FROM records WHERE {_OF_IDENTITY} AND key = ?", ((identity, key) for key in keys))
+    _count_removed(db, identity, found.rowcount)
 
 
 def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
@@ -128,10 +169,30 @@ def delete_some(db: sqlite3.Connection, identity: str, limit: int) -> int:
         f"DELETE FROM records WHERE id IN (SELECT id FROM records WHERE {_OF_IDENTITY} LIMIT ?)",
         (identity, limit),
     ).rowcount
+    _count_removed(db, identity, removed)
     if removed < limit:
-        db.execute(f"DELETE FROM probes WHERE {_OF_IDENTITY}", (identity,))
+        for table in ("probes", "passes"):
+            db.execute(f"DELETE FROM {table} WHERE {_OF_IDENTITY}", (identity,))
         db.execute("DELETE FROM identities WHERE digest = ?", (identity,))
     return removed
+
+
+def _count_removed(db: sqlite3.Connection, identity: str, num_removed: int) -> None:
+    db.execute("UPDATE identities SET num_records = num_records - ? WHERE digest = ?", (num_removed, identity))
+
+
+def recount(db: sqlite3.Connection, owner: int) -> int:
+    """Lets the number put be that of the records which are there; returns how many more it was."""
+    (num_put,) = db.execute("SELECT CAST(num_records AS INTEGER) FROM identities WHERE id = ?", (owner,)).fetchone()
+    (num_records,) = db.execute("SELECT count(*) FROM records WHERE identity = ?", (owner,)).fetchone()
+    db.execute("UPDATE identities SET num_records = ? WHERE id = ?", (num_records, owner))
+    return int(num_put - num_records)
+
+
+def find_damage(db: sqlite3.Connection) -> list[str]:
+    """What SQLite's own check finds wrong with the file's pages, tables and index; nothing if they are sound."""
+    found = [text for (text,) in db.execute("PRAGMA integrity_check(20)")]
+    return [] if found == ["ok"] else found
 
 
 def free_space(db: sqlite3.Connection) -> None:
@@ -154,13 +215,14 @@ def read_identities(db: sqlite3.Connection) -> list[StoredIdentity]:
     """Every identity, in the order of creation."""
     rows = db.execute(
         "SELECT digest, description, count(key), coalesce(sum(num_tokens), 0),"
-        " coalesce(sum(length(key) + length(checksum) + length(log_probs)), 0), created, last_used"
+        " coalesce(sum(length(key) + length(checksum) + length(log_probs)), 0), created, last_used,"
+        " CAST(identities.num_records AS INTEGER)"
         " FROM identities LEFT JOIN records ON records.identity = identities.id"
         " GROUP BY identities.id ORDER BY identities.id"
     )
     return [
-        StoredIdentity(digest, _parse(text), num_records, num_tokens, size_bytes, *map(_moment, times))
-        for digest, text, num_records, num_tokens, size_bytes, *times in rows
+        StoredIdentity(digest, _parse(text), num, tokens, size_bytes, _moment(created), _moment(last_used), num_put)
+        for digest, text, num, tokens, size_bytes, created, last_used, num_put in rows
     ]
 
 

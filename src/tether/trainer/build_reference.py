@@ -6,6 +6,7 @@ Knows every kind of reference; what does not go together, the rules have refused
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -238,6 +239,12 @@ def _precomputed(
         decode=around.decode,
         how_to_fill=how_to_fill(args, name_of(facts.policy)),
         verify=args.ref_store_verify,
+        about={
+            "model": name_of(facts.policy if facts.ref_model is None else facts.ref_model) or "made in memory",
+            "run": args.run_name or os.path.abspath(args.output_dir or "."),
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+        },
     )
 
 

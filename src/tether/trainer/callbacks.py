@@ -5,6 +5,7 @@ Knows the schedule and what of it belongs into a checkpoint; the arithmetic is `
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tether.models.finite import check_weights
 from tether.reference.bema import BemaReference
 from tether.reference.twin import frozen_twin
 from tether.reference.updates.averaging import BemaSchedule, bema
+from tether.trainer.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,12 @@ class BEMACallback(TrainerCallback):
     # ---- what others ask and tell --------------------------------------------------------------------------------
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What the average depends on, to be compared when a run is resumed."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if name != "device" and hasattr(self, name)}
+
+    @property
     def running_model(self) -> nn.Module | None:
         """A model with the averaged weights, made when first asked for; None before training."""
         if self._running_model is None and self._policy is not None:
@@ -110,6 +118,12 @@ class BEMACallback(TrainerCallback):
     def follow_with(self, reference: BemaReference) -> None:
         """Names the reference that takes the average's weights."""
         self._reference = reference
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes the averages beside the weights of a checkpoint."""
+        parts = zip(("initial", "average", "corrected"), self._averages(), strict=True)
+        tensors = {f"{part}.{name}": t for part, ts in parts for name, t in zip(self.param_names, ts, strict=True)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, checkpoint / _STATE)
 
     def resume_from(self, checkpoint: Path) -> None:
         """Names the checkpoint that training is resumed from."""
@@ -143,13 +157,12 @@ class BEMACallback(TrainerCallback):
             self._reference.take(dict(zip(self.param_names, self._bema_params, strict=True)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the averages beside the weights of the checkpoint that was just made."""
+        """Writes the averages into the checkpoint of another trainer; `DPOTrainer` has, before it was whole."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.is_world_process_zero or args.save_only_model or not folder.is_dir():
+        if not state.is_world_process_zero or args.save_only_model or (folder / MANIFEST).is_file():
             return
-        parts = zip(("initial", "average", "corrected"), self._averages(), strict=True)
-        tensors = {f"{part}.{name}": t for part, ts in parts for name, t in zip(self.param_names, ts, strict=True)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / _STATE)
+        if folder.is_dir():
+            self.save(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:

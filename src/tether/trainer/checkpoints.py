@@ -150,15 +150,12 @@ def load_reference(checkpoint: Path, reference: Reference) -> int:
     """Restores the reference's state and returns the tokens trained on.
 
     Raises:
-        ResumeError: On every process, if on any of them the checkpoint was trained against another reference, or does
-            not say against which.
+        ResumeError: On every process, if on any of them the checkpoint lacks a part of it.
     """
-    folder = checkpoint / _FOLDER
     with raising_together():
-        _check_same(folder, reference)
-    with raising_together():
-        reference.load(folder)
-    return int(json.loads((checkpoint / _PROGRESS).read_text())["num_tokens"])
+        reference.load(checkpoint / _FOLDER)
+    path = checkpoint / _PROGRESS
+    return int(json.loads(path.read_text())["num_tokens"]) if path.is_file() else 0  # of another library
 
 
 def warn_of_weights_alone(args: DPOConfig) -> None:
@@ -215,19 +212,32 @@ def _load_start(checkpoint: Path) -> Start | None:
     return Start(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def _check_same(folder: Path, reference: Reference) -> None:
-    path = folder / _IDENTITY
+def check_reference(checkpoint: Path, reference: Reference, *, is_proven: bool = True) -> None:
+    """Compares the reference with the one that a checkpoint's run was trained against.
+
+    Args:
+        checkpoint: The folder.
+        reference: The reference of this run.
+        is_proven: Whether the checkpoint has a manifest; another library's names no reference.
+
+    Raises:
+        ResumeError: If it was another, or the checkpoint does not say which.
+    """
+    path = checkpoint / _FOLDER / _IDENTITY
+    if not path.is_file() and not is_proven and not reference.traits.moves:
+        logger.warning(f"{checkpoint} does not name its run's reference; this run goes on with its own.")
+        return
     if not path.is_file():
         raise ResumeError(
-            problem=f"Cannot resume from {folder.parent}: it does not say which reference its run was trained against.",
+            problem=f"Cannot resume from {checkpoint}: it does not say which reference its run was trained against.",
             instead="Resume from a checkpoint that Tether wrote without `save_only_model=True`. Or start a new run "
-            f"from its weights, `DPOTrainer({str(folder.parent)!r}, ref_model=...)`, with the model that its run began "
+            f"from its weights, `DPOTrainer({str(checkpoint)!r}, ref_model=...)`, with the model that its run began "
             "with as `ref_model`.",
         )
     saved, own = json.loads(path.read_text()), reference.identity.describe()
     if saved.get("kind") in _FORMER_KINDS:
         raise ResumeError(
-            problem=f"Cannot resume from {folder.parent}: it was written by Tether 0.1.0, whose references had "
+            problem=f"Cannot resume from {checkpoint}: it was written by Tether 0.1.0, whose references had "
             "other names.",
             details=f"It calls its reference {saved['kind']!r}.",
             instead="Go on with Tether 0.1.0, or start a new run.",
@@ -235,8 +245,9 @@ def _check_same(folder: Path, reference: Reference) -> None:
     if all(saved.get(name) == own[name] for name in ("kind", "weights", "compute_dtype", "scoring_version")):
         return
     differing = [name for name in _REMEDIES if saved.get(name) != own[name]]
+    differing = [name for name in differing if name != "weights" or not set(differing) & _PARTS.keys()]
     raise ResumeError(
-        problem=f"Cannot resume from {folder.parent}: its run was trained against another reference.",
+        problem=f"Cannot resume from {checkpoint}: its run was trained against another reference.",
         details=" ".join(
             [*(_difference(name, saved, own) for name in differing), _what_is_alike(differing, own)]
         ).strip(),
@@ -254,6 +265,8 @@ _REMEDIES = {
     "not use the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, or a folder that "
     "has changed since.",
     "config": "Load the model with the config that the run began with (rotary base, norms, windows, ...).",
+    "weights": "Use the reference that the run began with: the same columns `ref_chosen_logps` and "
+    "`ref_rejected_logps`, or a reference of the same name.",
     "adapter": "Use the adapter that the run began with, not the checkpoint's: the same `peft_config` for a fresh "
     "adapter, the same adapter folder for a continued one.",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -43,6 +44,7 @@ from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
 from tether.trainer.reference_note import source_name
 from tether.trainer.reference_run import ReferenceRun
+from tether.trainer.run_folder import RunFolder
 from tether.trainer.samples import SampleReport
 from tether.trainer.saving import try_saving, without_token_notice
 from tether.trainer.sets import named_sets
@@ -164,6 +166,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         self._losses = LossWatch()
         self._num_train_tokens = 0
         self._epochs, self._place = EpochsOfBatches(), None
+        self._folder = RunFolder(Path(str(self.args.output_dir)))
         return {
             "model": prepared.policy,
             "args": self.args,
@@ -333,7 +336,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             )
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:
             raise ConfigurationError(
                 problem="Cannot train with `trainer.model_init`, as `hyperparameter_search` does: it makes another "
@@ -344,10 +347,10 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         self._losses = LossWatch()
         self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
         try:
-            with without_token_notice():
-                output = super().train(*args, **kwargs)
-            self._check_weights()
-            return output
+            with self._in_folder(resume_from_checkpoint) as checkpoint, without_token_notice():
+                output = super().train(checkpoint, *args, **kwargs)
+                self._check_weights()
+                return output
         finally:
             restore_attention(self.accelerator.unwrap_model(self.model))
 

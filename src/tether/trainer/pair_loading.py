@@ -5,6 +5,7 @@ Overrides transformers' loading of batches; knows no reference and no loss.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tether.data.sampling import EvenBatches
 from tether.trainer.batches import counted_loader, even_loader
 from tether.trainer.checkpoints import StreamPlace, load_place
 from tether.trainer.sets import SetReader
+
+logger = logging.getLogger(__name__)
 
 
 class EpochsOfBatches(TrainerCallback):
@@ -114,8 +117,13 @@ class PairLoading(Trainer):
             if self.args.ignore_data_skip:
                 self._place.num_steps = 0
             epochs, batches = self._place.num_passes, self._place.num_steps * self.args.gradient_accumulation_steps
-        # A run that has taken all its steps has none left, in whatever epoch it ended.
-        return (num_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
+        if checkpoint is None or self.state.global_step < max_steps:
+            return epochs, batches
+        logger.warning(
+            f"Nothing to train: {Path(checkpoint).name} is at step {self.state.global_step}, and the run has "
+            f"{max_steps}. To go on, set a larger `num_train_epochs` or `max_steps`."
+        )
+        return num_epochs, 0  # in whatever epoch it ended
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

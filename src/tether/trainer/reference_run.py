@@ -24,7 +24,7 @@ from tether.distributed import raising_together
 from tether.reference import Reference
 from tether.reference.probing import RunProbes
 from tether.reference.watch import ReferenceWatch
-from tether.trainer.batches import RowsToScore, sampled_rows
+from tether.trainer.batches import RowsToScore, pair_lengths, sampled_rows
 from tether.trainer.checkpoints import warn_of_no_sync, warn_of_weights_alone
 from tether.trainer.saving import keep_savable
 from tether.types import PairBatch, ResponseLogProbs
@@ -202,9 +202,14 @@ class ReferenceRun(TrainerCallback):
         return self._drawn(sets, min(step, _SAMPLED_PAIRS))
 
     def _drawn(self, sets: Mapping[str, Dataset], count: int) -> list[_Sample]:
+        sampled = sampled_rows(sets, count)
+        if not self.reference.traits.knows_tokens:  # sums made at another `max_length` differ where a row is cut
+            for name, rows in sets.items():
+                longest = int(pair_lengths(rows, None).argmax())
+                sampled[name] = sorted({*sampled.get(name, ()), longest})
         return [
             _Sample(name, rows, batch_of(self._collator(list(sets[name].select(rows)))).to(self._args.device))
-            for name, rows in sampled_rows(sets, count).items()
+            for name, rows in sampled.items()
         ]
 
     def _watch_from_start(self, policy: nn.Module, *, has_trained: bool) -> None:

@@ -5,22 +5,40 @@ Overrides transformers' saving and loading; what a checkpoint keeps, `checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tether.config.dpo_config import DPOConfig
+from tether.distributed import of_main, raising_together
 from tether.losses import Objective
 from tether.models.finite import LossWatch, check_weights
 from tether.trainer.callbacks import BEMACallback
 from tether.trainer.checkpoint_weights import load_weights, save_adapters
-from tether.trainer.checkpoints import Kept, StreamPlace, load_companions, load_run, save_run
+from tether.trainer.checkpoints import Kept, StreamPlace, check_reference, load_companions, load_run, save_run
+from tether.trainer.manifest import Manifest, check_files, listed_alone, read_manifest, write_manifest
 from tether.trainer.model_card import write_model_card
 from tether.trainer.reference_note import write_reference_note
 from tether.trainer.reference_run import ReferenceRun
+from tether.trainer.resuming import (
+    AboutRun,
+    check_same_adapters,
+    check_same_run,
+    check_unproven,
+    named_checkpoint,
+    reading,
+    refuse_changes,
+)
+from tether.trainer.run_folder import RunFolder
+from tether.trainer.sets import named_sets
 
 
 class RunSaving(Trainer):
@@ -34,6 +52,10 @@ class RunSaving(Trainer):
     _place: StreamPlace | None
     _num_train_tokens: int
     _reference_name: str
+    _router_coefficient: float
+    _folder: RunFolder
+    _about: AboutRun
+    _is_saving = False
 
     def export_reference(self, folder: str | Path, *, merged: bool = False) -> None:
         """Saves the reference as it is now, with the tokenizer, to be loaded as any other model or adapter.
@@ -81,14 +103,95 @@ class RunSaving(Trainer):
             write_model_card(self, Path(output_dir))
         if self.is_world_process_zero():
             write_reference_note(self, Path(output_dir or str(self.args.output_dir)), self._reference_name)
+            if output_dir in (None, self.args.output_dir):
+                self._folder.note_saved(self.state.global_step)
 
     def _check_weights(self) -> None:
         check_weights(self.accelerator.unwrap_model(self.model), "keep the policy", self.state.global_step)
 
+    @contextmanager
+    def _in_folder(self, resume: Any) -> Iterator[str | None]:
+        """A new run in `output_dir`; while open, this process holds it. Every process calls it.
+
+        Args:
+            resume: The checkpoint to go on from; True for the last one of the run that was last started there.
+
+        Yields:
+            The folder with what is listed of that checkpoint.
+        """
+        args, policy = self.args, self.accelerator.unwrap_model(self.model)
+        self._about = AboutRun.of(
+            args,
+            policy,
+            named_sets(self.train_dataset, self.eval_dataset),
+            loss_type=self._objective.names,
+            router_aux_loss_coef=self._router_coefficient,
+            BEMACallback=[average.options for average in self._averages],
+        )
+        self._folder = RunFolder(Path(str(args.output_dir)))
+        manifest, checkpoint = None, None
+        with raising_together():
+            if resume not in (None, False):
+                checkpoint = named_checkpoint(self._folder.path, resume)
+                manifest = self._checked(checkpoint)
+            elif args.resume_changes:
+                refuse_changes(args.resume_changes)
+        with ExitStack() as stack:
+            with raising_together():
+                if self.is_world_process_zero():
+                    stack.enter_context(self._folder.held(checkpoint, take_over=args.take_over))
+            self._folder.run = of_main(self._folder.run)
+            yield None if checkpoint is None else str(stack.enter_context(listed_alone(checkpoint, manifest)))
+
+    def _checked(self, checkpoint: Path) -> Manifest | None:
+        """The manifest of a checkpoint that is whole, and of this run."""
+        manifest, allowed = read_manifest(checkpoint), self.args.resume_changes or []
+        if manifest is None:
+            check_unproven(checkpoint, allowed, self.args)
+        else:
+            if self.args.should_save:
+                check_files(checkpoint, manifest)
+            check_same_adapters(checkpoint, manifest.about, self._about)
+        check_reference(checkpoint, self._reference_run.reference, is_proven=manifest is not None)
+        if manifest is not None:
+            check_same_run(checkpoint, manifest.about, self._about, allowed)
+        return manifest
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are; while one is written, where it is until it is whole."""
+        return str(self._folder.staging) if self._is_saving else super()._get_output_dir(trial)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint beside its place, its manifest last, and moves it there whole."""
         self._losses.check()
         self._check_weights()  # before anything is written
-        super()._save_checkpoint(model, trial)
+        name, writes = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.args.should_save
+        if writes:
+            self._folder.clear()
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        written, place = self._folder.staging / name, self._folder.path / name
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(place)
+            if writes:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()  # every process has written
+        with raising_together():
+            if writes and written.is_dir():
+                write_manifest(written, self._folder.run, self.state.global_step, asdict(self._about))
+                self._folder.publish(name)
+        if writes:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(self._folder.path), self.args.save_total_limit, best, use_mtime=True)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(place))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: a checkpoint is pushed once it is whole."""
 
     @property
     def _kept(self) -> Kept:
@@ -99,20 +202,38 @@ class RunSaving(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         num_tokens = self._sum_tokens()  # every process takes part
         save_run(Path(output_dir), self._kept, num_tokens, self._place, writes=self.args.should_save)
+        for average in self._averages if self.is_world_process_zero() else ():
+            average.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         num_tokens = load_run(Path(checkpoint), self._kept)
         self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, BEMACallback):
-                callback.resume_from(Path(checkpoint))
+        for average in self._averages:
+            average.resume_from(Path(checkpoint))
+
+    @property
+    def _averages(self) -> list[BEMACallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, BEMACallback)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading(resume_from_checkpoint):
+            if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warns of weights that were not in a file, but not of other names of those that were."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(tensor) for name, tensor in named.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(named.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_best_model(self) -> None:
         checkpoint = Path(str(self.state.best_model_checkpoint))

@@ -6,7 +6,8 @@ Knows options and datasets, and of models what ids they embed; knows no referenc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
 from tether.data.tokenizing import largest_id, progress_bars_off
 from tether.data.truncation import Truncation
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, DataError
 from tether.models.loading import tokenizer_of
 from tether.models.preparing import check_embeds
 from tether.trainer.evaluation import WithTokenIds
@@ -77,7 +78,8 @@ class SetReader:
         if self.image_rows and self.truncation.mode == "keep_end" and has_image_column(dataset.column_names or ()):
             _refuse_keep_end(name, self.truncation)
         quiet = args.disable_tqdm or not sys.stderr.isatty()
-        with args.main_process_first(desc=f"tokenizing the {name} set"), progress_bars_off(quiet):
+        first = args.main_process_first(desc=f"tokenizing the {name} set")
+        with first, progress_bars_off(quiet), refusing_damaged_text(name):
             tokenized = tokenize_pairs(
                 dataset,
                 self._reader,
@@ -97,6 +99,19 @@ class SetReader:
     def read_all(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, in the form in which they were passed."""
         return _each(sets, self.read)
+
+
+@contextmanager
+def refusing_damaged_text(name: str) -> Iterator[None]:
+    """Raises a `DataError` where the block reads text of a set that is none, as in a file with a flipped bit."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            problem=f"Cannot read the {name} set: it has text that is not UTF-8 ({error.reason}).",
+            details=f"Byte {error.start} of it is wrong. The text begins {error.object[:60]!r}.",
+            instead="Copy its file again from where it was written, or write it anew: it is damaged.",
+        ) from error
 
 
 def _each(sets: Rows | Mapping[str, Rows] | None, make: Callable[[Rows, str], PairDataset]) -> EvalSets:

@@ -118,7 +118,7 @@ def check(asked: Asked) -> Checked:
     around = Surroundings(
         origins=loaded.origins,
         decode=lambda ids: str(tokenizer.decode(list(ids))),
-        given=digest_given(sets) if facts.brings_log_probs else None,
+        given=digest_given(sets, reader.collator) if facts.brings_log_probs else None,
     )
     return Checked(facts, around, reader, loaded.processing_class, train_set, eval_sets)
 

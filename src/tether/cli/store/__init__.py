@@ -18,8 +18,9 @@ HELP = """\
 tether store: the log-probs of references, kept on disk so that each response
 is scored once.
 
-  tether store info                   where the store is, which references it
-                                      holds, and how much of each
+  tether store info [FILE]            where the store is, which references it
+                                      holds, how much of each, and which runs
+                                      filled it
   tether store verify RECIPE.yaml     score a sample of the recipe's rows again
                                       and compare
   tether store export FILE.parquet    write the records of one reference to a
@@ -31,6 +32,8 @@ is scored once.
                                       lacks
   tether store prune                  remove a reference, or those that no run
                                       has used for a long time
+  tether store salvage DAMAGED.sqlite take every intact record of a damaged
+                                      store into another
 
 The store is the one that all your runs share, or the one named by `--store`
 (for verify and export --rows: the recipe's `ref_store`). `tether store VERB
@@ -48,13 +51,16 @@ app = typer.Typer(cls=FixedHelpGroup, help=HELP, context_settings=HELP_NAMES, ri
 
 
 @app.command(context_settings=HELP_NAMES)
-def info(store: Store = None) -> int:
-    """Prints the store's path and size and, for each reference, what it is, how many responses were scored, and when
-    they were last used. Changes nothing.
+def info(
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="The store, as `--store` names it.")] = None,
+    store: Store = None,
+) -> int:
+    """Prints the store's path and size and, for each reference, what it is, how many responses were scored, when they
+    were last used, and which runs filled it: their model, rows, limit and time. Changes nothing.
     """
     from tether.cli.store import records
 
-    return records.info(store)
+    return records.info(file if store is None else store)
 
 
 @app.command(context_settings=WORDS)
@@ -62,12 +68,13 @@ def verify(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The run whose rows and reference to verify.")],
     store: Store = None,
-    sample: Annotated[int, typer.Option(metavar="ROWS", help="Size of the sample.")] = 64,
+    sample: Annotated[int, typer.Option(metavar="ROWS", min=1, help="Size of the sample.")] = 64,
     sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", metavar="INT", help="Its seed.")] = 0,
 ) -> int:
     """Draws rows of a recipe's training set, scores them again with its reference, and reports the largest difference
-    from the stored values, in nats. Before that, checks the checksum of every record of the reference. Options of
-    `tether train` may follow the recipe. Exit code 2 if the difference is more than rounding.
+    from the stored values, in nats. Before that, checks the file, the checksum of every record of the reference, and
+    whether all that was put is still there. Options of `tether train` may follow the recipe. Exit code 2 if the
+    difference is more than rounding, or something is damaged or lost.
 
     tether store verify recipe.yaml --sample 200
     """
@@ -160,6 +167,21 @@ def prune(
     return records.prune_store(store, identity, older_than)
 
 
+@app.command(context_settings=HELP_NAMES)
+def salvage(
+    damaged: Annotated[str, typer.Argument(metavar="DAMAGED.sqlite", help="The damaged file; it is not changed.")],
+    store: Store = None,
+) -> int:
+    """Copies every intact record of a damaged store, proven by its checksum, into another one, which is created if it
+    does not exist.
+
+    tether store salvage damaged.sqlite --store fresh.sqlite
+    """
+    from tether.cli.store import records
+
+    return records.salvage_into(store, damaged)
+
+
 def _request(verb: str, words: list[str], store: str | None) -> Request:
     """A recipe that uses the store named by `--store`; nothing is trained."""
     named: dict[str, Any] = {} if store is None else {"ref_store": store}
@@ -168,4 +190,4 @@ def _request(verb: str, words: list[str], store: str | None) -> Request:
     return read_request(f"store {verb}", words, precompute_ref_log_probs=True, ref_store_mode="lazy", **named)
 
 
-VERBS = ("info", "verify", "export", "import", "merge", "prune")
+VERBS = ("info", "verify", "export", "import", "merge", "prune", "salvage")

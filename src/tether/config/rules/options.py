@@ -29,6 +29,24 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 STORE_MODES, DTYPES = get_args(StoreMode), get_args(Dtype)
 SYNC_ALPHA, SYNC_STEPS = 0.6, 512
 SAMPLE_TOKENS = 64
+# Of these options the objective depends; a resumed run keeps its checkpoint's unless `resume_changes` names them.
+OBJECTIVE = (
+    "beta",
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "ld_alpha",
+    "use_weighting",
+    "bco_reward_shift",
+    "beta_column",
+    "loss_columns",
+    "max_length",
+    "truncation_mode",
+)
+CHANGES_OF_RESUME = (*OBJECTIVE, "router_aux_loss_coef", "BEMACallback", "data", "manifest")
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
 
 
@@ -293,6 +311,10 @@ def _saving(args: DPOConfig) -> Iterator[Refusal]:
     if args.eval_steps is not None and args.eval_strategy != "steps":
         why = "nothing is evaluated" if args.eval_strategy == "no" else "evaluations come at the ends of epochs"
         yield of_option("eval_steps", args.eval_steps, why, "Set `eval_strategy='steps'`, or leave it out.")
+    for name in args.resume_changes or ():
+        if name not in CHANGES_OF_RESUME:
+            instead = f"Name any of {', '.join(CHANGES_OF_RESUME)}; other options may change without."
+            yield of_option("resume_changes", args.resume_changes, f"`{name}` is not compared when resuming", instead)
     if args.load_best_model_at_end and args.eval_strategy == "no":
         why = "nothing is evaluated, so no checkpoint is the best"
         instead = "Set `eval_strategy` and `save_strategy` too, or leave it out."
