@@ -17,7 +17,7 @@ from tether.reference import ExplicitReference
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STRATEGIES = ("explicit", "implicit", "precomputed", "synchronized", "vision")
-OWN = ("own_reference", "http_reference", "ensemble_reference", "own_loop")
+OWN = ("own_reference", "http_reference", "ensemble_reference", "own_loop", "own_losses")
 TOYS = ("toy", "toy_vision")
 
 
@@ -55,6 +55,7 @@ def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         "own_reference": r"wrote down [1-9]\d* pairs",
         "http_reference": r"the server scored [1-9]\d* responses",
         "ensemble_reference": r"two models made [1-9]\d* passes",
+        "own_losses": r"token_weighted: 0\.\d+\n(.*\n)*confidence_weighted: 0\.\d+\n(.*\n)*with_kl_term: 0\.\d+\n",
         "own_loop": r"step 4: loss 0\.\d+, rewards/margins .*\nthe reference moved 0 times",
     }
     assert re.search(said[name], out), out

@@ -14,9 +14,17 @@ OTHER = Response((7,), (3,)), Response((7,), (8, 9, 10))
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple)
 PICTURES = [PromptImages({"pixel_values": torch.zeros(1, 3)}, {}, name) for name in (b"first", b"second")]
-responses = st.builds(
-    Response, ids, ids, st.just(b""), st.none() | st.floats(-9, 0), st.none() | st.sampled_from(PICTURES)
+whole_responses = st.builds(
+    Response, ids, ids, st.just(b""), st.none() | st.floats(-9, 0), st.none() | st.sampled_from(PICTURES), st.none()
 )
+
+
+def masked(response: Response, marks: list[bool]) -> Response:
+    scored = tuple(marks[: len(response.token_ids)])
+    return response if all(scored) else response._replace(scored=scored)
+
+
+responses = st.builds(masked, whole_responses, st.lists(st.booleans(), min_size=3, max_size=3))
 pairs_of_responses = st.lists(st.tuples(responses, responses), min_size=1, max_size=6)
 
 
@@ -27,7 +35,12 @@ def response_of(batch: PairBatch, index: int) -> Response:
     tokens = batch.response_ids.split(list(batch.response_lengths))[index]
     known = batch.reference_sums[index] if batch.reference_sums else None
     images = batch.images[group] if batch.images else None
-    return Response(tuple(prompt.tolist()), tuple(tokens.tolist()), reference_sum=known, images=images)
+    response = Response(tuple(prompt.tolist()), tuple(tokens.tolist()), reference_sum=known, images=images)
+    if batch.scored is None:
+        return response
+    marks = batch.scored.split(list(batch.response_lengths))[index].tolist()
+    assert batch.counted_lengths()[index] == sum(marks)
+    return masked(response, marks)
 
 
 def log_probs_of(lengths: list[int], **options: object) -> ResponseLogProbs:

@@ -6,6 +6,14 @@ from tether import DPOConfig, DPOTrainer
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
+    from tether.cli.scripts import DatasetMixtureConfig as DatasetMixtureConfig
+    from tether.cli.scripts import ModelConfig as ModelConfig
+    from tether.cli.scripts import ScriptArguments as ScriptArguments
+    from tether.cli.scripts import TrlParser as TrlParser
+    from tether.cli.scripts import get_dataset as get_dataset
+    from tether.cli.scripts import get_kbit_device_map as get_kbit_device_map
+    from tether.cli.scripts import get_peft_config as get_peft_config
+    from tether.cli.scripts import get_quantization_config as get_quantization_config
     from tether.config.dpo_config import DPOConfig as DPOConfig
     from tether.data import DataCollatorForPreference as DataCollatorForPreference
     from tether.data import DataCollatorForVisionPreference as DataCollatorForVisionPreference
@@ -29,17 +37,27 @@ if _typing.TYPE_CHECKING:
     from tether.scoring import score as score
     from tether.store import LogProbStore as LogProbStore
     from tether.trainer.callbacks import BEMACallback as BEMACallback
+    from tether.trainer.callbacks import SyncRefModelCallback as SyncRefModelCallback
     from tether.trainer.dpo_trainer import DPOTrainer as DPOTrainer
     from tether.trainer.run_folder import last_checkpoint as last_checkpoint
     from tether.types import PairBatch as PairBatch
     from tether.types import PairScores as PairScores
     from tether.types import Response as Response
     from tether.types import ResponseLogProbs as ResponseLogProbs
+    from tether.types import TokenScores as TokenScores
 
 __version__ = "0.1.0"
 
 # Loaded at first use: `tether --help` should not wait for torch and transformers.
 _HOMES = {
+    "DatasetMixtureConfig": "tether.cli.scripts",
+    "ModelConfig": "tether.cli.scripts",
+    "ScriptArguments": "tether.cli.scripts",
+    "TrlParser": "tether.cli.scripts",
+    "get_dataset": "tether.cli.scripts",
+    "get_kbit_device_map": "tether.cli.scripts",
+    "get_peft_config": "tether.cli.scripts",
+    "get_quantization_config": "tether.cli.scripts",
     "DPOConfig": "tether.config.dpo_config",
     "DataCollatorForPreference": "tether.data",
     "DataCollatorForVisionPreference": "tether.data",
@@ -63,12 +81,14 @@ _HOMES = {
     "score": "tether.scoring",
     "LogProbStore": "tether.store",
     "BEMACallback": "tether.trainer.callbacks",
+    "SyncRefModelCallback": "tether.trainer.callbacks",
     "DPOTrainer": "tether.trainer.dpo_trainer",
     "last_checkpoint": "tether.trainer.run_folder",
     "PairBatch": "tether.types",
     "PairScores": "tether.types",
     "Response": "tether.types",
     "ResponseLogProbs": "tether.types",
+    "TokenScores": "tether.types",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -4,6 +4,7 @@ Each states what is wrong and why, then what to do instead, and is also the buil
 (`ValueError` for bad input, `RuntimeError` for a broken state). None shows a token or a password.
 """
 
+import re
 import textwrap
 from typing import Any
 
@@ -19,7 +20,12 @@ class TetherError(Exception):
         details: Further explanation: numbers, rows, a library's message.
     """
 
-    def __init__(self, problem: str, instead: str, details: str = "") -> None:
+    def __init__(self, problem: str, instead: str = "", details: str = "") -> None:
+        # torch makes the error of a DataLoader's worker anew, from its traceback alone: its last lines are the error.
+        told = re.search(r"\ntether\.errors\.\w+: (.*)", problem, re.DOTALL) if problem.startswith("Caught ") else None
+        if told is not None:
+            problem, *further, instead = told[1].rstrip().split("\n  ")
+            details = "\n  ".join(further)
         problem, instead, details = map(without_secrets, (problem, instead, details))
         super().__init__(problem, instead, details)
         self.problem = problem
@@ -52,6 +58,10 @@ class ArgumentTypeError(ConfigurationError, TypeError):
 
 class NotHereError(TetherError, AttributeError):
     """Something that TRL's trainer has under this name, and this one has under another."""
+
+
+class NotInBatchError(TetherError, KeyError):
+    """A tensor of a padded batch, which a batch without padding does not have."""
 
 
 class DataError(TetherError, ValueError):

@@ -33,12 +33,13 @@ from trl.scripts import dpo as trl_script
 
 from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 from tether.cli import launch, main, pairs, quantization
-from tether.cli.assemble import _adapter, build_trainer, held_out_split, load_sets
+from tether.cli.assemble import build_trainer, held_out_split, load_sets
 from tether.cli.launch import PRESETS, typed_words
 from tether.cli.mistakes import as_written
 from tether.cli.options import ALIASES, OPTIONS
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.scripts import adapter_of
 from tether.cli.trl_options import IN_A_RECIPE, REFUSED
 from tether.config.former_options import FORMER
 from tether.data.rows import ROW_COLUMN
@@ -263,7 +264,7 @@ ADAPTERS = [
 def test_an_adapter_is_the_one_that_trl_makes(text: str) -> None:
     path = write(START + f"dataset_name: a/b\noutput_dir: out\nbf16: false\ndisable_dropout: false\n{text}\n")
     script = read_recipe("train", [path]).script
-    ours = None if script.lora_r is None else _adapter(script, script.lora_r)
+    ours = None if script.lora_r is None else adapter_of(script)
     parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig))
     theirs = get_peft_config(parser.parse_args_and_config(["--config", path])[2])
     assert (ours and ours.to_dict()) == (theirs and theirs.to_dict())

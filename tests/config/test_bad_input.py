@@ -26,6 +26,7 @@ from support.runs import DEFAULTS, make_trainer, stream
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback, DPOConfig, DPOTrainer
 from tether.config.former_options import FORMER
+from tether.config.rules.launch import refused_launch
 from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
 from tether.store import default_store_path
 
@@ -96,6 +97,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp16 on a CPU": {"fp16": True, "use_cpu": True},
     "activation_offloading": {"activation_offloading": True, "use_cpu": True},
     "use_liger_kernel": {"use_liger_kernel": True},
+    "beta with beta_column": {"beta": 0.2, "beta_column": "beta"},
+    "beta_column with a loss that sorts": {"beta_column": "beta", "loss_type": "aot"},
+    "eval_steps without a strategy": {"eval_steps": 10},
+    "eval_steps at the ends of epochs": {"eval_steps": 10, "eval_strategy": "epoch"},
+    "local_rank": {"local_rank": 1},
     "sync_ref_model with precompute_ref_log_probs": {"sync_ref_model": True, "precompute_ref_log_probs": True},
 }
 
@@ -158,6 +164,21 @@ def test_all_options_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
     assert "\n" not in caught.value.problem and "Did you mean `sigmoid`?" in str(caught.value)
     for refusal in (*caught.value.refusals, *types.value.refusals):
         assert refusal.subject in str(refusal.problem) and refusal.instead.endswith((".", "?")), refusal
+
+
+def test_an_adapter_that_was_loaded_frozen_says_how_to_load_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="nothing trains") as caught:
+        refused(tmp_path, adapted().requires_grad_(False))
+    assert "is_trainable=True" in caught.value.instead
+
+
+def test_a_local_rank_of_the_launcher_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = DPOConfig(str(tmp_path), **DEFAULTS)
+    args.local_rank = 0
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not list(refused_launch(args))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [refusal.option for refusal in refused_launch(args)] == ["local_rank"]
 
 
 def test_all_that_is_wrong_with_a_run_is_told_at_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tether import DataCollatorForPreference
 from tether.data.collators import PairsOfPadded, pair_collator
 from tether.data.datasets import PairCollator, batch_of
 from tether.errors import ConfigurationError, DataError
-from tether.types import PairBatch
+from tether.types import PairBatch, ResponseLogProbs, scored_tokens
 
 Row = dict[str, Any]
 
@@ -134,14 +134,35 @@ def test_another_layout_is_refused(name: str) -> None:
     assert found in caught.value.problem and "completion_mask" in caught.value.instead
 
 
-def test_a_response_with_a_hole_is_refused() -> None:
-    def holed(rows: list[Row]) -> dict[str, torch.Tensor]:
-        padded = DataCollatorForPreference(0)(rows)
-        padded["completion_mask"][0] = torch.tensor([0, 1, 0, 1])
-        return padded
+def masked(*masks: list[int]) -> PairsOfPadded:
+    """A collator whose sequences have these completion masks."""
 
-    with pytest.raises(DataError, match="completion mask of sequence 0 of a batch"):
-        PairsOfPadded(holed)([{"prompt_ids": [1], "chosen_ids": [2, 3, 4], "rejected_ids": [2, 3, 4]}])
+    def collator(rows: list[Row]) -> dict[str, torch.Tensor]:
+        return DataCollatorForPreference(0)(rows) | {"completion_mask": torch.tensor(masks)}
+
+    return PairsOfPadded(collator)
+
+
+ROW: Row = {"prompt_ids": [1], "chosen_ids": [2, 3, 4], "rejected_ids": [2, 3, 4]}
+
+
+def test_two_masks_over_one_text_are_two_responses_with_one_record() -> None:
+    """The record has every token; which of them count is looked at afterwards."""
+    batch = batch_of(masked([0, 1, 0, 1], [0, 1, 1, 0])([ROW]))
+    assert batch.num_responses == 2 and len(set(batch.keys)) == 1
+    assert batch.response_lengths == (3, 3) and batch.counted_lengths() == (2, 2)
+    again = PairBatch.of_pairs([(batch.responses()[0], batch.responses()[1])])
+    assert again.scored is not None and again.scored.tolist() == [True, False, True, True, True, False]
+    assert batch.only([0, 1]).num_responses == 2
+    values = torch.tensor([1.0, 2.0, 4.0, 1.0, 2.0, 4.0])
+    found = scored_tokens(batch, ResponseLogProbs(values, torch.tensor([0, 3, 6])))
+    assert found.sums().tolist() == [5.0, 3.0] and found.lengths().tolist() == [2, 2]
+    assert batch_of(masked([1, 0, 1, 1], [0, 1, 1, 1])([ROW])).prompt_lengths == (2, 1)
+
+
+def test_a_mask_without_a_response_is_refused() -> None:
+    with pytest.raises(DataError, match="completion mask of sequence 1 of a batch"):
+        masked([0, 1, 1, 1], [1, 0, 0, 0])([ROW])
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
@@ -199,3 +220,28 @@ def test_bad_rows_are_dropped_where_that_is_asked_for(tmp_path: Path) -> None:
     rows = [*tiny_pairs(8), {"prompt": "Why?", "chosen": " Yes.", "rejected": ""}]
     trainer = make_trainer(tmp_path, rows=rows, bad_rows="drop", eval_dataset={"held": rows[-2:]})
     assert len(trainer.train_dataset) == 8 and len(trainer.eval_dataset["held"]) == 1
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("options", [{"loss_type": "ipo"}, {"ld_alpha": 0.5}, {"use_weighting": True}])
+def test_masks_with_holes_train_alike_with_stored_answers(options: dict[str, Any], tmp_path: Path) -> None:
+    """Two masks over every text: which one is decided by the row's place in the batch."""
+    padding = DataCollatorForPreference(0)
+
+    def holed(rows: list[Row]) -> dict[str, torch.Tensor]:
+        padded = padding(rows)
+        places = torch.arange(padded["completion_mask"].shape[1]) + torch.arange(2 * len(rows))[:, None]
+        return padded | {"completion_mask": padded["completion_mask"] * (places % 3 > 0)}
+
+    rows = [row for row in tiny_pairs(4) for _ in range(3)]
+    given: dict[str, Any] = {"rows": rows, "data_collator": holed, "optim": "sgd", "learning_rate": 1e-3, **options}
+    live = trained(tmp_path / "live", **given)
+    stored = trained(tmp_path / "stored", precompute_ref_log_probs=True, **given)
+    whole = trained(tmp_path / "whole", **given | {"data_collator": None})
+    assert curve(stored, "rewards/margins")[1:] == pytest.approx(curve(live, "rewards/margins")[1:], rel=1e-3, abs=1e-5)
+    assert curve(stored) == pytest.approx(curve(live), rel=1e-4)
+    assert curve(live)[-1] != pytest.approx(curve(whole)[-1], rel=1e-4)
+    with pytest.raises(ConfigurationError, match="a reference that knows sums only"):
+        brought = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
+        options.pop("ld_alpha", None)
+        trained(tmp_path / "sums", rows=brought, data_collator=holed, ref_columns="other", **options)

@@ -51,6 +51,7 @@ and lets `forward_kl` overflow.
 
 - **`ld_alpha`** (LD-DPO): {ld}
 - **`use_weighting`** (WPO): {wpo} TRL 1.16 cannot train `hinge` with it: its backward fails.
+- **`beta_column`** names a column of the rows that is each pair's own `beta`.
 - **`margin`**, a column of the rows: by how much the chosen response is better, in units of reward (`beta` times
   nats). DPO with an offset, Amini et al. 2024, arXiv 2402.10571. TRL ignores such a column.
 - **`router_aux_loss_coef`**: the load-balancing loss of a mixture of experts is added with this weight; by default
@@ -65,8 +66,8 @@ counts the same. Two things do not divide like that. `aot` and `aot_unpaired` so
 process. `bco_pair` keeps a running mean of rewards; it is saved with every checkpoint (`reward_shift.json`) and
 restored from it, so an interrupted run goes on bit for bit.
 
-The reference is asked token by token only for `ld_alpha` (`LossOptions.needs_per_token`); a sum for each response is
-enough for everything else.
+Single tokens are read only for `ld_alpha` (`LossOptions.needs_per_token`) and by a loss of one's own that asks for
+them; a sum for each response is enough for everything else.
 
 ## A loss of one's own
 
@@ -82,6 +83,18 @@ def squared(scores: PairScores, options: LossOptions) -> Tensor:
 `DPOTrainer(..., loss=squared)` takes it instead of `loss_type`. `scores` has the log-probs of both responses under
 policy and reference, their lengths and the rows' margins; `tether.losses.LOSSES[name](scores, options)` is any loss of
 the table, to add to one's own.
+
+- **Single tokens.** `squared.needs_tokens = True` gives `scores.tokens.chosen` and `scores.tokens.rejected`. Their
+  `policy` and `reference` are the log-probs of every token, one response after another, `ids` the tokens, and
+  `sums(values)` adds a value per token up to one per pair. Rows with `ref_chosen_logps` and `ref_rejected_logps` know
+  sums only, and are refused with it.
+- **Columns of the rows.** `loss_columns=["confidence"]` gives `scores.columns["confidence"]`, a number for each pair.
+  Every set needs the column.
+- **A beta for each pair.** `beta_column="beta"` reads it from the rows, for the named losses and one's own:
+  `options.beta` is then a tensor. Losses that sort are refused with it.
+
+`examples/own_losses.py` has a token-weighted
+loss, a confidence-weighted one and one with a KL term.
 """
 
 
@@ -132,7 +145,7 @@ def test_the_page_is_what_the_docstrings_say() -> None:
 
 def test_a_loss_says_where_trl_differs_exactly_where_the_tests_need_an_exception() -> None:
     differing = {name for name, loss in LOSSES.items() if "TRL 1.16:" in (loss.function.__doc__ or "")}
-    assert differing == {"sigmoid", "sigmoid_norm", "discopop", "bco_pair", "sft"}
+    assert differing == {"sigmoid", "sigmoid_norm", "discopop", "bco_pair", "sft", "hypo"}
 
 
 def test_the_loss_of_ones_own_on_the_page_is_one() -> None:
@@ -148,4 +161,4 @@ def test_the_loss_of_ones_own_on_the_page_is_one() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_needs_more_of_its_reference_than_a_sum(name: str) -> None:
     """As the page says; a loss that reads single tokens would have to say so, and get them."""
-    assert not LOSSES[name].needs_per_token and not LossOptions().needs_per_token
+    assert not LOSSES[name].needs_tokens and not LossOptions().needs_per_token

@@ -64,8 +64,8 @@ AT_THE_START = {
 }
 
 
-def test_every_loss_but_sft_has_a_value_where_training_starts() -> None:
-    assert AT_THE_START.keys() == LOSSES.keys() - {"sft"}
+def test_every_loss_but_two_has_a_value_where_training_starts() -> None:
+    assert AT_THE_START.keys() == LOSSES.keys() - {"sft", "hypo"}  # which depend on the policy itself
 
 
 @pytest.mark.parametrize("name", AT_THE_START)
@@ -88,6 +88,15 @@ def test_label_smoothing_does_not_move_the_start(pair: Pair, beta: float, smooth
     start = where_policy_is_reference(pair)
     for name in ("sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired"):
         assert loss_of(name, start, beta=beta, label_smoothing=smoothing) == pytest.approx(LOG_2, rel=1e-9)
+
+
+@given(pair=pairs, beta=betas)
+def test_hypo_is_dpo_where_the_reference_is_right_and_has_no_reference_where_it_is_wrong(
+    pair: Pair, beta: float
+) -> None:
+    right = pair.reference_chosen >= pair.reference_rejected
+    as_dpo = pair if right else pair._replace(reference_chosen=0.0, reference_rejected=0.0)
+    assert loss_of("hypo", pair, beta=beta) == pytest.approx(loss_of("sigmoid", as_dpo, beta=beta), rel=1e-12)
 
 
 ON_SUMS = [name for name in ON_DIFFERENCES if name not in ("ipo", "sigmoid_norm")]  # not on means over tokens

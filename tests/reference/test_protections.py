@@ -859,6 +859,23 @@ def another_adapter(folder: Path) -> float:
     return off_in_training(trainer, initial)
 
 
+def spread_of_tokens(scores: Any, options: Any) -> torch.Tensor:
+    """A loss that single tokens decide, whatever their sum."""
+    return scores.tokens.chosen.sums(scores.tokens.chosen.reference.square()) + 0 * scores.delta
+
+
+spread_of_tokens.needs_tokens = True  # type: ignore[attr-defined]
+
+
+def tokens_of_sums(folder: Path) -> float:
+    """How far such a loss is off where the rows bring sums."""
+    whole = make_trainer(folder, loss=spread_of_tokens)
+    rows = with_reference_columns(whole.train_dataset, whole.reference, whole.data_collator)
+    of_sums = make_trainer(folder, rows=rows, loss=spread_of_tokens)
+    losses = [trainer.evaluate(rows)["eval_loss"] for trainer, rows in ((whole, whole.train_dataset), (of_sums, rows))]
+    return abs(losses[0] - losses[1]) / losses[0]
+
+
 # ------------------------------------------------------------------------------- the protections, and their loss
 
 
@@ -874,6 +891,10 @@ class Protection:
 
 def no_gap_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.reference.watch, "check_initial_gap", lambda *_: None)
+
+
+def know_sums_as_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.config.rules.reference, "_given", lambda facts: ())
 
 
 def reload_by_name(patch: pytest.MonkeyPatch) -> None:
@@ -1190,6 +1211,7 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     # a reference model
     "what is shared and trains is copied": Protection(shares_with_the_policy, copy_nothing),
+    "sums are no tokens": Protection(tokens_of_sums, know_sums_as_tokens, ConfigurationError),
     "the policy is no reference model": Protection(is_the_policy, no_sharing_check, ConfigurationError),
     "what follows is a copy": Protection(callers_model_moves, move_what_was_given, silent=1),
     # stored

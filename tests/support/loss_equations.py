@@ -106,6 +106,9 @@ def loss_by_hand(name: str, pair: Pair, numbers: Numbers) -> float:  # noqa: C90
             return sigma(r_w) + 1 - sigma(r_w - r_l)
         case "sft":
             return -pair.policy_chosen / pair.num_chosen
+        case "hypo":
+            reference = max(0.0, pair.reference_chosen - pair.reference_rejected)
+            return -log_sigma(beta * (pair.policy_chosen - pair.policy_rejected - reference))
         case "aot" | "aot_unpaired":
             return aot_by_hand(name, [pair], numbers)
     raise AssertionError(name)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from support.observe import bits, same_bits
 from support.runs import curve, facts_of, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
-from tether import BEMACallback
+from tether import BEMACallback, SyncRefModelCallback
 from tether.config.rules.reference import refused_reference
 from tether.errors import ConfigurationError, ReferenceModelError, ResumeError
 
@@ -216,3 +216,20 @@ def test_a_callback_that_comes_too_late_for_its_reference_is_refused(tmp_path: P
 def test_a_schedule_that_counts_no_steps_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
         BEMACallback(**{name: 0})
+
+
+# ---------------------------------------------------------------------------------------- TRL's name for a sync
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_sync_callback_is_refused_where_no_option_moves_the_reference(later: bool, tmp_path: Path) -> None:
+    def run(**options: Any) -> None:
+        callback = SyncRefModelCallback(ref_model=None, accelerator=None)
+        trainer = make_trainer(tmp_path, max_steps=1, callbacks=[] if later else [callback], **options)
+        if later:
+            trainer.add_callback(callback)
+        trainer.train()
+
+    run(sync_ref_model=True, ref_model_sync_steps=1)
+    with pytest.raises(ValueError, match="`SyncRefModelCallback` without `sync_ref_model=True`"):
+        run()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import tether
 from support.observe import bits, same_bits
 from support.runs import says_rounding
 from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
+from tether.trainer.evaluation import padded_ids
 from tether.trainer.trl_attributes import ELSEWHERE
 
 pytestmark = pytest.mark.numerics
@@ -33,6 +36,7 @@ TOKEN_MEANS = ("entropy", "logits/", "mean_token_accuracy")
 EVALUATED = ("eval_", "again_")
 
 START = """
+from datasets import Dataset
 from LIBRARY import DPOConfig, DPOTrainer
 
 def config(**options):
@@ -179,7 +183,7 @@ for kind in (Dropped, Added, Own, DPOTrainer):
     result += [{name: entry[name] for name in figures if name in entry} for entry in logged]
 """,
     "logs of several steps, and of those that are left at the end": """
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 class AsksForALog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -192,12 +196,50 @@ for options in ({"max_steps": 7}, {"max_steps": 2}, {"max_steps": 2, "logging_st
     result.append(trainer.train().metrics)
     result += trainer.state.log_history
 """,
+    "floating-point operations, of pairs without padding": """
+one_length = [row | {"chosen": row["chosen"][:20], "rejected": row["rejected"][1:21]} for row in rows
+              if len(row["chosen"]) > 22 and len(row["rejected"]) > 22][:1]
+trainer = DPOTrainer(model_folder, args=config(max_steps=1), train_dataset=Dataset.from_list(one_length))
+trainer.train()
+result = [{"flops": trainer.state.total_flos}]
+""",
     "tokens that the model was fed": """
 args = config(include_num_input_tokens_seen="non_padding", gradient_accumulation_steps=2)
 trainer = DPOTrainer(model_folder, args=args, train_dataset=rows)
 trainer.train()
 logged = [entry["num_input_tokens_seen"] for entry in trainer.state.log_history if "loss" in entry]
 result = [{"seen": trainer.state.num_input_tokens_seen, "logged": str(logged)}]
+""",
+    "a completion mask with holes": """
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+import torch
+padding = DataCollatorForPreference(pad_token_id=0)
+
+def answers_only(examples):
+    batch = padding(examples)
+    batch["completion_mask"] = batch["completion_mask"] * (torch.arange(batch["input_ids"].shape[1]) % 4 > 0)
+    return batch
+
+result = []
+for options in ({"loss_type": ["ipo", "sigmoid_norm"]}, {"use_weighting": True, "beta": 0.7}):
+    trainer = DPOTrainer(model_folder, None, config(**options), answers_only, rows, eval_rows)
+    trainer.train()
+    result += [*trainer.state.log_history, trainer.evaluate()]
+""",
+    "options of the loss and a collator that are set after construction": """
+from transformers import TrainerCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+result = []
+for changes in ({"label_smoothing": 0.2, "loss_types": ["robust"], "ld_alpha": 0.3},
+                {"loss_types": ["hinge", "ipo"], "loss_weights": [1.0, 0.5], "beta": 0.7,
+                 "data_collator": DataCollatorForPreference(pad_token_id=0, max_length=60)}):
+    trainer = DPOTrainer(model_folder, args=config(), train_dataset=rows,
+                         eval_dataset=eval_rows)
+    for name, value in changes.items():
+        setattr(trainer, name, value)
+    trainer.train()
+    result += [*trainer.state.log_history, trainer.evaluate()]
 """,
     "what scripts read from the trainer": """
 trainer = DPOTrainer(model_folder, args=config(beta=0.3, loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.5]),
@@ -280,6 +322,41 @@ def test_a_script_gives_the_same_under_both(name: str, model_folder: str, tmp_pa
             assert our[key] == expected, (number, key)
 
 
+def of_trls_example(library: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The log of the script that TRL ships, run with these words on its command line."""
+    text = Path(trl.__file__).with_name("scripts").joinpath("dpo.py").read_text(encoding="utf-8")
+    changed = text.replace("from trl import", f"from {library} import")
+    with monkeypatch.context() as patch:
+        if library == "tether":
+            patch.setitem(sys.modules, "trl", None)  # an import of it fails
+        patch.setattr(sys, "argv", ["dpo.py", *words])
+        exec(compile(changed, "dpo.py", "exec"), {"__name__": "__main__"})
+    out = Path(words[words.index("--output_dir") + 1])
+    assert list(out.glob("adapter_model.safetensors"))
+    log: list[dict[str, Any]] = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in entry.items() if not any(word in key for word in CLOCK)} for entry in log]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trls_own_script_runs_with_its_import_changed_and_trl_gone(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, count in (("train", 12), ("test", 4)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in tiny_pairs(count, seed=count)))
+    words = (
+        f"--dataset_name {tmp_path} --model_name_or_path {model_folder} --learning_rate 1e-2 --max_steps 2 "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --eval_strategy steps --eval_steps 1 "
+        "--use_peft --lora_r 4 --lora_alpha 16 --logging_steps 1 --save_steps 2 --report_to none --bf16 false "
+        f"--disable_tqdm true --no_remove_unused_columns --adam_epsilon {ADAM_EPSILON}"
+    ).split()
+    runs = [of_trls_example(n, [*words, "--output_dir", str(tmp_path / n)], monkeypatch) for n in ("trl", "tether")]
+    for their, our in zip(*runs, strict=True):
+        assert not their.keys() - our.keys()
+        for key, value in their.items():
+            if not (says_rounding(their, key) or any(word in key for word in TOKEN_MEANS)):
+                assert our[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
 # ------------------------------------------------------------------------------------------------- the checklist
 
 
@@ -325,13 +402,32 @@ def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: s
         _ = ours.bta
 
 
-@pytest.mark.parametrize(
-    "name", ["_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs"]
-)
-def test_a_subclass_that_replaces_what_only_trl_calls_is_refused(name: str) -> None:
-    assert hasattr(trl.DPOTrainer, name)
-    with pytest.raises(ValueError, match=name):
-        type("Mine", (tether.DPOTrainer,), {name: lambda self, *given: None})
+def test_a_subclass_that_replaces_what_only_trl_calls_is_refused_with_all_of_it(tmp_path: Path) -> None:
+    replaced = ("_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs")
+    assert all(hasattr(trl.DPOTrainer, name) for name in replaced)
+    former = ("dpo_loss", "concatenated_forward", "get_batch_loss_metrics", "get_batch_logps", "concatenated_inputs")
+    for name in (*replaced, *former, "tokenize_row", "store_metrics", "_tokenize"):
+        with pytest.raises(ValueError, match=f"`Mine.{name}`: only TRL's trainer calls") as caught:
+            type("Mine", (tether.DPOTrainer,), {name: lambda self, *given: None})()
+        assert isinstance(caught.value, tether.errors.ConfigurationError) and caught.value.instead
+
+    class Bypasses(tether.DPOTrainer):  # as LLaMA-Factory's trainer does
+        def __init__(self, model: Any, ref_model: Any = None, **given: Any) -> None:
+            self.ref_model, self.beta = ref_model, 0.1
+            Trainer.__init__(self, model=model, **given)
+
+    class Former(Bypasses):
+        def concatenated_forward(self) -> None: ...
+        def get_batch_loss_metrics(self) -> None: ...
+
+    with pytest.raises(ValueError, match=r"`Former\.concatenated_forward` and `Former\.get_batch_loss_metrics`"):
+        Former(tiny_model())
+    with pytest.raises(AttributeError, match=r"`trainer\.ref_model`") as refused:
+        Bypasses(tiny_model())
+    assert "reference=" in str(refused.value)
+    Bypasses.ref_model = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(tether.errors.NotHereError, match=r"`DPOTrainer\.__init__` was not called"):
+        Bypasses(tiny_model())
 
 
 # What TRL refuses, and with which builtin; a script's `except` must go on working.
@@ -440,7 +536,47 @@ def test_beta_set_by_a_callback_holds_from_the_next_step_on(model_folder: str, t
     with pytest.raises(ValueError, match="positive"):
         trainer.beta = 0.0
     with pytest.raises(AttributeError, match="read only"):
-        trainer.label_smoothing = 0.1
+        trainer.padding_free = True
+
+
+def test_options_of_the_loss_can_be_set_and_are_checked(model_folder: str, tmp_path: Path) -> None:
+    trainer = tether.DPOTrainer(
+        model_folder, args=tether.DPOConfig(str(tmp_path), report_to=[]), train_dataset=tiny_pairs(4)
+    )
+    for name, value, message in (
+        ("loss_types", ["sigmoidd"], "Did you mean `sigmoid`"),
+        ("loss_weights", [1.0, 2.0], "there is one loss"),
+        ("ld_alpha", 2.0, "weight of the tokens"),
+        ("label_smoothing", "a lot", "valid number"),
+        ("beta", 0.0, "positive"),
+    ):
+        former = getattr(trainer, name)
+        with pytest.raises(ValueError, match=message):
+            setattr(trainer, name, value)
+        assert getattr(trainer, name) == former
+    with pytest.raises(AttributeError, match="reference="):
+        trainer.ref_model = tiny_model()
+    own = tether.DPOTrainer(
+        model_folder,
+        args=tether.DPOConfig(str(tmp_path), report_to=[]),
+        train_dataset=[{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in tiny_pairs(4)],
+        loss=lambda scores, options: options.beta * scores.delta,
+    )
+    with pytest.raises(ValueError, match="takes the place"):
+        own.loss_types = ["ipo"]
+    with pytest.raises(ValueError, match="knows sums only"):
+        own.ld_alpha = 0.5
+
+
+def test_a_batch_without_padding_says_where_padded_tensors_are(model_folder: str, tmp_path: Path) -> None:
+    args = tether.DPOConfig(str(tmp_path), report_to=[], dataloader_num_workers=1)
+    trainer = tether.DPOTrainer(model_folder, args=args, train_dataset=tiny_pairs(4))
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with pytest.raises(KeyError, match="Cannot read `input_ids` of a batch") as caught:
+        inputs["input_ids"]
+    assert "padded_ids(inputs['batch'], pad_token_id)" in str(caught.value)
+    ids = padded_ids(inputs["batch"], 0)
+    assert ids.shape[0] == 2 * inputs["batch"].num_pairs
 
 
 def test_an_optimizer_by_class_is_that_optimizer(model_folder: str, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ BOTH: dict[str, dict[str, Any]] = {
 }
 
 RUNS: dict[str, dict[str, Any]] = {
-    name: {"loss_type": [name], "label_smoothing": SMOOTHING.get(name, 0.0)} | BOTH.get(name, {}) for name in LOSSES
+    name: {"loss_type": [name], "label_smoothing": SMOOTHING.get(name, 0.0)} | BOTH.get(name, {})
+    for name in LOSSES
+    if name != "hypo"  # TRL has none
 } | {
     "MPO": {
         "loss_type": ["sigmoid", "bco_pair", "sft"],

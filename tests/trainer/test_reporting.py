@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from support.runs import as_dataset, steps, trained
+from support.runs import as_dataset, steps, stream, trained
 from support.tiny import tiny_pairs
+from tether.errors import DataError
 
 
 def test_tensorboard_has_every_logged_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +34,20 @@ def test_tensorboard_has_every_logged_figure(tmp_path: Path, monkeypatch: pytest
     assert [event.value for event in events.Scalars("eval/held_rewards/margins")] == [
         pytest.approx(entry["eval_held_rewards/margins"], rel=1e-6) for entry in evaluated
     ]
+
+
+def test_a_run_says_nothing_of_special_tokens_that_transformers_aligns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trained(tmp_path, max_steps=1)
+    assert trainer.model.config.pad_token_id == 0 and "PAD/BOS/EOS" not in caplog.text
+
+
+def test_an_error_of_a_worker_is_told_as_without_one(tmp_path: Path) -> None:
+    told = []
+    for number in (0, 1):
+        rows = stream([*tiny_pairs(4), {"prompt": "a", "chosen": "b"}])
+        with pytest.raises(DataError) as caught:
+            trained(tmp_path, rows=rows, max_steps=4, dataloader_num_workers=number)
+        told.append((caught.value.problem, caught.value.details, caught.value.instead, str(caught.value)))
+    assert told[0] == told[1] and "Traceback" not in told[1][3]

@@ -126,7 +126,10 @@ def test_what_else_differs_is_one_line(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_a_beta_that_a_callback_changes_is_no_other_option(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **RUN)
-    compute, trainer.compute_loss = trainer.compute_loss, lambda *a, **k: trainer.args.set_beta(0.3) or compute(*a, **k)
+    compute, trainer.compute_loss = (
+        trainer.compute_loss,
+        lambda *a, **k: trainer.args.set_loss(beta=0.3) or compute(*a, **k),
+    )
     trainer.train()
     assert resume(tmp_path).state.global_step == 2
 

@@ -568,6 +568,35 @@ def test_a_collator_of_ones_own_that_returns_images_is_refused(tmp_path: Path) -
         trainer.train()
 
 
+class WithoutFirstTokens(DataCollatorForVisionPreference):
+    """Scores all but the first token of each response, and may change the images."""
+
+    brighter = False
+
+    def torch_call(self, examples: Any) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        mask = batch["completion_mask"]
+        first = mask.cumsum(1) == 1
+        if self.brighter:
+            batch["pixel_values"] = batch["pixel_values"] + 1
+        return batch | {"completion_mask": mask * ~first}
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}])
+def test_a_collator_that_subclasses_ours_is_used(options: dict[str, Any], tmp_path: Path) -> None:
+    rows = tiny_image_pairs(6)
+    own = WithoutFirstTokens(tiny_processor(), max_length=40)
+    trainer = vision_trainer(tmp_path, rows, data_collator=own, max_length=40, eval_dataset=as_dataset(rows), **options)
+    expected = []
+    for row in trainer.train_dataset:
+        batch = batch_of(PairCollator(40, image_rows=ImageRows(tiny_processor()))([row]))
+        expected.append(score(trainer.model, batch).split()[batch.chosen[0]][1:].sum().item())
+    assert trainer.evaluate()["eval_logps/chosen"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    own.brighter = True
+    with pytest.raises(ConfigurationError, match="what `data_collator` made of `pixel_values`"):
+        trainer.train()
+
+
 def test_a_dataset_of_images_is_not_written_again(tmp_path: Path) -> None:
     """The set's own image column stays the object on disk that it was; token ids stand beside it."""
     dataset = Dataset.from_list(tiny_image_pairs(3))

@@ -24,12 +24,12 @@ from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
 from tether.cli.quantization import quantization_of
 from tether.cli.quiet import quiet_deepspeed
 from tether.cli.recipe import Recipe, refuse_as_written
+from tether.cli.scripts import adapter_of
 from tether.config.rules.arguments import refused_gguf
 from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
 from tether.models.gguf import without_absent_file
 from tether.models.loading import load_processing_class_of, naming_model
-from tether.models.preparing import lora_config
 from tether.refusals import of_option, refuse
 from tether.trainer.dpo_trainer import DPOTrainer
 
@@ -69,7 +69,7 @@ def build_trainer(
             processing_class=processing_class,
             callbacks=list(callbacks),
             quantization_config=quantization,
-            peft_config=None if script.lora_r is None else _adapter(script, script.lora_r),
+            peft_config=None if script.lora_r is None else adapter_of(script),
         )
     transformers_logging.disable_progress_bar()  # of each save, in the middle of the table
     for theirs in (ProgressCallback, PrinterCallback):  # every metric in one line; ours says what people look at
@@ -85,22 +85,6 @@ def _as_written(recipe: Recipe) -> Iterator[None]:
     except ConfigurationError as error:
         refuse_as_written(error, recipe.request)
         raise
-
-
-def _adapter(script: ScriptOptions, rank: int) -> Any:
-    options = {
-        "target_parameters": script.lora_target_parameters,
-        "modules_to_save": script.lora_modules_to_save,
-        "use_rslora": script.use_rslora or None,
-        "use_dora": script.use_dora or None,
-    }
-    return lora_config(
-        rank,
-        alpha=script.lora_alpha,
-        dropout=script.lora_dropout or 0.0,
-        target_modules=script.lora_target_modules,
-        **{name: value for name, value in options.items() if value is not None},
-    )
 
 
 def load_sets(recipe: Recipe) -> tuple[PairDataset, PairDataset | None]:

@@ -81,7 +81,7 @@ def _batches(trainer: DPOTrainer) -> Iterator[tuple[list[Any], PairBatch]]:
         first: Any = list(rows.take(1))  # type: ignore[union-attr]
         yield first, batch_of(collator(first))
         return
-    columns = token_columns(rows)
+    columns = token_columns(rows, trainer.args.pair_columns.names)
     for start in range(0, len(columns), _ROWS_AT_ONCE):
         some = columns.__getitems__(list(range(start, min(start + _ROWS_AT_ONCE, len(columns)))))
         yield some, batch_of(collator(some))

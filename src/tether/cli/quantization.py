@@ -6,15 +6,18 @@ Knows options only; loads nothing.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import BitsAndBytesConfig
 
-from tether.cli.options import ScriptOptions
 from tether.errors import MissingPackageError
 
+if TYPE_CHECKING:
+    from tether.cli.options import ScriptOptions
+    from tether.cli.scripts import ModelConfig
 
-def quantization_of(script: ScriptOptions) -> BitsAndBytesConfig | None:
+
+def quantization_of(script: ScriptOptions | ModelConfig) -> BitsAndBytesConfig | None:
     """How the model's weights are quantized when they are loaded, as in TRL's script; None if they are not.
 
     Products are computed in the recipe's `dtype`.

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -34,7 +34,8 @@ from tether.config.rules.options import (
     refused_names,
     refused_options,
 )
-from tether.errors import ArgumentTypeError, said
+from tether.data.columns import PairColumns
+from tether.errors import ArgumentTypeError, ConfigurationError, said
 from tether.losses import (
     DIVERGENCES,
     LOSSES,
@@ -43,7 +44,6 @@ from tether.losses import (
     LossOptions,
     Objective,
     PreferenceLoss,
-    check_loss_options,
 )
 from tether.masking import masked
 from tether.refusals import Refusal, of_option, refuse
@@ -152,6 +152,10 @@ class DPOConfig(TrainingArguments):
         0.0, "Probability that a preference label is flipped, in [0, 0.5); exo_pair needs some."
     )
     beta: float = _option(0.1, "Strength of the pull towards the reference (for IPO, the regularisation tau).")
+    beta_column: str | None = _option(None, "Column of the rows that has each pair's own beta, instead of `beta`.")
+    loss_columns: list[str] | None = _option(
+        None, "Columns of the rows, a number in each, that your own loss reads from `scores.columns`."
+    )
     f_divergence_type: DivergenceName = _option(
         "reverse_kl",
         f"The f-divergence from the reference, for losses on the difference of two rewards: {', '.join(DIVERGENCES)}.",
@@ -225,11 +229,7 @@ class DPOConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str | tuple):
-            self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        self._settle_values()
-        refuse(refused_types(self, DPOConfig, _ALSO), ArgumentTypeError)
-        refuse(refused_options(self))
+        self._check()
         self._settle_padding()
         if self.bf16 is None:
             on_accelerator = not self.use_cpu and is_torch_bf16_gpu_available()
@@ -299,6 +299,12 @@ class DPOConfig(TrainingArguments):
         )
 
     @property
+    def pair_columns(self) -> PairColumns:
+        """Further columns of the rows that the loss reads."""
+        beta = () if self.beta_column is None else (self.beta_column,)
+        return PairColumns(tuple(dict.fromkeys((*beta, *(self.loss_columns or ())))), frozenset(beta))
+
+    @property
     def recomputes_activations(self) -> bool:
         """Activation checkpointing, under the name that transformers' trainer reads."""
         return bool(getattr(self, _CHECKPOINTING))
@@ -313,20 +319,27 @@ class DPOConfig(TrainingArguments):
         kwargs = getattr(self, f"{_CHECKPOINTING}_kwargs")
         return bool(self.recomputes_activations and isinstance(kwargs, dict) and kwargs.get("use_reentrant"))
 
-    def set_beta(self, value: float) -> None:
-        """Changes `beta` while training.
+    def set_loss(self, **options: Any) -> None:
+        """Changes options of the loss while training: `set_loss(beta=0.2)`.
 
         Raises:
-            ConfigurationError: If it is not positive.
+            ConfigurationError: For what cannot be; nothing is changed then.
         """
-        check_loss_options(
-            self.loss_type,
-            self.loss_weights,
-            replace(self.loss_options, beta=value),
-            use_weighting=self.use_weighting,
-            bco_reward_shift=self.bco_reward_shift,
-        )
-        self.beta = value
+        former = {name: getattr(self, name) for name in options}
+        vars(self).update(options)
+        try:
+            self._check()
+        except ConfigurationError:
+            vars(self).update(former)
+            raise
+
+    def _check(self) -> None:
+        """Types and values of our own options; those of TrainingArguments are transformers' to check."""
+        if isinstance(self.loss_type, str | tuple):
+            self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        self._settle_values()
+        refuse(refused_types(self, DPOConfig, _ALSO), ArgumentTypeError)
+        refuse(refused_options(self))
 
     def _settle_values(self) -> None:
         """NumPy's numbers as plain ones, paths as text, and whole numbers as floats where torch takes no others."""
@@ -358,15 +371,25 @@ def _takes_floats(entry: Field[Any]) -> bool:
     return isinstance(entry.default, float) or (is_own and str(entry.type).startswith("float"))
 
 
-def objective_of(args: DPOConfig, loss: PreferenceLoss | None) -> Objective:
-    """What a run minimises: the losses named by its options, or the user's own."""
-    return Objective(
+def objective_of(args: DPOConfig, loss: PreferenceLoss | None, former: Objective | None = None) -> Objective:
+    """What a run minimises: the losses named by its options, or the user's own.
+
+    Args:
+        args: The options.
+        loss: The user's own loss.
+        former: What the run minimised so far; BCO's running mean goes on.
+    """
+    objective = Objective(
         [loss] if loss is not None else args.loss_type,
         args.loss_weights,
         lambda: args.loss_options,  # read at each step: a callback may change beta
         use_weighting=args.use_weighting,
         bco_reward_shift=args.bco_reward_shift,
+        beta_column=args.beta_column,
     )
+    if objective.reward_shift is not None and former is not None:
+        objective.reward_shift = former.reward_shift or objective.reward_shift
+    return objective
 
 
 def look_for_unused_parameters(args: DPOConfig) -> None:

@@ -21,7 +21,7 @@ from tether.data.rows import REFERENCE_COLUMNS, check_reference_sum
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError, DataError
 from tether.store import content_key
-from tether.types import PairBatch, Response, TruncationMode, image_inputs
+from tether.types import PairBatch, PromptImages, Response, TruncationMode, image_inputs
 
 _PADDED = ("input_ids", "attention_mask", "completion_mask")
 
@@ -184,14 +184,16 @@ def pair_collator(
     """
     if given is None:
         return PairCollator(max_length, truncation_mode, image_rows)
-    if isinstance(given, PairCollator):
+    if isinstance(given, PairCollator | PairsOfPadded):
         return given
     if type(given) is DataCollatorForPreference:  # the same pairs, without the detour through padding
         return PairCollator(given.max_length, given.truncation_mode, image_rows)
     if type(given) is DataCollatorForVisionPreference:
         return PairCollator(given.max_length, image_rows=ImageRows(given.processor))
     if callable(given):
-        return PairsOfPadded(given)
+        return PairsOfPadded(
+            given, ImageRows(given.processor) if isinstance(given, DataCollatorForVisionPreference) else None
+        )
     raise ConfigurationError(
         problem=f"Cannot use a `data_collator` of type {type(given).__name__}: a collator is called with a list of "
         "rows and returns one batch.",
@@ -204,19 +206,24 @@ def pair_collator(
 class PairsOfPadded:
     """Turns the padded batches of another collator into pairs, by removing the padding.
 
-    Content keys are made from the fed tokens, since those that the collator truncated are not known.
+    Content keys are made from the fed tokens, since those that the collator truncated are not known. A response begins
+    at the first token that `completion_mask` marks and ends with its sequence; those of its tokens that are not marked
+    are scored, so that one record serves every mask, and do not count (`PairBatch.scored`).
 
     Args:
         collator: Returns `input_ids`, `attention_mask`, `completion_mask`, each `[2 * rows, length]`: all chosen
             sequences, then all rejected ones; and `ref_chosen_logps`, `ref_rejected_logps`, each `[rows]`, if the
             rows have them. Batches that are pairs already are passed through.
+        image_rows: Reads the rows' images, for a subclass of `DataCollatorForVisionPreference`; what it returns of them
+            must be the same.
 
     Raises:
-        ConfigurationError: If it returns other keys or shapes.
-        DataError: If a sequence has no response, or one with gaps.
+        ConfigurationError: If it returns other keys or shapes, or other images.
+        DataError: If a sequence has no response.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
+    image_rows: ImageRows | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows, counts = own_rows(rows)
@@ -225,16 +232,33 @@ class PairsOfPadded:
             return dict(padded) if counts else uncounted(padded)
         # Sums that are not from the rows belong to a reference that this run does not use.
         optional = REFERENCE_COLUMNS if all(name in row for row in rows for name in REFERENCE_COLUMNS) else ()
+        shown = [None if self.image_rows is None else self.image_rows.shown(row) for row in rows] * 2
+        padded = _without_images(padded, shown)
         _check_layout(padded, len(rows), optional)
         sums = [total for name in REFERENCE_COLUMNS if name in padded for total in padded[name].tolist()]
         sequences = [
-            _response(number, *(tensor.tolist() for tensor in sequence))._replace(
+            _response(number, shown[number], *(tensor.tolist() for tensor in sequence))._replace(
                 reference_sum=sums[number] if sums else None
             )
             for number, sequence in enumerate(zip(*(padded[name] for name in _PADDED), strict=True))
         ]
         pairs = list(zip(sequences[: len(rows)], sequences[len(rows) :], strict=True))
         return inputs_of(pairs, margins_of(rows), counts=counts)
+
+
+def _without_images(padded: Any, shown: Sequence[PromptImages | None]) -> Any:
+    """The batch without what shows the images of its rows, which is read from the rows."""
+    if not any(shown) or not isinstance(padded, Mapping) or "input_ids" not in padded:
+        return padded
+    own = image_inputs(shown, padded["input_ids"].shape[1])
+    for name in own.keys() & padded.keys():
+        if not torch.equal(own[name], padded[name]):
+            raise ConfigurationError(
+                problem=f"Cannot use what `data_collator` made of `{name}`: the reference's answers are kept by the "
+                "images of the rows, and these are others.",
+                instead="Change the images in the rows (`dataset.map`), and leave them as they are in the collator.",
+            )
+    return {name: value for name, value in padded.items() if name not in own}
 
 
 def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None:
@@ -254,18 +278,23 @@ def _check_layout(padded: Any, num_rows: int, optional: tuple[str, ...]) -> None
     )
 
 
-def _response(number: int, ids: list[int], attended: list[int], scored: list[int]) -> Response:
+def _response(
+    number: int, images: PromptImages | None, ids: list[int], attended: list[int], scored: list[int]
+) -> Response:
     """The prompt and response of one padded sequence."""
     tokens = [(token, mark) for token, is_there, mark in zip(ids, attended, scored, strict=True) if is_there]
     marks = [int(mark) for _, mark in tokens]
     # A response that fills the sequence loses its first token, which nothing predicts.
-    start = max(1, marks.index(1)) if 1 in marks else len(marks)
-    if start >= len(marks) or not all(marks[start:]):
+    start = next((place for place, mark in enumerate(marks) if place and mark), 0)
+    if not start:
         raise DataError(
-            problem=f"The completion mask of sequence {number} of a batch from `data_collator` is {marks}: a response "
-            "must be one run of tokens up to the end of its sequence, with a token before it.",
-            instead="Mark every token from the response's first to its last, and set the trainer's `max_length` to "
-            "the length at which the collator cuts: rows without room for a response are then dropped.",
+            problem=f"The completion mask of sequence {number} of a batch from `data_collator` is {marks}: it marks no "
+            "token of a response, with a token before it.",
+            instead="Mark the response's tokens in `completion_mask`, and set the trainer's `max_length` to the length "
+            "at which the collator cuts: rows without room for a response are then dropped.",
         )
     prompt, response = (tuple(token for token, _ in part) for part in (tokens[:start], tokens[start:]))
-    return Response(prompt, response, content_key(prompt, response))
+    whole = all(marks[start:])
+    counts = None if whole else tuple(map(bool, marks[start:]))
+    key = content_key(prompt, response, inputs={"images": images.digest} if images else None)
+    return Response(prompt, response, key, images=images, scored=counts)

@@ -34,7 +34,7 @@ from tether.data.rows import RESPONSES, UNREADABLE_COLUMN, RowReader, TextRows, 
 from tether.data.rows import TOKEN_COLUMNS as TOKEN_COLUMNS
 from tether.data.tokenizing import TokenizingPlan, tokenize_set, tokenize_stream
 from tether.data.truncation import Truncation
-from tether.errors import ArgumentTypeError, DataError
+from tether.errors import ArgumentTypeError, DataError, NotInBatchError
 from tether.store import content_key
 from tether.types import PairBatch, PromptImages, Response, TruncationMode
 
@@ -268,13 +268,25 @@ def inputs_of(
 ) -> dict[str, Any]:
     """The output of a collator for these pairs: their batch, and a tensor with a 1 for each pair that counts."""
     batch = replace(PairBatch.of_pairs(pairs, margins), counts=counts)
-    return {"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch}
+    return PairInputs({"pairs": torch.full((batch.num_pairs,), int(counts)), "batch": batch})
+
+
+class PairInputs(dict[str, Any]):
+    """What a collator returns: a dict without the padded tensors of other collators, which says so."""
+
+    def __missing__(self, key: str) -> Any:
+        raise NotInBatchError(
+            problem=f"Cannot read `{key}` of a batch: it holds pairs without padding, in `batch`, and `pairs`.",
+            instead="Write `padded_ids(inputs['batch'], pad_token_id)` of `tether.trainer.evaluation` for padded token "
+            "ids, `compute_loss(model, inputs, return_outputs=True)` for logits, and "
+            "`tether.DataCollatorForPreference(pad_token_id)(rows)` for a padded batch of rows.",
+        )
 
 
 def uncounted(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs, as pairs that do not count."""
     batch = replace(batch_of(inputs), counts=False)
-    return {**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch}
+    return PairInputs({**inputs, "pairs": torch.zeros_like(inputs["pairs"]), "batch": batch})
 
 
 def truncation_of(collator: Any) -> Truncation | None:
@@ -306,16 +318,11 @@ def cut_images(where: str, truncation: Truncation) -> DataError:
     )
 
 
-def batch_columns(*, with_images: bool) -> list[str]:
-    """The columns of a tokenized set that a batch may need."""
-    return [
-        *TOKEN_COLUMNS,
-        MARGIN_COLUMN,
-        *REFERENCE_COLUMNS,
-        REFERENCE_CHECKSUM,
-        REPEATED,
-        *(PROMPT_COLUMNS if with_images else ()),
-    ]
+def batch_columns(*, with_images: bool, further: Sequence[str] = ()) -> list[str]:
+    """The columns of a tokenized set that a batch may need, and further ones that the loss reads."""
+    of_rows = MARGIN_COLUMN, *REFERENCE_COLUMNS, REFERENCE_CHECKSUM, REPEATED
+    of_images = PROMPT_COLUMNS if with_images else ()
+    return [*dict.fromkeys((*TOKEN_COLUMNS, *of_rows, *of_images, *further))]
 
 
 def _as_python(value: Any) -> Any:

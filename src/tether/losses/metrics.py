@@ -34,7 +34,7 @@ def pair_metrics(
     batch: PairBatch,
     scores: PairScores,
     losses: Float[Tensor, " pairs"],
-    beta: float,
+    beta: float | Float[Tensor, " pairs"],
     policy: ResponseLogProbs,
     noise_spread: float = 0.0,
 ) -> PairMetrics:

@@ -17,9 +17,9 @@ from tether.errors import ConfigurationError
 from tether.losses.checks import refused_margin
 from tether.losses.options import LossOptions, PreferenceLoss
 from tether.losses.table import LOSSES, Loss
-from tether.losses.weighting import RewardShift, pair_scores, policy_weights
+from tether.losses.weighting import RewardShift, pair_scores, pair_tokens, policy_weights
 from tether.refusals import Refusal, refuse
-from tether.types import PairBatch, PairScores, ResponseLogProbs
+from tether.types import PairBatch, PairScores, ResponseLogProbs, scored_tokens
 
 
 class Objective:
@@ -33,6 +33,10 @@ class Objective:
         options: The numbers in the losses' equations, or a function that returns them for each batch.
         use_weighting: Weight pairs by their likelihood under the policy (WPO).
         bco_reward_shift: Keep BCO's running mean of rewards, if `bco_pair` is one of the losses.
+        beta_column: A column of the rows that is each pair's `beta`.
+
+    Attributes:
+        needs_tokens: A loss reads single tokens, whatever the options.
     """
 
     def __init__(
@@ -43,12 +47,14 @@ class Objective:
         *,
         use_weighting: bool = False,
         bco_reward_shift: bool = True,
+        beta_column: str | None = None,
     ) -> None:
         functions = [LOSSES[loss] if isinstance(loss, str) else loss for loss in losses]
         self._terms = list(zip(weights or [1.0] * len(functions), functions, strict=True))
         self._options = options if callable(options) else lambda: options
+        self.use_weighting, self._beta_column = use_weighting, beta_column
+        self.needs_tokens = any(getattr(loss, "needs_tokens", False) for loss in functions)
         self.names = [loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)) for loss in losses]
-        self.use_weighting = use_weighting
         self.reward_shift = RewardShift() if bco_reward_shift and "bco_pair" in losses else None
 
     def __call__(
@@ -75,8 +81,11 @@ class Objective:
         """
         if batch.margins is not None:
             refuse(self.refused_margin())
-        options = self._options()
+        policy, reference = scored_tokens(batch, policy), scored_tokens(batch, reference)
+        options = self.options_of(batch)
         scores = pair_scores(batch, policy, reference, options.ld_alpha)
+        if self.needs_tokens:
+            scores = replace(scores, tokens=pair_tokens(batch, policy, reference))
         if self.reward_shift is not None:
             shift = self.reward_shift.update(scores, options.beta, reduce, counts=batch.counts) if training else None
             scores = replace(
@@ -86,11 +95,21 @@ class Objective:
         losses = torch.stack(values).sum(0)
         return scores, losses * policy_weights(batch, policy) if self.use_weighting else losses
 
+    def options_of(self, batch: PairBatch) -> LossOptions:
+        """The numbers in the losses' equations for a batch."""
+        options = self._options()
+        return options if self._beta_column is None else replace(options, beta=batch.columns[self._beta_column])
+
     @property
     def functions(self) -> dict[str, PreferenceLoss]:
         """The losses by name, as documented functions."""
         plain = [loss.function if isinstance(loss, Loss) else loss for _, loss in self._terms]
         return {getattr(function, "__name__", type(function).__name__): function for function in plain}
+
+    @property
+    def own_loss(self) -> PreferenceLoss | None:
+        """The user's own loss, if there is one."""
+        return next((loss for _, loss in self._terms if not isinstance(loss, Loss)), None)
 
     def refused_margin(self) -> Iterator[Refusal]:
         """A `margin` in the rows that no loss reads."""

@@ -28,7 +28,8 @@ class LossOptions:
     """The parameters of the losses; each loss reads those in its equation.
 
     Attributes:
-        beta: Strength of the pull towards the reference; for IPO the regularisation `tau`.
+        beta: Strength of the pull towards the reference; for IPO the regularisation `tau`. With `beta_column`, one for
+            each pair.
         label_smoothing: Probability that a preference label is flipped, in [0, 0.5).
         f_divergence_type: The divergence that keeps the policy near the reference: one of `DIVERGENCES`.
         f_alpha_divergence_coef: Coefficient of the alpha-divergence.
@@ -37,7 +38,7 @@ class LossOptions:
             (LD-DPO); None for 1.
     """
 
-    beta: float = 0.1
+    beta: float | Float[Tensor, " pairs"] = 0.1
     label_smoothing: float = 0.0
     f_divergence_type: _Divergence = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
@@ -51,4 +52,6 @@ class LossOptions:
 
 
 PreferenceLoss = Callable[[PairScores, LossOptions], Float[Tensor, " pairs"]]
-"""A loss, built in or your own: one value per pair. The trainer takes the mean over the pairs of an optimizer step."""
+"""A loss, built in or your own: one value per pair. The trainer takes the mean over the pairs of an optimizer step.
+
+With an attribute `needs_tokens` that is true, it also gets the log-probs of every token, in `PairScores.tokens`."""

@@ -102,6 +102,20 @@ def discopop(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"
     return -torch.sigmoid(-modulation) * logsigmoid(logits) + exponential
 
 
+def hypo(scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
+    """HyPO: DPO that takes the reference for neutral where it prefers the rejected response.
+
+    `-log sigma(beta (d_theta - max(0, d_ref)))`, with `d = log pi(y_w|x) - log pi(y_l|x)` under policy and reference
+
+    Yuan et al. 2026, arXiv 2602.11902.
+
+    TRL 1.16: has no such loss.
+    """
+    policy = scores.policy_chosen - scores.policy_rejected
+    reference = scores.reference_chosen - scores.reference_rejected
+    return -logsigmoid(options.beta * (policy - relu(reference)))
+
+
 def smoothed(logits: Tensor, smoothing: float) -> Tensor:
     """The logistic loss of `logits`, with label smoothing."""
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)

@@ -28,14 +28,14 @@ class Loss:
         takes: Which of `label_smoothing`, `f_divergence_type`, `discopop_tau`, `bco_reward_shift`, `ld_alpha`
             and the rows' `margin` reach its value.
         couples_pairs: A pair's value depends on the other pairs of its micro-batch.
-        needs_per_token: The reference must return log-probs per token whatever the options (for these see
-            `LossOptions.needs_per_token`); otherwise a sum per response is enough.
+        needs_tokens: It reads single tokens whatever the options (for these see `LossOptions.needs_per_token`);
+            otherwise the reference's sum per response is enough.
     """
 
     function: PreferenceLoss
     takes: frozenset[str]
     couples_pairs: bool = False
-    needs_per_token: bool = False
+    needs_tokens: bool = False
 
     def __call__(self, scores: PairScores, options: LossOptions) -> Float[Tensor, " pairs"]:
         return self.function(scores, options)
@@ -45,7 +45,7 @@ _SUMS = frozenset({"ld_alpha"})
 
 LossName = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "hypo",
 ]  # fmt: skip
 """The names in `LOSSES`."""
 
@@ -65,4 +65,5 @@ LOSSES: dict[str, Loss] = {
     "discopop": Loss(pairwise.discopop, _DIFFERENCE | {"discopop_tau"}),
     "sft": Loss(pointwise.sft, frozenset()),
     "sigmoid_norm": Loss(pairwise.sigmoid_norm, _SMOOTHED),
+    "hypo": Loss(pairwise.hypo, _SUMS),
 }

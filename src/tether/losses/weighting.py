@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.types import PairBatch, PairScores, ResponseLogProbs, offsets_of
+from tether.types import PairBatch, PairScores, PairTokens, ResponseLogProbs, TokenScores, offsets_of
 
 
 def pair_scores(
@@ -40,17 +40,35 @@ def pair_scores(
     )
 
 
+def pair_tokens(batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs) -> PairTokens:
+    """Every token of the pairs' responses; those of a response in several pairs once for each."""
+    device = policy.values.device
+    ids = batch.response_ids if batch.scored is None else batch.response_ids[batch.scored]
+
+    def tokens(side: tuple[int, ...]) -> TokenScores:
+        places = _places(batch, side).to(device)
+        offsets = offsets_of([batch.counted_lengths()[r] for r in side], device)
+        return TokenScores(policy.values[places], reference.values[places], ids[places], offsets)
+
+    return PairTokens(tokens(batch.chosen), tokens(batch.rejected))
+
+
+def _places(batch: PairBatch, side: tuple[int, ...]) -> Tensor:
+    """Where the tokens of these responses are among those of the batch that count."""
+    starts = list(accumulate(batch.counted_lengths(), initial=0))
+    return torch.cat([torch.arange(starts[r], starts[r + 1]) for r in side])
+
+
 def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -> tuple[Tensor, Tensor]:
-    lengths, starts = batch.response_lengths, list(accumulate(batch.response_lengths, initial=0))
+    lengths = batch.counted_lengths()
     public = [min(lengths[c], lengths[r]) for c, r in zip(batch.chosen, batch.rejected, strict=True)]
     device = log_probs.values.device
 
     def weighted(side: tuple[int, ...]) -> Tensor:
         # A response in several pairs is gathered once per pair, since the length shared with its partner differs.
-        places = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in side])
         beyond = torch.cat([torch.arange(lengths[r]) >= n for r, n in zip(side, public, strict=True)])
         weights = torch.ones(len(beyond), dtype=log_probs.values.dtype).masked_fill(beyond, alpha).to(device)
-        values = log_probs.values[places.to(device)] * weights
+        values = log_probs.values[_places(batch, side).to(device)] * weights
         return torch.segment_reduce(values, "sum", offsets=offsets_of([lengths[r] for r in side], device))
 
     return weighted(batch.chosen), weighted(batch.rejected)
@@ -86,7 +104,7 @@ class RewardShift:
     def update(
         self,
         scores: PairScores,
-        beta: float,
+        beta: float | Tensor,
         reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
         *,
         counts: bool = True,
@@ -99,7 +117,7 @@ class RewardShift:
             reduce: Sums a tensor over the processes.
             counts: Whether this process's pairs count.
         """
-        rewards = beta * torch.cat([scores.chosen_logratios, scores.rejected_logratios]).detach().double()
+        rewards = torch.cat([beta * scores.chosen_logratios, beta * scores.rejected_logratios]).detach().double()
         totals = reduce(torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]) * counts)
         self._totals = totals if self._totals is None else self._totals.to(totals) + totals
         return self.mean(scores.policy_chosen)

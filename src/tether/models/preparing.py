@@ -5,6 +5,7 @@ Knows transformers and PEFT; knows no files, no data and no training.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -87,10 +88,12 @@ def lora_config(
         alpha: Scale of the update, times the rank; by default `2 * rank`.
         dropout: Dropout before `A`.
         target_modules: Names of the layers to adapt; by default PEFT's choice for the model's family. `["all-linear"]`
-            is every linear layer but the head.
+            is every linear layer but the head, and one entry that is no name is a regular expression.
         further: Other fields of `peft.LoraConfig`, such as `use_dora`.
     """
-    targets = "all-linear" if target_modules == ["all-linear"] else target_modules
+    targets: Any = target_modules
+    if target_modules is not None and len(target_modules) == 1 and not re.fullmatch(r"[\w.]*\w", target_modules[0]):
+        (targets,) = target_modules
     scale: Any = 2 * rank if alpha is None else alpha  # PEFT declares an int, but takes any number
     return LoraConfig(
         r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", **further

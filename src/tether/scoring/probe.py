@@ -60,7 +60,7 @@ def probe_of(
         seed: Draws what is added.
     """
     draw = Random(seed)  # leaves the global random state alone
-    responses = batch.responses()
+    responses = [response._replace(scored=None) for response in batch.responses()]
     pool = [token for response in responses for token in response.token_ids]
 
     def some(num: int) -> tuple[int, ...]:

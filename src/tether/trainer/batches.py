@@ -5,7 +5,7 @@ Knows loaders, samplers and accelerate's way with them; knows no model and no re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -51,7 +51,7 @@ class RowsToScore:
     """
 
     def __init__(self, dataset: Dataset, collator: Collator, args: DPOConfig) -> None:
-        self._dataset, self._collator = token_columns(dataset), collator
+        self._dataset, self._collator = token_columns(dataset, args.pair_columns.names), collator
         lengths, groups = pair_lengths(self._dataset, truncation_of(collator)), _prompts(self._dataset)
         order = _longest_first(lengths, groups)
         self._order = _share_of(order, lengths, groups, args.process_index, args.world_size)
@@ -184,7 +184,7 @@ def even_loader(
         seed=args.data_seed if args.data_seed is not None else args.seed,
     )
     loader: DataLoader[Any] = DataLoader(
-        token_columns(dataset),
+        token_columns(dataset, args.pair_columns.names),
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
@@ -217,7 +217,7 @@ def pair_lengths(dataset: Dataset, truncation: Truncation | None) -> _Numbers:
     return np.concatenate(lengths)
 
 
-def token_columns(dataset: Dataset) -> Any:
+def token_columns(dataset: Dataset, further: Sequence[str] = ()) -> Any:
     """The set with what a batch needs of it."""
-    names = batch_columns(with_images=has_image_column(dataset.column_names))
+    names = batch_columns(with_images=has_image_column(dataset.column_names), further=further)
     return dataset.select_columns([name for name in names if name in dataset.column_names])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tether.config.dpo_config import DPOConfig
 from tether.config.rules.facts import Facts
@@ -113,9 +113,23 @@ def _own(reference: Any, policy: nn.Module, autocast_dtype: torch.dtype | None) 
     return made
 
 
-def refused_own(reference: Reference, tokenizer: PreTrainedTokenizerBase) -> Iterator[Refusal]:
-    """A model of the user's reference that no `ref_model` could be."""
-    module = reference.module
+def refused_holes(reference: Reference) -> Iterator[Refusal]:
+    """A reference of sums for responses of which some tokens do not count."""
+    if not reference.traits.knows_tokens:
+        yield Refusal(
+            "a completion mask with holes with a reference that knows sums only",
+            "how much of a sum belongs to the tokens that count is unknown",
+            "Take the columns out (`dataset.remove_columns(['ref_chosen_logps', 'ref_rejected_logps'])`), and set "
+            "`precompute_ref_log_probs=True`: its store keeps every token.",
+        )
+
+
+def refused_own(reference: Reference, facts: Facts) -> Iterator[Refusal]:
+    """A model of the user's reference that no `ref_model` could be, and sums where single tokens are read."""
+    if not reference.traits.knows_tokens and (facts.objective.needs_tokens or facts.args.loss_options.needs_per_token):
+        why = "it knows the sum of each response only (`Traits.knows_tokens`), and the loss reads single tokens"
+        yield Refusal("this `reference`", why, "Leave out `ld_alpha`, and a loss with `needs_tokens`.")
+    module, tokenizer = reference.module, facts.tokenizer
     if isinstance(module, PreTrainedModel | PeftModel):
         yield from refused_model("reference", module)
         if details := differing_vocabulary(module, tokenizer):

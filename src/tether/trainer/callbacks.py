@@ -1,4 +1,4 @@
-"""`BEMACallback`: the bias-corrected average of the policy's weights, kept beside training.
+"""`BEMACallback`: the bias-corrected average of the policy's weights, kept beside training; and TRL's name for a sync.
 
 Knows the schedule and what of it belongs into a checkpoint; the arithmetic is `reference.averaging.bema`.
 """
@@ -239,6 +239,35 @@ class BEMACallback(TrainerCallback):
                 "`tether.DPOTrainer` that gets the callback at construction builds a reference that can be updated.",
                 instead="Pass the callback in `DPOTrainer(..., callbacks=[...])`, or set `update_ref_model=False`.",
             )
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """The synchronized reference (TR-DPO) as TRL's callback has it, for scripts that name it.
+
+    `DPOConfig(sync_ref_model=True)` alone moves the reference, every `ref_model_sync_steps` optimizer steps, and saves
+    it with each checkpoint. With that option the callback may be there and adds nothing.
+
+    Args:
+        ref_model: Unused: the reference that moves is the trainer's.
+        accelerator: Unused.
+
+    Raises:
+        ConfigurationError: In a run without `sync_ref_model=True`.
+    """
+
+    def __init__(self, ref_model: Any = None, accelerator: Any = None) -> None:
+        self.ref_model, self.accelerator = ref_model, accelerator
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not getattr(args, "sync_ref_model", False):
+            raise ConfigurationError(
+                problem="Cannot use `SyncRefModelCallback` without `sync_ref_model=True`: a reference that moves is "
+                "built as one, watched as one and saved with every checkpoint.",
+                instead="Write `DPOConfig(sync_ref_model=True, ref_model_sync_steps=..., ref_model_mixup_alpha=...)`, "
+                "and leave the callback out.",
+            )
+
+    on_train_begin = on_init_end  # it may be added after construction
 
 
 def _refuse_shards(parameters: dict[str, nn.Parameter]) -> None:

@@ -31,7 +31,14 @@ from tether.reference import Reference
 from tether.reference.adapter_tensors import is_adapter_model
 from tether.refusals import refuse
 from tether.scoring import restore_attention, score
-from tether.trainer.build_reference import build_reference, check_own, follow_average, refused_own, waits_for_device
+from tether.trainer.build_reference import (
+    build_reference,
+    check_own,
+    follow_average,
+    refused_holes,
+    refused_own,
+    waits_for_device,
+)
 from tether.trainer.evaluation import full_evaluation, padded_logits
 from tether.trainer.pair_evaluation import PairEvaluation
 from tether.trainer.pair_loading import EpochsOfBatches, PairLoading
@@ -39,10 +46,11 @@ from tether.trainer.reference_note import source_name
 from tether.trainer.reference_run import ReferenceRun
 from tether.trainer.run_folder import RunFolder
 from tether.trainer.samples import SampleReport
-from tether.trainer.saving import try_saving
+from tether.trainer.saving import try_saving, without_token_notice
 from tether.trainer.sets import named_sets
 from tether.trainer.setup import Asked, Checked, check, naming_options, prepare
 from tether.trainer.trl_attributes import OptionsAsAttributes
+from tether.types import scored_tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -87,7 +95,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         optimizer_cls_and_kwargs: An optimizer's class and its keyword arguments, as `transformers.Trainer` takes them.
         preprocess_logits_for_metrics: What to keep of the logits, given them and the token ids.
         loss: Your own loss instead of `loss_type`: a function of `tether.PairScores` and `tether.LossOptions` that
-            returns one value per pair.
+            returns one value per pair. With `loss.needs_tokens = True` it also gets every token (`scores.tokens`).
         reference: A `tether.Reference`, or a function that is called with the policy, its adapter on it, and returns
             one: `lambda policy: SynchronizedReference(ExplicitReference.of_policy(policy), lambda: policy, every=64)`.
             It takes the place of `ref_model` and of all `ref_*` options.
@@ -165,7 +173,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         return {
             "model": prepared.policy,
             "args": self.args,
-            "data_collator": prepared.collator,
+            "data_collator": self._sets.collator,
             "train_dataset": checked.train_set,
             "eval_dataset": checked.eval_sets,
             "processing_class": checked.processing,
@@ -192,14 +200,14 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         with raising_together():
             reference = build_reference(self.model, facts, around)
             if facts.reference is not None:
-                refuse(refused_own(reference, facts.tokenizer))
+                refuse(refused_own(reference, facts))
         check_alike(reference.identity.digest, "reference")
         follow_average(reference, facts.leaders)
         run = ReferenceRun(
             reference,
             self.accelerator,
             self.args,
-            self.data_collator,
+            lambda: self.data_collator,
             lambda: named_sets(self.train_dataset, self.eval_dataset),
             self.model,
             autocast_dtype=around.autocast_dtype,
@@ -231,6 +239,13 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
     def ref_model(self) -> nn.Module | None:
         """The reference's own model, or None where it has none apart from the policy."""
         return self.reference.module
+
+    @ref_model.setter
+    def ref_model(self, value: Any) -> NoReturn:
+        raise AttributeError(
+            "Cannot set `trainer.ref_model`: the reference is watched and saved from the start. Pass it at "
+            "construction, `DPOTrainer(..., ref_model=...)` or `DPOTrainer(..., reference=...)`."
+        )
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """While open, the policy computes what the reference computes (adapter models)."""
@@ -282,12 +297,22 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
                 # NEFTune's noise is scaled by the length of a row, which has to be one sequence.
                 layout="auto" if self.args.neftune_noise_alpha is None else "padded",
             )
+        if batch.scored is not None:
+            refuse(refused_holes(self.reference))
+        policy = scored_tokens(batch, policy)
         scores, losses = self._objective(
             batch, policy, reference, training=self.model.training, reduce=self._sum_over_processes
         )
         if policy.auxiliary_loss is not None:
             losses = losses + self._router_coefficient * policy.auxiliary_loss
-        metrics = pair_metrics(batch, scores, losses, self.args.beta, policy, self._reference_run.watch.noise_spread)
+        metrics = pair_metrics(
+            batch,
+            scores,
+            losses,
+            self._objective.options_of(batch).beta,
+            policy,
+            self._reference_run.watch.noise_spread,
+        )
         sums.add(metrics, batch.num_counted_pairs, self.state.global_step)
         if self.model.training:
             self._num_train_tokens += batch.num_sequence_tokens()
@@ -338,7 +363,7 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         self._losses = LossWatch()
         self._reference_run.watch.shared.keep_what_trains(self.optimizer)  # before a checkpoint is loaded into it
         try:
-            with self._in_folder(resume_from_checkpoint) as checkpoint:
+            with self._in_folder(resume_from_checkpoint) as checkpoint, without_token_notice():
                 output = super().train(checkpoint, *args, **kwargs)
                 self._check_weights()
                 return output

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
+from tether.data.collators import Collator
 from tether.data.datasets import batch_columns, batch_of, num_pairs_tensor, uncounted
 from tether.data.sampling import EvenBatches
 from tether.trainer.batches import counted_loader, even_loader
@@ -48,6 +49,16 @@ class PairLoading(Trainer):
     _epochs: EpochsOfBatches
     _place: StreamPlace | None
     _signature_columns: Any
+
+    @property
+    def data_collator(self) -> Collator:
+        """What makes the batches; one that is set holds for every loader made from then on."""
+        return self._sets.collator
+
+    @data_collator.setter
+    def data_collator(self, given: Any) -> None:
+        if given is not self._sets.collator:  # as transformers' constructor does with the one that it is given
+            self._sets.use_collator(given)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; grouped by length and cut to the token budget where that is asked for."""
@@ -116,7 +127,9 @@ class PairLoading(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = batch_columns(with_images=self._sets.image_rows is not None)
+            self._signature_columns = batch_columns(
+                with_images=self._sets.image_rows is not None, further=self.args.pair_columns.names
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""
@@ -127,7 +140,12 @@ class PairLoading(Trainer):
         return total
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Counts each response with its prompt, as a batch without padding has them."""
+        super()._track_num_input_tokens(self._fed(inputs))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(self._fed(inputs))
+
+    def _fed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What transformers counts tokens by: each response with its prompt, without padding."""
         tokens = torch.ones(batch_of(inputs).num_sequence_tokens())
-        name = getattr(self.model, "main_input_name", "input_ids")
-        super()._track_num_input_tokens({name: tokens, "attention_mask": tokens})
+        return {getattr(self.model, "main_input_name", "input_ids"): tokens, "attention_mask": tokens}

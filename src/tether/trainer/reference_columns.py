@@ -14,10 +14,10 @@ import numpy as np
 from datasets import Dataset
 
 from tether.data.collators import Collator
+from tether.data.columns import WithColumns
 from tether.data.datasets import (
     REFERENCE_CHECKSUM,
     REFERENCE_COLUMNS,
-    PairCollator,
     PairDataset,
     batch_of,
     column_names,
@@ -29,6 +29,7 @@ from tether.errors import DataError
 from tether.reference import Reference
 from tether.trainer.batches import token_columns
 from tether.trainer.sets import refusing_damaged_text
+from tether.types import scored_tokens
 
 _ROWS_AT_ONCE = 32
 
@@ -62,7 +63,7 @@ def digest_given(sets: Mapping[str, PairDataset], collator: Collator) -> str:
     return digest.hexdigest()
 
 
-def with_reference_columns(dataset: Dataset, reference: Reference, collator: PairCollator) -> Dataset:
+def with_reference_columns(dataset: Dataset, reference: Reference, collator: Collator) -> Dataset:
     """A tokenized set with the reference's sums as columns, as TRL reads them, and a checksum of each row's; replaces
     those it may have.
 
@@ -74,10 +75,10 @@ def with_reference_columns(dataset: Dataset, reference: Reference, collator: Pai
     sums: tuple[list[float], list[float]] = ([], [])
     checksums: list[str] = []
     dataset = dataset.remove_columns([*_given_columns(dataset), *({REFERENCE_CHECKSUM} & {*dataset.column_names})])
-    rows = token_columns(dataset)
+    rows = _fed(dataset, collator)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = batch_of(collator(rows.__getitems__(list(range(start, min(start + _ROWS_AT_ONCE, len(rows)))))))
-        values = reference.log_probs(batch).sums().tolist()
+        values = scored_tokens(batch, reference.log_probs(batch)).sums().tolist()
         responses = [
             response._replace(reference_sum=value) for response, value in zip(batch.responses(), values, strict=True)
         ]
@@ -88,6 +89,10 @@ def with_reference_columns(dataset: Dataset, reference: Reference, collator: Pai
     for name, side in zip(REFERENCE_COLUMNS, sums, strict=True):
         dataset = dataset.add_column(name, np.array(side, dtype=np.float32))
     return dataset.add_column(REFERENCE_CHECKSUM, checksums)
+
+
+def _fed(dataset: Dataset, collator: Collator) -> Any:
+    return token_columns(dataset, collator.columns.names if isinstance(collator, WithColumns) else ())
 
 
 def _given_columns(dataset: PairDataset) -> list[str]:
@@ -107,7 +112,7 @@ def _read_numbers(name: str, dataset: Dataset, digest: Any) -> None:
 
 def _check_sums(name: str, dataset: Dataset, collator: Collator) -> None:
     """Collates each row, which compares its checksum, so that a wrong one is found before training and is named."""
-    rows = token_columns(dataset)
+    rows = _fed(dataset, collator)
     for number in range(len(rows)):
         try:
             with refusing_damaged_text(name):

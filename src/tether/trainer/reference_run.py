@@ -53,7 +53,7 @@ class ReferenceRun(TrainerCallback):
         reference: The reference.
         accelerator: Of the trainer.
         args: The options.
-        collator: Makes the batches.
+        collator: What makes the batches now.
         sets: The tokenized sets by name, as they are when training begins.
         policy: The policy, as it is while the reference is built.
         autocast_dtype: Autocast dtype of the policy's forward; None for no autocast.
@@ -71,7 +71,7 @@ class ReferenceRun(TrainerCallback):
         reference: Reference,
         accelerator: Accelerator,
         args: DPOConfig,
-        collator: Collator,
+        collator: Callable[[], Collator],
         sets: Callable[[], Mapping[str, PairDataset]],
         policy: nn.Module,
         *,
@@ -80,7 +80,7 @@ class ReferenceRun(TrainerCallback):
     ) -> None:
         self.reference, self.watch = reference, ReferenceWatch(reference, autocast_dtype)
         self.probes = RunProbes(reference, self._few_rows)
-        self._accelerator, self._args, self._collator, self._sets = accelerator, args, collator, sets
+        self._accelerator, self._args, self._collator_now, self._sets = accelerator, args, collator, sets
         self._waits = waits and reference.traits.runs_in_policy
         self._prepared: dict[str, PairDataset] = {}
         self.prepare(sets())
@@ -88,6 +88,10 @@ class ReferenceRun(TrainerCallback):
         self.watch.shared.watch_behaviour(policy)
         if reference.traits.moves:
             warn_of_weights_alone(args)
+
+    @property
+    def _collator(self) -> Collator:
+        return self._collator_now()
 
     def prepare(self, sets: Mapping[str, PairDataset]) -> None:
         """Lets the reference score sets ahead, if it does that and the policy is in place."""

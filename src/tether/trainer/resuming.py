@@ -95,7 +95,7 @@ class AboutRun:
             {name: getattr(args, name) for name in OBJECTIVE} | objective,
             {name: getattr(args, name, None) for name in (*_KEPT, *_LISTED)},
             {name: _adapter(config) for name, config in getattr(policy, "peft_config", {}).items()},
-            {name: _digest(dataset) for name, dataset in sets.items()},
+            {name: _digest(dataset, args.pair_columns.names) for name, dataset in sets.items()},
         )
         return cls(**json.loads(json.dumps(asdict(about), default=_plain)))
 
@@ -287,15 +287,17 @@ def _adapter(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
 
 
-def _digest(dataset: PairDataset) -> dict[str, Any]:
-    """The number of rows and a digest of what is trained on, in order."""
+def _digest(dataset: PairDataset, further: tuple[str, ...]) -> dict[str, Any]:
+    """The number of rows and a digest of what is trained on, in order; `further` columns are the loss's."""
     if not isinstance(dataset, Dataset):
         return {"rows": None, "digest": None}
     digest = xxh3_64()
-    columns = tuple(name for name in (*TOKEN_COLUMNS, MARGIN_COLUMN) if name in dataset.column_names)
+    columns = tuple(
+        name for name in dict.fromkeys((*TOKEN_COLUMNS, MARGIN_COLUMN, *further)) if name in dataset.column_names
+    )
     for table in arrow_tables(dataset, columns) if columns else ():
         for column in table.columns:
-            if pa.types.is_floating(column.type):
+            if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
                 digest.update(column.to_numpy().astype(np.float64).tobytes())
             else:
                 digest.update(pc.list_value_length(column).to_numpy().astype(np.int64).tobytes())

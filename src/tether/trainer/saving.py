@@ -5,6 +5,7 @@ Knows transformers' models and where they are written; knows no reference and no
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,27 @@ def keep_savable(model: Any) -> None:
     config = getattr(model, "generation_config", None)
     if config is not None:
         config._original_object_hash = hash(config)
+
+
+@contextmanager
+def without_token_notice() -> Iterator[None]:
+    """While open, transformers aligns a model's special tokens with the tokenizer's without saying so.
+
+    It would in nearly every run, since models name a padding token of their own or none. Rows are not padded, and are
+    tokenized by the tokenizer.
+    """
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("The tokenizer has new PAD/BOS/EOS tokens")
+
+    speakers = [logging.getLogger(f"transformers.{module}") for module in ("trainer", "trainer_utils")]
+    for speaker in speakers:
+        speaker.addFilter(keeps)
+    try:
+        yield
+    finally:
+        for speaker in speakers:
+            speaker.removeFilter(keeps)
 
 
 def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: str) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
-from tether.data.collators import pair_collator
+from tether.data.collators import Collator, pair_collator
+from tether.data.columns import WithColumns
 from tether.data.datasets import PairDataset, Rows, as_dataset, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
@@ -23,6 +25,7 @@ from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError, DataError
 from tether.models.loading import tokenizer_of
 from tether.models.preparing import check_embeds
+from tether.trainer.evaluation import WithTokenIds
 
 # What a trainer takes and keeps as its sets to evaluate on: none, one, or several by name.
 EvalSets: TypeAlias = PairDataset | dict[str, PairDataset] | None
@@ -45,6 +48,9 @@ class SetReader:
         image_rows: What reads the rows' images; None where only a tokenizer is at hand.
     """
 
+    collator: Collator
+    truncation: Truncation
+
     def __init__(
         self,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
@@ -55,8 +61,21 @@ class SetReader:
         self._args, self._max_positions = args, max_positions
         self.image_rows = ImageRows(processing_class) if isinstance(processing_class, ProcessorMixin) else None
         self._reader: RowReader = self.image_rows or TextRows(tokenizer_of(processing_class))
-        self.collator = pair_collator(data_collator, args.max_length, args.truncation_mode, self.image_rows)
-        self.truncation = truncation_of(self.collator) or Truncation(args.max_length, args.truncation_mode)
+        self.use_collator(data_collator)
+
+    def use_collator(self, given: Any) -> None:
+        """Makes batches with another collator from now on, or with the trainer's own."""
+        args = self._args
+        made: Any = pair_collator(given, args.max_length, args.truncation_mode, self.image_rows)
+        self.truncation = truncation_of(made) or Truncation(args.max_length, args.truncation_mode)
+        if args.pair_columns.names:
+            made = WithColumns(made, args.pair_columns)
+        former = getattr(self, "collator", None)
+        self.collator = replace(former, collator=made) if isinstance(former, WithTokenIds) else made
+
+    def add_token_ids(self, pad_token_id: int) -> None:
+        """Puts padded token ids into each batch, for `include_for_metrics=["inputs"]`."""
+        self.collator = WithTokenIds(self.collator, pad_token_id)
 
     def read(self, rows: Rows | None, name: str) -> PairDataset:
         """One set, tokenized, without the rows that cannot be used; `name` is for messages."""
@@ -66,7 +85,7 @@ class SetReader:
         quiet = args.disable_tqdm or not sys.stderr.isatty()
         first = args.main_process_first(desc=f"tokenizing the {name} set")
         with first, progress_bars_off(quiet), refusing_damaged_text(name):
-            return tokenize_pairs(
+            tokenized = tokenize_pairs(
                 dataset,
                 self._reader,
                 max_length=self.truncation.max_length,
@@ -76,6 +95,8 @@ class SetReader:
                 bad_rows=args.bad_rows,
                 max_positions=self._max_positions,
             )
+        args.pair_columns.check(tokenized, name)
+        return tokenized
 
     def as_datasets(self, sets: Rows | Mapping[str, Rows] | None) -> EvalSets:
         """The sets to evaluate on, as datasets, in the form in which they were passed."""

@@ -43,7 +43,6 @@ from tether.reference.identity import check_finite, model_tensors
 from tether.refusals import of_option, refuse
 from tether.trainer.build_reference import Surroundings
 from tether.trainer.callbacks import BEMACallback
-from tether.trainer.evaluation import WithTokenIds
 from tether.trainer.reference_columns import digest_given
 from tether.trainer.saving import keep_savable
 from tether.trainer.sets import EvalSets, SetReader, check_ids, named_sets
@@ -218,12 +217,10 @@ class Prepared:
     Attributes:
         policy: With its adapter.
         activations: What a training step is run in.
-        collator: Makes the batches, with what `compute_metrics` asked for.
     """
 
     policy: Any
     activations: AbstractContextManager[None]
-    collator: Any
 
 
 def prepare(checked: Checked, asked: Asked) -> Prepared:
@@ -245,11 +242,10 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
     args.recomputes_activations = checkpoints_activations(policy, args.recomputes_activations)
     if args.disable_dropout:
         disable_dropout(policy)
-    collator: Any = checked.reader.collator
     if asked.compute_metrics is not None and "inputs" in args.include_for_metrics:
-        collator = WithTokenIds(collator, int(facts.tokenizer.pad_token_id or 0))
+        checked.reader.add_token_ids(int(facts.tokenizer.pad_token_id or 0))
     if checked.reader.image_rows is not None:
         look_for_unused_parameters(args)
     # A batch is one object; it cannot be cut into slices.
     args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-    return Prepared(policy, activations_of(policy, offloaded=args.activation_offloading), collator)
+    return Prepared(policy, activations_of(policy, offloaded=args.activation_offloading))

@@ -16,17 +16,20 @@ from tether.types.batch import PairBatch, Response, TruncationMode
 from tether.types.images import PromptImages, image_inputs
 from tether.types.log_probs import ResponseLogProbs, TokenStatistics, join_log_probs
 from tether.types.ragged import offsets_of
-from tether.types.scores import PairScores
+from tether.types.scores import PairScores, PairTokens, TokenScores, scored_tokens
 
 __all__ = [
     "PairBatch",
     "PairScores",
+    "PairTokens",
     "PromptImages",
     "Response",
     "ResponseLogProbs",
+    "TokenScores",
     "TokenStatistics",
     "TruncationMode",
     "image_inputs",
     "join_log_probs",
     "offsets_of",
+    "scored_tokens",
 ]

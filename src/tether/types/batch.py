@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
@@ -25,6 +25,7 @@ class Response(NamedTuple):
     key: bytes = b""
     reference_sum: float | None = None  # its log-prob under the reference, if its row gives one
     images: PromptImages | None = None  # of its prompt
+    scored: tuple[bool, ...] | None = None  # which of its tokens count, where a completion mask leaves some out
 
     @property
     def prompt(self) -> tuple[tuple[int, ...], PromptImages | None]:
@@ -55,6 +56,9 @@ class PairBatch:
         reference_sums: Each response's log-prob under the reference, in nats, if the rows give it.
         margins: How much better each pair's chosen response is, in units of reward; None if the rows have no
             `margin`.
+        columns: Further columns of the rows, a number for each pair.
+        scored: Which response tokens count; None for all. All are scored, and stored; a loss sees those that count.
+        scored_lengths: How many of each response do; empty for all.
         images: Images of each prompt (groups entries, None for a prompt without); empty if no prompt has any.
         counts: Whether the pairs count towards the loss and the metrics. False for pairs repeated only to give all
             processes the same number of batches.
@@ -71,6 +75,9 @@ class PairBatch:
     rows: tuple[int, ...] = ()
     reference_sums: tuple[float | None, ...] = ()
     margins: Float[Tensor, " pairs"] | None = None
+    columns: Mapping[str, Float[Tensor, " pairs"]] = field(default_factory=dict)
+    scored: Bool[Tensor, " tokens"] | None = None
+    scored_lengths: tuple[int, ...] = ()
     images: tuple[PromptImages | None, ...] = ()
     counts: bool = True
 
@@ -100,6 +107,10 @@ class PairBatch:
         lengths = self.fed_lengths()
         pairs = list(zip(self.chosen, self.rejected, strict=True))[: self.num_counted_pairs]
         return sum(lengths[c] + lengths[r] for c, r in pairs)
+
+    def counted_lengths(self) -> tuple[int, ...]:
+        """Tokens of each response that count."""
+        return self.scored_lengths or self.response_lengths
 
     def fed_lengths(self) -> tuple[int, ...]:
         """Tokens of prompt and response together, for each response."""
@@ -133,6 +144,8 @@ class PairBatch:
             prompt_ids=change(self.prompt_ids),
             response_ids=change(self.response_ids),
             margins=None if self.margins is None else change(self.margins),
+            columns={name: change(values) for name, values in self.columns.items()},
+            scored=None if self.scored is None else change(self.scored),
             images=tuple(shown and shown.on_each(change) for shown in self.images),
         )
 
@@ -148,8 +161,12 @@ class PairBatch:
         keys = self.keys or (b"",) * self.num_responses
         sums = self.reference_sums or (None,) * self.num_responses
         images = self.images or (None,) * self.num_groups
-        each = zip(self.response_group, tokens, keys, sums, strict=True)
-        return [Response(prompts[group], ids, key, known, images[group]) for group, ids, key, known in each]
+        marks: list[tuple[bool, ...] | None] = [None] * self.num_responses
+        if self.scored is not None:
+            parts = [tuple(part.tolist()) for part in self.scored.split(list(self.response_lengths))]
+            marks = [None if all(part) else part for part in parts]
+        each = zip(self.response_group, tokens, keys, sums, marks, strict=True)
+        return [Response(prompts[group], ids, key, known, images[group], mark) for group, ids, key, known, mark in each]
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[Response, Response]], margins: Sequence[float] | None = None) -> PairBatch:
@@ -177,12 +194,16 @@ class PairBatch:
         responses = [response for members in groups.values() for response in members]
         index = {response: number for number, response in enumerate(responses)}
         sums = tuple(response.reference_sum for response in responses)
+        masked = any(response.scored is not None for response in responses)
+        marks = [response.scored or (True,) * len(response.token_ids) for response in responses] if masked else []
         group_of = {prompt: number for number, prompt in enumerate(groups)}
         return cls(
             prompt_ids=flatten([ids for ids, _ in groups]),
             response_ids=flatten([response.token_ids for response in responses]),
             prompt_lengths=tuple(len(ids) for ids, _ in groups),
             response_lengths=tuple(len(response.token_ids) for response in responses),
+            scored=torch.tensor([mark for part in marks for mark in part]) if masked else None,
+            scored_lengths=tuple(map(sum, marks)),
             response_group=tuple(group_of[response.prompt] for response in responses),
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),

@@ -76,6 +76,22 @@ class ResponseLogProbs:
         """The same of `sums`, in which the errors of tokens add up as independent ones do."""
         return torch.segment_reduce(self.rounding_scales().square(), "sum", offsets=self.offsets).sqrt()
 
+    def where(self, mask: Bool[Tensor, " tokens"], lengths: Sequence[int]) -> ResponseLogProbs:
+        """Those of some tokens.
+
+        Args:
+            mask: Which.
+            lengths: How many they are of each response; on the host, not to wait for the device.
+        """
+        places = mask.nonzero_static(size=sum(lengths))[:, 0]
+        names = [field.name for field in fields(TokenStatistics)]
+        return replace(
+            self,
+            values=self.values[places],
+            offsets=offsets_of(lengths, self.values.device),
+            statistics=self.statistics and TokenStatistics(*(getattr(self.statistics, name)[places] for name in names)),
+        )
+
     def detach(self) -> ResponseLogProbs:
         return replace(self, values=self.values.detach(), auxiliary_loss=None)
 

@@ -100,7 +100,7 @@ def _trainer_of(request: Request) -> Iterator[DPOTrainer]:
 
 
 def _sample(trainer: Any, num_rows: int, seed: int) -> Iterator[Any]:
-    rows = token_columns(trainer.train_dataset)
+    rows = token_columns(trainer.train_dataset, trainer.args.pair_columns.names)
     drawn = sorted(random.Random(seed).sample(range(len(rows)), min(num_rows, len(rows))))
     for start in range(0, len(drawn), _ROWS_AT_ONCE):
         some = drawn[start : start + _ROWS_AT_ONCE]

@@ -261,7 +261,14 @@ def refused_data_parallel(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def refused_loss(args: DPOConfig, loss: Any) -> Iterator[Refusal]:
-    """A loss of the user's own beside named ones."""
+    """A loss of the user's own beside named ones, or columns that no loss reads."""
+    if loss is None and args.loss_columns:
+        yield of_option(
+            "loss_columns",
+            args.loss_columns,
+            "the named losses read no further columns",
+            "Pass your own, `DPOTrainer(..., loss=function)`, which finds them in `scores.columns`; or leave it out.",
+        )
     if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
         yield Refusal(
             f"`loss=...` with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`",

@@ -37,6 +37,9 @@ def launched_precision() -> str:
 def refused_launch(args: DPOConfig) -> Iterator[Refusal]:
     """What is known once `TrainingArguments` has read the environment and the DeepSpeed config."""
     yield from _full_evaluation(args)
+    if args.local_rank != -1 and str(args.local_rank) != os.environ.get("LOCAL_RANK"):
+        why = "which process this is, and which device it takes, is read from the launcher's environment"
+        yield of_option("local_rank", args.local_rank, why, "Leave it out, and start the script with `torchrun`.")
     if args.parallelism_config is not None:
         yield from _sizes(args.parallelism_config, "`{}={}` in `parallelism_config`")
     elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":

@@ -19,6 +19,7 @@ from transformers.training_args import trainer_log_levels
 from tether.config.former_options import FORMER
 from tether.config.rules.launch import launched_precision
 from tether.losses.checks import refused_losses
+from tether.losses.table import LOSSES
 from tether.reference.precomputed import VERIFIED_PAIRS as VERIFIED_PAIRS
 from tether.reference.updates.groups import refused_rule
 from tether.refusals import Refusal, nearest_to, of_option
@@ -43,6 +44,8 @@ OBJECTIVE = (
     "ld_alpha",
     "use_weighting",
     "bco_reward_shift",
+    "beta_column",
+    "loss_columns",
     "max_length",
     "truncation_mode",
 )
@@ -119,6 +122,7 @@ def refused_options(args: DPOConfig) -> Iterator[Refusal]:
         use_weighting=args.use_weighting,
         bco_reward_shift=args.bco_reward_shift,
     )
+    yield from _beta_column(args)
     yield from _ranges(args)
     yield from _choices(args)
     yield from _reference(args)
@@ -129,6 +133,21 @@ def refused_options(args: DPOConfig) -> Iterator[Refusal]:
     yield from _batches(args)
     yield from _saving(args)
     yield from _samples(args)
+
+
+def _beta_column(args: DPOConfig) -> Iterator[Refusal]:
+    """A beta for each pair beside one for all, or in a loss whose values belong to no single pair."""
+    if args.beta_column is None:
+        return
+    sorting = [name for name in args.loss_type if name in LOSSES and LOSSES[name].couples_pairs]
+    if sorting:
+        why = f"`{sorting[0]}` sorts the pairs of a batch, so its values belong to no single pair"
+        yield of_option(
+            "beta_column", args.beta_column, why, f"Leave one of the two out: `beta_column` or `{sorting[0]}`."
+        )
+    if args.beta != 0.1:
+        why = "the column has a beta for every pair"
+        yield of_option("beta", args.beta, why, "Leave one of the two out.", f"with `beta_column={args.beta_column!r}`")
 
 
 def _ranges(args: DPOConfig) -> Iterator[Refusal]:
@@ -353,6 +372,9 @@ def _samples(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def _saving(args: DPOConfig) -> Iterator[Refusal]:
+    if args.eval_steps is not None and args.eval_strategy != "steps":
+        why = "nothing is evaluated" if args.eval_strategy == "no" else "evaluations come at the ends of epochs"
+        yield of_option("eval_steps", args.eval_steps, why, "Set `eval_strategy='steps'`, or leave it out.")
     for name in args.resume_changes or ():
         if name not in CHANGES_OF_RESUME:
             instead = f"Name any of {', '.join(CHANGES_OF_RESUME)}; other options may change without."

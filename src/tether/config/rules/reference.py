@@ -72,8 +72,9 @@ def _given(facts: Facts) -> Iterator[Refusal]:
             "they say twice what the reference is",
             f"Leave the option out to use the columns, or take them out ({columns}) to use the option.",
         )
-    readers = {f"loss_type={name!r}": LOSSES[name].needs_per_token for name in args.loss_type}
+    readers = {f"loss_type={name!r}": LOSSES[name].needs_tokens for name in args.loss_type}
     readers |= {f"ld_alpha={args.ld_alpha!r}": args.loss_options.needs_per_token}
+    readers |= {"loss=...": facts.objective.own_loss is not None and facts.objective.needs_tokens}
     for option in (option for option, needs_tokens in readers.items() if needs_tokens):
         yield Refusal(
             f"`{option}` {beside}",
