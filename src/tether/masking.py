@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _SECRET = (
-    r"(?:(?:hub|hf|use_auth|auth|access|api|secret|push_to_hub)[_-])?token|api[_-]?key|secret[_-](?:access[_-])?key|"
+    r"(?:(?:(?:(?:hf|ms|om)[_-])?hub|hf|use_auth|auth|access|api|secret|push_to_hub)[_-])?token|(?:wandb[_-])?api[_-]?key|secret[_-](?:access[_-])?key|"
     "client[_-]secret|password"
 )
 _NAME = re.compile(_SECRET, re.IGNORECASE)

@@ -6,6 +6,7 @@ Knows no option. Loads no torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,19 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def nearest_to(name: str, known: Iterable[str]) -> str:
-    """The known name that was probably meant: one with the same start, or a similar one; empty if there is none."""
+    """The known name that was probably meant: one with the same start, or a misspelt one; empty if there is none.
+
+    Every word of a misspelt name is similar to one, at its place: `max_samples` is not `max_steps`, with half its
+    letters.
+    """
     names = list(known)
     begins = [other for other in names if other.startswith(name)]
-    return next(iter(begins or difflib.get_close_matches(name, names, n=1)), "")
+    similar = [other for other in difflib.get_close_matches(name, names, n=10) if _is_misspelt(name, other)]
+    return next(iter(begins or similar), "")
+
+
+def _is_misspelt(name: str, other: str) -> bool:
+    words, others = (re.split(r"[\W_]", text.lower()) for text in (name, other))
+    if len(words) != len(others):  # one that is missing an underscore
+        words, others = ["".join(words)], ["".join(others)]
+    return all(difflib.SequenceMatcher(None, a, b).ratio() > 0.7 for a, b in zip(words, others, strict=True))

@@ -515,6 +515,7 @@ def test_rows_without_a_prompt_are_held_out_by_their_text() -> None:
 def test_held_out_pairs_share_no_prompt_with_the_others_and_do_not_depend_on_their_order() -> None:
     rows = tiny_pairs(40)
     kept, held = hold_out(datasets.Dataset.from_list(rows), 0.25, seed=0)
+    assert hold_out(datasets.Dataset.from_list(rows), len(held), seed=0)[1].to_list() == held.to_list()
     _, held_of_reversed = hold_out(datasets.Dataset.from_list(rows[::-1]), 0.25, seed=0)
     _, held_by_another_seed = hold_out(datasets.Dataset.from_list(rows), 0.25, seed=1)
     as_texts = [{json.dumps(row) for row in part} for part in (kept, held, held_of_reversed, held_by_another_seed)]

@@ -42,7 +42,7 @@ MISTAKES: dict[str, tuple[str | None, list[str]]] = {
     "a misspelt scheduler": ("lr_scheduler_type: cosin", []),
     "a word for a mapping": ("", ["--model_init_kwargs", "attn=eager"]),
     "a value out of range": ("beta: -1", []),
-    "a share above one": ("eval_fraction: 10", []),
+    "a share above one": ("eval_fraction: 1.5", []),
     # several
     "two at once": ("bta: 0.2\nmax_steps: many", []),
     "recipe and flags at once": ("bta: 0.2", ["--lora_r", "two", "--ouput_dir", "x"]),

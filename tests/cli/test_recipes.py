@@ -31,17 +31,17 @@ from trl import (
 )
 from trl.scripts import dpo as trl_script
 
+import tether
 from support.tiny import ADAM_EPSILON, tiny_model, tiny_pairs, tiny_tokenizer
 from tether.cli import launch, main, pairs, quantization
 from tether.cli.assemble import build_trainer, held_out_split, load_sets
 from tether.cli.launch import PRESETS, typed_words
-from tether.cli.mistakes import as_written
-from tether.cli.options import ALIASES, OPTIONS
+from tether.cli.options import ALIASES, LAUNCHER, OPTIONS
 from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.scripts import adapter_of
-from tether.cli.trl_options import IN_A_RECIPE, REFUSED
-from tether.config.former_options import FORMER
+from tether.cli.trl_options import REFUSED
+from tether.config.former_options import FORMER, OTHER_TOOLS
 from tether.data.rows import ROW_COLUMN
 from tether.errors import ConfigurationError, DataError, MissingPackageError
 from tether.trainer.dpo_trainer import DPOTrainer
@@ -139,15 +139,68 @@ def test_a_refused_flag_may_say_what_is_done_anyway(flag: str) -> None:
     assert read("train_data: d.jsonl", *flags, "--beta", "0.2").config.beta == 0.2
 
 
-@pytest.mark.parametrize("name", sorted(FORMER))
-def test_an_option_of_earlier_versions_is_refused_with_todays(name: str) -> None:
-    assert name not in {*OPTIONS, *ALIASES}
-    for words in (("train_data: d.jsonl\n" + f"{name}: 1",), ("train_data: d.jsonl", f"--{name}", "1")):
-        with pytest.raises(ConfigurationError, match="no such option any more") as caught:
-            read(*words)
-        assert caught.value.instead == as_written(f"Write {IN_A_RECIPE.get(name) or FORMER[name]}.", in_recipe=True)
-    named = re.findall(r"`(\w+)", FORMER[name])
-    assert set(named) <= {*OPTIONS, *ALIASES, "env"}
+@pytest.mark.parametrize("table", [FORMER, OTHER_TOOLS])
+def test_an_option_of_earlier_versions_or_of_another_tool_is_refused_with_what_to_write(table: dict[str, str]) -> None:
+    named = {option for text in table.values() for option in re.findall(r"`(\w+)", text)}
+    assert named <= {*OPTIONS, *ALIASES, "env", "tether"}
+    assert not {name.partition("=")[0] for name in table} & {*OPTIONS, *ALIASES}
+    assert not OTHER_TOOLS.keys() & LAUNCHER.keys()
+    lines = "\n".join(f"{name}: 7" for name in table if "=" not in name)
+    with pytest.raises(ConfigurationError) as caught:
+        read(lines)
+    told = (caught.value.details or "").split("\n")
+    assert len(told) == len(lines.split("\n"))
+    for name, line in zip((name for name in table if "=" not in name), told, strict=True):
+        assert f"`{name}: 7`" in line and "there is no option" not in line
+        assert "Remove it: " in line if table[name].startswith("nothing") else "Write " in line
+
+
+# What a recipe of another tool has, and what to write for it, in a recipe and in Python.
+OF_OTHER_TOOLS = {
+    "cutoff_len: 1024": ("Write `max_length: 1024`.", "Write `max_length=1024`."),
+    "lora_rank: 8": ("Write `lora_r: 8`.", "Write `DPOTrainer(peft_config=LoraConfig(r=8))`."),
+    "pref_loss: hinge": ("Write `loss_type: hinge`.", "Write `loss_type='hinge'`."),
+    "val_set_size: 0.1": ("Write `eval_fraction: 0.1`.", "Write `dataset.train_test_split(0.1)`"),
+    "max_samples: 9": ("Write `dataset_train_split: train[:9]`.", "load_dataset(..., split='train[:9]')"),
+    "micro_batch_size: 2": ("Write `per_device_train_batch_size: 2`.", "Write `per_device_train_batch_size=2`."),
+    "finetuning_type: lora": ("Write `lora_r: 16`.", "LoraConfig(r=16)"),
+    "tuner_type: full": ("Remove it: without `lora_r`", "Remove it: "),
+    "base_model: a/b": ("Write `model: a/b`.", "Write `DPOTrainer('a/b')`."),
+    "rl: dpo": ("Remove it: it is what Tether does.", "Remove it: it is what Tether does."),
+    "double_quantization: true": ("Write `use_bnb_nested_quant: true`.", "bnb_4bit_use_double_quant=True"),
+    "lora_model_dir:": ("Write `model`: an adapter", "Write `DPOTrainer(...)`: an adapter"),
+    "torch_dtype: bfloat16": ("Write `dtype: bfloat16`.", "Write `model_init_kwargs={'dtype': 'bfloat16'}`."),
+}
+
+
+@pytest.mark.parametrize("written", OF_OTHER_TOOLS)
+def test_an_option_of_another_tool_keeps_its_value(written: str) -> None:
+    in_recipe, in_python = OF_OTHER_TOOLS[written]
+    with pytest.raises(ConfigurationError) as caught:
+        read(written)
+    assert caught.value.instead.startswith(in_recipe)
+    with pytest.raises(ConfigurationError) as caught:
+        tether.DPOConfig("out", **yaml.safe_load(written))
+    assert in_python in caught.value.instead
+
+
+def test_a_flag_of_another_tool_is_answered_with_a_flag() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        read("", "--lora_rank", "8")
+    assert caught.value.instead == "Write `--lora_r 8`."
+
+
+def test_a_long_value_is_cut() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        read("dataset_mixer: " + json.dumps({"x" * 200: 1.0}), "--frobnicate", "y" * 200)
+    assert max(len(line) for line in str(caught.value).split("\n")) < 260 and "x" * 60 in str(caught.value)
+
+
+def test_an_option_that_merely_looks_alike_is_not_suggested() -> None:
+    for name in ("lora_ranks", "eval_set_size", "max_sample", "device_rank"):
+        with pytest.raises(ConfigurationError) as caught:
+            read(f"{name}: 1")
+        assert caught.value.instead.startswith("Remove it."), name
 
 
 # --------------------------------------------------------------------------------------------------- processes

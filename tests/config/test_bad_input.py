@@ -25,7 +25,7 @@ from support.observe import bits, same_bits, traces
 from support.runs import DEFAULTS, make_trainer, stream
 from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from tether import BEMACallback, DPOConfig, DPOTrainer
-from tether.config.former_options import FORMER
+from tether.config.former_options import FORMER, written_today
 from tether.config.rules.launch import refused_launch
 from tether.errors import ArgumentTypeError, ConfigurationError, DataError, ReferenceModelError, StoreError, TetherError
 from tether.store import default_store_path
@@ -221,7 +221,7 @@ def test_a_former_option_is_refused_with_what_it_is_called_today(name: str, tmp_
     with pytest.raises(ArgumentTypeError) as caught:
         DPOConfig(str(tmp_path), **{name: 1, "bta": 0.1})
     former, misspelt = caught.value.refusals
-    assert former.subject == f"`{name}`" and former.instead == f"Write {FORMER[name]}."
+    assert former.subject == f"`{name}`" and former.instead == written_today(name, 1, in_python=True)[1]
     assert misspelt.instead == "Did you mean `beta`?"
 
 

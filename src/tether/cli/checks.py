@@ -111,9 +111,12 @@ def _in_held_out(script: ScriptOptions) -> Iterator[Mistake]:
     named = [name for name in ("eval_data", "eval_fraction", "dataset_test_split") if getattr(script, name) is not None]
     for one, other in combinations(named, 2):
         yield _together(one, other, "both define which pairs are held out")
-    if script.eval_fraction is not None and not 0 < script.eval_fraction < 1:
+    share = script.eval_fraction
+    if share is not None and not 0 < share < 1 and not (share >= 2 and share.is_integer()):
         why = "it is the share of the pairs to hold out, and some must be left to train on"
-        yield Mistake(f"`eval_fraction={script.eval_fraction}`", why, "Write a value between 0 and 1, such as 0.1.")
+        yield Mistake(
+            f"`eval_fraction={share}`", why, "Write a value between 0 and 1, such as 0.1, or a number of pairs."
+        )
 
 
 def _in_parts(script: ScriptOptions) -> Iterator[Mistake]:

@@ -83,7 +83,7 @@ class ScriptOptions:
     eval_data: str | None = _option(None, "Held-out pairs, named in the same way.")
     eval_fraction: float | None = _option(
         None,
-        "Or: the share of the training pairs to hold out; pairs of one prompt stay together.",
+        "Or: the share of the training pairs to hold out, or their number; pairs of one prompt stay together.",
         aliases=["test_split_size"],
     )
     split_seed: int = _option(

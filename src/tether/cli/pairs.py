@@ -221,7 +221,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
 
     Args:
         pairs: The rows.
-        fraction: The share of rows to hold out, in (0, 1).
+        fraction: The share of rows to hold out, in (0, 1), or their number, from 2.
         seed: Decides which are held out.
 
     Raises:
@@ -233,14 +233,15 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
         text = next(text for text in named if text is not None)  # without a prompt, the response begins with it
         groups.setdefault(_draw(text, seed), []).append(index)
     held_out: list[int] = []
+    wanted = max(1, round(fraction * len(pairs) if fraction < 1 else fraction))
     for draw in sorted(groups):
-        if len(held_out) >= max(1, round(fraction * len(pairs))):
+        if len(held_out) >= wanted:
             break
         held_out += groups[draw]
     kept = sorted(set(range(len(pairs))) - set(held_out))
     if not kept:
         raise DataError(
-            problem=f"Cannot hold out `eval_fraction={fraction}` of {len(pairs)} pairs: none would be left to "
+            problem=f"Cannot hold out `eval_fraction={fraction:g}` of {len(pairs)} pairs: none would be left to "
             "train on.",
             details="Pairs of one prompt are held out together.",
             instead="Use more pairs, or name others with `eval_data`.",

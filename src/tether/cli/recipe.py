@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from tether.cli.checks import completed, contradictions
 from tether.cli.mistakes import Mistake, as_written, refuse, unknown_option
 from tether.cli.options import ALIASES, LAUNCHER, OPTIONS, SCRIPT_NAMES, ScriptOptions, read_values
-from tether.cli.trl_options import REFUSED, former_or_refused
-from tether.cli.words import RECIPE_FIRST, Written, read_lines, read_words
-from tether.config.former_options import FORMER
+from tether.cli.trl_options import REFUSED, why_refused
+from tether.cli.words import RECIPE_FIRST, Written, plain_value, read_lines, read_words
+from tether.config.former_options import written_today
 from tether.errors import ConfigurationError
 from tether.refusals import nearest_to
 
@@ -145,9 +145,11 @@ class _Reading:
     def _read_other(self, one: Written) -> None:
         if one.key == "env" and one.line:
             self._read_environment(one)
-        elif one.key in FORMER or one.key in REFUSED:
-            if found := former_or_refused(one.key, one.value):
+        elif one.key in REFUSED:
+            if found := why_refused(one.key, one.value):
                 self._refuse(one, *found)
+        elif today := written_today(one.key, plain_value(one.value)):
+            self._refuse(one, today[0], as_written(today[1], in_recipe=one.line is not None))
         elif one.key in LAUNCHER:
             self.launch[one.key] = one.value
         else:

@@ -173,7 +173,8 @@ class TrlParser(HfArgumentParser):
     def _refuse(self, names: Iterable[str]) -> None:
         known = {action.dest for action in self._actions if action.dest.isidentifier()}
         of = inspect.Parameter.KEYWORD_ONLY
-        refuse(refused_names(names, inspect.Signature([inspect.Parameter(name, of) for name in sorted(known)])))
+        signature = inspect.Signature([inspect.Parameter(name, of) for name in sorted(known)])
+        refuse(refused_names(dict.fromkeys(names), signature))
 
 
 def _read_config(words: list[str]) -> dict[str, Any]:

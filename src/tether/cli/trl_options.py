@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tether.cli.mistakes import as_written
-from tether.config.former_options import FORMER
-
 
 @dataclass(frozen=True)
 class RefusedOption:
@@ -43,21 +40,13 @@ REFUSED: Mapping[str, RefusedOption] = {
 }
 
 
-# What recipes have an option for, and `DPOConfig` has not.
-IN_A_RECIPE = {"torch_dtype": "`dtype`"}
-
-
-def former_or_refused(key: str, value: Any) -> tuple[str, str] | None:
-    """Why an option of TRL's is refused, and what to write instead; None if it is accepted or changes nothing.
+def why_refused(key: str, value: Any) -> tuple[str, str] | None:
+    """Why an option of TRL's is refused, and what to write instead; None if its value changes nothing.
 
     Args:
         key: The option.
         value: Its value: text, or None.
     """
-    if key in FORMER:
-        instead = IN_A_RECIPE.get(key) or FORMER[key]
-        why = "TRL 1.16 and transformers 5 have no such option any more"
-        return why, as_written(f"Write {instead}.", in_recipe=True)
     option = REFUSED[key]
     is_default = str(value).lower() == str(option.default).lower()
     return None if is_default else (option.why.rstrip("."), option.instead)

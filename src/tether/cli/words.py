@@ -6,7 +6,6 @@ Knows how both are written; `options` knows what an option is.
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -68,8 +67,14 @@ def read_words(words: Sequence[str]) -> tuple[str | None, list[Written], list[Mi
             continue
         one = value or (follows[0] if follows else "" if equals else "true")
         is_list = len(follows) > 1 or ("array" in kinds and "string" not in kinds[:1])
-        flags.append(Written(key, [*follows] or [one] if is_list else one, f"`{' '.join(own)}`", None, own))
+        flags.append(Written(key, [*follows] or [one] if is_list else one, f"`{_shortened(' '.join(own))}`", None, own))
     return recipe, flags, mistakes
+
+
+def _shortened(text: str, most: int = 100) -> str:
+    """A value on one line, cut where it is long; also one without spaces."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
 def _kinds_of(key: str) -> list[str]:
@@ -110,7 +115,7 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
     mistakes: list[Mistake] = []
     for key, value, _ in pairs:
         name, line = str(key.value), key.start_mark.line + 1
-        shown = textwrap.shorten("" if value is None else str(value), 100)
+        shown = _shortened("" if value is None else str(value))
         if any(name == earlier.key for earlier in written):
             mistakes.append(
                 Mistake(f"`{name}: {shown}`", f"`{name}` comes twice", "Write each option once.", line=line)
@@ -144,6 +149,14 @@ def _value_of(loader: yaml.SafeLoader, key: str, node: yaml.Node) -> Any:
     if key == "env" and isinstance(node, yaml.MappingNode):  # environment variables are always text
         return {name.value: inner.value for name, inner in node.value}
     return loader.construct_object(node, deep=True)
+
+
+def plain_value(written: Any) -> Any:
+    """What the text of a value means by itself, where no option's type decides it."""
+    try:
+        return yaml.load(written, _Loader) if isinstance(written, str) else written
+    except yaml.YAMLError:
+        return written
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.import_utils import is_gguf_available
 
 from tether.config.dpo_config import DPOConfig
-from tether.config.former_options import FORMER, FORMER_ARGUMENTS
+from tether.config.former_options import FORMER_ARGUMENTS
 from tether.config.rules.options import VERIFIED_PAIRS, refused_names
 from tether.errors import ArgumentTypeError
 from tether.models.loading import tokenizer_of
@@ -33,11 +33,11 @@ P = ParamSpec("P")
 def with_known_names(constructor: Callable[P, None]) -> Callable[P, None]:
     """A trainer's constructor that refuses names it does not know, all of them, with what each is called today."""
     options = {field.name: f"`args=DPOConfig({field.name}=...)`" for field in fields(DPOConfig)}
-    former, signature = FORMER | options | FORMER_ARGUMENTS, inspect.signature(constructor)
+    further, signature = options | FORMER_ARGUMENTS, inspect.signature(constructor)
 
     @wraps(constructor)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
-        refuse(refused_names(kwargs, signature, former, "argument"), ArgumentTypeError)
+        refuse(refused_names(kwargs, signature, further), ArgumentTypeError)
         constructor(*args, **kwargs)
 
     return checked

@@ -9,14 +9,14 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers.training_args import trainer_log_levels
 
-from tether.config.former_options import FORMER
+from tether.config.former_options import written_today
 from tether.config.rules.launch import launched_precision
 from tether.losses.checks import refused_losses
 from tether.losses.table import LOSSES
@@ -90,24 +90,27 @@ _TUNED = ("max-autotune", "max-autotune-no-cudagraphs")  # of `torch.compile`
 
 
 def refused_names(
-    given: Iterable[str], signature: inspect.Signature, former: Mapping[str, str] = FORMER, kind: str = "option"
+    given: Mapping[str, Any], signature: inspect.Signature, further: Mapping[str, str] | None = None
 ) -> Iterator[Refusal]:
     """Names that no option, or no argument, has.
 
     Args:
-        given: The names that were written.
+        given: What was written, by name; a value that is not known is None.
         signature: Of the constructor they were written to, which may take others for itself.
-        former: What is written today instead of former names.
-        kind: What the names are of.
+        further: What to write for the names that only arguments of a trainer have.
     """
+    kind = "option" if further is None else "argument"
     known = {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    for name in (name for name in given if name not in known):
+    for name, value in given.items():
+        if name in known:
+            continue
         nearest = nearest_to(name, known)
-        if name in former:
-            why = f"TRL 1.16 and transformers 5 have no such {kind} any more"
-            yield Refusal(f"`{name}`", why, f"Write {former[name]}.")
+        if further and name in further:
+            yield Refusal(f"`{name}`", f"there is no such {kind}", f"Write {further[name]}.")
+        elif today := written_today(name, value, in_python=True):
+            yield Refusal(f"`{name}`", *today)
         else:
             instead = f"Did you mean `{nearest}`?" if nearest else "Remove it."
             yield Refusal(f"`{name}`", f"there is no such {kind}", instead)
