@@ -151,7 +151,7 @@ def test_an_option_of_earlier_versions_or_of_another_tool_is_refused_with_what_t
     told = (caught.value.details or "").split("\n")
     assert len(told) == len(lines.split("\n"))
     for name, line in zip((name for name in table if "=" not in name), told, strict=True):
-        assert f"`{name}: 7`" in line and "there is no option" not in line
+        assert f"`{name}: " in line and "there is no option" not in line
         assert "Remove it: " in line if table[name].startswith("nothing") else "Write " in line
 
 

@@ -26,6 +26,7 @@ from tether.cli.quiet import quiet_deepspeed
 from tether.cli.recipe import Recipe, refuse_as_written
 from tether.cli.scripts import adapter_of
 from tether.config.rules.arguments import refused_gguf
+from tether.data.columns import named_as_ours
 from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
 from tether.models.gguf import without_absent_file
@@ -96,7 +97,8 @@ def load_sets(recipe: Recipe) -> tuple[PairDataset, PairDataset | None]:
         pairs = _load_split(script, script.dataset_train_split)
     if script.eval_fraction is not None:
         assert isinstance(pairs, Dataset)
-        return hold_out(pairs, script.eval_fraction, script.split_seed)
+        named = named_as_ours(pairs, recipe.config.columns, "train")
+        return hold_out(pairs, script.eval_fraction, script.split_seed, named)
     if script.eval_data is not None:
         return pairs, load_pairs(script.eval_data, "eval_data")
     split = held_out_split(recipe)

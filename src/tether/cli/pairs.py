@@ -213,7 +213,7 @@ def without_row_numbers(rows: Dataset) -> Dataset:
     return rows.remove_columns([ROW_COLUMN]) if ROW_COLUMN in rows.column_names else rows
 
 
-def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(pairs: Dataset, fraction: float, seed: int, named: PairDataset | None = None) -> tuple[Dataset, Dataset]:
     """Splits rows into those to train on and those held out.
 
     Rows of one prompt stay together, since otherwise the held-out pairs would not be new. Which prompts are held out
@@ -223,12 +223,14 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
         pairs: The rows.
         fraction: The share of rows to hold out, in (0, 1), or their number, from 2.
         seed: Decides which are held out.
+        named: The same rows with their columns under our names, if theirs differ.
 
     Raises:
         DataError: If nothing would be left to train on.
     """
     groups: dict[bytes, list[int]] = {}
-    texts = [pairs[column] for column in ("prompt", "chosen") if column in pairs.column_names]
+    read = pairs if named is None else named
+    texts = [read[column] for column in ("prompt", "chosen") if column in read.column_names]
     for index, named in enumerate(zip(*texts, range(len(pairs)), strict=True)):
         text = next(text for text in named if text is not None)  # without a prompt, the response begins with it
         groups.setdefault(_draw(text, seed), []).append(index)

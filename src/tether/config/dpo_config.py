@@ -35,6 +35,7 @@ from tether.config.rules.options import (
     refused_options,
 )
 from tether.data.columns import PairColumns
+from tether.data.names import MAPPED
 from tether.errors import ArgumentTypeError, ConfigurationError, said
 from tether.losses import (
     DIVERGENCES,
@@ -102,7 +103,7 @@ class DPOConfig(TrainingArguments):
         ConfigurationError: For a value out of range, naming the option.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "columns"]  # noqa: RUF012
 
     learning_rate: float = _option(1e-6, "The initial learning rate of the optimizer.")
     logging_steps: float = _option(10, "Log every X optimizer steps; below 1, a share of all steps.")
@@ -117,6 +118,12 @@ class DPOConfig(TrainingArguments):
     trust_remote_code: bool = _option(False, "Allow models and tokenizers that come with their own code.")
     disable_dropout: bool = _option(True, "Train without dropout. The reference never has any.")
 
+    columns: dict[str, Any] | str | None = _option(
+        None,
+        "Columns of the rows under other names, ours: theirs (a mapping; JSON on a command line), such as "
+        '{"prompt": "question"}; several texts, in a list, are joined by a line break. Ours are: '
+        f"{', '.join(MAPPED)}.",
+    )
     dataset_num_proc: int | None = _option(None, "Number of processes that tokenize.")
     max_length: int | None = _option(1024, "Tokens of prompt and response together; None for no limit.")
     truncation_mode: TruncationMode = _option("keep_start", "Which end of a sequence beyond max_length to keep.")

@@ -1,4 +1,6 @@
-"""Further columns of the rows that a loss reads, a number for each pair: checked as a set is read, and put in batches.
+"""Columns of the rows by the user's word: those under other names than ours, and further ones that a loss reads.
+
+The latter have a number for each pair: checked as a set is read, and put in batches.
 
 Knows rows and batches; knows no loss.
 """
@@ -16,10 +18,50 @@ from datasets import Dataset
 
 from tether.data.collators import Collator
 from tether.data.datasets import PairDataset, batch_of, column_names, truncation_of
+from tether.data.names import SYSTEM_COLUMN
 from tether.data.rounds import own_rows
+from tether.data.rows import ROW_COLUMN, TOKEN_COLUMNS
 from tether.data.tokenizing import arrow_tables
 from tether.data.truncation import Truncation
 from tether.errors import DataError
+
+
+def named_as_ours(dataset: PairDataset, columns: Mapping[str, Any] | str | None, name: str) -> PairDataset:
+    """The set with its columns under our names.
+
+    Args:
+        dataset: The set; one that is tokenized already is returned as it is.
+        columns: Ours: theirs; several are texts, which are joined by a line break.
+        name: The set's name, for messages.
+
+    Raises:
+        DataError: If it has no such column.
+    """
+    if not isinstance(columns, Mapping) or not columns:
+        return dataset
+    has = column_names(dataset)
+    if set(TOKEN_COLUMNS) <= set(has):
+        return dataset
+    for theirs in (one for value in columns.values() for one in ([value] if isinstance(value, str) else value)):
+        if theirs not in has:
+            raise DataError(
+                problem=f"Cannot use the {name} set: it has no column `{theirs}`, which `columns` names.",
+                details=f"It has {', '.join(one for one in has if one != ROW_COLUMN)}.",
+                instead="Write `columns={ours: theirs}`, with columns that the set has.",
+            )
+    internal = {SYSTEM_COLUMN if ours == "system" else ours: theirs for ours, theirs in columns.items()}
+    joined = {ours: theirs for ours, theirs in internal.items() if not isinstance(theirs, str)}
+    renamed = {theirs: ours for ours, theirs in internal.items() if isinstance(theirs, str)}
+    in_the_way = [ours for ours in internal if ours in has and ours not in renamed]
+    dataset = dataset.map(_joined, fn_kwargs={"columns": joined}) if joined else dataset
+    in_the_way = [ours for ours in in_the_way if ours not in joined]
+    dataset = dataset.remove_columns(in_the_way) if in_the_way else dataset
+    return dataset.rename_columns(renamed) if renamed else dataset
+
+
+def _joined(row: Mapping[str, Any], columns: Mapping[str, list[str]]) -> dict[str, str]:
+    """Texts one below the other; an empty one is left out."""
+    return {ours: "\n".join(row[one] for one in theirs if row[one]) for ours, theirs in columns.items()}
 
 
 @dataclass(frozen=True)

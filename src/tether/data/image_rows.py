@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
 
 from tether.data.chat import ChatTemplate
+from tether.data.names import SYSTEM_COLUMN
 from tether.data.rows import (
     IMAGE_COLUMNS,
     MARGIN_COLUMN,
@@ -30,7 +31,7 @@ from tether.errors import ConfigurationError, DataError, said
 from tether.types import PromptImages
 
 # The columns that are read again when a row's batch is made.
-PROMPT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
+PROMPT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", SYSTEM_COLUMN, *IMAGE_COLUMNS)
 
 
 class _Text(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.chat import ChatTemplate, without_nulls
+from tether.data.names import SYSTEM_COLUMN, columns_meant, how_to_map
 from tether.errors import ConfigurationError, DataError
 from tether.refusals import shown
 
@@ -24,6 +25,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_CHECKSUM = "ref_checksum"
 _ROUNDING = 0.01  # nats by which the sum over a response of sure tokens may come out above 0
 RESPONSES = ("chosen", "rejected")
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # Columns of ours: a row's number where the user sees it ("17 of pairs.jsonl"), and why a row cannot be read at all.
 ROW_COLUMN, UNREADABLE_COLUMN = "tether_row", "tether_unreadable"
 
@@ -211,10 +213,11 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: If it is not a pair.
     """
-    row = dict(row) | {name: without_nulls(row[name]) for name in ("prompt", *RESPONSES) if row.get(name) is not None}
+    fields = ("prompt", *RESPONSES)
+    row = dict(row) | {name: _messages(without_nulls(row[name])) for name in fields if row.get(name) is not None}
     for field in RESPONSES:
         if row.get(field) is None:
-            columns = sorted(row.keys() - {ROW_COLUMN, UNREADABLE_COLUMN})
+            columns = sorted(row.keys() - {ROW_COLUMN, UNREADABLE_COLUMN, SYSTEM_COLUMN})
             raise DataError(
                 problem=f"{where} has no `{field}`: a pair needs two responses to one prompt.",
                 details=f"The row has these columns: {', '.join(columns)}.",
@@ -222,6 +225,8 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
     if _prompt_is_repeated(row):
         row["prompt"] = None
+    if row.get("prompt") is None:
+        row["rejected"] = _continued(row["chosen"], row["rejected"])
     _check_kinds(row, where)
     for field in RESPONSES:
         if _is_empty(row[field]):
@@ -230,9 +235,11 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
                 instead="Drop the row, or give the response its text.",
             )
     if row.get("prompt") is None:
-        return row | _split_common_start(row["chosen"], row["rejected"])
+        split = _split_common_start(row["chosen"], row["rejected"])
+        _check_has_prompt(row, split["prompt"], where)
+        return _with_system(row | split, where)
     _check_prompt_comes_once(row, where)
-    return row
+    return _with_system(row, where)
 
 
 def check_margin(row: Mapping[str, Any], where: str) -> None:
@@ -270,6 +277,59 @@ def is_number(value: Any) -> bool:
         return hasattr(value, "__float__") and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         return False
+
+
+def _messages(value: Any) -> Any:
+    """A message alone as a list of one, and ShareGPT's `from` and `value` as `role` and `content`."""
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not all(isinstance(one, Mapping) for one in messages):
+        return value
+    if all(set(one) == {"from", "value"} and one["from"] in _SHAREGPT_ROLES for one in messages):
+        return [{"role": _SHAREGPT_ROLES[one["from"]], "content": one["value"]} for one in messages]
+    return messages
+
+
+def _continued(chosen: Any, rejected: Any) -> Any:
+    """An answer beside a whole conversation, as the same conversation with that answer at its end."""
+    answer = [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) and rejected else rejected
+    if _kind(chosen) != "messages" or _kind(answer) != "messages" or len(chosen) < 2 or len(answer) != 1:
+        return rejected
+    is_answer = chosen[-1]["role"] == answer[0]["role"] == "assistant"
+    return [*chosen[:-1], *answer] if is_answer else rejected
+
+
+def _with_system(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row with the system message that `columns` named; a row of text then becomes a conversation."""
+    system = row.get(SYSTEM_COLUMN)
+    if not system:
+        return row
+    if isinstance(row["prompt"], str):
+        row |= {side: [{"role": "assistant", "content": row[side]}] for side in RESPONSES}
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    if not isinstance(system, str) or row["prompt"][0].get("role") == "system":
+        why = "not text" if not isinstance(system, str) else "a second one: its prompt begins with another"
+        raise DataError(
+            problem=f"{where} has a system message, in the column that `columns` names, that is {why}.",
+            instead="Leave `system` out of `columns`, or drop the row.",
+        )
+    row["prompt"] = [{"role": "system", "content": system}, *row["prompt"]]
+    return row
+
+
+def _check_has_prompt(row: Mapping[str, Any], start: Any, where: str) -> None:
+    """Refuses a row whose prompt is in a column that is not read: its responses do not begin with it."""
+    meant = columns_meant(name for name, value in row.items() if value is not None and name != ROW_COLUMN)
+    theirs = meant.get("prompt")
+    text = row.get(theirs) if isinstance(theirs, str) else None
+    is_elsewhere = theirs is not None and isinstance(start, str) and not (isinstance(text, str) and text in start)
+    if start and not is_elsewhere and SYSTEM_COLUMN not in row:
+        return
+    why = f"`{theirs}` is not read" if theirs else "its responses have no common start, which would be it"
+    raise DataError(
+        problem=f"{where} has no `prompt`, and {why}.",
+        details=f"Its columns are {', '.join(sorted(row.keys() - {ROW_COLUMN, SYSTEM_COLUMN}))}.",
+        instead=how_to_map(meant) if theirs else "Give the row a `prompt`, which may be empty text, or drop it.",
+    )
 
 
 def _prompt_is_repeated(row: Mapping[str, Any]) -> bool:

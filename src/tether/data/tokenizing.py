@@ -28,6 +28,7 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from tether.data.names import columns_meant, how_to_map
 from tether.data.rows import (
     MARGIN_COLUMN,
     REFERENCE_COLUMNS,
@@ -44,7 +45,7 @@ from tether.data.rows import (
 from tether.data.truncation import Truncation
 from tether.distributed import is_main_process
 from tether.errors import DataError, TetherError, said
-from tether.refusals import listed, nearest_to
+from tether.refusals import listed
 
 logger = logging.getLogger("tether.data.datasets")
 
@@ -469,9 +470,8 @@ def _check_columns(names: Sequence[str], name: str) -> None:
     missing = [column for column in ("chosen", "rejected") if column not in own]
     if not missing or UNREADABLE_COLUMN in own or any(column in own for column in TOKEN_COLUMNS):
         return
-    near = {column: _near(column, own) for column in missing}
-    renamed = [f"`{found}` to `{column}`" for column, found in near.items() if found]
-    instead = f"Rename {listed(renamed)}." if renamed else "Name the columns `prompt`, `chosen` and `rejected`."
+    meant = columns_meant(own)
+    instead = how_to_map(meant) if meant else "Name the columns `prompt`, `chosen` and `rejected`."
     if len(own) == 1 and (mark := next((mark for mark in ";,\t|" if mark in own[0]), None)):
         instead = f"Its columns seem to be separated by {mark!r}: a .csv file has commas, a .tsv file tabs."
     raise DataError(
@@ -480,12 +480,6 @@ def _check_columns(names: Sequence[str], name: str) -> None:
         details=f"Its columns are {listed([f'`{column}`' for column in own], most=20)}.",
         instead=instead,
     )
-
-
-def _near(column: str, names: Sequence[str]) -> str:
-    """The column that was probably meant: spelled otherwise, or with more words."""
-    lower = {name.lower(): name for name in names}
-    return lower.get(nearest_to(column, lower)) or next((name for low, name in lower.items() if column in low), "")
 
 
 def _no_rows(plan: TokenizingPlan, listed: str) -> DataError:

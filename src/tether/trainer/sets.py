@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.config.dpo_config import DPOConfig
 from tether.data.collators import Collator, pair_collator
-from tether.data.columns import WithColumns
+from tether.data.columns import WithColumns, named_as_ours
 from tether.data.datasets import PairDataset, Rows, as_dataset, tokenize_pairs, truncation_of
 from tether.data.image_rows import ImageRows
 from tether.data.rows import RowReader, TextRows, has_image_column
@@ -79,7 +79,8 @@ class SetReader:
 
     def read(self, rows: Rows | None, name: str) -> PairDataset:
         """One set, tokenized, without the rows that cannot be used; `name` is for messages."""
-        dataset, args = as_dataset(rows), self._args
+        args = self._args
+        dataset = named_as_ours(as_dataset(rows), args.columns, name)
         if self.image_rows and self.truncation.mode == "keep_end" and has_image_column(dataset.column_names or ()):
             _refuse_keep_end(name, self.truncation)
         quiet = args.disable_tqdm or not sys.stderr.isatty()

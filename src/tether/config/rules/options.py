@@ -18,6 +18,7 @@ from transformers.training_args import trainer_log_levels
 
 from tether.config.former_options import written_today
 from tether.config.rules.launch import launched_precision
+from tether.data.names import MAPPED
 from tether.losses.checks import refused_losses
 from tether.losses.table import LOSSES
 from tether.reference.precomputed import VERIFIED_PAIRS as VERIFIED_PAIRS
@@ -126,6 +127,7 @@ def refused_options(args: DPOConfig) -> Iterator[Refusal]:
         bco_reward_shift=args.bco_reward_shift,
     )
     yield from _beta_column(args)
+    yield from _columns(args.columns)
     yield from _ranges(args)
     yield from _choices(args)
     yield from _reference(args)
@@ -136,6 +138,25 @@ def refused_options(args: DPOConfig) -> Iterator[Refusal]:
     yield from _batches(args)
     yield from _saving(args)
     yield from _samples(args)
+
+
+def _columns(given: Any) -> Iterator[Refusal]:
+    """Columns under names that are not ours, and one column under two."""
+    columns = json.loads(given) if isinstance(given, str) and _is_object(given) else given
+    if columns is None:
+        return
+    instead = f"Write ours: theirs, such as `columns={{'prompt': 'question'}}`. Ours are {', '.join(MAPPED)}."
+    values = list(columns.values()) if isinstance(columns, dict) else []
+    theirs = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    if not isinstance(columns, dict) or not all(isinstance(one, str) for one in theirs):
+        why = "it is a mapping of names of columns, or lists of them, by ours"
+    elif unknown := [ours for ours in columns if ours not in MAPPED]:
+        why = f"`{unknown[0]}` is no column of ours"
+    elif len(set(theirs)) < len(theirs):
+        why = "one column is named twice"
+    else:
+        return
+    yield of_option("columns", given, why, instead)
 
 
 def _beta_column(args: DPOConfig) -> Iterator[Refusal]:
