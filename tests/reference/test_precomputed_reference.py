@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import pairwise
@@ -408,6 +409,22 @@ def test_pass_halves_a_batch_that_does_not_fit_into_memory(tmp_path: Path) -> No
     reference.prepare({"train": lambda: row_set(ROWS, tmp_path)})
     asked = responses_of(source.scored(reference))
     assert reference.num_passes >= 2 and len(asked) == len(set(asked)) == reference.num_computed
+
+
+def test_a_pass_that_did_not_fit_is_freed_before_the_next(tmp_path: Path) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    class Full(Counting):
+        def log_probs(self, batch: PairBatch) -> ResponseLogProbs:
+            if batch.num_responses > 4:
+                activations = torch.zeros(8)
+                held.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            assert not any(tensor() is not None for tensor in held)
+            return super().log_probs(batch)
+
+    PrecomputedReference(LogProbStore(tmp_path / "s"), Full()).prepare({"train": lambda: row_set(ROWS, tmp_path)})
+    assert held
 
 
 def test_a_single_row_that_does_not_fit_into_memory_is_an_error(tmp_path: Path) -> None:

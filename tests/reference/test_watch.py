@@ -88,6 +88,22 @@ def test_another_model_is_allowed_by_name_and_its_gap_is_logged_once(tmp_path: P
     assert abs(curve(trainer)[0] - 0.6931) > 1e-3
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_second_training_goes_on_against_the_same_reference(stored: bool, tmp_path: Path) -> None:
+    trainer = trained(tmp_path, learning_rate=0.05, precompute_ref_log_probs=stored)
+    identity = trainer.reference.identity
+    trainer.train()
+    assert trainer.reference.identity == identity and curve(trainer)[0] < 0.69
+
+
+def test_a_refused_gap_is_refused_again(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    disturb(trainer.model)
+    for _ in range(2):
+        with pytest.raises(InitialGapError):
+            trainer.train()
+
+
 def test_the_gap_is_not_looked_at_again_on_resume(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
     trained(tmp_path, max_steps=2, **options)

@@ -179,6 +179,18 @@ def test_store_lies_under_tether_home_by_default(tether_home: Path, monkeypatch:
         assert default_store_path() == Path("/somewhere/cache/tether/reference-log-probs.sqlite")
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TETHER_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(StoreError, match="no home folder") as caught:
+        default_store_path()
+    assert "TETHER_HOME" in caught.value.instead
+
+
 def test_store_survives_pickling_into_another_program(store: LogProbStore) -> None:
     fill(store, range(3))
     script = (

@@ -156,17 +156,19 @@ class StorePass:
         members, names = batch.responses(), dict(self._waiting)  # the batch has an order of its own
         try:
             self._score(batch, lambda index: names[members[index]])
+            return
         except torch.OutOfMemoryError as error:
             if not self._halves:
                 raise _too_much(self._name, responses) from error
             if len(responses) == 1:
                 raise
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()
-            self._max_tokens = _num_tokens(responses) // 2
-            middle = len(responses) // 2
-            self._score_once(responses[:middle])
-            self._score_once(responses[middle:])
+        # Not in the handler: while the error lives, so do the tensors of the pass that failed.
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        self._max_tokens = _num_tokens(responses) // 2
+        middle = len(responses) // 2
+        self._score_once(responses[:middle])
+        self._score_once(responses[middle:])
 
     def _count_kept(self) -> None:
         waiting = [pair for pair in self._rows if pair[0] in self._waiting or pair[1] in self._waiting]

@@ -56,8 +56,8 @@ def check_initial_gap(
         f"scores {where} differently (mean gap {gap.mean:.3g} nats per token, largest {gap.largest:.3g}, shift "
         f"{gap.shift:.3g}).",
         details=f"Rounding ({_dtypes(policy_dtype, own)}) explains {said(allowed)}{_measured(noise)}. "
-        "Likely causes: the policy was changed between building the trainer and training, also by an earlier "
-        "`train()`; an adapter whose initial delta is not zero; dropout that evaluation mode does not switch off; "
+        "Likely causes: the policy was changed between building the trainer and training, also by another trainer; an "
+        "adapter whose initial delta is not zero; dropout that evaluation mode does not switch off; "
         "resized or reloaded embeddings; another dtype; log-probs stored for other weights, or stored where rounding "
         "is coarser than here.",
         instead="Build the trainer last, with the policy as it will train. If you mean another model as the reference, "
@@ -131,10 +131,10 @@ class ReferenceWatch:
         return 0.0 if self.noise is None else self.noise.spread
 
     def begin(self) -> bool:
-        """Called at each start from step 0; returns whether the reference claims the policy now, as one that has moved
-        with an earlier training does not.
+        """Called at each start from step 0; returns whether the policy should be the initial one, as it is not after an
+        earlier training.
         """
-        if self._reference.traits.moves and True in self._gaps_known:
+        if True in self._gaps_known:
             return False
         self._gaps_known.clear()
         return True
@@ -151,11 +151,11 @@ class ReferenceWatch:
         """
         if has_trained or policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
             return {}
-        self._gaps_known.add(policy.training)
         scores = self._scored(policy, batch)
         if self.noise is None and self.has_noise(policy):
             self._measure(policy, batch, scores, self._reduce)
         gap = self._judge(policy, scores, answer, "the first batch", self._reduce)
+        self._gaps_known.add(policy.training)  # what was refused is looked at again
         found = {"reference/initial_gap": gap.mean}
         return found if self.noise is None else found | {"reference/noise": self.noise.mean}
 

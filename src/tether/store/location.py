@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from tether.errors import StoreError
+
 _FILE_NAME = "reference-log-probs.sqlite"
 _NETWORK_FILE_SYSTEMS = {
     *(
@@ -32,9 +34,18 @@ def default_store_path() -> Path:
         `$TETHER_HOME/reference-log-probs.sqlite` if `TETHER_HOME` is set, else that file in the folder
         `tether` of the platform's cache folder (`$XDG_CACHE_HOME` or `~/.cache`, `~/Library/Caches`,
         `%LOCALAPPDATA%`).
+
+    Raises:
+        StoreError: If the user has no home folder.
     """
     home = os.environ.get("TETHER_HOME")
-    folder = Path(home).expanduser() if home else _cache_folder() / "tether"
+    try:
+        folder = Path(home).expanduser() if home else _cache_folder() / "tether"
+    except RuntimeError as error:
+        raise StoreError(
+            problem=f"Cannot tell where the log-prob store is: this user has no home folder ({error}).",
+            instead="Set the environment variable TETHER_HOME to a folder, or name a file as `ref_store`.",
+        ) from error
     return folder.absolute() / _FILE_NAME
 
 

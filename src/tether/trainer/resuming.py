@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -153,7 +154,7 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
         ResumeError: If there is none; names those of earlier runs.
     """
     found = last_checkpoint(output_dir) if name is True else str(name)
-    if found is not None and Path(found).is_dir():
+    if found is not None and os.path.isdir(found):  # unlike Path's, for a name of any length
         return Path(found)
     if name is not True:
         raise ResumeError(
