@@ -412,7 +412,7 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
         ("empty.jsonl", "", "empty.jsonl`: it has no rows"),
         ("null.json", "null", "null.json is null: a row is an object"),
         ("header.csv", "prompt,chosen,rejected\n", "header.csv`: it has no rows"),
-        ("names.csv", "Prompt,Choosen,Rejected\na,b,c\n", "Rename `Choosen` to `chosen` and `Rejected` to `rejected`."),
+        ("names.csv", "Prompt,Choosen,Rejected\na,b,c\n", '"chosen": "Choosen", "rejected": "Rejected"}` (in'),
         ("semicolons.csv", "prompt;chosen;rejected\na;b;c\n", "Its columns seem to be separated by ';'"),
     ],
 )

@@ -224,7 +224,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def as_launcher_reads(words: list[str]) -> argparse.Namespace:
-    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    assert words[:2] == ["-m", "tether.cli.launch"]
     return launch_command_parser().parse_args(words[2:])
 
 
@@ -617,3 +617,17 @@ def test_a_run_that_is_pushed_names_its_data(
     pushed.clear()
     run(model="model", train_data="owner/name:train", output_dir="out")
     assert pushed == []
+
+
+# --------------------------------------------------------------------------------------------------------- columns
+
+
+def test_columns_are_read_from_a_recipe_and_a_flag_and_hold_out_by_prompt(tmp_path: Path) -> None:
+    rows = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in tiny_pairs(8)]
+    write_rows("d.jsonl", [row for row in rows for _ in range(2)])
+    text = "train_data: d.jsonl\neval_fraction: 4\n"
+    for recipe in (read(text + "columns: {prompt: question}"), read(text, "--columns", '{"prompt": "question"}')):
+        assert recipe.config.columns == {"prompt": "question"}
+        train, held = load_sets(recipe)
+        assert held is not None and len(held) == 4
+        assert not set(train["question"]) & set(held["question"])

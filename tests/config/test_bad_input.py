@@ -207,6 +207,42 @@ def test_options_that_changed_since_they_were_made_are_looked_at_again(tmp_path:
     assert {refusal.option for refusal in caught.value.refusals} == {"beta", "sync_ref_model"}
 
 
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        ({"question": "prompt"}, "`question` is no column of ours"),
+        ({"prompt": 3}, "a mapping of names"),
+        ({"prompt": ["a", 3]}, "a mapping of names"),
+        ({"prompt": "a", "chosen": "a"}, "one column is named twice"),
+        ("prompt", "a mapping of names"),
+        ({"margin": "score"}, "`margin` is no column of ours"),
+    ],
+)
+def test_columns_that_map_nothing_of_ours_are_refused(columns: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="columns") as caught:
+        DPOConfig(str(tmp_path), columns=columns)
+    assert why in caught.value.problem and "ours: theirs" in caught.value.instead
+
+
+def test_columns_are_read_in_every_set(tmp_path: Path) -> None:
+    """As under our names, in the set to train on, those to evaluate on and those to predict."""
+    theirs = [{"question": row["prompt"], "yes": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
+    losses = []
+    for rows, columns in ((PAIRS, None), (theirs, {"prompt": "question", "chosen": "yes"})):
+        args = DPOConfig(str(tmp_path), **DEFAULTS, columns=columns, max_steps=2)
+        trainer = DPOTrainer(
+            tiny_model(),
+            args=args,
+            train_dataset=rows,
+            eval_dataset={"one": rows},
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train()
+        predicted = trainer.predict(rows).metrics["test_loss"]
+        losses.append((trainer.evaluate()["eval_one_loss"], predicted, trainer.state.log_history[0].get("loss")))
+    assert losses[0] == losses[1]
+
+
 def test_a_wrapped_constructor_may_take_other_names(tmp_path: Path) -> None:
     class Config(DPOConfig):
         @functools.wraps(DPOConfig.__init__)

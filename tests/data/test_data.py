@@ -329,7 +329,10 @@ BAD_ROWS = {
     "a number": (pair(chosen=1, rejected=2), "`chosen` is `int`"),
     "no roles": (pair(["a"], ["b"], ["c"]), "`prompt` is `list`"),
     "empty prompt without BOS": (pair(""), "has no tokens in `prompt`"),
-    "nothing in common": ({"chosen": "Yes", "rejected": "No"}, "has no tokens in `prompt`"),
+    "nothing in common": (
+        {"chosen": "Yes", "rejected": "No"},
+        "has no `prompt`, and its responses have no common start",
+    ),
 }
 
 

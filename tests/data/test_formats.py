@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from support.tiny import CHAT_TEMPLATE, tiny_pairs, tiny_tokenizer
 from support.trl_oracle import trl_tokens
+from tether.data.columns import named_as_ours
 from tether.data.datasets import as_dataset, tokenize_pairs
 from tether.data.rows import ROW_COLUMN
 from tether.errors import DataError
@@ -415,3 +416,107 @@ def test_text_that_is_not_utf_8_is_that_of_a_bad_row() -> None:
     with pytest.raises(DataError, match="Row 1 of the train set is not text in UTF-8"):
         tokenize_pairs(as_dataset(rows), tiny_tokenizer(), max_length=None)
     assert len(tokenize_pairs(as_dataset(rows), tiny_tokenizer(), max_length=None, bad_rows="drop")) == 2  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------- columns under other names
+
+
+def user(text: str) -> Row:
+    return said(text, "user")
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hi?"}]}
+# Rows as published sets have them, what `columns` has to be, and the same row under our names.
+NAMED_OTHERWISE: dict[str, tuple[Row, Row, Row]] = {
+    "Intel's": (
+        {"system": "Be brief.", "question": "Hi?", "chosen": "A.", "rejected": "B."},
+        {"prompt": "question", "system": "system"},
+        {"prompt": [said("Be brief.", "system"), user("Hi?")], "chosen": [said("A.")], "rejected": [said("B.")]},
+    ),
+    "Alpaca's": (
+        {"instruction": "Add.", "input": "1, 2", "chosen": "3", "rejected": "4"},
+        {"prompt": ["instruction", "input"]},
+        {"prompt": "Add.\n1, 2", "chosen": "3", "rejected": "4"},
+    ),
+    "other words": (
+        {"question": "Hi?", "preferred": "A.", "dispreferred": "B."},
+        {"prompt": "question", "chosen": "preferred", "rejected": "dispreferred"},
+        {"prompt": "Hi?", "chosen": "A.", "rejected": "B."},
+    ),
+    "text with a common start": (
+        {"question": "Hi?", "chosen": "It is A.", "rejected": "It is B."},
+        {"prompt": "question"},
+        {"prompt": "Hi?", "chosen": "It is A.", "rejected": "It is B."},
+    ),
+    "ShareGPT's": (
+        SHAREGPT | {"chosen": {"from": "gpt", "value": "A."}, "rejected": {"from": "gpt", "value": "B."}},
+        {"prompt": "conversations"},
+        {"prompt": [user("Hi?")], "chosen": [said("A.")], "rejected": [said("B.")]},
+    ),
+    "messages": (
+        {"messages": [user("Hi?"), said("A.")], "rejected": [said("B.")]},
+        {"chosen": "messages"},
+        {"prompt": [user("Hi?")], "chosen": [said("A.")], "rejected": [said("B.")]},
+    ),
+    "messages and text": (
+        {"messages": [user("Hi?"), said("A.")], "rejected_response": "B."},
+        {"chosen": "messages", "rejected": "rejected_response"},
+        {"prompt": [user("Hi?")], "chosen": [said("A.")], "rejected": [said("B.")]},
+    ),
+    "misspelt": (
+        {"Prompt": "Hi?", "Choosen": "A.", "rejected": "B."},
+        {"prompt": "Prompt", "chosen": "Choosen"},
+        {"prompt": "Hi?", "chosen": "A.", "rejected": "B."},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_OTHERWISE)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_columns_under_other_names_are_refused_with_the_mapping_that_reads_them(name: str, is_stream: bool) -> None:
+    theirs, columns, ours = NAMED_OTHERWISE[name]
+    tokenizer = tokenizer_of()
+    dataset = IterableDataset.from_generator(lambda: iter([theirs])) if is_stream else Dataset.from_list([theirs])
+    with pytest.raises(DataError) as caught:
+        next(iter(tokenize_pairs(dataset, tokenizer, max_length=None)))
+    if not is_stream or {"chosen", "rejected"} <= theirs.keys():
+        assert f"Write `columns={json.dumps(columns)}`" in caught.value.instead
+    read = tokenize_pairs(named_as_ours(dataset, columns, "train"), tokenizer, max_length=None)
+    (expected,) = tokens_of([ours], tokenizer)
+    assert {column: next(iter(read))[column] for column in COLUMNS} == expected
+
+
+def test_whole_texts_and_conversations_may_have_a_column_that_repeats_their_prompt() -> None:
+    texts = {"question": "Hi?", "chosen": "Hi? A.", "rejected": "Hi? B."}
+    chats = {"question": "Hi?", "chosen": [user("Hi?"), said("A.")], "rejected": [user("Hi?"), said("B.")]}
+    for row in (texts, chats):
+        bare = {side: row[side] for side in ("chosen", "rejected")}
+        assert tokens_of([row], tokenizer_of()) == tokens_of([bare], tokenizer_of())
+
+
+def test_a_row_whose_prompt_is_nowhere_is_refused_though_a_bos_would_stand_for_it() -> None:
+    with pytest.raises(DataError, match="has no `prompt`, and its responses have no common start"):
+        tokens_of([{"chosen": "Yes.", "rejected": "No."}], tokenizer_of(bos=True))
+    tokens_of([{"prompt": "", "chosen": "Yes.", "rejected": "No."}], tokenizer_of(bos=True))
+
+
+def test_columns_may_be_swapped_and_stand_in_for_ours() -> None:
+    row = {"prompt": "Bye.", "question": "Hi?", "chosen": "A.", "rejected": "B."}
+    columns = {"prompt": "question", "chosen": "rejected", "rejected": "chosen"}
+    read = named_as_ours(Dataset.from_list([row]), columns, "train")
+    assert read[0] == {"prompt": "Hi?", "chosen": "B.", "rejected": "A."}
+    with pytest.raises(DataError, match="it has no column `query`, which `columns` names"):
+        named_as_ours(Dataset.from_list([row]), {"prompt": "query"}, "train")
+
+
+def test_a_system_message_comes_once() -> None:
+    row = {
+        "system": "S",
+        "prompt": [said("T", "system"), user("Hi?")],
+        "chosen": [said("A.")],
+        "rejected": [said("B.")],
+    }
+    with pytest.raises(DataError, match="a second one"):
+        tokenize_pairs(
+            named_as_ours(Dataset.from_list([row]), {"system": "system"}, "train"), tokenizer_of(), max_length=None
+        )

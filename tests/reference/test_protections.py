@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tether.config.rules.reference
 import tether.data.datasets
+import tether.data.rows
 import tether.reference.base
 import tether.reference.explicit
 import tether.reference.held
@@ -493,6 +494,14 @@ def given_by_another_model(folder: Path) -> float:
     trainer = make_trainer(folder, tiny_model(seed=1))
     rows = with_reference_columns(trainer.train_dataset, trainer.reference, trainer.data_collator)
     return distance_from_start(trained(folder, rows=rows, max_steps=1))
+
+
+def prompt_in_another_column(folder: Path) -> float:
+    """Rows whose prompt is in a column that is not read: the tokens that the model then does not see."""
+    pairs = [row | {"chosen": f" So {row['chosen']}", "rejected": f" So {row['rejected']}"} for row in tiny_pairs(4)]
+    rows = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs]
+    read, meant = (len(make_trainer(folder, rows=given).train_dataset[0]["prompt_ids"]) for given in (rows, pairs))
+    return float(meant - read)
 
 
 def sums_of_another_max_length(folder: Path) -> float:
@@ -1109,6 +1118,10 @@ def take_given_sums(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.data.datasets, "check_reference", lambda *_: None)
 
 
+def take_the_common_start(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(tether.data.rows, "_check_has_prompt", lambda *_: None)
+
+
 def look_at_no_longest_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tether.trainer.reference_run, "pair_lengths", lambda *_: np.zeros(1))
 
@@ -1276,6 +1289,7 @@ PROTECTIONS: dict[str, Protection] = {
     "a second training has a gap check": Protection(
         lambda folder: changed_after(lambda trainer: trainer.train(), folder), disarm_the_gap_check, InitialGapError
     ),
+    "the prompt is read": Protection(prompt_in_another_column, take_the_common_start, DataError),
     "the gap of given sums is checked": Protection(given_by_another_model, no_gap_check, InitialGapError),
     "the gap is checked behind the first batch: stored": Protection(
         wrong_behind_the_first_batch, look_at_the_first_batch_alone, InitialGapError
