@@ -229,7 +229,7 @@ def test_columns_are_read_in_every_set(tmp_path: Path) -> None:
     theirs = [{"question": row["prompt"], "yes": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
     losses = []
     for rows, columns in ((PAIRS, None), (theirs, {"prompt": "question", "chosen": "yes"})):
-        args = DPOConfig(str(tmp_path), **DEFAULTS, columns=columns, max_steps=2)
+        args = DPOConfig(str(tmp_path), **DEFAULTS | {"columns": columns, "max_steps": 2})
         trainer = DPOTrainer(
             tiny_model(),
             args=args,

@@ -331,7 +331,7 @@ BAD_ROWS = {
     "empty prompt without BOS": (pair(""), "has no tokens in `prompt`"),
     "nothing in common": (
         {"chosen": "Yes", "rejected": "No"},
-        "has no `prompt`, and its responses have no common start",
+        "has no `prompt`, and its responses have",
     ),
 }
 

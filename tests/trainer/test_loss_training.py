@@ -262,7 +262,7 @@ def with_margins(rows: list[dict[str, Any]], margin: Any) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("shape", ["rows", "tokenized", "stream", "grouped by length", "padded"])
-def test_a_margin_column_reaches_the_loss(shape: str, tmp_path: Path) -> None:
+def test_a_margin_column_reaches_the_loss(shape: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At the first step every reward margin is 0, so the loss is that of minus the margin."""
     rows: Any = with_margins(tiny_pairs(8), 0.75)
     options: dict[str, Any] = {}
@@ -279,6 +279,7 @@ def test_a_margin_column_reaches_the_loss(shape: str, tmp_path: Path) -> None:
     trainer = trained(tmp_path, rows=rows, max_steps=1, **options)
     assert curve(trainer)[0] == pytest.approx(math.log1p(math.exp(0.75)), rel=1e-5)
     assert curve(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
+    assert caplog.text.count("`margin` is subtracted") == (2 if shape == "tokenized" else 1)  # once for each trainer
 
 
 def test_margins_belong_to_their_rows(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Everything that can be refused is refused in `check`; only `prepare` changes wha
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
@@ -26,7 +27,7 @@ from tether.config.rules.facts import Facts, will_shard
 from tether.config.rules.model import refused_float16
 from tether.config.rules.options import refused_options
 from tether.config.rules.run import adds_figures, refused_run
-from tether.data.datasets import PairDataset, Rows, as_dataset
+from tether.data.datasets import MARGIN_COLUMN, PairDataset, Rows, as_dataset
 from tether.errors import ArgumentTypeError, TetherError, said
 from tether.losses import PreferenceLoss
 from tether.models.gguf import use_as_plain
@@ -48,6 +49,8 @@ from tether.trainer.saving import keep_savable
 from tether.trainer.sets import EvalSets, SetReader, check_ids, named_sets
 from tether.trainer.trainable import checkpoints_activations, warn_of_optimizer
 from tether.trainer.versions import note_untested
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def check(asked: Asked) -> Checked:
     if facts.ref_model is not None:
         keep_differentiable(facts.ref_model)
     refuse(refused_run(facts))
+    if any(MARGIN_COLUMN in names for names in facts.columns.values()) and args.process_index == 0:
+        logger.warning("Each row's `margin` is subtracted from its reward margin in the loss; drop the column if not.")
     if facts.ref_model is not None:
         check_finite(model_tensors(facts.policy))  # a reference made from the policy looks at its weights itself
     train_set = None if train_rows is None else reader.read(train_rows, "train")
