@@ -115,4 +115,8 @@ def _is_misspelt(name: str, other: str) -> bool:
     words, others = (re.split(r"[\W_]", text.lower()) for text in (name, other))
     if len(words) != len(others):  # one that is missing an underscore
         words, others = ["".join(words)], ["".join(others)]
-    return all(difflib.SequenceMatcher(None, a, b).ratio() > 0.7 for a, b in zip(words, others, strict=True))
+    return _likeness(name, other) > 0.9 or all(_likeness(*pair) > 0.7 for pair in zip(words, others, strict=True))
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
