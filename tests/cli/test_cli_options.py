@@ -43,7 +43,8 @@ GROUPS = {
     "what to train, and on what": "model train_data datasets dataset_config dataset_train_split eval_data "
     "eval_fraction dataset_test_split split_seed dataset_streaming output_dir tokenizer resume dry_run columns "
     "max_length truncation_mode bad_rows dataset_num_proc model_revision dtype load_in_8bit load_in_4bit "
-    "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage attn_implementation model_init_kwargs trust_remote_code",
+    "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage attn_implementation model_init_kwargs "
+    "trust_remote_code",
     "how to train": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha "
     "discopop_tau use_weighting bco_reward_shift router_aux_loss_coef learning_rate lr_scheduler_type warmup_steps "
     "num_train_epochs max_steps per_device_train_batch_size max_tokens_per_micro_batch "
