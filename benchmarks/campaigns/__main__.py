@@ -33,9 +33,8 @@ import torch
 from tqdm import tqdm
 from xxhash import xxh3_64
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))
-sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import harness
 import runs
 from damages import damage_checkpoint, damage_export, damage_rows, damage_store, train_on_damage

@@ -1,4 +1,4 @@
-"""The tiny trainings and passes that campaigns kill and damage, what comes of them undisturbed, and how they are killed.
+"""The tiny trainings and passes of the campaigns, what comes of them undisturbed, and how they are killed.
 
 What is made once for many trials lies in `HOME`.
 """
