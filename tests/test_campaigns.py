@@ -17,11 +17,10 @@ from support.store_cases import in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMPAIGNS = ROOT / "benchmarks" / "campaigns"
-CHEAP = "flipped bits in exports"
 
 
-def add_two_trials(results: Path) -> None:
-    """In this process, which has everything imported."""
+def run_campaigns(results: Path) -> list[dict[str, Any]]:
+    """The counts after two trials, and after two more; then the code is another."""
     tempfile.tempdir = str(results)
     sys.path.insert(0, str(CAMPAIGNS))
     spec = importlib.util.spec_from_file_location("campaigns", CAMPAIGNS / "__main__.py")
@@ -29,7 +28,15 @@ def add_two_trials(results: Path) -> None:
     sys.modules["campaigns"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.harness.RESULTS = results
-    module.run_campaign(module._read_counts(False), CHEAP, 0.01, [])
+    found = []
+    for _ in range(2):
+        module.run_campaign(module._read_counts(False), "flipped bits in exports", 0.01, [])
+        found += counts_in(results)
+    module._code = lambda: "another"
+    with pytest.raises(SystemExit, match="--anew"):
+        module._read_counts(False)
+    assert module._read_counts(True) == []
+    return found
 
 
 def counts_in(results: Path) -> list[dict[str, Any]]:
@@ -37,20 +44,11 @@ def counts_in(results: Path) -> list[dict[str, Any]]:
     return counts
 
 
-def test_a_campaign_goes_on_with_the_next_trial(tmp_path: Path) -> None:
-    for times in (1, 2):
-        in_fork(lambda: add_two_trials(tmp_path))  # it changes its process for good
-        (count,) = counts_in(tmp_path)
-        assert count["trials"] == count["units"] == sum(count["outcomes"].values()) == 2 * times
-        assert not count["failures"]
-
-
-def test_counts_of_other_code_are_not_added_to(tmp_path: Path) -> None:
-    in_fork(lambda: add_two_trials(tmp_path))
-    path = tmp_path / "campaigns-cpu.json"
-    path.write_text(path.read_text().replace(counts_in(tmp_path)[0]["code"], "another"))
-    with pytest.raises(SystemExit, match="--anew"):
-        in_fork(lambda: add_two_trials(tmp_path))
+def test_a_campaign_goes_on_with_the_next_trial_and_not_under_other_code(tmp_path: Path) -> None:
+    counts = in_fork(lambda: run_campaigns(tmp_path))  # they change their process for good
+    assert [count["trials"] for count in counts] == [count["units"] for count in counts] == [2, 4]
+    assert [sum(count["outcomes"].values()) for count in counts] == [2, 4]
+    assert not counts[-1]["failures"]
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def _run(asked: argparse.Namespace) -> int:
     for count in counts:
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in count["outcomes"].items())
         print(f"{count['campaign']}: {count['units']} {count['unit']} in {count['trials']} trials: {outcomes}")
-        for trial, outcome, detail in count["failures"]:
+        for trial, outcome, detail in count["failures"][:5]:
             print(f"  {outcome}: {detail}")
             print(f'  again: python benchmarks/campaigns --only "{count["campaign"]}" --trial {trial}')
     return int(any(count["failures"] for count in counts))

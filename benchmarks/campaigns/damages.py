@@ -14,10 +14,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
-from runs import STEPS, Place, Values, make, train, whole_run
+from runs import KINDS, STEPS, Place, Values, make, train, until_killed, whole_run
 
 from support.runs import curve, make_trainer
-from support.store_cases import in_fork
 from support.tiny import tiny_model, tiny_pairs
 from tether import last_checkpoint
 from tether.cli.pairs import load_pairs
@@ -57,21 +56,34 @@ BYTES = [flip, blot, zero, cut]
 
 def damage_checkpoint(draw: random.Random, folder: Path) -> Trial:
     """One file of a checkpoint in the middle of a run; resumed by its name, or as the last one."""
-    kind, out, harm = (
-        draw.choice(KINDS),
-        folder / "run",
-        draw.choice(["bytes", "bytes", "gone", "step", "run", "added"]),
-    )
-    whole, other = whole_run(kind), Path(whole_run(kind, seed=5).folder)
+    kind, out = draw.choice(list(KINDS)), folder / "run"
+    whole = whole_run(kind)
     shutil.copytree(whole.folder, out)
     for step in range(4, STEPS + 1):
         shutil.rmtree(out / f"checkpoint-{step}")
     checkpoint = out / "checkpoint-3"
-    names = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
-    name = Path(draw.choice(ADDED)) if harm == "added" else draw.choice(names)
-    path, before = checkpoint / name, (checkpoint / name).read_bytes() if name in names else None
-    sources = {"step": out / "checkpoint-2" / name, "run": other / "checkpoint-3" / name}
-    if harm == "added" and before is None:
+    name, harm = _harm_file(draw, checkpoint, Path(whole_run(kind, seed=5).folder) / "checkpoint-3")
+    resumed = last_checkpoint(out) if draw.random() < 0.25 else str(checkpoint)
+    what = f"{kind}: {name}, {harm}, resumed from {resumed}"
+    try:
+        found, _, _ = train(out, kind, resumed, Place())
+    except TetherError as error:
+        # The manifest of another checkpoint names the files that are not its own.
+        is_named = name in str(error) or (name == "manifest.json" and str(checkpoint) in str(error))
+        return (NAMED if is_named and harm not in ("added", "none") else "RAW"), f"{what}: {error}", 1
+    outcome = HARMLESS if harm in ("added", "none") else EQUAL
+    return (outcome if found == whole.digest else "SILENT"), what, 1
+
+
+def _harm_file(draw: random.Random, checkpoint: Path, of_other_run: Path) -> tuple[str, str]:
+    """Which file of a checkpoint was harmed, and how; "none" if the bytes are the same as before."""
+    harm = draw.choice(["bytes", "bytes", "gone", "step", "run", "added"])
+    names = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
+    name = draw.choice([each for each in ADDED if each not in names] if harm == "added" else names)
+    path = checkpoint / name
+    before = path.read_bytes() if path.is_file() else None
+    sources = {"step": checkpoint.with_name("checkpoint-2") / name, "run": of_other_run / name}
+    if harm == "added":
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b'{"a": 1}')
     elif harm == "gone" or (harm in sources and not sources[harm].is_file()):
@@ -80,20 +92,9 @@ def damage_checkpoint(draw: random.Random, folder: Path) -> Trial:
         shutil.copy(sources[harm], path)
     elif before:
         path.write_bytes(draw.choice(BYTES)(draw, before))
-    is_same = path.is_file() and path.read_bytes() == before
-    resumed = last_checkpoint(out) if draw.random() < 0.25 else str(checkpoint)
-    what = f"{kind}: {name}, {harm}, resumed from {resumed}"
-    try:
-        found, _, _ = train(out, kind, resumed, Place())
-    except TetherError as error:
-        # A manifest of another checkpoint names the files that are not its own.
-        named = str(name) in str(error) or (str(name) == "manifest.json" and str(checkpoint) in str(error))
-        return (NAMED if named and not is_same and harm != "added" else "RAW"), f"{what}: {error}", 1
-    outcome = HARMLESS if is_same or harm == "added" else EQUAL
-    return (outcome if found == whole.digest else "SILENT"), what, 1
+    return name, "none" if path.is_file() and path.read_bytes() == before else harm
 
 
-KINDS = ["full", "sync", "lora", "lora-sync", "bema", "bco", "precomputed"]
 ADDED = [
     "scaler.pt",
     "pytorch_model.bin",
@@ -132,13 +133,9 @@ STATEMENTS = [
 def damage_store(draw: random.Random, folder: Path) -> Trial:
     """A store's pages, tables, index, schema or log: nothing wrong is read, what is lost is reported and put anew."""
     path = folder / "store.sqlite"
-    _fill_and_kill(path)
-    log = path.with_name("store.sqlite-wal")
     harm = draw.choice(["page", "page", "index", "log", "statement"])
-    if harm in ("page", "index", "statement"):
-        with LogProbStore(path):
-            pass  # what the log has goes into the file
-        log.unlink(missing_ok=True)
+    _fill_and_kill(path, in_pass=harm == "log")
+    log = path.with_name("store.sqlite-wal")
     if harm == "log" and draw.random() < 0.25:
         log.unlink()
     elif harm in ("page", "log"):
@@ -190,23 +187,22 @@ def _wrong(store: LogProbStore) -> bool:
     return any(found is not None and (found != value).any() for found, value in pairs)
 
 
-def _fill_and_kill(path: Path) -> None:
-    """A store with half of its records in the log that a killed process leaves."""
+def _fill_and_kill(path: Path, *, in_pass: bool) -> None:
+    """A store whose writer was killed: in its pass, a part of which is in the write-ahead log then, or after it."""
 
     def child() -> None:
         keys, values = list(STORED), list(STORED.values())
         store = LogProbStore(path)
         with store.noting(IDENTITY, {"set": "train"}):
-            store.put(IDENTITY, keys[:200], values[:200])
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        with store.noting(IDENTITY, {"set": "more"}):
-            for start in range(200, 400, 20):
+            for start in range(0, 400, 20):
+                if start == 200:
+                    store._file.settle()
                 store.put(IDENTITY, keys[start : start + 20], values[start : start + 20])
-            os.kill(os.getpid(), signal.SIGKILL)
+            if in_pass:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    with suppress(AssertionError):  # the child died
-        in_fork(child)
+    until_killed(child)
 
 
 def train_on_damage(draw: random.Random, folder: Path) -> Trial:
