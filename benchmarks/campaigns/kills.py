@@ -1,6 +1,6 @@
 """Trials that kill: what is started again until it is done must come to what an undisturbed run comes to.
 
-A trial has one to four kills, half of them at a random moment, half at an operation on files or in a transaction.
+A trial has up to four kills, half of them at a random moment, half at an operation on files or in a transaction.
 """
 
 from __future__ import annotations
