@@ -11,6 +11,7 @@ everything imported. Counts add up from run to run, in `results/campaigns-cpu.js
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,8 +150,9 @@ def _warm_up() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     os.environ["TETHER_HOME"] = str(runs.HOME)
-    for kind in ("lora-sync", "bco", "precomputed"):
-        runs.make(runs.HOME / f"warm-{kind}", kind, max_steps=1, logging_strategy="no").train()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        for kind in ("lora-sync", "bco", "precomputed"):
+            runs.make(runs.HOME / f"warm-{kind}", kind, max_steps=1).train()
 
 
 def _read_counts(is_anew: bool) -> list[Counts]:
