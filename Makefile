@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-all test-floor test-latest numerics check format bench docs clean
+.PHONY: help demo dev test test-all test-floor test-latest numerics check format bench campaigns docs clean
 
 help: ## show this list
 	@printf 'tether: preference training with a reference model you can hold\n\n'
@@ -67,6 +67,10 @@ bench: dev ## run every benchmark, one after the other
 	@set -e; for script in benchmarks/bench_*.py benchmarks/real_model.py; do \
 		printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
+
+campaigns: dev ## kill and damage runs, stores and checkpoints, and count what happens (about an hour)
+	$(BIN)/python benchmarks/campaigns $(ARGS)
+	$(BIN)/python benchmarks/readme.py
 
 docs: $(VENV)/.installed-docs ## build the site of docs/ and the docstrings into site/
 	$(BIN)/zensical build --clean --strict

@@ -233,7 +233,9 @@ def write_results(name: str, results: Any, device: str, **more: Any) -> Path:
         **more,
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=2) + "\n")
+    new.replace(path)  # at once: counts that add up may be stopped at any time
     return path
 
 

@@ -267,7 +267,20 @@ def _demo_answers(results: list[dict[str, Any]]) -> str:
     return _table("asked | before | good | too far", rows)
 
 
+def _campaigns(results: list[dict[str, Any]]) -> str:
+    outcomes = ("resumed equal", "refused, named", "harmless", "SILENT", "RAW", "LOST")
+    return _table(
+        f"campaign | done | trials | {' | '.join(outcomes).lower()}",
+        (
+            [count["campaign"], f"{count['units']:,} {count['unit']}", f"{count['trials']:,}"]
+            + [f"{count['outcomes'].get(outcome, 0):,}" for outcome in outcomes]
+            for count in results
+        ),
+    )
+
+
 _TABLES = {
+    "campaigns": _campaigns,
     "demo": _demo,
     "vision": _vision,
     "step": _step,

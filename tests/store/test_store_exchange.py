@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import signal
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -158,6 +160,22 @@ def test_what_is_written_replaces_only_files_of_its_kind(store: LogProbStore, tm
         with LogProbStore(place), pytest.raises(StoreError, match="a store in use is there"):
             store.copy_to(place)
     assert rows.read_text() == "{}" and store.count() == 1311
+
+
+def test_an_export_that_finds_no_room_leaves_the_older_one(store: LogProbStore, tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    export_parquet(store, path, OTHER)
+    before = path.read_bytes()
+
+    def child() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (33_000, 33_000))  # enough to open the store
+        export_parquet(LogProbStore(store.path, read_only=True), path, ME)
+
+    with pytest.raises(StoreError, match=r"Cannot write(.|\n)*disk space"):
+        in_fork(child)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_unfinished_files_follow_no_link_and_are_removed_when_their_writer_is_dead(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -323,6 +324,35 @@ def test_a_pass_whose_end_is_lost_with_the_write_ahead_log_is_seen(path: Path) -
     path.with_name(path.name + "-wal").unlink()
     with LogProbStore(path) as store:
         assert store.count() == 0 and [done.ended for done in store.passes(ME)] == [None]
+
+
+def test_a_write_ahead_log_that_is_cut_after_a_pass_takes_nothing_back(path: Path) -> None:
+    def killed_after_a_pass() -> None:
+        store = LogProbStore(path)
+        with store.noting(ME, {"set": "train"}):
+            for start in range(0, 100, 10):
+                fill(store, range(start, start + 10))
+        os._exit(0)
+
+    with pytest.raises(AssertionError, match="died"):
+        in_fork(killed_after_a_pass)
+    log = path.with_name(path.name + "-wal")
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    with LogProbStore(path) as store:
+        assert found(store, range(100)) == set(range(100))
+
+
+def test_a_pass_ends_at_once_while_another_process_writes(path: Path) -> None:
+    with LogProbStore(path) as store, LogProbStore(path) as other:
+        fill(store, range(3))
+        with other._file.write():
+            start = time.perf_counter()
+            store._file.settle()
+            assert time.perf_counter() - start < 5
+        with other._file.read() as db:
+            (patience,) = db.execute("PRAGMA busy_timeout").fetchone()
+        assert patience > 1000
+        assert found(store, range(3)) == {0, 1, 2}
 
 
 def test_store_works_where_a_write_ahead_log_cannot(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

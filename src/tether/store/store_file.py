@@ -59,9 +59,15 @@ class StoreFile:
                 raise
 
     def settle(self) -> None:
-        """Moves what was written from the write-ahead log into the file itself, as far as readers allow it now."""
+        """Moves what was written from the write-ahead log into the file itself, as far as others allow it now.
+
+        Then the log is emptied: one that is cut or damaged later would bring back what its beginning has.
+        """
         with self.read() as db:
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            (patience,) = db.execute("PRAGMA busy_timeout").fetchone()
+            db.execute("PRAGMA busy_timeout = 0")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute(f"PRAGMA busy_timeout = {patience}")
 
     def close(self) -> None:
         """Closes the file permanently."""
