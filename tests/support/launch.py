@@ -45,6 +45,6 @@ def launch(script: str, folder: Path, *arguments: str, num_processes: int = 1) -
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     launcher = [sys.executable, *(torchrun if num_processes > 1 else [])]
     command = [*launcher, str(TESTS / "support" / "scripts" / script), str(folder), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-8000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("process-*.json"))]

@@ -344,7 +344,7 @@ def test_a_loss_of_ones_own_beside_a_named_one_is_refused(tmp_path: Path) -> Non
 def test_reward_shift_is_refused_from_a_checkpoint_that_has_none(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trained(tmp_path, **saving)
-    trainer = make_trainer(tmp_path, loss_type="bco_pair", max_steps=4)
+    trainer = make_trainer(tmp_path, loss_type="bco_pair", max_steps=4, resume_changes=["loss_type"])
     with pytest.raises(ResumeError, match="bco_reward_shift"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
