@@ -220,6 +220,14 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["export", "STORE", "--store", "STORE", "--rows", "RECIPE"],
         "Name a new file",
     ),
+    "export under a name of another kind": (
+        ["export", "scores.jsonl", "--store", "STORE", "--identity", "aaaa"],
+        "ends in .parquet",
+    ),
+    "export of rows under a name of another kind": (
+        ["export", "rows.jsonl", "--store", "STORE", "--rows", "RECIPE"],
+        "ends in .parquet",
+    ),
     "rows of another reference": (
         ["export", "x.parquet", "--rows", "r.yaml", "--identity", "a"],
         "Leave `--identity` out",
