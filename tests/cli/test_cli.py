@@ -326,7 +326,7 @@ REFUSALS = [
     ("model_init_kwargs: nonsense", "it should be a valid dictionary", "--help"),
     ("dry_run: true\nlr_scheduler_kwargs: {min_lr: 1.0}", "unexpected keyword argument 'min_lr'", "leave it out"),
     (
-    X
+        "dry_run: true\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: x}",
         "Cannot use `lr_scheduler_kwargs",
         "Correct `lr_scheduler_kwargs`",
     ),

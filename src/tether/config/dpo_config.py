@@ -352,9 +352,9 @@ class DPOConfig(TrainingArguments):
             value = given.item() if isinstance(given, np.generic) else given
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            elif isinstance(value, Decimal | Fraction):
-                value = float(value)
-            elif type(value) is int and abs(value) < 2**53 and _takes_floats(entry):
+            elif isinstance(value, Decimal | Fraction) or (
+                type(value) is int and abs(value) < 2**53 and _takes_floats(entry)
+            ):
                 value = float(value)
             if value is not given:
                 setattr(self, entry.name, value)

@@ -32,7 +32,8 @@ def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
         The number of intact records that were found.
 
     Raises:
-        StoreError: If the file is not an SQLite file at all or its tables cannot be found, is `into` itself, or `into` can't be written.
+        StoreError: If the file is not an SQLite file at all or its tables cannot be found, is `into` itself, or `into`
+            can't be written.
     """
     path = Path(damaged_path).expanduser().absolute()
     if path.exists() and os.path.samefile(path, into.path):
