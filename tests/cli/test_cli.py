@@ -795,10 +795,11 @@ def test_a_run_that_made_the_model_worse_says_so(tether: Run, recipe: Callable[.
 
 
 def test_the_best_weights_are_named_where_they_are_saved(tether: Run, recipe: Callable[..., str]) -> None:
-    changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3}
     code, out, err = tether("train", recipe(**changes))
     assert code == 0, err
-    assert re.search(r"saved .*/out: the weights of checkpoint-[24], the best", out)
+    assert re.findall(r"^ +held out (\d)", out, re.MULTILINE) == ["2", "4", "2"]
+    assert re.search(r"saved .*/out: the weights of checkpoint-2, the best", out)
 
 
 def test_a_new_run_over_an_old_one_says_so(tether: Run, recipe: Callable[..., str]) -> None:
