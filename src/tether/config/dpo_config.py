@@ -358,10 +358,11 @@ class DPOConfig(TrainingArguments):
                 value = float(value)
             if value is not given:
                 setattr(self, entry.name, value)
-        if isinstance(self.loss_weights, list | tuple):
+        weights: Any = self.loss_weights
+        if isinstance(weights, list | tuple):
             self.loss_weights = [
                 float(one) if type(one) is int or isinstance(one, Decimal | Fraction) else one
-                for one in self.loss_weights
+                for one in weights
             ]
 
     def _settle_padding(self) -> None:

@@ -197,7 +197,7 @@ def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and str(args.output_dir) in str(error):
-            why = _why_not_a_folder(Path(args.output_dir)) or f"it cannot be written ({error.strerror})"
+            why = _why_not_a_folder(Path(str(args.output_dir))) or f"it cannot be written ({error.strerror})"
             instead = "Name a folder that is new, or yours to write to."
             refuse([of_option("output_dir", args.output_dir, why, instead)], cause=error)
         defaults = {entry.name: entry.default for entry in fields(args)}
