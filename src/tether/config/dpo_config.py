@@ -361,8 +361,7 @@ class DPOConfig(TrainingArguments):
         weights: Any = self.loss_weights
         if isinstance(weights, list | tuple):
             self.loss_weights = [
-                float(one) if type(one) is int or isinstance(one, Decimal | Fraction) else one
-                for one in weights
+                float(one) if type(one) is int or isinstance(one, Decimal | Fraction) else one for one in weights
             ]
 
     def _settle_padding(self) -> None:
