@@ -38,7 +38,7 @@ class TetherError(Exception):
 
 def said(error: BaseException, most: int = 300) -> str:
     """What a library's error says, in one line without a full stop; some list every file, or a whole text."""
-    words = textwrap.shorten(str(error), most, placeholder=" ...").rstrip(".!") or type(error).__name__
+    words = textwrap.shorten(str(error), most, placeholder=" ...").rstrip(".! ") or type(error).__name__
     return words if len(words) <= most else f"{words[:most]} ..."  # one long word is not shortened
 
 

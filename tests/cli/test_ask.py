@@ -70,6 +70,11 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def test_a_question_that_is_not_unicode_is_refused(initial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", str(initial), "\udcff"]) == 2
+    assert "Cannot ask '\\udcff': it is not text in UTF-8." in capsys.readouterr().err
+
+
 # ---- which models ----------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -296,6 +297,10 @@ REFUSALS = [
     ("beta: [1, 2]", "it should be a valid number", "--help"),
     ("beta:", "`beta:` in line 3 of ", "--help"),
     ("beta: 1\nbeta: 2", "`beta` comes twice", "each option once"),
+    (f"model_init_kwargs: {'[' * 1500}{']' * 1500}", "nested too deeply", "option: value"),
+    ("? [a, b]\n: 1", "bad.yaml at line 3, column 3: a name is expected", "option: value"),
+    ("env: {? [a] : 1}", "bad.yaml at line 3, column 9: a name is expected", "option: value"),
+    ("env: {A: 1, B: [2]}", "`env: {'A': '1', 'B': [2]}`", "`NAME: value`"),
     ("max_steps: 2.5", "it should be a valid integer", "--help"),
     ("sync_ref_model: perhaps", "it should be a valid boolean", "--help"),
     ("eval_strategy: sometimes", "it should be 'no', 'steps' or 'epoch'", "--help"),
@@ -319,6 +324,12 @@ REFUSALS = [
     ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
     ("- beta", "bad.yaml at line 3, column 1: expected <block end>, but found '-'.", "option: value"),
     ("model_init_kwargs: nonsense", "it should be a valid dictionary", "--help"),
+    ("dry_run: true\nlr_scheduler_kwargs: {min_lr: 1.0}", "unexpected keyword argument 'min_lr'", "leave it out"),
+    (
+        "dry_run: true\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: x}",
+        "Cannot use `lr_scheduler_kwargs",
+        "Correct `lr_scheduler_kwargs`",
+    ),
     ("lr_scheduler_kwargs: min_lr=1e-7", "it should be a valid dictionary", "--help"),
     ("dataset_test_split: test", "Unknown split", "a file has one split"),
     ("attn_implementation: nonsense", "Specified `attn_implementation", "Correct the one that this is about"),
@@ -408,6 +419,11 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
         ("absent.jsonl", None, "there is no such file"),
         ("pairs.txt", "a", "its name does not end in a known format"),
         ("broken.jsonl", '{"prompt": "a"', "broken.jsonl is not JSON: "),
+        ("cut.jsonl", '{"prompt": "a', "cut.jsonl is not JSON: unterminated string."),
+        ("twice.jsonl", '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', "`chosen` comes twice"),
+        ("twice.csv", "prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns `chosen`"),
+        ("fake.parquet", "nothing of the kind", "to_parquet"),
+        ("plain.jsonl", gzip.compress(b'{"prompt": "a"}'), "Rename it to plain.jsonl.gz."),
         ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "The train set has no column `rejected`: "),
         ("empty.jsonl", "", "empty.jsonl`: it has no rows"),
         ("null.json", "null", "null.json is null: a row is an object"),
@@ -417,13 +433,22 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
     ],
 )
 def test_bad_data_are_refused_by_name(
-    tether: Run, recipe: Callable[..., str], tmp_path: Path, name: str, text: str | None, said: str
+    tether: Run,
+    recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    text: str | bytes | None,
+    said: str,
 ) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     code, _, err = tether("train", recipe(train_data=str(tmp_path / name), eval_fraction=None))
     assert code == 2
     assert said in err and len(err.rstrip().splitlines()) > 1
+    assert ". ." not in err and "Failed to" not in caplog.text  # what `datasets` says of the same
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -437,7 +462,7 @@ def csv_text(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "tsv", "ndjson", "json.gz", "csv.bz2"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "tsv", "ndjson", "json.gz", "csv.bz2", "JSONL"])
 def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -> None:
     rows = tiny_pairs(3)
     path = tmp_path / f"pairs.{suffix}"
@@ -445,6 +470,7 @@ def test_pairs_are_read_from_files_of_each_format(tmp_path: Path, suffix: str) -
     writers: dict[str, Callable[[], Any]] = {
         "json": lambda: path.write_text(json.dumps(rows)),
         "jsonl": lambda: dataset.to_json(path),
+        "JSONL": lambda: dataset.to_json(path),
         "csv": lambda: dataset.to_csv(path),
         "parquet": lambda: dataset.to_parquet(path),
         "tsv": lambda: dataset.to_csv(path, sep="\t"),
@@ -770,10 +796,11 @@ def test_a_run_that_made_the_model_worse_says_so(tether: Run, recipe: Callable[.
 
 
 def test_the_best_weights_are_named_where_they_are_saved(tether: Run, recipe: Callable[..., str]) -> None:
-    changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3}
     code, out, err = tether("train", recipe(**changes))
     assert code == 0, err
-    assert re.search(r"saved .*/out: the weights of checkpoint-[24], the best", out)
+    assert re.findall(r"^ +held out (\d)", out, re.MULTILINE) == ["2", "4", "2"]
+    assert re.search(r"saved .*/out: the weights of checkpoint-2, the best", out)
 
 
 def test_a_new_run_over_an_old_one_says_so(tether: Run, recipe: Callable[..., str]) -> None:

@@ -207,6 +207,9 @@ def test_prune_removes_what_it_is_told_to(tether: Run, filled: tuple[str, str]) 
 REFUSALS: dict[str, tuple[list[str], str]] = {
     "no such verb": (["inof"], "Did you mean 'info'?"),
     "no store": (["info", "--store", "nowhere.sqlite"], "tether precompute"),
+    "a folder": (["info", "--store", "."], "Name a file"),
+    "a merge of no store": (["merge", "nowhere.sqlite", "--store", "STORE"], "A store is created where"),
+    "a merge of a folder": (["merge", ".", "--store", "STORE"], "Name a file"),
     "an unknown option": (["merge", "a.sqlite", "--into", "b"], "--help"),
     "prune of everything": (["prune", "--store", "STORE"], "Name an `identity`"),
     "no such reference": (["prune", "--store", "STORE", "--identity", "zz"], "tether store info"),
@@ -219,6 +222,14 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "export of rows onto the store": (
         ["export", "STORE", "--store", "STORE", "--rows", "RECIPE"],
         "Name a new file",
+    ),
+    "export under a name of another kind": (
+        ["export", "scores.jsonl", "--store", "STORE", "--identity", "aaaa"],
+        "ends in .parquet",
+    ),
+    "export of rows under a name of another kind": (
+        ["export", "rows.jsonl", "--store", "STORE", "--rows", "RECIPE"],
+        "ends in .parquet",
     ),
     "rows of another reference": (
         ["export", "x.parquet", "--rows", "r.yaml", "--identity", "a"],

@@ -8,6 +8,8 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +139,20 @@ def test_a_value_of_another_kind_is_refused_by_name(name: str, tmp_path: Path) -
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, TypeError)
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+def test_numbers_of_other_kinds_are_numbers(tmp_path: Path) -> None:
     args = DPOConfig(str(tmp_path), **DEFAULTS, beta=np.float64(0.25), max_length=np.int64(40))
     assert (args.beta, args.max_length) == (0.25, 40)
+    args = DPOConfig(
+        str(tmp_path),
+        **DEFAULTS | {"learning_rate": Fraction(1, 8), "max_steps": -1},
+        beta=Decimal("0.25"),
+        num_train_epochs=Decimal(2),
+        loss_weights=[Fraction(1, 2)],
+    )
+    found = (args.beta, args.learning_rate, args.num_train_epochs, *args.loss_weights)
+    assert found == (0.25, 0.125, 2.0, 0.5) and {type(one) for one in found} == {float}
+    with pytest.raises(ConfigurationError, match="positive"):
+        DPOConfig(str(tmp_path), **DEFAULTS, beta=Decimal("NaN"))
 
 
 def test_a_store_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:

@@ -237,6 +237,21 @@ def test_a_prompt_that_is_also_the_first_message_is_read_once() -> None:
         tokens_of([{**rows[0], "prompt": "Something else"}], tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"content": "No."}, "that has no `role`"),
+        ({"role": None, "content": "No."}, "that has no `role`"),
+        ({"role": 3, "content": "No."}, "whose `role` is 3"),
+        ({"role": "assistant", "content": 5}, "whose `content` is 5"),
+    ],
+)
+def test_what_a_message_lacks_is_named(message: dict[str, Any], fault: str) -> None:
+    row = {"prompt": ASK, "chosen": [said("Yes.")], "rejected": [message]}
+    with pytest.raises(DataError, match=f"`rejected` is a list with a message {fault}"):
+        tokens_of([row], tokenizer_of())
+
+
 def test_a_prompt_with_which_the_responses_begin_again_is_refused() -> None:
     """TRL renders it twice."""
     row = {"prompt": ASK, "chosen": [*ASK, said("No.")], "rejected": [*ASK, said("Yes.")]}

@@ -424,6 +424,19 @@ def test_store_salvages_all_but_the_damaged_pages(path: Path, original: bytes) -
         assert path.read_bytes() == bytes(content)
 
 
+@pytest.mark.parametrize("lost", [slice(100, 2000), slice(2000, 8192)])
+def test_store_that_lost_the_names_of_its_tables_says_that_nothing_can_be_saved(
+    path: Path, original: bytes, lost: slice
+) -> None:
+    content = bytearray(original)
+    content[lost] = b"x" * (lost.stop - lost.start)
+    path.write_bytes(content)
+    with LogProbStore(path.with_name("fresh.sqlite")) as fresh:
+        with pytest.raises(StoreError, match="no record can be found") as error:
+            salvage(path, fresh)
+        assert "tether store salvage" not in str(error.value) and fresh.count() == 0
+
+
 def test_store_copied_by_hand_while_in_use_serves_only_truth(path: Path) -> None:
     with LogProbStore(path) as store:
         for start in range(0, 2000, 50):

@@ -193,6 +193,11 @@ def _questions() -> Iterator[str]:
 
 
 def _answer(voices: list[Voice], tokenizer: Any, question: str, max_new_tokens: int) -> None:
+    if not _is_unicode(question):
+        raise ConfigurationError(
+            problem=f"Cannot ask {question!r}: it is not text in UTF-8.",
+            instead="Write the question in UTF-8, as terminals do by default.",
+        )
     if tokenizer.chat_template is not None:
         template = ChatTemplate(tokenizer, {}, "The question")
         (ids,) = template.ids([[{"role": "user", "content": question}]], add_generation_prompt=True)
@@ -202,6 +207,11 @@ def _answer(voices: list[Voice], tokenizer: Any, question: str, max_new_tokens: 
         ends = ends_of(voice.model, tokenizer)
         with voice.state():
             answer(voice.model, [ids], ends, max_new_tokens, streamer=Column(tokenizer, voice.label))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is nothing in it that could not be decoded."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 class Column(TextStreamer):

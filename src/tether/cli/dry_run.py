@@ -29,6 +29,8 @@ def describe_dry_run(recipe: Recipe) -> str:
     with tempfile.TemporaryDirectory() as nowhere:
         folder, config.output_dir = config.output_dir, nowhere
         trainer = build_trainer(recipe)
+        if not trainer.is_deepspeed_enabled:  # their options are checked as they are made
+            trainer.create_optimizer_and_scheduler(num_training_steps=max(1, config.max_steps))
         lines = [describe_start(trainer, recipe), _cost(trainer), _lengths(trainer), f"output     {folder}", ""]
         return "\n".join([*lines, *_first_pair(trainer), "", "This was a dry run: nothing was trained or saved."])
 

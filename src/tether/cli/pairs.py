@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Json, load_dataset
+from datasets import logging as hf_logging
 
 from tether.data.datasets import REFERENCE_COLUMNS, PairDataset, as_dataset
 from tether.data.rows import MARGIN_COLUMN, RESPONSES, ROW_COLUMN, UNREADABLE_COLUMN
@@ -38,7 +39,8 @@ _FORMATS: Mapping[str, dict[str, Any]] = {
     ".parquet": {"path": "parquet"},
     ".arrow": {"path": "arrow"},
 }
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # `datasets` unpacks them
+# How compressed files begin; `datasets` unpacks them.
+_COMPRESSED: Mapping[str, bytes] = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"(\xb5/\xfd"}
 _UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
     ".bz2": bz2.decompress,
@@ -60,8 +62,8 @@ def is_file(name: str) -> bool:
 
 
 def _format_of(path: Path) -> dict[str, Any] | None:
-    plain = path.with_suffix("") if path.suffix in _COMPRESSED else path
-    return _FORMATS.get(plain.suffix)
+    plain = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    return _FORMATS.get(plain.suffix.lower())
 
 
 def load_pairs(
@@ -102,7 +104,7 @@ def load_pairs(
 def _read(name: str, option: str, source: Mapping[str, Any], *, streaming: bool) -> PairDataset:
     """The rows as `datasets` reads them; or, of one whole JSON file, as `_json_rows` does where that cannot."""
     path, split = Path(name).expanduser(), source["split"]
-    is_whole = is_file(name) and source["path"] == "json" and split == "train" and path.suffix != ".zst"
+    is_whole = is_file(name) and source["path"] == "json" and split == "train" and path.suffix.lower() != ".zst"
     reads_rows = is_whole and not streaming
     if reads_rows and not _may_have_rows(path):
         return as_dataset(_json_rows(path, option))
@@ -120,6 +122,12 @@ def _read(name: str, option: str, source: Mapping[str, Any], *, streaming: bool)
             details=f"The message is: {whole}." if whole != first else "",
             instead=_what_to_name(name, split, error),
         ) from error
+    twice = [column for column in ("prompt", *RESPONSES) if f"{column}.1" in (rows.column_names or ())]
+    if source["path"] == "csv" and twice:  # pandas renames the second
+        raise DataError(
+            problem=f"Cannot read `{option}: {name}`: it has two columns `{twice[0]}`.",
+            instead="Remove or rename one of the two.",
+        )
     if not any(isinstance((rows.features or {}).get(column), Json) for column in ("prompt", *RESPONSES)):
         return rows
     if reads_rows:
@@ -133,6 +141,8 @@ def _read(name: str, option: str, source: Mapping[str, Any], *, streaming: bool)
 
 
 def _load(source: Mapping[str, Any], streaming: bool) -> PairDataset:
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)  # it logs the errors that it raises
     try:
         rows: PairDataset = load_dataset(**source, streaming=streaming)
         return rows
@@ -141,13 +151,15 @@ def _load(source: Mapping[str, Any], streaming: bool) -> PairDataset:
             raise
         # Notes under the name of `datasets` that are another program's, or another version's, describe no column.
         return Dataset(pq.read_table(source["data_files"]).replace_schema_metadata(None))
+    finally:
+        hf_logging.set_verbosity(verbosity)
 
 
 def _may_have_rows(path: Path) -> bool:
     """Whether a JSON file begins as rows do; `datasets` dies of one that begins with `null`."""
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return path.suffix in _COMPRESSED or start[:1] in (b"{", b"[")
+    return path.suffix.lower() in _COMPRESSED or start[:1] in (b"{", b"[")
 
 
 def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
@@ -157,14 +169,19 @@ def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
     text in quotation marks).
     """
     try:
-        content = _UNPACK.get(path.suffix, bytes)(path.read_bytes()).removeprefix(b"\xef\xbb\xbf")
+        content = _UNPACK.get(path.suffix.lower(), bytes)(path.read_bytes()).removeprefix(b"\xef\xbb\xbf")
     except Exception as error:  # of a compressed file; each format has its own
         raise DataError(
             problem=f"Cannot read `{option}: {path}`: it is not a whole {path.suffix} file ({said(error)}).",
             instead="Copy or compress the file again.",
         ) from error
+    if suffix := next((suffix for suffix, begins in _COMPRESSED.items() if content.startswith(begins)), None):
+        raise DataError(
+            problem=f"Cannot read `{option}: {path}`: it is compressed, and its name does not end in {suffix}.",
+            instead=f"Rename it to {path.name}{suffix}.",
+        )
     try:
-        whole = json.loads(content.decode())
+        whole = _parsed(content)
     except (ValueError, RecursionError):
         rows = [_json_row(line) for line in content.split(b"\n") if line.strip()]
     else:
@@ -176,13 +193,26 @@ def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
 
 def _json_row(line: bytes) -> dict[str, Any]:
     try:
-        return _object(json.loads(line.decode()))
+        return _object(_parsed(line))
     except UnicodeDecodeError:
         return {UNREADABLE_COLUMN: "is not text in UTF-8"}
     except json.JSONDecodeError as error:
-        return {UNREADABLE_COLUMN: f"is not JSON: {error.msg[0].lower()}{error.msg[1:]}"}
+        why = error.msg.removesuffix(" at").removesuffix(" starting")  # the position would differ in each row
+        return {UNREADABLE_COLUMN: f"is not JSON: {why[0].lower()}{why[1:]}"}
     except (ValueError, RecursionError) as error:
         return {UNREADABLE_COLUMN: f"is not JSON: {said(error, 100)}"}
+
+
+def _parsed(text: bytes) -> Any:
+    return json.loads(text.decode(), object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(entries)
+    if len(found) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` comes twice in an object")
+    return found
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -37,13 +37,13 @@ class ProgressLines(TrainerCallback):
         self.tokens_per_second: float | None = None
         self.has_begun = False
         self._bar: Any = None
-        self._has_header = False
+        self._has_header = self._has_ended = False
         self._start = 0.0
         self._counted: tuple[float, float] | None = None  # number of tokens, and the time of that count
         self._stepped = self._aside = 0.0  # when the last step ended, and seconds that were not spent on steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start, self._aside = time.perf_counter(), 0.0
+        self._start, self._aside, self._has_ended = time.perf_counter(), 0.0, False
         self._counted = (0.0, self._start) if state.global_step == 0 else None  # a resumed run starts above 0
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
@@ -67,7 +67,8 @@ class ProgressLines(TrainerCallback):
             seconds = self._count(logs.get("num_tokens", 0.0))
             self._print_row(f"{state.global_step}/{state.max_steps}", logs, "", _duration(seconds))
         elif "eval_loss" in logs:
-            self._print_row(f"held out {state.global_step}", logs, "eval_")
+            is_best = self._has_ended and args.load_best_model_at_end and state.best_global_step
+            self._print_row(f"held out {state.best_global_step if is_best else state.global_step}", logs, "eval_")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -77,6 +78,7 @@ class ProgressLines(TrainerCallback):
     on_save = on_evaluate
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_ended = True
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -102,7 +102,11 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         node = loader.get_single_node()
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise yaml.MarkedYAMLError(None, None, "options with names are expected", node.start_mark)
-        pairs = [] if node is None else [(key, _value_of(loader, key.value, value), value) for key, value in node.value]
+        pairs = [] if node is None else [(key, _value_of(loader, key.value, value)) for key, value in _entries_of(node)]
+    except RecursionError:
+        raise ConfigurationError(
+            problem=f"Cannot read {path}: its lists or mappings are nested too deeply.", instead=_ONE_PER_LINE
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -113,7 +117,7 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         ) from None
     written: list[Written] = []
     mistakes: list[Mistake] = []
-    for key, value, _ in pairs:
+    for key, value in pairs:
         name, line = str(key.value), key.start_mark.line + 1
         shown = _shortened("" if value is None else str(value))
         if any(name == earlier.key for earlier in written):
@@ -143,11 +147,22 @@ def _text_of(path: Path) -> str:
         ) from None
 
 
+def _entries_of(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(None, None, "a name is expected, not a list or a mapping", key.start_mark)
+    entries: list[tuple[yaml.ScalarNode, yaml.Node]] = node.value
+    return entries
+
+
 def _value_of(loader: yaml.SafeLoader, key: str, node: yaml.Node) -> Any:
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
     if key == "env" and isinstance(node, yaml.MappingNode):  # environment variables are always text
-        return {name.value: inner.value for name, inner in node.value}
+        return {
+            name.value: inner.value if isinstance(inner, yaml.ScalarNode) else loader.construct_object(inner, deep=True)
+            for name, inner in _entries_of(node)
+        }
     return loader.construct_object(node, deep=True)
 
 

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -349,18 +351,25 @@ class DPOConfig(TrainingArguments):
         refuse(refused_options(self))
 
     def _settle_values(self) -> None:
-        """NumPy's numbers as plain ones, paths as text, and whole numbers as floats where torch takes no others."""
+        """NumPy's, `decimal`'s and `fractions`' numbers as plain ones, paths as text, and whole numbers as floats where
+        torch takes no others.
+        """
         for entry in fields(self):
             given = getattr(self, entry.name)
             value = given.item() if isinstance(given, np.generic) else given
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            elif type(value) is int and abs(value) < 2**53 and _takes_floats(entry):
+            elif isinstance(value, Decimal | Fraction) or (
+                type(value) is int and abs(value) < 2**53 and _takes_floats(entry)
+            ):
                 value = float(value)
             if value is not given:
                 setattr(self, entry.name, value)
-        if isinstance(self.loss_weights, list | tuple):
-            self.loss_weights = [float(one) if type(one) is int else one for one in self.loss_weights]
+        weights: Any = self.loss_weights
+        if isinstance(weights, list | tuple):
+            self.loss_weights = [
+                float(one) if type(one) is int or isinstance(one, Decimal | Fraction) else one for one in weights
+            ]
 
     def _settle_padding(self) -> None:
         self.pad_to_multiple_of = None

@@ -369,9 +369,21 @@ def _check_prompt_comes_once(row: Mapping[str, Any], where: str) -> None:
 def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and all(isinstance(message, Mapping) and "role" in message for message in value):
-        return "messages"
+    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
+        return next((fault for message in value if (fault := _fault_of(message))), "messages")
     return f"`{type(value).__name__}`"
+
+
+def _fault_of(message: Mapping[str, Any]) -> str:
+    """Why a mapping is no message; empty if it is one."""
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        return "a list with a message that has no `role`"
+    if not isinstance(role, str):
+        return f"a list with a message whose `role` is {shown(role)}, which is not text"
+    if isinstance(content, int | float):
+        return f"a list with a message whose `content` is {shown(content)}, which is not text"
+    return ""
 
 
 def _is_empty(response: str | list[dict[str, Any]]) -> bool:

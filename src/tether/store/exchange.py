@@ -49,8 +49,8 @@ def export_parquet(store: LogProbStore, path: str | os.PathLike[str], identity: 
         The number of records written.
 
     Raises:
-        StoreError: If the store holds nothing of that reference, a file can't be read or written, or what is at `path`
-            is no Parquet file.
+        StoreError: If the store holds nothing of that reference, a file can't be read or written, what is at
+            `path` is no Parquet file, or its name does not end in .parquet.
     """
     if store.count(identity) == 0:
         known = ", ".join(i.digest for i in store.identities())

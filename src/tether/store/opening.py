@@ -39,10 +39,10 @@ def open_to_write(path: Path) -> sqlite3.Connection:
 
 def open_to_read(path: Path) -> sqlite3.Connection:
     """A connection that can't change the store at `path`; raises StoreError."""
-    if not path.is_file() or path.stat().st_size == 0:
+    if not path.is_dir() and (not path.is_file() or path.stat().st_size == 0):
         raise StoreError(
             problem=f"Cannot read the log-prob store {path}: there is no store at this path.",
-            instead="Check the path, or open it without `read_only` to start a new store.",
+            instead="Check the path. A store is created where it is opened to write, not to read.",
         )
     with as_store_error("open the log-prob store", path):
         db = _connect_to_read(path)

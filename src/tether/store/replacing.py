@@ -34,7 +34,7 @@ def replacing(path: Path, begins: bytes) -> Iterator[Path]:
         begins: How files of its kind begin.
 
     Raises:
-        StoreError: If `path` is a file of another kind.
+        StoreError: If `path` is a file of another kind, or has the name of one.
         OSError: If the file can't be written.
     """
     check_kind(path, begins)
@@ -51,17 +51,24 @@ def replacing(path: Path, begins: bytes) -> Iterator[Path]:
 
 
 def check_kind(path: Path, begins: bytes) -> None:
-    """Raises StoreError if there is a file of another kind at `path`, which a slip would replace."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        found = file.read(len(SQLITE))
+    """Raises StoreError if there is a file of another kind at `path`, which a slip would replace, or if its name is one
+    of another kind.
+    """
+    found = b""
+    if path.exists():
+        with path.open("rb") as file:
+            found = file.read(len(SQLITE))
     if found and not found.startswith(begins):
         kind = next((name for start, name in _KINDS.items() if found.startswith(start)), "no such file")
         raise StoreError(
             problem=f"Cannot write {_KINDS[begins]} to {path}: what is there is {kind}, and would be lost.",
             details="The file was not changed.",
             instead="Name a new file, or remove that one first.",
+        )
+    if begins == PARQUET and path.suffix.lower() != ".parquet":  # other programs go by the name
+        raise StoreError(
+            problem=f"Cannot write {_KINDS[begins]} to {path}: its name does not end in .parquet.",
+            instead="Name a file that ends in .parquet.",
         )
 
 

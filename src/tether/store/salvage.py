@@ -32,7 +32,8 @@ def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
         The number of intact records that were found.
 
     Raises:
-        StoreError: If the file is not an SQLite file at all, is `into` itself, or `into` can't be written.
+        StoreError: If the file is not an SQLite file at all or its tables cannot be found, is `into` itself, or `into`
+            can't be written.
     """
     path = Path(damaged_path).expanduser().absolute()
     if path.exists() and os.path.samefile(path, into.path):
@@ -44,6 +45,15 @@ def salvage(damaged_path: str | os.PathLike[str], into: LogProbStore) -> int:
     try:
         with as_store_error("read the log-prob store", path):
             return _move_records(db, into)
+    except StoreError as error:
+        if not (is_damage(error.__cause__) or "no such table" in str(error.__cause__)):
+            raise
+        raise StoreError(
+            problem=f"Cannot salvage {path}: what names its tables is damaged ({error.__cause__}), so no record can "
+            "be found.",
+            details="The file was not changed.",
+            instead="Score the responses again: `tether precompute` with the recipe, into a new file.",
+        ) from error
     finally:
         db.close()
 

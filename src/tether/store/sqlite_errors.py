@@ -21,12 +21,14 @@ _CAUSES = {
     "readonly": (
         "the file or its folder is not writable",
         "",
-        "Pass `read_only=True`, or keep the store in a folder of your own (`TETHER_HOME`, or another path).",
+        "Keep the store in a folder of your own (`TETHER_HOME`, or another path). In Python, `read_only=True` reads it "
+        "where it is.",
     ),
     "unable to open": (
         "the file cannot be opened, or SQLite cannot keep its own files beside it",
         "",
-        "Check the path and its permissions. To read a store in a folder that you cannot write, pass `read_only=True`.",
+        "Check the path and its permissions. In Python, `read_only=True` reads a store in a folder that you cannot "
+        "write.",
     ),
     "locked": (
         "another process has been writing to it for a minute without a break",
@@ -57,6 +59,7 @@ for piece, like in (
     ("Read-only file system", "readonly"),
 ):
     _CAUSES[piece] = _CAUSES[like]
+_FOLDER = ("it is a folder", "", "Name a file, existing or new.")
 _ELSE = ("SQLite or the system failed", "", "Check the disk and the file, or choose another path for the store.")
 
 
@@ -71,7 +74,8 @@ def as_store_error(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-        why, details, instead = next((parts for piece, parts in _CAUSES.items() if piece in str(error)), _ELSE)
+        found = next((parts for piece, parts in _CAUSES.items() if piece in str(error)), _ELSE)
+        why, details, instead = _FOLDER if path.is_dir() else found
         message = " ".join(str(error).split())
         raise StoreError(
             problem=f"Cannot {action} {path}: {why} ({message}).",

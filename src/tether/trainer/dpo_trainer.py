@@ -344,7 +344,8 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_options(self.args, "lr_scheduler_type", "lr_scheduler_kwargs"):
+        option = "lr_scheduler_kwargs" if self.args.lr_scheduler_kwargs else "lr_scheduler_type"
+        with naming_options(self.args, option):
             return super().create_scheduler(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

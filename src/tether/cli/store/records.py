@@ -92,7 +92,7 @@ def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = 
         StoreError: If it does not exist and `must_exist`.
     """
     path = Path(name).expanduser() if name else default_store_path()
-    if must_exist and not path.is_file():
+    if must_exist and not (path.is_file() or path.is_dir()):  # opening a folder says that it is one
         raise StoreError(
             problem=f"Cannot open the store {path.absolute()}: there is no such file.",
             instead="Name another with `--store FILE`, or fill this one with `tether precompute RECIPE.yaml`.",
