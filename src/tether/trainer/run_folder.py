@@ -143,11 +143,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         start = LastRun(uuid.uuid4().hex, time.time(), self._named(resumed_from), owner=Owner.this())
         goes_on = start.resumed_from is not None and start.resumed_from == self._named(last_checkpoint(self.path))
+        origin = whole_manifest(resumed_from) if resumed_from and goes_on else None
         with self._alone():
             last = read_last_run(self.path)
             if last and last.owner and not take_over and not last.owner.is_dead:
                 raise _held_by(self.path, last.owner, (self.path / _FILE).stat().st_mtime)
-            self._write(replace(start, saved_step=last.saved_step if last and goes_on else None))
+            is_saved = last and origin and last.saved_step == origin.step  # a later model is not what this run makes
+            self._write(replace(start, saved_step=origin.step if origin and is_saved else None))
         self.run, self._ended = start.run, threading.Event()
         self.clear()
         threading.Thread(target=self._beat, args=(self._ended,), daemon=True).start()
