@@ -30,6 +30,7 @@ from tether.trainer.reference_note import write_reference_note
 from tether.trainer.reference_run import ReferenceRun
 from tether.trainer.resuming import (
     AboutRun,
+    check_optimizer,
     check_same_adapters,
     check_same_run,
     check_unproven,
@@ -210,6 +211,7 @@ class RunSaving(Trainer):
             return
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            check_optimizer(self.optimizer)
         num_tokens = load_run(Path(checkpoint), self._kept)
         self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
         for average in self._averages:
