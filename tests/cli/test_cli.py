@@ -314,6 +314,7 @@ REFUSALS = [
     ("eval_fraction: 0.1\neval_data: x.jsonl", "which pairs are held out", "one of the two"),
     ("dataset: other.jsonl", "the same option", "one of the two"),
     ("resume: true", "there is none", "start a new run"),
+    ("resume: ''", "from ''", "checkpoint"),
     ("resume: out/checkpoint-7", "no such folder", "checkpoint"),
     ("ref_model: ./nowhere", "no such folder", "save_pretrained"),
     ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
@@ -636,7 +637,7 @@ def test_resume_passes_over_a_checkpoint_that_was_not_written_to_its_end(
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
     code, out, err = tether("train", recipe(), "--resume")
     assert code == 0, err
-    assert " 2/4 " not in out and " 4/4 " in out
+    assert f"resuming   {tmp_path / 'out' / 'checkpoint-2'}" in out and " 2/4 " not in out and " 4/4 " in out
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -283,6 +284,24 @@ def test_a_finished_run_says_that_it_is_done(tmp_path: Path, caplog: pytest.LogC
     longer = make_trainer(tmp_path, **RUN | {"max_steps": 3})
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 3
+
+
+def test_what_is_named_in_place_of_a_checkpoint_is_told(begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    for name, says in (
+        (begun, f"it is the folder of a run; its last checkpoint is {begun / 'checkpoint-2'}"),
+        (tmp_path / "pairs.jsonl", "it is a file, not a folder"),
+        ("", "from '': there is no such folder"),
+    ):
+        with pytest.raises(ResumeError, match=re.escape(says)):
+            make_trainer(tmp_path, **RUN).train(name)
+
+
+def test_a_checkpoint_that_is_passed_over_is_named(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copied / "checkpoint-2" / "model.safetensors").unlink()
+    make_trainer(copied, **RUN).train(resume_from_checkpoint=True)
+    said = "checkpoint-1. checkpoint-2 is passed over: `model.safetensors` is missing."
+    assert f"Resuming from {copied}/{said}" in caplog.text
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def run(request: Request) -> int:
             instead=f"Score what is missing: `tether precompute {shlex.join(request.words)}`.",
             details=error.details,
         ) from error
-    _print(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
+    _print(trainer, describe_start(trainer, recipe) + _checkpoints_note(trainer, checkpoint))
     started = time.perf_counter()
     try:
         with stop, report_library_errors("tether train", lambda: not progress.has_begun):
@@ -87,9 +87,11 @@ def _hub_data(recipe: Recipe) -> str | None:
     return None if name is None or is_file(name) or Path(name).expanduser().is_dir() else name.partition(":")[0]
 
 
-def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
-    """A note on checkpoints that this run may replace; empty if it resumes one, or finds none."""
-    earlier = [*whole_checkpoints(Path(str(trainer.args.output_dir)))] if checkpoint is None else []
+def _checkpoints_note(trainer: DPOTrainer, checkpoint: str | None) -> str:
+    """Which checkpoint is resumed, or a note on those that this run may replace; empty if there are none."""
+    if checkpoint is not None:
+        return f"\nresuming   {checkpoint}"
+    earlier = [*whole_checkpoints(Path(str(trainer.args.output_dir)))]
     if not earlier:
         return ""
     how = f"(to continue it: --resume {earlier[-1]})"

@@ -30,7 +30,7 @@ from tether.data.datasets import MARGIN_COLUMN, TOKEN_COLUMNS, PairDataset
 from tether.data.tokenizing import arrow_tables
 from tether.errors import ConfigurationError, ResumeError, TetherError
 from tether.trainer.manifest import MANIFEST
-from tether.trainer.run_folder import last_checkpoint, whole_checkpoints
+from tether.trainer.run_folder import last_checkpoint, passed_over, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -148,20 +148,26 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
     """The checkpoint that is named; by True, the last one of the run last started in the folder.
 
     Raises:
-        ResumeError: If there is none; names those of earlier runs.
+        ResumeError: If there is none; names those of earlier runs, or those in the folder that is named.
     """
     found = last_checkpoint(output_dir) if name is True else str(name)
+    broken = [f"{n} is passed over: {why}." for n, why in passed_over(output_dir, found).items()] * (name is True)
     if found is not None and os.path.isdir(found):  # unlike Path's, for a name of any length
+        if broken:
+            logger.warning(f"Resuming from {found}. {' '.join(broken)}")
+        elif name is not True:
+            _refuse_run(Path(found))
         return Path(found)
     if name is not True:
+        what = "it is a file, not a folder" if os.path.isfile(str(found)) else "there is no such folder"
         raise ResumeError(
-            problem=f"Cannot resume from {found}: there is no such folder.",
+            problem=f"Cannot resume from {found or repr(found)}: {what}.",
             details=f"Paths start at the current folder, {Path.cwd()}.",
             instead="Name the folder of a checkpoint (out/checkpoint-100), or start a new run.",
         )
     earlier: list[Any] = [*whole_checkpoints(output_dir)]
     unproven = [path for path in sorted(output_dir.glob("checkpoint-*")) if not (path / MANIFEST).exists()]
-    why, details = "there is none", f"{unproven[-1]} has no {MANIFEST}." if unproven else ""
+    why, details = "there is none", " ".join(broken)
     if earlier:
         why = "the run that was last started there has written none yet"
         details = f"{earlier[-1]} is of an earlier run."
@@ -171,6 +177,16 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
         details=details,
         instead=f"Name {other} to go on with it, or start a new run.",
     )
+
+
+def _refuse_run(folder: Path) -> None:
+    """Refuses the output folder of a run in place of one of its checkpoints."""
+    last = None if (folder / MANIFEST).exists() else last_checkpoint(folder)
+    if last is not None:
+        raise ResumeError(
+            problem=f"Cannot resume from {folder}: it is the folder of a run; its last checkpoint is {last}.",
+            instead=f"Name {last}.",
+        )
 
 
 def check_unproven(checkpoint: Path, allowed: list[str], args: DPOConfig) -> None:

@@ -280,7 +280,9 @@ def _store(args: DPOConfig) -> Iterator[Refusal]:
                 why = "no store of reference log-probs is used, so it would have no effect"
                 instead = f"Set `precompute_ref_log_probs=True`, or leave `{name}` out."
                 yield of_option(name, value, why, instead, "without `precompute_ref_log_probs=True`")
-    if args.ref_store is not None and os.path.isdir(args.ref_store):
+    if args.ref_store == "":
+        yield of_option("ref_store", "", "it is the path of a file", "Write a path, existing or new, or leave it out.")
+    elif args.ref_store is not None and os.path.isdir(args.ref_store):
         yield of_option("ref_store", args.ref_store, "it is a folder", "Write the path of a file, existing or new.")
 
 
