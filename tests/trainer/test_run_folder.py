@@ -113,6 +113,10 @@ def test_a_run_whose_folder_was_taken_over_keeps_nothing_more(tmp_path: Path) ->
         own = keep(second, 1)
         with pytest.raises(TetherError, match="taken this folder over"):
             keep(first, 1)
+        with pytest.raises(TetherError, match="taken this folder over"), first.saving("checkpoint-2"):
+            raise FileNotFoundError("optimizer.pt")  # it was written where the second run has cleared away
+        with pytest.raises(FileNotFoundError), second.saving("checkpoint-2"):
+            raise FileNotFoundError("optimizer.pt")
         assert last_checkpoint(tmp_path) == own
     last = read_last_run(tmp_path)
     assert last is not None and last.run == second.run
