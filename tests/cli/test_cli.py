@@ -319,6 +319,7 @@ REFUSALS = [
     ("eval_fraction: 0.1\neval_data: x.jsonl", "which pairs are held out", "one of the two"),
     ("dataset: other.jsonl", "the same option", "one of the two"),
     ("resume: true", "there is none", "start a new run"),
+    ("resume: ''", "from ''", "checkpoint"),
     ("resume: out/checkpoint-7", "no such folder", "checkpoint"),
     ("ref_model: ./nowhere", "no such folder", "save_pretrained"),
     ("tokenizer: ./nowhere", "no such folder", "save_pretrained"),
@@ -663,7 +664,7 @@ def test_resume_passes_over_a_checkpoint_that_was_not_written_to_its_end(
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
     code, out, err = tether("train", recipe(), "--resume")
     assert code == 0, err
-    assert " 2/4 " not in out and " 4/4 " in out
+    assert f"resuming   {tmp_path / 'out' / 'checkpoint-2'}" in out and " 2/4 " not in out and " 4/4 " in out
     assert last_logs(tmp_path / "out")["loss"] == whole["loss"]
 
 
@@ -697,9 +698,11 @@ def test_a_finished_run_that_is_resumed_is_done(tether: Run, recipe: Callable[..
         assert code == 0, err
         assert f"done       the model of step 4 is in {tmp_path / 'out'}" in out
         assert (model.stat().st_ino, model.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    model.unlink()  # killed between the last checkpoint and the model's file
-    (tmp_path / "out" / "_tether_run.json").unlink()
-    assert tether("train", recipe(), "--resume")[0] == 0 and model.is_file()
+    weights = model.read_bytes()
+    for lost in ([model], [model, tmp_path / "out" / "_tether_run.json"]):  # killed before the model's file
+        for path in lost:
+            path.unlink()
+        assert tether("train", recipe(), "--resume")[0] == 0 and model.read_bytes() == weights
     code, out, _ = tether("train", recipe(max_steps=6, save_steps=2), "--resume")
     assert code == 0 and " 6/6 " in out
 

@@ -291,3 +291,8 @@ def test_info_of_a_copy_in_a_folder_reads_only(tether: Run, filled: tuple[str, s
     before = copy.read_bytes()
     assert tether("store", "info", "--store", str(copy))[0] == 0
     assert copy.read_bytes() == before
+
+
+def test_a_store_without_a_name_is_refused(tether: Run) -> None:  # noqa: F811
+    code, _, err = tether("store", "info", "--store", "")
+    assert code == 2 and "Cannot open a log-prob store at an empty path" in err

@@ -88,6 +88,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ref_store_verify": {"ref_store_verify": -1, "precompute_ref_log_probs": True},
     "ref_store_verify without precompute": {"ref_store_verify": 8},
     "reference_free with ref_store_verify": {"ref_store_verify": 8, "reference_free": True},
+    "ref_store without a name": {"ref_store": "", "precompute_ref_log_probs": True},
     "ref_store without precompute": {"ref_store": "answers.sqlite"},
     "ref_store_mode without precompute": {"ref_store_mode": "lazy"},
     "max_length": {"max_length": 1},

@@ -187,6 +187,10 @@ def resumed_with_another_beta(folder: Path) -> float:
 FOLLOWING: dict[str, Any] = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 
 
+def resumed_in_another_order(folder: Path) -> float:
+    return resumed_differs(folder, {}, lambda: {"data_seed": 7})
+
+
 def resumed_while_following(folder: Path) -> float:
     return resumed_differs(folder, FOLLOWING, lambda: FOLLOWING)
 
@@ -1378,6 +1382,9 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     "resumed with another beta": Protection(
         resumed_with_another_beta, drop("check_same_run"), ResumeError, silent=1e-4
+    ),
+    "resumed in another order of rows": Protection(
+        resumed_in_another_order, drop("check_same_run"), ResumeError, silent=1e-4
     ),
     "a synchronized reference is saved": Protection(
         resumed_while_following, also(no_state, compare_nothing), silent=1e-4

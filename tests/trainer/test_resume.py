@@ -208,6 +208,12 @@ MISTAKES: dict[str, Mistake] = {
         "Its `compute_dtype` was float32 and is bfloat16 in this trainer.",
         "The same in both: the base weights, the model's config.",
     ),
+    "without a reference": Mistake(
+        lambda folder: {},
+        lambda folder: {"reference_free": True},
+        "Its `kind` was explicit and is free in this trainer.",
+        "",
+    ),
     "no longer following": Mistake(
         lambda folder: SYNC, lambda folder: {}, "Its `kind` was synchronized and is explicit", "the base weights"
     ),
@@ -224,6 +230,7 @@ def test_a_resume_with_another_reference_says_what_differs_and_how_to_give_the_r
     with pytest.raises(ResumeError) as caught:
         other.train(resume_from_checkpoint=checkpoint_of(tmp_path))
     assert mistake.differs in caught.value.details and mistake.alike in caught.value.details
+    assert "version of Tether" not in caught.value.instead and " , " not in caught.value.details
     assert "Or start a new run" in caught.value.instead and len(caught.value.instead) > 60
     assert other.state.global_step == 0, "no step was taken"
 
@@ -291,6 +298,47 @@ def test_the_best_checkpoint_can_be_loaded_at_the_end(family: str, tmp_path: Pat
     figures = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.state.best_metric == min(figures)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(figures), abs=1e-6)
+
+
+def best_of_three(folder: Path) -> dict[str, Any]:
+    """Options of a run that is worse with every step, after one that was stopped before its last."""
+    options: dict[str, Any] = RUN | {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "max_steps": 3,
+        "metric_for_best_model": "rewards/margins",
+        "greater_is_better": False,
+        "load_best_model_at_end": True,
+        "eval_dataset": as_dataset(tiny_pairs(24)),
+    }
+    trained(folder, **options)
+    shutil.rmtree(folder / "checkpoint-3")
+    return options
+
+
+def test_the_best_checkpoint_is_found_where_the_folder_was_copied_to(tmp_path: Path) -> None:
+    options, there = best_of_three(tmp_path / "here"), tmp_path / "there"
+    shutil.copytree(tmp_path / "here", there)
+    for is_moved in (False, True):
+        if is_moved:
+            shutil.rmtree(tmp_path / "here")
+        resumed = make_trainer(there, **options)
+        resumed.train(resume_from_checkpoint=str(there / "checkpoint-2"))
+        assert resumed.state.best_model_checkpoint == str(there / "checkpoint-1")
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded_at_the_end(tmp_path: Path) -> None:
+    options = best_of_three(tmp_path)
+    weights = tmp_path / "checkpoint-1" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    resumed = make_trainer(tmp_path, **options)
+    with pytest.raises(
+        ResumeError, match=r"Cannot load the best checkpoint, .*checkpoint-1: `model.safetensors` is not"
+    ):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("which", ["the last", "named by True", "named in the options", "the best"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from support.observe import bits, same_bits
@@ -84,6 +86,26 @@ CHANGES: dict[str, Change] = {
         lambda: {}, lambda: {"rows": tiny_pairs(20)}, "data", "the training set had 24 rows and has 20 rows"
     ),
     "other rows": Change(lambda: {}, lambda: {"rows": tiny_pairs(24, seed=1)}, "data", "has other rows"),
+    "the batch": Change(
+        lambda: {},
+        lambda: {"per_device_train_batch_size": 4},
+        "per_device_train_batch_size",
+        "`per_device_train_batch_size` was 2 and is 4, so rows would be left out or come again",
+    ),
+    "the accumulation": Change(
+        lambda: {},
+        lambda: {"gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps",
+        "`gradient_accumulation_steps` was 1 and is 2",
+    ),
+    "the seed": Change(lambda: {}, lambda: {"seed": 7}, "seed", "`seed` was 42 and is 7"),
+    "the seed of the data": Change(lambda: {}, lambda: {"data_seed": 7}, "data_seed", "`data_seed` was None and is 7"),
+    "the order": Change(
+        lambda: {},
+        lambda: {"train_sampling_strategy": "sequential"},
+        "train_sampling_strategy",
+        "`train_sampling_strategy` was 'random' and is 'sequential'",
+    ),
     "the rows in another order": Change(lambda: {}, lambda: {"rows": tiny_pairs(24)[::-1]}, "data", "another order"),
 }
 
@@ -98,7 +120,7 @@ def test_a_resume_that_changes_the_objective_or_the_pairs_must_name_it(name: str
     with pytest.raises(ResumeError, match=change.says) as caught:
         resume(tmp_path, **change.resumed())
     assert f"`resume_changes=['{change.name}']` (`--resume_changes {change.name}`)" in caught.value.instead
-    if name in ("beta", "BEMA's schedule", "other rows"):
+    if name in ("beta", "BEMA's schedule", "other rows", "the seed"):
         assert resume(tmp_path, **change.resumed(), resume_changes=[change.name]).state.global_step == 2
 
 
@@ -108,6 +130,13 @@ def test_all_that_differs_is_named_at_once(begun: Path) -> None:
     assert "`beta`" not in caught.value.problem and "`max_length`" in caught.value.problem
     assert "The training set had 24 rows" in caught.value.details
     assert "`resume_changes=['beta', 'data', 'max_length']`" in caught.value.instead
+
+
+def test_batches_of_another_shape_are_no_other_rows(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shape: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    resumed = resume(copied, **shape, data_seed=42)
+    assert "`per_device_train_batch_size` was 2 and is 1" in caplog.text
+    assert curve(resumed) == pytest.approx(curve(trained(copied / "whole", **RUN)), abs=1e-4)
 
 
 def test_what_else_differs_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -167,6 +196,18 @@ def test_other_reference_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="another reference") as caught:
         resume(tmp_path, rows=rows(-8.0), ref_columns="other")
     assert "Its `weights` was" in caught.value.details and "the same columns" in caught.value.instead
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop", "adagrad"])
+def test_another_optimizer_is_refused_by_name(optim: str, begun: Path) -> None:
+    with pytest.raises(ResumeError, match=f"with another optimizer: `optim` was 'adamw.*' and is '{optim}'"):
+        resume(begun, optim=optim)
+
+
+def test_another_optimizer_of_your_own_is_refused(copied: Path) -> None:
+    with pytest.raises(ResumeError, match="cannot be read into this trainer") as caught:
+        resume(copied, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1e-3}))
+    assert "the optimizer's state has no dampening, momentum" in caught.value.details
 
 
 def test_an_optimizer_of_another_kind_is_refused_in_a_sentence(copied: Path) -> None:
@@ -243,6 +284,24 @@ def test_a_finished_run_says_that_it_is_done(tmp_path: Path, caplog: pytest.LogC
     longer = make_trainer(tmp_path, **RUN | {"max_steps": 3})
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 3
+
+
+def test_what_is_named_in_place_of_a_checkpoint_is_told(begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    for name, says in (
+        (begun, f"it is the folder of a run; its last checkpoint is {begun / 'checkpoint-2'}"),
+        (tmp_path / "pairs.jsonl", "it is a file, not a folder"),
+        ("", "from '': there is no such folder"),
+    ):
+        with pytest.raises(ResumeError, match=re.escape(says)):
+            make_trainer(tmp_path, **RUN).train(name)
+
+
+def test_a_checkpoint_that_is_passed_over_is_named(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copied / "checkpoint-2" / "model.safetensors").unlink()
+    make_trainer(copied, **RUN).train(resume_from_checkpoint=True)
+    said = "checkpoint-1. checkpoint-2 is passed over: `model.safetensors` is missing."
+    assert f"Resuming from {copied}/{said}" in caplog.text
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,10 @@ def test_a_run_whose_folder_was_taken_over_keeps_nothing_more(tmp_path: Path) ->
         own = keep(second, 1)
         with pytest.raises(TetherError, match="taken this folder over"):
             keep(first, 1)
+        with pytest.raises(TetherError, match="taken this folder over"), first.saving("checkpoint-2"):
+            raise FileNotFoundError("optimizer.pt")  # it was written where the second run has cleared away
+        with pytest.raises(FileNotFoundError), second.saving("checkpoint-2"):
+            raise FileNotFoundError("optimizer.pt")
         assert last_checkpoint(tmp_path) == own
     last = read_last_run(tmp_path)
     assert last is not None and last.run == second.run
@@ -162,6 +167,10 @@ def test_a_run_knows_whether_its_model_is_saved(tmp_path: Path) -> None:
     assert step() is None
     trainer.save_model()
     assert step() == 2
+    copy = shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-2"))
+    make_trainer(copy, **RUN).train(resume_from_checkpoint=True)
+    last = read_last_run(copy)
+    assert last is not None and last.saved_step is None, "step 2 was taken again, and is not saved"
     make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=True)
     assert step() == 2, "nothing was trained"
     make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

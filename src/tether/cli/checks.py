@@ -48,8 +48,8 @@ def completed(script: ScriptOptions, given: Mapping[str, Any]) -> ScriptOptions:
         if given.get("disable_dropout", True):  # otherwise it would be set to 0 with all other dropout
             filled.pop("lora_dropout", None)
         script = replace(script, **filled)
-    resume: Any = script.resume or given.get("resume_from_checkpoint")
-    return replace(script, resume="true" if resume is True else resume or None)
+    resume: Any = given.get("resume_from_checkpoint") if script.resume is None else script.resume
+    return replace(script, resume="true" if resume is True else None if resume is False else resume)
 
 
 def contradictions(script: ScriptOptions, given: Mapping[str, Any], prog: str) -> Iterator[Mistake]:

@@ -43,7 +43,7 @@ def run(request: Request) -> int:
             instead=f"Score what is missing: `tether precompute {shlex.join(request.words)}`.",
             details=error.details,
         ) from error
-    _print(trainer, describe_start(trainer, recipe) + _earlier_run(trainer, checkpoint))
+    _print(trainer, describe_start(trainer, recipe) + _checkpoints_note(trainer, checkpoint))
     started = time.perf_counter()
     try:
         with stop, report_library_errors("tether train", lambda: not progress.has_begun):
@@ -53,7 +53,7 @@ def run(request: Request) -> int:
     if stop.stopped:
         _print(trainer, _how_to_resume(trainer, recipe, request.words))
         return EXIT_INTERRUPTED
-    if checkpoint and of_main(_is_saved(trainer)):
+    if checkpoint and of_main(_is_saved(trainer, Path(checkpoint))):
         _print(trainer, f"done       the model of step {trainer.state.global_step} is in {trainer.args.output_dir}")
         return EXIT_DONE
     seconds = time.perf_counter() - started
@@ -73,10 +73,12 @@ def _checkpoint_to_resume(recipe: Recipe) -> str | None:
     return str(named_checkpoint(Path(str(recipe.config.output_dir)), wanted.lower() == "true" or wanted))
 
 
-def _is_saved(trainer: DPOTrainer) -> bool:
-    """Whether the weights of the step that was reached are the run's model already."""
-    last = read_last_run(Path(str(trainer.args.output_dir)))
-    return last is not None and last.saved_step == trainer.state.global_step
+def _is_saved(trainer: DPOTrainer, checkpoint: Path) -> bool:
+    """Whether the run's model is that of the checkpoint, with all its files, and no step was taken since."""
+    folder = Path(str(trainer.args.output_dir))
+    last, names = read_last_run(folder), [path.name for path in checkpoint.glob("*model*.safetensors")]
+    is_whole = bool(names) and all((folder / name).is_file() for name in names)
+    return is_whole and last is not None and last.saved_step == trainer.state.global_step
 
 
 def _hub_data(recipe: Recipe) -> str | None:
@@ -85,9 +87,11 @@ def _hub_data(recipe: Recipe) -> str | None:
     return None if name is None or is_file(name) or Path(name).expanduser().is_dir() else name.partition(":")[0]
 
 
-def _earlier_run(trainer: DPOTrainer, checkpoint: str | None) -> str:
-    """A note on checkpoints that this run may replace; empty if it resumes one, or finds none."""
-    earlier = [*whole_checkpoints(Path(str(trainer.args.output_dir)))] if checkpoint is None else []
+def _checkpoints_note(trainer: DPOTrainer, checkpoint: str | None) -> str:
+    """Which checkpoint is resumed, or a note on those that this run may replace; empty if there are none."""
+    if checkpoint is not None:
+        return f"\nresuming   {checkpoint}"
+    earlier = [*whole_checkpoints(Path(str(trainer.args.output_dir)))]
     if not earlier:
         return ""
     how = f"(to continue it: --resume {earlier[-1]})"

@@ -218,7 +218,7 @@ class DPOConfig(TrainingArguments):
 
     resume_changes: list[str] | None = _option(
         None,
-        "What a resumed run may change although it changes the objective or the pairs; an error names what differs. "
+        "What a resumed run may change although it changes the objective or the order of pairs; an error names it. "
         f"Any of: {', '.join(CHANGES_OF_RESUME)} (manifest: the checkpoint has none, so nothing proves it).",
     )
     take_over: bool = _option(

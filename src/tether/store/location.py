@@ -49,6 +49,22 @@ def default_store_path() -> Path:
     return folder.absolute() / _FILE_NAME
 
 
+def store_path(name: str | os.PathLike[str] | None) -> Path:
+    """The absolute path of a store by its name; None is the one that is shared.
+
+    Raises:
+        StoreError: If the name is empty, or the user has no home folder.
+    """
+    if name is None:
+        return default_store_path()
+    if not os.fspath(name):
+        raise StoreError(
+            problem="Cannot open a log-prob store at an empty path.",
+            instead=f"Name a file, or leave it out for the shared store, {default_store_path()}.",
+        )
+    return Path(name).expanduser().absolute()
+
+
 def _cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tether.errors import StoreError
 from tether.store import tables
-from tether.store.location import default_store_path
+from tether.store.location import default_store_path, store_path
 from tether.store.opening import copy_database
 from tether.store.probe import KeptProbe
 from tether.store.record import LogProbs, Record, RecordCodec, check_keys, check_values, unpack
@@ -49,8 +49,7 @@ class LogProbStore:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, read_only: bool = False) -> None:
-        place = default_store_path() if path is None else Path(path).expanduser().absolute()
-        self._attach(place, read_only)
+        self._attach(store_path(path), read_only)
         with self._file.read():
             pass  # raises errors here, not at the first batch
 

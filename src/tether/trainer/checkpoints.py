@@ -246,6 +246,8 @@ def check_reference(checkpoint: Path, reference: Reference, *, is_proven: bool =
         return
     differing = [name for name in _REMEDIES if saved.get(name) != own[name]]
     differing = [name for name in differing if name != "weights" or not set(differing) & _PARTS.keys()]
+    if "kind" in differing:  # one of the two may have no model, and is of no version
+        differing = [name for name in differing if name == "adapter" or (saved.get(name) and own[name])]
     raise ResumeError(
         problem=f"Cannot resume from {checkpoint}: its run was trained against another reference.",
         details=" ".join(
@@ -259,7 +261,8 @@ _FORMER_KINDS = ("frozen", "adapter", "moving", "following", "uniform")
 # In the order in which they are best mended: the parts of an identity, and how to give the right one.
 _REMEDIES = {
     "scoring_version": "Resume with the version of Tether that wrote the checkpoint.",
-    "kind": "Use that run's options for the reference (`sync_ref_model`, `ref_model`, an adapter or none).",
+    "kind": "Use that run's options for the reference (`reference_free`, `sync_ref_model`, `ref_model`, an adapter or "
+    "none).",
     "compute_dtype": "Use that run's dtypes: the model's own, `bf16` or `fp16`, `tf32`, and `ref_dtype`.",
     "base": "Build the trainer with the weights that the run began with, and with its `ref_model` if it had one. Do "
     "not use the checkpoint's own weights, which `train(resume_from_checkpoint=...)` loads by itself, or a folder that "

@@ -77,16 +77,29 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
 
 def whole_manifest(checkpoint: Path) -> Manifest | None:
     """The manifest of a checkpoint that has all its files at their sizes; None for any other."""
+    return None if fault_of(checkpoint) else read_manifest(checkpoint)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint does not have all its files at their sizes; None if it does."""
     try:
         manifest = read_manifest(checkpoint)
-        sizes = {} if manifest is None else {name: (checkpoint / name).stat().st_size for name in manifest.files}
-    except (ResumeError, OSError):
-        return None
-    return manifest if manifest and all(manifest.files[name][0] == size for name, size in sizes.items()) else None
+    except ResumeError as error:
+        return error.problem.removeprefix(f"Cannot resume from {checkpoint}: ").rstrip(".")
+    if manifest is None:
+        return f"it has no {MANIFEST}"
+    faults = (_fault(checkpoint, name, size) for name, (size, _) in manifest.files.items())
+    return next(filter(None, faults), None)
 
 
-def check_files(checkpoint: Path, manifest: Manifest) -> None:
+def check_files(checkpoint: Path, manifest: Manifest, doing: str = "resume from", instead: str = "") -> None:
     """Compares every file with the manifest.
+
+    Args:
+        checkpoint: The folder.
+        manifest: Its manifest.
+        doing: What it is wanted for.
+        instead: What to do instead; by default, to resume from another.
 
     Raises:
         ResumeError: Names each file that is missing or is not what was written.
@@ -95,9 +108,9 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
     faults = [fault for fault in found if fault]
     if faults:
         raise ResumeError(
-            problem=f"Cannot resume from {checkpoint}: {faults[0]}.",
+            problem=f"Cannot {doing} {checkpoint}: {faults[0]}.",
             details="\n  ".join(f"{fault[0].upper()}{fault[1:]}." for fault in faults[1:]),
-            instead=_ANOTHER,
+            instead=instead or _ANOTHER,
         )
 
 
@@ -126,13 +139,14 @@ def listed_alone(checkpoint: Path, manifest: Manifest | None) -> Iterator[Path]:
 _ANOTHER = "Resume from another checkpoint, or start a new run."
 
 
-def _fault(checkpoint: Path, name: str, size: int, checksum: str) -> str | None:
+def _fault(checkpoint: Path, name: str, size: int, checksum: str | None = None) -> str | None:
     path = checkpoint / name
     try:
         found = path.stat().st_size
         if found != size:
             return f"`{name}` has {found:,} bytes, and {size:,} were written"
-        return None if _checksum(path) == checksum else f"`{name}` is not what was written (its checksum differs)"
+        is_right = checksum is None or _checksum(path) == checksum
+        return None if is_right else f"`{name}` is not what was written (its checksum differs)"
     except FileNotFoundError:
         return f"`{name}` is missing"
     except OSError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +25,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from xxhash import xxh3_64
 
 from tether.config.dpo_config import DPOConfig
-from tether.config.rules.options import OBJECTIVE
+from tether.config.rules.options import OBJECTIVE, ROW_ORDER
 from tether.data.datasets import MARGIN_COLUMN, TOKEN_COLUMNS, PairDataset
 from tether.data.tokenizing import arrow_tables
 from tether.errors import ConfigurationError, ResumeError, TetherError
 from tether.trainer.manifest import MANIFEST
-from tether.trainer.run_folder import last_checkpoint, whole_checkpoints
+from tether.trainer.run_folder import last_checkpoint, passed_over, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +40,15 @@ _LISTED = (
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
-    "optim",
     "max_grad_norm",
     "num_train_epochs",
     "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_tokens_per_micro_batch",
-    "train_sampling_strategy",
-    "seed",
-    "data_seed",
     "disable_dropout",
     "neftune_noise_alpha",
     "ignore_data_skip",
-    "world_size",
 )
+# The optimizer's state is of one of these, or of another optimizer.
+_ALIKE = ("adamw_torch", "adamw_torch_fused")
 # Of an adapter's configuration: where it came from, and what it was like before it trained, which the identity has.
 _NOT_COMPARED = {
     "auto_mapping",
@@ -94,7 +89,7 @@ class AboutRun:
         """
         about = cls(
             {name: getattr(args, name) for name in OBJECTIVE} | objective,
-            {name: getattr(args, name, None) for name in (*_KEPT, *_LISTED)},
+            {name: getattr(args, name, None) for name in (*_KEPT, *_LISTED, *ROW_ORDER, "optim")},
             {name: _adapter(config) for name, config in getattr(policy, "peft_config", {}).items()},
             {name: _digest(dataset, args.pair_columns.names) for name, dataset in sets.items()},
         )
@@ -125,9 +120,10 @@ def check_same_run(checkpoint: Path, about: Mapping[str, Any], own: AboutRun, al
         allowed: What may differ, `resume_changes`.
 
     Raises:
-        ResumeError: If what changes the objective or the training set differs.
+        ResumeError: If the optimizer differs, or what changes the objective, the training set or its order.
     """
     saved = AboutRun(**about)
+    _check_same_optimizer(checkpoint, saved.training.get("optim"), own.training["optim"])
     differing = {
         name: _was(name, there, here)
         for name, (there, here) in _pairs(saved.objective, own.objective).items()
@@ -135,6 +131,7 @@ def check_same_run(checkpoint: Path, about: Mapping[str, Any], own: AboutRun, al
     }
     if (there := saved.data.get("train")) != (here := own.data.get("train")):
         differing["data"] = _other_rows(there, here)
+    differing |= _other_order(saved.training, own.training)
     refused = {name: text for name, text in differing.items() if name not in allowed}
     if refused:
         names = sorted({*refused, *allowed})
@@ -151,20 +148,26 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
     """The checkpoint that is named; by True, the last one of the run last started in the folder.
 
     Raises:
-        ResumeError: If there is none; names those of earlier runs.
+        ResumeError: If there is none; names those of earlier runs, or those in the folder that is named.
     """
     found = last_checkpoint(output_dir) if name is True else str(name)
+    broken = [f"{n} is passed over: {why}." for n, why in passed_over(output_dir, found).items()] * (name is True)
     if found is not None and os.path.isdir(found):  # unlike Path's, for a name of any length
+        if broken:
+            logger.warning(f"Resuming from {found}. {' '.join(broken)}")
+        elif name is not True:
+            _refuse_run(Path(found))
         return Path(found)
     if name is not True:
+        what = "it is a file, not a folder" if os.path.isfile(str(found)) else "there is no such folder"
         raise ResumeError(
-            problem=f"Cannot resume from {found}: there is no such folder.",
+            problem=f"Cannot resume from {found or repr(found)}: {what}.",
             details=f"Paths start at the current folder, {Path.cwd()}.",
             instead="Name the folder of a checkpoint (out/checkpoint-100), or start a new run.",
         )
     earlier: list[Any] = [*whole_checkpoints(output_dir)]
     unproven = [path for path in sorted(output_dir.glob("checkpoint-*")) if not (path / MANIFEST).exists()]
-    why, details = "there is none", f"{unproven[-1]} has no {MANIFEST}." if unproven else ""
+    why, details = "there is none", " ".join(broken)
     if earlier:
         why = "the run that was last started there has written none yet"
         details = f"{earlier[-1]} is of an earlier run."
@@ -174,6 +177,16 @@ def named_checkpoint(output_dir: Path, name: Any) -> Path:
         details=details,
         instead=f"Name {other} to go on with it, or start a new run.",
     )
+
+
+def _refuse_run(folder: Path) -> None:
+    """Refuses the output folder of a run in place of one of its checkpoints."""
+    last = None if (folder / MANIFEST).exists() else last_checkpoint(folder)
+    if last is not None:
+        raise ResumeError(
+            problem=f"Cannot resume from {folder}: it is the folder of a run; its last checkpoint is {last}.",
+            instead=f"Name {last}.",
+        )
 
 
 def check_unproven(checkpoint: Path, allowed: list[str], args: DPOConfig) -> None:
@@ -202,6 +215,18 @@ def check_unproven(checkpoint: Path, allowed: list[str], args: DPOConfig) -> Non
             details=f"So are {', '.join(missing[1:])}." if missing[1:] else "",
             instead="Resume from another checkpoint, or start a new run.",
         )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses the state of another kind of optimizer, whose options it is loaded without.
+
+    Raises:
+        KeyError: Names them.
+    """
+    groups = getattr(optimizer, "param_groups", [])
+    missing = sorted({name for group in groups for name in getattr(optimizer, "defaults", {}) if name not in group})
+    if missing:
+        raise KeyError(f"the optimizer's state has no {', '.join(missing)}")
 
 
 def refuse_changes(allowed: list[str]) -> None:
@@ -239,7 +264,8 @@ def reading(checkpoint: str) -> Iterator[None]:
 
 def _list_others(checkpoint: Path, saved: AboutRun, own: AboutRun, allowed: Mapping[str, str]) -> None:
     """Logs what differs and is not refused, in one line."""
-    others = {n: _was(n, *both) for n, both in _pairs(saved.training, own.training).items() if both[0] != both[1]}
+    pairs = _pairs(saved.training, own.training).items()
+    others = {n: _was(n, *both) for n, both in pairs if both[0] != both[1] and n not in allowed}
     sets = {name: both for name, both in _pairs(saved.data, own.data).items() if name != "train"}
     changed = [f"the {name} set is another" for name, (there, here) in sets.items() if there != here]
     texts = [*allowed.values(), *others.values(), *changed]
@@ -249,8 +275,46 @@ def _list_others(checkpoint: Path, saved: AboutRun, own: AboutRun, allowed: Mapp
     logger.warning(
         f"Resuming from {checkpoint} with other options than its run had: {'; '.join(texts)}."
         + (f" The optimizer goes on with its own {', '.join(kept)}." if kept else "")
-        + (" Its random state is that of other processes." if "world_size" in others else "")
+        + (" Its random state is that of other processes." if "world_size" in {**others, **allowed} else "")
     )
+
+
+def _check_same_optimizer(checkpoint: Path, there: Any, here: Any) -> None:
+    if there == here or {there, here} <= set(_ALIKE):
+        return
+    raise ResumeError(
+        problem=f"Cannot resume from {checkpoint} with another optimizer: {_was('optim', there, here)}, and the state "
+        "in the checkpoint is of the former.",
+        instead=f"Set `optim={there!r}`, or start a new run.",
+    )
+
+
+def _other_order(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
+    """The options that change which rows come next; batches of another shape do not if a step has as many pairs."""
+    differing = {name: (saved.get(name), own.get(name)) for name in ROW_ORDER if name in saved}
+    differing = {name: both for name, both in differing.items() if both[0] != both[1]}
+    if _rows_of_step(saved) == _rows_of_step(own):
+        differing = {name: both for name, both in differing.items() if name not in _SHAPE}
+    if _order_seed(saved) == _order_seed(own):
+        differing = {name: both for name, both in differing.items() if name not in _SEEDS}
+    why = ", so rows would be left out or come again"
+    return {name: _was(name, *both) + why for name, both in differing.items()}
+
+
+_SHAPE, _SEEDS = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"), ("seed", "data_seed")
+
+
+def _rows_of_step(training: Mapping[str, Any]) -> Any:
+    """Pairs of an optimizer step where rows are dealt out in order; else all that the sampler reads."""
+    sizes = [training.get(name) for name in _SHAPE]
+    is_plain = not (training.get("max_tokens_per_micro_batch") or training.get("dataloader_drop_last"))
+    is_plain &= training.get("train_sampling_strategy") in ("random", "sequential")
+    return math.prod(sizes) if is_plain else sizes
+
+
+def _order_seed(training: Mapping[str, Any]) -> Any:
+    seed = training.get("data_seed")
+    return training.get("seed") if seed is None else seed
 
 
 def _differing_adapters(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:

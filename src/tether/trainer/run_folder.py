@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from tether.errors import ConfigurationError, TetherError
-from tether.trainer.manifest import Manifest, whole_manifest
+from tether.trainer.manifest import Manifest, fault_of, whole_manifest
 
 if sys.platform != "win32":
     import fcntl
@@ -106,7 +106,15 @@ def whole_checkpoints(folder: Path) -> dict[Path, Manifest]:
     return dict(sorted(((p, m) for p, m in found.items() if m is not None), key=lambda item: item[1].step))
 
 
-_NAME = re.compile(r"checkpoint-\d+")
+def passed_over(folder: Path, checkpoint: str | None) -> dict[str, str]:
+    """The checkpoints in a folder that are newer than one and not whole, with what is wrong with each."""
+    own = _NAME.fullmatch(Path(checkpoint).name) if checkpoint else None
+    steps = {path: _NAME.fullmatch(path.name) for path in sorted(folder.glob("checkpoint-*"))}
+    newer = [path for path, step in steps.items() if step and (own is None or int(step[1]) > int(own[1]))]
+    return {path.name: fault for path in newer if (fault := fault_of(path))}
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def read_last_run(folder: Path) -> LastRun | None:
@@ -143,11 +151,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         start = LastRun(uuid.uuid4().hex, time.time(), self._named(resumed_from), owner=Owner.this())
         goes_on = start.resumed_from is not None and start.resumed_from == self._named(last_checkpoint(self.path))
+        origin = whole_manifest(resumed_from) if resumed_from and goes_on else None
         with self._alone():
             last = read_last_run(self.path)
             if last and last.owner and not take_over and not last.owner.is_dead:
                 raise _held_by(self.path, last.owner, (self.path / _FILE).stat().st_mtime)
-            self._write(replace(start, saved_step=last.saved_step if last and goes_on else None))
+            is_saved = last and origin and last.saved_step == origin.step  # a later model is not what this run makes
+            self._write(replace(start, saved_step=origin.step if origin and is_saved else None))
         self.run, self._ended = start.run, threading.Event()
         self.clear()
         threading.Thread(target=self._beat, args=(self._ended,), daemon=True).start()
@@ -161,25 +171,41 @@ class RunFolder:
         """Removes what was left of a checkpoint that was not finished."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
+    @contextmanager
+    def saving(self, name: str) -> Iterator[None]:
+        """A block that writes a checkpoint.
+
+        Raises:
+            TetherError: If another run has taken the folder over, which removes what was not finished.
+        """
+        try:
+            yield
+        except Exception as error:  # of many kinds: of torch, safetensors, the file system
+            self._check_held(name, error)
+            raise
+
     def publish(self, name: str) -> Path:
         """Moves a checkpoint that is whole to its place; one of that name there goes as a whole.
 
         Raises:
             TetherError: If another run has taken the folder over.
         """
-        last = read_last_run(self.path)
-        if last is not None and last.run != self.run:  # each machine's own disk has none but that of the main process
-            raise TetherError(
-                problem=f"Cannot keep {name} in {self.path}: another run has taken this folder over.",
-                details=f"Process {last.owner.pid} on {last.owner.host} trains in it." if last.owner else "",
-                instead="Give each run its own `output_dir`.",
-            )
+        self._check_held(name)
         place = self.path / name
         if place.exists():
             place.rename(self.staging / _REPLACED)
         (self.staging / name).rename(place)
         self.clear()
         return place
+
+    def _check_held(self, name: str, cause: Exception | None = None) -> None:
+        last = read_last_run(self.path)
+        if last is not None and last.run != self.run:  # each machine's own disk has none but that of the main process
+            raise TetherError(
+                problem=f"Cannot keep {name} in {self.path}: another run has taken this folder over.",
+                details=f"Process {last.owner.pid} on {last.owner.host} trains in it." if last.owner else "",
+                instead="Give each run its own `output_dir`.",
+            ) from cause
 
     def note_saved(self, step: int) -> None:
         """Notes that the run's model is saved with the weights of a step."""

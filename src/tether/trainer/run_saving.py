@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -30,6 +30,7 @@ from tether.trainer.reference_note import write_reference_note
 from tether.trainer.reference_run import ReferenceRun
 from tether.trainer.resuming import (
     AboutRun,
+    check_optimizer,
     check_same_adapters,
     check_same_run,
     check_unproven,
@@ -55,6 +56,7 @@ class RunSaving(Trainer):
     _router_coefficient: float
     _folder: RunFolder
     _about: AboutRun
+    _origin: Path | None = None
     _is_saving = False
 
     def export_reference(self, folder: str | Path, *, merged: bool = False) -> None:
@@ -136,6 +138,7 @@ class RunSaving(Trainer):
                 manifest = self._checked(checkpoint)
             elif args.resume_changes:
                 refuse_changes(args.resume_changes)
+        self._origin = checkpoint
         with ExitStack() as stack:
             with raising_together():
                 if self.is_world_process_zero():
@@ -171,7 +174,8 @@ class RunSaving(Trainer):
         self.accelerator.wait_for_everyone()
         self._is_saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with self._folder.saving(name):
+                super()._save_checkpoint(model, trial)
         finally:
             self._is_saving = False
         written, place = self._folder.staging / name, self._folder.path / name
@@ -182,8 +186,9 @@ class RunSaving(Trainer):
         self.accelerator.wait_for_everyone()  # every process has written
         with raising_together():
             if writes and written.is_dir():
-                write_manifest(written, self._folder.run, self.state.global_step, asdict(self._about))
-                self._folder.publish(name)
+                with self._folder.saving(name):
+                    write_manifest(written, self._folder.run, self.state.global_step, asdict(self._about))
+                    self._folder.publish(name)
         if writes:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(self._folder.path), self.args.save_total_limit, best, use_mtime=True)
@@ -210,6 +215,7 @@ class RunSaving(Trainer):
             return
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            check_optimizer(self.optimizer)
         num_tokens = load_run(Path(checkpoint), self._kept)
         self._num_train_tokens = num_tokens if self.args.process_index == 0 else 0
         for average in self._averages:
@@ -223,6 +229,16 @@ class RunSaving(Trainer):
         with reading(resume_from_checkpoint):
             if not load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Also finds the best checkpoint beside the one that is resumed: the folder may have been moved or copied."""
+        reached = super()._init_training_state(*args, **kwargs)
+        if self._origin is not None and (self._origin / TRAINER_STATE_NAME).is_file():
+            recorded = TrainerState.load_from_json(str(self._origin / TRAINER_STATE_NAME)).best_model_checkpoint
+            beside = self._origin.parent / Path(str(recorded)).name
+            if recorded is not None and beside.is_dir():
+                self.state.best_model_checkpoint = str(beside)
+        return reached
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint)):
@@ -238,6 +254,10 @@ class RunSaving(Trainer):
     def _load_best_model(self) -> None:
         checkpoint = Path(str(self.state.best_model_checkpoint))
         self.accelerator.wait_for_everyone()  # one process may still be writing it
+        with raising_together():
+            if self.args.should_save and (manifest := read_manifest(checkpoint)):
+                instead = "Resume the last checkpoint with `load_best_model_at_end=False`, which keeps its weights."
+                check_files(checkpoint, manifest, "load the best checkpoint,", instead)
         if self.is_deepspeed_enabled or not load_weights(self.accelerator.unwrap_model(self.model), checkpoint):
             super()._load_best_model()
         load_companions(checkpoint, self._kept)

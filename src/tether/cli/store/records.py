@@ -13,13 +13,13 @@ from tether.store import (
     LogProbStore,
     StoredIdentity,
     StoredPass,
-    default_store_path,
     export_parquet,
     import_parquet,
     merge,
     prune,
     salvage,
 )
+from tether.store.location import store_path
 
 _MOST_DAYS = 36_500
 _LATEST_PASSES = 4
@@ -91,10 +91,10 @@ def open_store(name: str | None, *, read_only: bool = False, must_exist: bool = 
     Raises:
         StoreError: If it does not exist and `must_exist`.
     """
-    path = Path(name).expanduser() if name else default_store_path()
+    path = store_path(name)
     if must_exist and not (path.is_file() or path.is_dir()):  # opening a folder says that it is one
         raise StoreError(
-            problem=f"Cannot open the store {path.absolute()}: there is no such file.",
+            problem=f"Cannot open the store {path}: there is no such file.",
             instead="Name another with `--store FILE`, or fill this one with `tether precompute RECIPE.yaml`.",
         )
     return LogProbStore(path, read_only=read_only)

@@ -50,7 +50,18 @@ OBJECTIVE = (
     "max_length",
     "truncation_mode",
 )
-CHANGES_OF_RESUME = (*OBJECTIVE, "router_aux_loss_coef", "BEMACallback", "data", "manifest")
+# Of these it depends which rows come next.
+ROW_ORDER = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "max_tokens_per_micro_batch",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "seed",
+    "data_seed",
+)
+CHANGES_OF_RESUME = (*OBJECTIVE, *ROW_ORDER, "router_aux_loss_coef", "BEMACallback", "data", "manifest")
 _SYNC_DEFAULTS = {"ref_model_mixup_alpha": SYNC_ALPHA, "ref_model_sync_steps": SYNC_STEPS, "ref_model_sync_rank": None}
 
 
@@ -293,7 +304,9 @@ def _store(args: DPOConfig) -> Iterator[Refusal]:
                 why = "no store of reference log-probs is used, so it would have no effect"
                 instead = f"Set `precompute_ref_log_probs=True`, or leave `{name}` out."
                 yield of_option(name, value, why, instead, "without `precompute_ref_log_probs=True`")
-    if args.ref_store is not None and os.path.isdir(args.ref_store):
+    if args.ref_store == "":
+        yield of_option("ref_store", "", "it is the path of a file", "Write a path, existing or new, or leave it out.")
+    elif args.ref_store is not None and os.path.isdir(args.ref_store):
         yield of_option("ref_store", args.ref_store, "it is a folder", "Write the path of a file, existing or new.")
 
 
@@ -401,7 +414,7 @@ def _saving(args: DPOConfig) -> Iterator[Refusal]:
         yield of_option("eval_steps", args.eval_steps, why, "Set `eval_strategy='steps'`, or leave it out.")
     for name in args.resume_changes or ():
         if name not in CHANGES_OF_RESUME:
-            instead = f"Name any of {', '.join(CHANGES_OF_RESUME)}; other options may change without."
+            instead = "Leave it out: a resumed run may change other options without."
             yield of_option("resume_changes", args.resume_changes, f"`{name}` is not compared when resuming", instead)
     if args.load_best_model_at_end and args.eval_strategy == "no":
         why = "nothing is evaluated, so no checkpoint is the best"
