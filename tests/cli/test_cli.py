@@ -424,7 +424,7 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
         ("twice.jsonl", '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', "`chosen` comes twice"),
         ("twice.csv", "prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns `chosen`"),
         ("fake.parquet", "nothing of the kind", "to_parquet"),
-        ("plain.jsonl", gzip.compress(b'{"prompt": "a"}'), "Rename it to plain.jsonl.gz."),
+        ("plain.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0), "Rename it to plain.jsonl.gz."),
         ("none.jsonl", '{"prompt": "a", "chosen": "b"}', "The train set has no column `rejected`: "),
         ("empty.jsonl", "", "empty.jsonl`: it has no rows"),
         ("null.json", "null", "null.json is null: a row is an object"),
