@@ -243,8 +243,10 @@ def test_the_probe_of_a_reference_that_moves_is_that_of_the_checkpoint(tmp_path:
 def test_a_checkpoint_without_a_probe_is_resumed(tmp_path: Path) -> None:
     run: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     trained(tmp_path, **run)
-    (tmp_path / "checkpoint-2" / "reference" / "probe.json").unlink()
-    make_trainer(tmp_path, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name in ("reference/probe.json", "manifest.json"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    resumed = make_trainer(tmp_path, resume_changes=["manifest"], **run)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_refusal_says_what_has_changed_about_the_machine(tmp_path: Path) -> None:

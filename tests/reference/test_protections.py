@@ -1290,9 +1290,6 @@ PROTECTIONS: dict[str, Protection] = {
     "a prediction does not use the gap check up": Protection(
         lambda folder: changed_after(predict, folder), disarm_the_gap_check, InitialGapError
     ),
-    "a second training has a gap check": Protection(
-        lambda folder: changed_after(lambda trainer: trainer.train(), folder), disarm_the_gap_check, InitialGapError
-    ),
     "the prompt is read": Protection(prompt_in_another_column, take_the_common_start, DataError),
     "the gap of given sums is checked": Protection(given_by_another_model, no_gap_check, InitialGapError),
     "the gap is checked behind the first batch: stored": Protection(

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from tether.cli.mixture import load_mixture
 from tether.cli.options import Part, ScriptOptions, read_values
-from tether.cli.pairs import hold_out
+from tether.cli.pairs import hold_out, without_row_numbers
 from tether.cli.quantization import quantization_of
 from tether.cli.trl_options import REFUSED
 from tether.config.rules.options import refused_names
@@ -249,6 +249,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict:
             instead="Name a file, a folder or a dataset on the hub: `datasets=['pairs.jsonl']`.",
         )
     rows: Any = load_mixture(mixture_config.datasets, mixture_config.streaming)
+    rows = without_row_numbers(rows) if isinstance(rows, Dataset) else rows
     size = mixture_config.test_split_size
     if size is None:
         return DatasetDict({"train": rows})
