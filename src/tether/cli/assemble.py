@@ -5,7 +5,6 @@ Shared by the verbs, so that `precompute` and `train` see the same rows and the 
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,7 +133,6 @@ def _quiet_libraries(recipe: Recipe) -> None:
     """
     quiet_deepspeed()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 still calls it
-    logging.getLogger("transformers.trainer_utils").addFilter(_is_no_alignment)
     is_first = recipe.config.local_process_index == 0
     if not is_first:
         warnings.simplefilter("ignore")
@@ -142,11 +140,6 @@ def _quiet_libraries(recipe: Recipe) -> None:
     if recipe.config.disable_tqdm or not is_first:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
-
-
-def _is_no_alignment(record: logging.LogRecord) -> bool:
-    """False for the line on special tokens, which comes with nearly every model."""
-    return "new PAD/BOS/EOS tokens" not in record.getMessage()
 
 
 def _check_evaluation(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tether.distributed import modules_of
 from tether.scoring.attention import Kernel, packed_attention_of
 from tether.scoring.head import LOGITS_AT_A_TIME, logits_scores
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
@@ -105,5 +106,5 @@ def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> Answ
 def replays_forward(model: nn.Module) -> bool:
     """Whether activation checkpointing will run layers again during the backward."""
     return torch.is_grad_enabled() and any(
-        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        module.training and getattr(module, "gradient_checkpointing", False) for module in modules_of(model)
     )
