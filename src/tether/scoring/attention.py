@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -40,7 +41,7 @@ class UnsupportedAttentionError(RuntimeError):
 
 def kernels_for(device: torch.device, half: bool) -> tuple[Kernel, ...]:
     """The kernels that may attend to packed rows here, the fastest first."""
-    has_varlen = device.type == "cuda" and half and find_spec("torch.nn.attention.varlen") is not None
+    has_varlen = device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
     return ("varlen", "pairwise") if has_varlen else ("pairwise",)
 
 
@@ -164,7 +165,9 @@ def packed_attention(
 
 def _fits_varlen(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
+    size = query.shape[-1]
+    has_kernel = size % 8 == 0 and (size <= 192 or 224 < size <= 256)  # between them, some cards have no backward
+    return query.is_cuda and half and softcap is None and dropout == 0.0 and has_kernel and size == value.shape[-1]
 
 
 @torch.compiler.disable
@@ -178,6 +181,7 @@ def _packed_varlen(
 
 
 @torch.compiler.disable
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # cuDNN plans each shape
 def _packed_pairwise(
     query: Tensor,
     key: Tensor,
@@ -189,8 +193,9 @@ def _packed_pairwise(
     dropout: float,
 ) -> Tensor:
     sizes = [size for group in groups_of(lengths) for size in (group.prompt_length, *group.response_lengths)]
+    wide = torch.promote_types(key.dtype, torch.float32)  # for the sum of a prompt's gradients, one of each response
     # `split`, not slices: the backward of a slice fills a tensor of the whole row with zeros.
-    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key.to(wide), value.to(wide)))
     outputs = []
     place = 0
     for group in groups_of(lengths):
@@ -198,7 +203,7 @@ def _packed_pairwise(
         for number in range(len(group.response_lengths)):
             # The prompt's own queries go with the first response.
             q = torch.cat([queries[prompt], queries[place]], 2) if number == 0 else queries[place]
-            k, v = (torch.cat([parts[prompt], parts[place]], 2) for parts in (keys, values))
+            k, v = (torch.cat([parts[prompt], parts[place]], 2).to(query.dtype) for parts in (keys, values))
             outputs.append(_attend_at_end(q, k, v, scale, window, softcap, dropout))
             place += 1
     return torch.cat(outputs, 2).transpose(1, 2)
@@ -208,20 +213,14 @@ def _attend_at_end(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
 ) -> Tensor:
     """Causal attention of the last `query.shape[2]` positions of a sequence."""
-    grouped = query.shape[1] != key.shape[1]
-    square = query.shape[2] == key.shape[2]
-    if softcap is None and square and (window is None or window >= key.shape[2]):
-        return scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    first = key.shape[2] - query.shape[2]
-    mask = _allowed(first, query.shape[2], 0, key.shape[2], window, query.device)
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
-    if grouped:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if query.shape[1] != key.shape[1]:  # with `enable_gqa`, only flash attention takes them, and it takes no mask
         key, value = (shared.repeat_interleave(query.shape[1] // shared.shape[1], 1) for shared in (key, value))
+    mask: Tensor = causal_lower_right(num_queries, num_keys)
+    if softcap is not None or (window is not None and window < num_keys):
+        mask = _allowed(num_keys - num_queries, num_queries, 0, num_keys, window, query.device)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
