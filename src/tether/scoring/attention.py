@@ -61,16 +61,15 @@ def packed_attention_of(model: nn.Module, kernel: Kernel, keep: bool) -> Iterato
             backward, after scoring. Plain calls then go through to the model's own implementation.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    before = config._attn_implementation
-    plain = own_implementation(before) or "eager"
+    plain = own_implementation(config._attn_implementation) or "eager"
     scoring, kept = (f"{prefix}_{kernel}:{plain}" for prefix in (_SCORING, _KEPT))
     _register(plain, kernel, scoring, kept)
-    # The mask registry does not know this name, so transformers makes no mask.
-    config._attn_implementation = scoring
     try:
-        yield
+        with _named(config, scoring):  # the mask registry does not know it, so transformers makes no mask
+            yield
     finally:
-        config._attn_implementation = kept if keep else before
+        if keep:
+            config._attn_implementation = kept
 
 
 def restore(model: nn.Module) -> None:
@@ -106,7 +105,8 @@ def _attend(
         # "eager" is not in the registry: each model file has its own.
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         usual: Any = AttentionInterface().get_interface(plain, own)  # type: ignore[arg-type]
-        result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
+        with _named(module.config, plain):
+            result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
         return result
     if kwargs.get("s_aux") is not None:
         raise UnsupportedAttentionError("attention sinks need the padded layout")
@@ -123,6 +123,16 @@ def _attend(
         kernel=kernel,
     )
     return output, None
+
+
+@contextmanager
+def _named(config: Any, name: str) -> Iterator[None]:
+    """While open, the config names an attention; transformers' flash attention loads its kernel by that name."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def packed_attention(
