@@ -17,7 +17,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
+from tether.distributed import (
+    device_of,
+    exchanged,
+    forget_gathered,
+    full_shape,
+    gather,
+    has_shards,
+    local_shard,
+    shard_like,
+)
 from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
 from tether.reference.adapter_state import adapter_off, adapter_on, adapter_settings
 from tether.reference.adapter_tensors import base_tensors, beside_base, is_adapter_model
@@ -65,7 +74,7 @@ class ImplicitReference(MovableReference):
                 instead="Pass a `PeftModel`, or write `ExplicitReference.of_policy(policy)`.",
             )
         self._policy = policy
-        device = next(policy.parameters()).device.type
+        device = device_of(policy).type
         if autocast_dtype is None and torch.is_autocast_enabled(device):
             autocast_dtype = torch.get_autocast_dtype(device)
         self._autocast_dtype = autocast_dtype
@@ -319,4 +328,4 @@ def _probe_ids(policy: PeftModel) -> Tensor:
     vocab_size = int(full_shape(embeddings.weight)[0])
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     ids = torch.randint(vocab_size, (2, 16), generator=generator)
-    return ids.to(next(policy.parameters()).device)
+    return ids.to(device_of(policy))

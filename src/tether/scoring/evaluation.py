@@ -1,10 +1,12 @@
-"""A model in evaluation mode for a while. Knows modules only."""
+"""A model in evaluation mode, or in another precision, for a while. Knows modules only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,6 +30,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module in training:
             _set_mode(module, _is_in_8_bits(module))
         yield
+
+
+def running_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """While open, products run in this dtype, whatever the weights are held in; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextmanager
