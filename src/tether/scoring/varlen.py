@@ -93,7 +93,7 @@ def varlen_attention(
 
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     keys, values = (_Gathered.apply(tensor, plan.key_places) for tensor in (keys, values))
-    grouping = {}
+    grouping: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
         if "enable_gqa" in signature(varlen.varlen_attn).parameters:
             grouping = {"enable_gqa": True}
@@ -125,7 +125,8 @@ class _Gathered(torch.autograd.Function):
         return tensor.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         total = wide.new_zeros((ctx.num_rows, *grad.shape[1:]))
-        return total.index_add_(0, *ctx.saved_tensors, wide).to(grad.dtype), None
+        return total.index_add_(0, places, wide).to(grad.dtype), None
