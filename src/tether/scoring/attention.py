@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -226,7 +226,7 @@ def _attend_at_end(
     num_queries, num_keys = query.shape[2], key.shape[2]
     if query.shape[1] != key.shape[1]:  # with `enable_gqa`, only flash attention takes them, and it takes no mask
         key, value = (shared.repeat_interleave(query.shape[1] // shared.shape[1], 1) for shared in (key, value))
-    mask: Tensor = causal_lower_right(num_queries, num_keys)
+    mask: Tensor = _lower_right(num_queries, num_keys)
     if softcap is not None or (window is not None and window < num_keys):
         mask = _allowed(num_keys - num_queries, num_queries, 0, num_keys, window, query.device)
     if softcap is None:
@@ -234,6 +234,13 @@ def _attend_at_end(
     scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
+
+
+def _lower_right(num_queries: int, num_keys: int) -> CausalBias:
+    """`causal_lower_right`, which cannot be called in a dispatch mode (a counter of FLOPs, selective checkpointing)."""
+    bias = torch.empty(0).as_subclass(CausalBias)
+    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, num_queries, num_keys
+    return bias
 
 
 def _allowed(

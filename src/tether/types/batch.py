@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
-from tether.types.ragged import flatten
+from tether.types.ragged import flatten, sent
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
@@ -132,7 +133,9 @@ class PairBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._on_each(
+            lambda tensor: tensor.to(device, non_blocking=True) if non_blocking else sent(tensor, device)
+        )
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
@@ -151,8 +154,13 @@ class PairBatch:
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
         """Per-response values as (chosen, rejected), one entry per pair each."""
-        chosen, rejected = (torch.tensor(index, device=values.device) for index in (self.chosen, self.rejected))
+        chosen, rejected = self._sides.to(values.device)
         return values[chosen], values[rejected]
+
+    @cached_property
+    def _sides(self) -> Int[Tensor, "2 pairs"]:
+        """`chosen` and `rejected` on the device; sent once, and read for every metric."""
+        return sent(torch.tensor([self.chosen, self.rejected]), self.device)
 
     def responses(self) -> list[Response]:
         """Every response with its prompt, as given to `of_pairs`."""
