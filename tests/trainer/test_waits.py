@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support.runs import make_trainer
-from support.tiny import tiny_pairs
-from tether import DPOConfig
+from support.runs import as_dataset, make_trainer
+from support.tiny import tiny_model, tiny_pairs, tiny_tokenizer
+from tether import DPOConfig, DPOTrainer
 from tether.config.dpo_config import objective_of
 from tether.losses import LOSSES
 from tether.scoring import attention
@@ -92,6 +92,15 @@ def test_a_step_waits_for_nothing(kind: str, kernel: Any, tmp_path: Path, monkey
         loss.backward()
         trainer._losses.see(loss, 1)
     assert loss.is_meta
+
+
+def test_a_batch_that_is_pinned_is_sent_without_waiting(tmp_path: Path) -> None:
+    args = DPOConfig(str(tmp_path), report_to=[])
+    args.dataloader_pin_memory = True  # as where there is a card
+    trainer = DPOTrainer(
+        tiny_model(), args=args, train_dataset=as_dataset(tiny_pairs(2)), processing_class=tiny_tokenizer()
+    )
+    assert trainer.accelerator.non_blocking
 
 
 def scored_batch() -> tuple[PairBatch, ResponseLogProbs]:
