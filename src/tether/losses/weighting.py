@@ -13,7 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.types import PairBatch, PairScores, PairTokens, ResponseLogProbs, TokenScores, offsets_of, places_of, sent
+from tether.types import (
+    PairBatch,
+    PairScores,
+    PairTokens,
+    ResponseLogProbs,
+    TokenScores,
+    offsets_of,
+    on_device,
+    places_of,
+)
 
 
 def pair_scores(
@@ -50,7 +59,7 @@ def pair_tokens(batch: PairBatch, policy: ResponseLogProbs, reference: ResponseL
     )
 
     def tokens(side: tuple[int, ...]) -> TokenScores:
-        places = sent(_places(batch, side), device)
+        places = on_device(_places(batch, side), device)
         offsets = offsets_of([batch.counted_lengths()[r] for r in side], device)
         return TokenScores(policy.values[places], reference.values[places], ids[places], offsets)
 
@@ -72,7 +81,7 @@ def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -
         # A response in several pairs is gathered once per pair, since the length shared with its partner differs.
         beyond = torch.cat([torch.arange(lengths[r]) >= n for r, n in zip(side, public, strict=True)])
         weights = torch.ones(len(beyond), dtype=log_probs.values.dtype).masked_fill(beyond, alpha)
-        values = log_probs.values[sent(_places(batch, side), device)] * sent(weights, device)
+        values = log_probs.values[on_device(_places(batch, side), device)] * on_device(weights, device)
         return torch.segment_reduce(values, "sum", offsets=offsets_of([lengths[r] for r in side], device))
 
     return weighted(batch.chosen), weighted(batch.rejected)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tether.scoring.groups import lengths_tensor
-from tether.types import PairBatch, image_inputs, sent
+from tether.types import PairBatch, image_inputs, on_device
 
 _Places: TypeAlias = npt.NDArray[np.int64]
 
@@ -87,7 +87,7 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
         **image_inputs(batch.images, start),
     }
     if router_weights:
-        inputs["attention_mask"] = sent(_sequence_counts(batch, members), device)[None]
+        inputs["attention_mask"] = on_device(_sequence_counts(batch, members), device)[None]
     places = _tensor(columns, device)
     return ScoringRows(inputs, start, torch.zeros_like(places), places, batch.response_ids)
 
@@ -115,8 +115,8 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> Scor
         rows.append(np.full(length, response))
         columns.append(_run(prompt_length - 1, length))
     device = batch.device
-    attention_mask = sent(torch.from_numpy(mask), device)
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[sent(torch.from_numpy(source), device)]
+    attention_mask = on_device(torch.from_numpy(mask), device)
+    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[on_device(torch.from_numpy(source), device)]
     return ScoringRows(
         inputs={
             "input_ids": tokens.where(attention_mask.bool(), pad_token_id),
@@ -148,4 +148,4 @@ def _run(start: int, length: int) -> _Places:
 
 
 def _tensor(runs: list[_Places], device: torch.device) -> Tensor:
-    return sent(torch.from_numpy(np.concatenate(runs)), device)
+    return on_device(torch.from_numpy(np.concatenate(runs)), device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tether.scoring.groups import Group, groups_of
-from tether.types import offsets_of, sent
+from tether.types import offsets_of, on_device
 
 
 class VarlenPlan(NamedTuple):
@@ -64,7 +64,7 @@ def _new_plan(groups: Iterable[Group], device: torch.device) -> VarlenPlan:
             query_lengths.append(length + (prompt_length if number == 0 else 0))
             key_lengths.append(prompt_length + length)
     return VarlenPlan(
-        sent(torch.cat(places), device),
+        on_device(torch.cat(places), device),
         offsets_of(query_lengths, device).int(),
         offsets_of(key_lengths, device).int(),
         max(query_lengths),

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
-from tether.types.ragged import flatten, sent
+from tether.types.ragged import flatten, on_device
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
@@ -133,9 +133,8 @@ class PairBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        return self._on_each(
-            lambda tensor: tensor.to(device, non_blocking=True) if non_blocking else sent(tensor, device)
-        )
+        leaves_host = self.device.type == "cpu"  # what comes back to it is waited for
+        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking or leaves_host))
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
@@ -160,7 +159,7 @@ class PairBatch:
     @cached_property
     def _sides(self) -> Int[Tensor, "2 pairs"]:
         """`chosen` and `rejected` on the device; sent once, and read for every metric."""
-        return sent(torch.tensor([self.chosen, self.rejected]), self.device)
+        return on_device(torch.tensor([self.chosen, self.rejected]), self.device)
 
     def responses(self) -> list[Response]:
         """Every response with its prompt, as given to `of_pairs`."""
