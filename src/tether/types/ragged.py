@@ -16,4 +16,10 @@ def flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:
 
 def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, " rows_plus_1"]:
     """Start of each of several concatenated rows of `lengths` elements; the last entry is the total."""
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int64, device=device)
+    return on_device(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int64), device)
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host, in one copy for which a CUDA device's queue need not be waited for."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
