@@ -1,4 +1,4 @@
-"""Attention over a packed row, on its own: every way to compute it equals attention sequence by sequence."""
+"""Attention over a packed row, on its own: every way to compute it equals attention by a mask of the whole row."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tether.scoring.attention import packed_attention
-from tether.scoring.groups import lengths_tensor
-from tether.scoring.varlen import plan_of, varlen_attention
+from tether.scoring.chains import Link, PackedRow
+from tether.scoring.varlen import varlen_attention
 
 pytestmark = pytest.mark.numerics
 
-GROUPS = [(5, [3, 4]), (2, [6]), (7, [1, 2, 5])]
-ROW = sum(prompt + sum(responses) for prompt, responses in GROUPS)
+# Prompts of 5, 2 and 7 tokens with their responses, and a sequence that goes on in the middle of a response, as does
+# another one in turn: its tokens before are in three places.
+LINKS = [
+    *(Link(0, 0, 8), Link(0, 5, 4), Link(0, 0, 8), Link(0, 0, 8), Link(3, 7, 2), Link(3, 7, 5)),
+    *(Link(5, 9, 6), Link(6, 11, 3)),
+]
+ROW = sum(link.length for link in LINKS)
 WINDOWS = [None, 4]
 
 
@@ -29,27 +34,22 @@ def projections(device: str = "cpu", dtype: torch.dtype = torch.float64, size: i
     ]
 
 
-def one_by_one(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Each sequence `prompt + response` by itself, with a mask written out."""
-    output = torch.zeros_like(query.transpose(1, 2))
+def by_mask(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None = None) -> Tensor:
+    """Attention written out, by a mask of the whole row made from the sequence of each token."""
+    sequences: list[list[int]] = []
+    allowed = torch.zeros(ROW, ROW, dtype=torch.bool)
     start = 0
-    for prompt_length, responses in GROUPS:
-        end = start + prompt_length
-        prompt = list(range(start, end))
-        for length in responses:
-            places = prompt + list(range(end, end + length))
-            ages = torch.arange(len(places))[:, None] - torch.arange(len(places))[None]
-            allowed = (ages >= 0) & (ages < (window or len(places)))
-            found = scaled_dot_product_attention(
-                *(part[:, :, places] for part in (query, key, value)),
-                attn_mask=allowed.to(query.device),
-                scale=0.3,
-                enable_gqa=True,
-            )
-            output = output.index_copy(1, torch.tensor(places, device=query.device), found.transpose(1, 2))
-            end += length
-        start = end
-    return output
+    for parent, depth, length in LINKS:
+        sequence = [*(sequences[parent][:depth] if depth else []), *range(start, start + length)]
+        for position in range(depth, depth + length):
+            allowed[sequence[position], sequence[max(0, position + 1 - (window or ROW)) : position + 1]] = True
+        sequences.append(sequence)
+        start += length
+    key, value = (shared.repeat_interleave(2, 1) for shared in (key, value))
+    scores = query @ key.mT * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~allowed.to(query.device), float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2)
 
 
 def gradients(output: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -88,44 +88,39 @@ def own_varlen(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_packed_attention_equals_sequence_by_sequence(window: int | None) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.7], ids=["in blocks", "chain by chain"])
+def test_packed_attention_equals_that_by_a_mask(softcap: float | None, window: int | None) -> None:
     leaves = projections()
-    found = packed_attention(*leaves, lengths_tensor(GROUPS), scale=0.3, window=window)
-    expected = one_by_one(*leaves, window)
+    found = packed_attention(*leaves, PackedRow(LINKS), scale=0.3, window=window, softcap=softcap)
+    expected = by_mask(*leaves, window, softcap)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, leaves), gradients(expected, leaves))
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_varlen_plan_gives_each_response_its_prompt_and_itself(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_varlen_plan_gives_each_chain_its_sequence(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", own_varlen)
-    leaves = projections()
-    lengths = lengths_tensor(GROUPS)
-    plan = plan_of(lengths, leaves[0].device)
-    found = varlen_attention(*leaves, plan, scale=0.3, window=window)
-    expected = one_by_one(*leaves, window)
+    leaves, row = projections(), PackedRow(LINKS)
+    found = varlen_attention(*leaves, row.varlen_plan, scale=0.3, window=window)
+    expected = by_mask(*leaves, window)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, leaves), gradients(expected, leaves))
-    assert plan_of(lengths, leaves[0].device) is plan, "one for all layers"
+    assert row.varlen_plan is row.varlen_plan, "one for all layers"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("way", ["pairwise", "varlen"])
-def test_packed_attention_on_cuda_is_no_further_from_exact_than_sequence_by_sequence(
-    way: Any, window: int | None
-) -> None:
+def test_packed_attention_on_cuda_is_no_further_from_exact_than_by_a_mask(way: Any, window: int | None) -> None:
     leaves = projections("cuda", torch.bfloat16, size=64)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    exact = one_by_one(*wide, window)
+    exact = by_mask(*wide, window)
     exact_grads = gradients(exact, wide)
 
     def errors(output: Tensor) -> list[float]:
         pairs = zip((output, *gradients(output, leaves)), (exact, *exact_grads), strict=True)
         return [float((ours.double() - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
 
-    ours = errors(packed_attention(*leaves, lengths_tensor(GROUPS), scale=0.3, window=window, kernel=way))
-    naive = errors(one_by_one(*leaves, window))
+    ours = errors(packed_attention(*leaves, PackedRow(LINKS, "cuda"), scale=0.3, window=window, kernel=way))
+    naive = errors(by_mask(*leaves, window))
     assert all(own <= 1.5 * other for own, other in zip(ours, naive, strict=True)), (ours, naive)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tether.scoring.groups import lengths_tensor
+from tether.scoring.chains import Link, PackedRow
 from tether.types import PairBatch, image_inputs
 
 _Places: TypeAlias = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ class ScoringRows:
         targets: The response tokens, in the batch's order.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     width: int
     row: Int[Tensor, " tokens"]
     column: Int[Tensor, " tokens"]
@@ -43,8 +43,8 @@ class ScoringRows:
 def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
     """One row for the whole batch, each prompt once: `prompt_0 response_0 response_1 prompt_1 response_2 ...`.
 
-    Positions restart after the prompt for each of its responses; `packed_lengths` tells the attention which
-    tokens belong together.
+    Positions restart after the prompt for each of its responses; `packed_row` tells the attention which tokens belong
+    together.
 
     Args:
         batch: The batch, on the model's device.
@@ -56,19 +56,19 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
         members[group].append(response)
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
+    links: list[Link] = []
     source: list[_Places] = []
-    positions: list[_Places] = []
     columns: list[_Places] = []
     start = 0
     for group, responses in enumerate(members):
-        prompt_length = batch.prompt_lengths[group]
+        prompt_length, first = batch.prompt_lengths[group], len(links)
         source.append(_run(prompt_starts[group], prompt_length))
-        positions.append(_run(0, prompt_length))
         last_of_prompt, start = start + prompt_length - 1, start + prompt_length
         for response in responses:
             length = batch.response_lengths[response]
+            is_first = len(links) == first
+            links.append(Link(0, 0, prompt_length + length) if is_first else Link(first, prompt_length, length))
             source.append(_run(response_starts[response], length))
-            positions.append(_run(prompt_length, length))
             column = _run(start - 1, length)
             column[0] = last_of_prompt
             columns.append(column)
@@ -77,13 +77,8 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
     tokens = torch.cat([batch.prompt_ids, batch.response_ids])
     inputs: dict[str, Any] = {
         "input_ids": tokens[_tensor(source, device)][None],
-        "position_ids": _tensor(positions, device)[None],
-        "packed_lengths": lengths_tensor(
-            [
-                (batch.prompt_lengths[group], [batch.response_lengths[response] for response in responses])
-                for group, responses in enumerate(members)
-            ]
-        ),
+        "position_ids": _tensor([_run(link.depth, link.length) for link in links], device)[None],
+        "packed_row": PackedRow(links, device),
         **image_inputs(batch.images, start),
     }
     if router_weights:
