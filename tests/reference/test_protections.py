@@ -44,6 +44,7 @@ import tether.trainer.run_saving
 from support import odd_models as odd
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
+from support.ropes import LIMIT, ROPES
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
 from tether.data.datasets import REFERENCE_CHECKSUM, TOKEN_COLUMNS, batch_of
@@ -357,6 +358,11 @@ def layers_of_another_model(folder: Path) -> float:
     model: Any = tiny_model()
     model.model.layers[0] = tiny_model(seed=1).model.layers[0]
     return differs(score(model, BATCH).values.detach(), naive_log_probs_of(model, BATCH))
+
+
+def rows_of_one_token_above(limit: int) -> PairBatch:
+    one = Response(tuple(range(5, 15)), tuple(range(9, limit)))
+    return PairBatch.of_pairs([(one, one)])
 
 
 def scores_as(make: Callable[[], Any], batch: PairBatch = BATCH) -> Callable[[Path], float]:
@@ -1088,6 +1094,10 @@ def _short(batch: PairBatch, length: int, *args: Any, **options: Any) -> Any:
     return probe_of(batch, longest, *args, **options)._replace(length=10**6)
 
 
+def forget_the_limit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tether.scoring.forward.rotary_limit", lambda model: None)
+
+
 def trust_padding(patch: pytest.MonkeyPatch) -> None:
     """What cannot be packed is padded, without another look."""
     patch.setattr("tether.scoring.proof._proofs", {})
@@ -1206,6 +1216,9 @@ PROTECTIONS: dict[str, Protection] = {
     "a change after the proof is seen": Protection(scores_as(changed_after_it_was_proven), prove_once),
     "an adapter may read its row": Protection(scores_as(trained_activated_adapter), trust_names),
     "rows are proven at their length": Protection(scores_as(longer_rows_than_were_proven, long_rows()), prove_short),
+    "a row just above a limit of frequencies is fed whole": Protection(
+        scores_as(lambda: tiny_model("llama", **ROPES["longrope"]), rows_of_one_token_above(LIMIT)), forget_the_limit
+    ),
     "padding is proven too": Protection(
         scores_as(lambda: odd.small("glm_moe_dsa", index_topk=8), long_rows()), trust_padding
     ),

@@ -123,6 +123,23 @@ def test_comparing_ways_does_not_trust_a_model_that_ignores_its_context() -> Non
     assert not exact_difference(plain * float("nan"), plain, effect=1.0).is_rounding
 
 
+# --- what is fed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_last_token_of_a_response_is_not_fed(family: str) -> None:
+    model = tiny_model(family)
+    long, short = tuple(range(5, 13)), (7, 8)
+    batch = PairBatch.of_pairs(
+        [(Response(long, (1, 2, 3)), Response(long, (4,))), (Response(short, (5,)), Response(short, (6,)))]
+    )
+    fed: list[Any] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].tolist()))
+    found = score(model, batch).values
+    assert fed[-1] == [[*long, 1, 2, *short]], "after the rows of the proof"
+    torch.testing.assert_close(found, naive(model, batch), atol=1e-4, rtol=1e-6)
+
+
 # --- what training does ----------------------------------------------------------------------------------------------
 
 

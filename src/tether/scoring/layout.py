@@ -40,16 +40,17 @@ class ScoringRows:
     targets: Int[Tensor, " tokens"]
 
 
-def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
+def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = False) -> ScoringRows:
     """One row for the whole batch, each prompt once: `prompt_0 response_0 response_1 prompt_1 response_2 ...`.
 
     Positions restart after the prompt for each of its responses; `packed_row` tells the attention which tokens belong
-    together.
+    together. The last token of a response is only predicted, so it is not in the row.
 
     Args:
         batch: The batch, on the model's device.
         router_weights: Weight each token, in the attention mask, by the number of sequences of the padded layout that
             it stands for: a router's load-balancing loss then equals the padded one.
+        whole: Feed the last token of each response too; as it is with `router_weights`, because that loss counts it.
     """
     members: list[list[int]] = [[] for _ in batch.prompt_lengths]
     for response, group in enumerate(batch.response_group):
@@ -61,18 +62,17 @@ def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
     columns: list[_Places] = []
     start = 0
     for group, responses in enumerate(members):
-        prompt_length, first = batch.prompt_lengths[group], len(links)
+        prompt_length = batch.prompt_lengths[group]
+        fed = [batch.response_lengths[response] - (not (whole or router_weights)) for response in responses]
+        links += [Link(0, 0, prompt_length + fed[0]), *(Link(len(links), prompt_length, num) for num in fed[1:] if num)]
         source.append(_run(prompt_starts[group], prompt_length))
         last_of_prompt, start = start + prompt_length - 1, start + prompt_length
-        for response in responses:
-            length = batch.response_lengths[response]
-            is_first = len(links) == first
-            links.append(Link(0, 0, prompt_length + length) if is_first else Link(first, prompt_length, length))
-            source.append(_run(response_starts[response], length))
-            column = _run(start - 1, length)
+        for response, num in zip(responses, fed, strict=True):
+            source.append(_run(response_starts[response], num))
+            column = _run(start - 1, batch.response_lengths[response])
             column[0] = last_of_prompt
             columns.append(column)
-            start += length
+            start += num
     device = batch.device
     tokens = torch.cat([batch.prompt_ids, batch.response_ids])
     inputs: dict[str, Any] = {

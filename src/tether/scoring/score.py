@@ -110,7 +110,7 @@ def _score_in(
             for index in range(batch.num_responses)
         ]
         return join_log_probs(parts, range(batch.num_responses))
-    rows = rows_of(batch, way, router_weights=auxiliary_loss)
+    rows = rows_of(model, batch, way, router_weights=auxiliary_loss)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
     answer = run(
