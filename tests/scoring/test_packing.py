@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
 
 from support.tiny import FAMILIES, naive_log_probs, tiny_model
-from tether.scoring import restore_attention, score
+from tether.scoring import packed_rows, restore_attention, score
+from tether.scoring.chains import PackedRow
 from tether.scoring.equality import exact_difference
 from tether.scoring.score import can_pack
 from tether.types import PairBatch, Response
@@ -138,6 +140,36 @@ def test_the_last_token_of_a_response_is_not_fed(family: str) -> None:
     found = score(model, batch).values
     assert fed[-1] == [[*long, 1, 2, *short]], "after the rows of the proof"
     torch.testing.assert_close(found, naive(model, batch), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_token_follows_its_sequence_whatever_prompts_begin_alike(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.types.batch._WORTH_SHARING", 1)
+    for seed in range(20):
+        draw = Random(seed)
+        prompts = [tuple(draw.choices((5, 6), k=draw.randint(1, 6))) for _ in range(8)]
+        ids = [tuple(draw.choices((5, 6), k=draw.randint(1, 4))) for _ in range(16)]
+        pairs = [(Response(p, ids[i]), Response(p, ids[i + 8])) for i, p in enumerate(prompts)]
+        batch = PairBatch.of_pairs(pairs)
+        rows = packed_rows(batch, whole=whole)
+        starts = {prompt[: num + 1] for prompt in prompts for num in range(len(prompt))}
+        assert rows.width == len(starts) + sum(batch.response_lengths) - batch.num_responses * (not whole)
+        each = zip(batch.responses(), rows.column.split(list(batch.response_lengths)), strict=True)
+        for response, columns in each:
+            for num, column in enumerate(columns.tolist()):
+                sequence = sequence_until(column, rows.inputs["packed_row"])
+                before = response.prompt_ids + response.token_ids[:num]
+                assert rows.inputs["input_ids"][0, sequence].tolist() == list(before)
+                assert rows.inputs["position_ids"][0, sequence].tolist() == list(range(len(before)))
+
+
+def sequence_until(column: int, row: PackedRow) -> list[int]:
+    """The places that the token in a column attends to."""
+    (chain,) = [chain for chain in row.chains if chain.own.start <= column < chain.own.stop]
+    before = [place for part in chain.before for place in range(part.start, part.stop)]
+    return before + list(range(chain.own.start, column + 1))
 
 
 # --- what training does ----------------------------------------------------------------------------------------------

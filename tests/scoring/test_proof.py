@@ -102,6 +102,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a module that will mix positions": (lambda: odd.mixes_neighbours(0.0), "padded"),
     "a hook on late tokens": (odd.late_tokens_steered, "padded"),
     "a hook that counts columns": (odd.position_added, "padded"),
+    "a hook that is lost where prompts begin alike": (odd.lost_in_a_tree, "padded"),
     "a hook that cools the logits": (odd.cooled_logits, "packed"),
     "a hook that bars a token": (odd.shifted_on_the_head, "packed"),
     "a layer that reads another config": (

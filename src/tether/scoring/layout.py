@@ -5,6 +5,7 @@ Plans with plain integers on the host and moves the finished index tensors to th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -43,8 +44,9 @@ class ScoringRows:
 def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = False) -> ScoringRows:
     """One row for the whole batch, each prompt once: `prompt_0 response_0 response_1 prompt_1 response_2 ...`.
 
-    Positions restart after the prompt for each of its responses; `packed_row` tells the attention which tokens belong
-    together. The last token of a response is only predicted, so it is not in the row.
+    What a prompt has in common with the one before it (`PairBatch.prefixes`) is not repeated either. Positions continue
+    those of the tokens before in the same sequence; `packed_row` tells the attention which these are. The last token of
+    a response is only predicted, so it is not in the row.
 
     Args:
         batch: The batch, on the model's device.
@@ -59,31 +61,37 @@ def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = Fa
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
     links: list[Link] = []
     source: list[_Places] = []
-    columns: list[_Places] = []
-    start = 0
-    for group, responses in enumerate(members):
-        prompt_length = batch.prompt_lengths[group]
-        fed = [batch.response_lengths[response] - (not (whole or router_weights)) for response in responses]
-        links += [Link(0, 0, prompt_length + fed[0]), *(Link(len(links), prompt_length, num) for num in fed[1:] if num)]
-        source.append(_run(prompt_starts[group], prompt_length))
-        last_of_prompt, start = start + prompt_length - 1, start + prompt_length
-        for response, num in zip(responses, fed, strict=True):
+    columns: dict[int, _Places] = {}
+    chain_of: dict[int, int] = {}
+    start = before = 0
+    for group, shared in batch.prefixes or [(group, 0) for group in range(batch.num_groups)]:
+        prompt_length, first = batch.prompt_lengths[group], len(links)
+        links.append(Link(before, shared, prompt_length - shared))
+        source.append(_run(prompt_starts[group] + shared, prompt_length - shared))
+        start += prompt_length - shared
+        last_of_prompt, before = start - 1, first
+        for response in members[group]:
+            num = batch.response_lengths[response] - (not (whole or router_weights))
+            if response == members[group][0]:  # goes on in the prompt's chain
+                links[first] = links[first]._replace(length=links[first].length + num)
+            elif num:
+                links.append(Link(first, prompt_length, num))
+            chain_of[response] = len(links) - 1
             source.append(_run(response_starts[response], num))
-            column = _run(start - 1, batch.response_lengths[response])
-            column[0] = last_of_prompt
-            columns.append(column)
+            columns[response] = _run(start - 1, batch.response_lengths[response])
+            columns[response][0] = last_of_prompt
             start += num
-    device = batch.device
+    row, device = PackedRow(links, batch.device), batch.device
     tokens = torch.cat([batch.prompt_ids, batch.response_ids])
     inputs: dict[str, Any] = {
         "input_ids": tokens[_tensor(source, device)][None],
         "position_ids": _tensor([_run(link.depth, link.length) for link in links], device)[None],
-        "packed_row": PackedRow(links, device),
+        "packed_row": row,
         **image_inputs(batch.images, start),
     }
     if router_weights:
-        inputs["attention_mask"] = _sequence_counts(batch, members).to(device)[None]
-    places = _tensor(columns, device)
+        inputs["attention_mask"] = _sequence_counts(batch, row, chain_of).to(device)[None]
+    places = _tensor([columns[response] for response in range(batch.num_responses)], device)
     return ScoringRows(inputs, start, torch.zeros_like(places), places, batch.response_ids)
 
 
@@ -125,17 +133,13 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> Scor
     )
 
 
-def _sequence_counts(batch: PairBatch, members: list[list[int]]) -> Int[Tensor, " row"]:
+def _sequence_counts(batch: PairBatch, row: PackedRow, chain_of: Mapping[int, int]) -> Int[Tensor, " row"]:
     """How many (pair, side) sequences each token of the packed row stands for."""
-    uses = [0] * batch.num_responses
+    counts = np.zeros(row.chains[-1].own.stop, dtype=np.int64)
     for response in (*batch.chosen, *batch.rejected):
-        uses[response] += 1
-    counts: list[int] = []
-    for group, responses in enumerate(members):
-        counts += [sum(uses[response] for response in responses)] * batch.prompt_lengths[group]
-        for response in responses:
-            counts += [uses[response]] * batch.response_lengths[response]
-    return torch.tensor(counts)
+        for places in row.chains[chain_of[response]].sequence:
+            counts[places] += 1
+    return torch.from_numpy(counts)
 
 
 def _run(start: int, length: int) -> _Places:
