@@ -10,11 +10,12 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tether.types import offsets_of
+from tether.types import placed
 
 
 class Link(NamedTuple):
@@ -98,16 +99,12 @@ class PackedRow:
     @cached_property
     def varlen_plan(self) -> VarlenPlan:
         """The plan of variable-length attention, on the device; one for all layers."""
-        places = [torch.arange(part.start, part.stop) for chain in self.chains for part in chain.sequence]
-        query_lengths = [_length(chain.own) for chain in self.chains]
-        key_lengths = [chain.start + length for chain, length in zip(self.chains, query_lengths, strict=True)]
-        return VarlenPlan(
-            torch.cat(places).to(self._device),
-            offsets_of(query_lengths).to(self._device, torch.int32),
-            offsets_of(key_lengths).to(self._device, torch.int32),
-            max(query_lengths),
-            max(key_lengths),
-        )
+        keys = [np.arange(part.start, part.stop) for chain in self.chains for part in chain.sequence]
+        queries = [_length(chain.own) for chain in self.chains]
+        sequences = [chain.start + length for chain, length in zip(self.chains, queries, strict=True)]
+        ends = (list(accumulate(lengths, initial=0)) for lengths in (queries, sequences))
+        places, query_ends, key_ends = placed([np.concatenate(keys), *ends], self._device)
+        return VarlenPlan(places, query_ends.int(), key_ends.int(), max(queries), max(sequences))
 
 
 def chains_of(links: Int[Tensor, "chains 3"]) -> tuple[Chain, ...]:

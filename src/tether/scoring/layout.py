@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tether.scoring.chains import Link, PackedRow
-from tether.types import PairBatch, image_inputs
+from tether.types import PairBatch, image_inputs, placed
 
 _Places: TypeAlias = npt.NDArray[np.int64]
 
@@ -54,15 +54,40 @@ def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = Fa
             it stands for: a router's load-balancing loss then equals the padded one.
         whole: Feed the last token of each response too; as it is with `router_weights`, because that loss counts it.
     """
+    plan = _plan(batch, whole or router_weights)
+    row = PackedRow(plan.links, batch.device)
+    positions = [_run(link.depth, link.length) for link in plan.links]
+    columns = [plan.columns[response] for response in range(batch.num_responses)]
+    planned = [np.concatenate(runs) for runs in (positions, plan.source, columns)]
+    weights = [_sequence_counts(batch, row, plan.chain_of)] if router_weights else []
+    position_ids, places, column, *masks = placed([*planned, *weights], batch.device)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat([batch.prompt_ids, batch.response_ids])[places][None],
+        "position_ids": position_ids[None],
+        "packed_row": row,
+        **image_inputs(batch.images, len(places)),
+    }
+    if masks:
+        inputs["attention_mask"] = masks[0][None]
+    return ScoringRows(inputs, len(places), torch.zeros_like(column), column, batch.response_ids)
+
+
+class _Plan(NamedTuple):
+    """A packed row: its chains, where its tokens come from; for each response, its chain and where it is predicted."""
+
+    links: list[Link]
+    source: list[_Places]
+    chain_of: dict[int, int]
+    columns: dict[int, _Places]
+
+
+def _plan(batch: PairBatch, whole: bool) -> _Plan:
     members: list[list[int]] = [[] for _ in batch.prompt_lengths]
     for response, group in enumerate(batch.response_group):
         members[group].append(response)
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
-    links: list[Link] = []
-    source: list[_Places] = []
-    columns: dict[int, _Places] = {}
-    chain_of: dict[int, int] = {}
+    links, source, chain_of, columns = plan = _Plan([], [], {}, {})
     start = before = 0
     for group, shared in batch.prefixes or [(group, 0) for group in range(batch.num_groups)]:
         prompt_length, first = batch.prompt_lengths[group], len(links)
@@ -71,7 +96,7 @@ def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = Fa
         start += prompt_length - shared
         last_of_prompt, before = start - 1, first
         for response in members[group]:
-            num = batch.response_lengths[response] - (not (whole or router_weights))
+            num = batch.response_lengths[response] - (not whole)
             if response == members[group][0]:  # goes on in the prompt's chain
                 links[first] = links[first]._replace(length=links[first].length + num)
             elif num:
@@ -81,18 +106,7 @@ def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = Fa
             columns[response] = _run(start - 1, batch.response_lengths[response])
             columns[response][0] = last_of_prompt
             start += num
-    row, device = PackedRow(links, batch.device), batch.device
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])
-    inputs: dict[str, Any] = {
-        "input_ids": tokens[_tensor(source, device)][None],
-        "position_ids": _tensor([_run(link.depth, link.length) for link in links], device)[None],
-        "packed_row": row,
-        **image_inputs(batch.images, start),
-    }
-    if router_weights:
-        inputs["attention_mask"] = _sequence_counts(batch, row, chain_of).to(device)[None]
-    places = _tensor([columns[response] for response in range(batch.num_responses)], device)
-    return ScoringRows(inputs, start, torch.zeros_like(places), places, batch.response_ids)
+    return plan
 
 
 def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> ScoringRows:
@@ -117,9 +131,10 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> Scor
         mask[response, : prompt_length + length] = 1
         rows.append(np.full(length, response))
         columns.append(_run(prompt_length - 1, length))
-    device = batch.device
-    attention_mask = torch.from_numpy(mask).to(device)
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[torch.from_numpy(source).to(device)]
+    planned = [mask.ravel(), source.ravel(), np.concatenate(rows), np.concatenate(columns)]
+    flat_mask, places, row, column = placed(planned, batch.device)
+    attention_mask = flat_mask.view(mask.shape)
+    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[places.view(mask.shape)]
     return ScoringRows(
         inputs={
             "input_ids": tokens.where(attention_mask.bool(), pad_token_id),
@@ -127,24 +142,20 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> Scor
             **image_inputs([batch.images[group] for group in batch.response_group if batch.images], width),
         },
         width=width,
-        row=_tensor(rows, device),
-        column=_tensor(columns, device),
+        row=row,
+        column=column,
         targets=batch.response_ids,
     )
 
 
-def _sequence_counts(batch: PairBatch, row: PackedRow, chain_of: Mapping[int, int]) -> Int[Tensor, " row"]:
+def _sequence_counts(batch: PairBatch, row: PackedRow, chain_of: Mapping[int, int]) -> _Places:
     """How many (pair, side) sequences each token of the packed row stands for."""
-    counts = np.zeros(row.chains[-1].own.stop, dtype=np.int64)
+    counts: _Places = np.zeros(row.chains[-1].own.stop, dtype=np.int64)
     for response in (*batch.chosen, *batch.rejected):
         for places in row.chains[chain_of[response]].sequence:
             counts[places] += 1
-    return torch.from_numpy(counts)
+    return counts
 
 
 def _run(start: int, length: int) -> _Places:
     return np.arange(start, start + length)
-
-
-def _tensor(runs: list[_Places], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(runs)).to(device)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
-from tether.types.ragged import flatten
+from tether.types.ragged import flatten, placed
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
@@ -158,7 +158,7 @@ class PairBatch:
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
         """Per-response values as (chosen, rejected), one entry per pair each."""
-        chosen, rejected = (torch.tensor(index, device=values.device) for index in (self.chosen, self.rejected))
+        chosen, rejected = placed([self.chosen, self.rejected], values.device)
         return values[chosen], values[rejected]
 
     def responses(self) -> list[Response]:

@@ -1,10 +1,12 @@
-"""Rows of different lengths, concatenated."""
+"""Rows of different lengths, concatenated, and how integers that are planned on the host get to a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,4 +18,15 @@ def flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:
 
 def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, " rows_plus_1"]:
     """Start of each of several concatenated rows of `lengths` elements; the last entry is the total."""
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int64, device=device)
+    return placed([list(accumulate(lengths, initial=0))], device)[0]
+
+
+def placed(
+    parts: Sequence[Sequence[int] | npt.NDArray[np.int64]], device: torch.device | str
+) -> tuple[Int[Tensor, " _"], ...]:
+    """Each part as a tensor on a device, all by one copy that the host does not wait for."""
+    together = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+    if torch.device(device).type == "cuda":
+        together = together.pin_memory()
+    each: tuple[Tensor, ...] = together.to(device, non_blocking=True).split([len(part) for part in parts])
+    return each
