@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from transformers import (
 )
 
 from support.tiny import FAMILIES, naive_log_probs, tiny_model
-from tether.scoring import restore_attention, score
+from tether.scoring import packed_rows, restore_attention, score
+from tether.scoring.chains import PackedRow
 from tether.scoring.equality import exact_difference
 from tether.scoring.score import can_pack
 from tether.types import PairBatch, Response
@@ -129,6 +131,53 @@ def test_comparing_ways_does_not_trust_a_model_that_ignores_its_context() -> Non
     assert exact_difference(plain + 1e-7, plain, effect=1.0).is_rounding
     assert not exact_difference(plain + 1e-4, plain, effect=1e-3).is_rounding
     assert not exact_difference(plain * float("nan"), plain, effect=1.0).is_rounding
+
+
+# --- what is fed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_last_token_of_a_response_is_not_fed(family: str) -> None:
+    model = tiny_model(family)
+    long, short = tuple(range(5, 13)), (7, 8)
+    batch = PairBatch.of_pairs(
+        [(Response(long, (1, 2, 3)), Response(long, (4,))), (Response(short, (5,)), Response(short, (6,)))]
+    )
+    fed: list[Any] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].tolist()))
+    found = score(model, batch).values
+    assert fed[-1] == [[*long, 1, 2, *short]], "after the rows of the proof"
+    torch.testing.assert_close(found, naive(model, batch), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_token_follows_its_sequence_whatever_prompts_begin_alike(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.types.batch._WORTH_SHARING", 1)
+    for seed in range(20):
+        draw = Random(seed)
+        prompts = [tuple(draw.choices((5, 6), k=draw.randint(1, 6))) for _ in range(8)]
+        ids = [tuple(draw.choices((5, 6), k=draw.randint(1, 4))) for _ in range(16)]
+        pairs = [(Response(p, ids[i]), Response(p, ids[i + 8])) for i, p in enumerate(prompts)]
+        batch = PairBatch.of_pairs(pairs)
+        rows = packed_rows(batch, whole=whole)
+        starts = {prompt[: num + 1] for prompt in prompts for num in range(len(prompt))}
+        assert rows.width == len(starts) + sum(batch.response_lengths) - batch.num_responses * (not whole)
+        each = zip(batch.responses(), rows.column.split(list(batch.response_lengths)), strict=True)
+        for response, columns in each:
+            for num, column in enumerate(columns.tolist()):
+                sequence = sequence_until(column, rows.inputs["packed_row"])
+                before = response.prompt_ids + response.token_ids[:num]
+                assert rows.inputs["input_ids"][0, sequence].tolist() == list(before)
+                assert rows.inputs["position_ids"][0, sequence].tolist() == list(range(len(before)))
+
+
+def sequence_until(column: int, row: PackedRow) -> list[int]:
+    """The places that the token in a column attends to."""
+    (chain,) = [chain for chain in row.chains if chain.own.start <= column < chain.own.stop]
+    before = [place for part in chain.before for place in range(part.start, part.stop)]
+    return before + list(range(chain.own.start, column + 1))
 
 
 # --- what training does ----------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from support.tiny import naive_log_probs, tiny_model
 from tether.errors import ConfigurationError
 from tether.scoring import attention, proof, score, trial
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of
+from tether.scoring.chains import Link, PackedRow
 from tether.scoring.forward import Way
 from tether.types import PairBatch, Response
 
@@ -102,6 +103,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a module that will mix positions": (lambda: odd.mixes_neighbours(0.0), "padded"),
     "a hook on late tokens": (odd.late_tokens_steered, "padded"),
     "a hook that counts columns": (odd.position_added, "padded"),
+    "a hook that is lost where prompts begin alike": (odd.lost_in_a_tree, "padded"),
     "a hook that cools the logits": (odd.cooled_logits, "packed"),
     "a hook that bars a token": (odd.shifted_on_the_head, "packed"),
     "a layer that reads another config": (
@@ -398,7 +400,7 @@ def test_a_tower_that_is_handed_packed_rows_keeps_its_own_attention() -> None:
     model.config._attn_implementation = "seen"
     with packed_attention_of(model, "pairwise", keep=False):
         ours = AttentionInterface()[model.config._attn_implementation]
-    ours(Tower(), *torch.zeros(3, 1, 1, 5, 8), None, packed_lengths=torch.tensor([3, 1, 2]), scaling=1.0)
+    ours(Tower(), *torch.zeros(3, 1, 1, 5, 8), None, packed_row=PackedRow([Link(0, 0, 5)]), scaling=1.0)
     assert seen == [{"scaling": 1.0}]
 
 

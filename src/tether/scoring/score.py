@@ -14,6 +14,7 @@ from torch import nn
 from tether.distributed import device_of, full_shape, has_shards, num_processes
 from tether.refusals import Refusal, refuse
 from tether.scoring.attention import UnsupportedAttentionError, restore
+from tether.scoring.chains import PackedRow
 from tether.scoring.forward import Way, replays_forward, rows_of, run
 from tether.scoring.images import check_even_images
 from tether.scoring.layout import ScoringRows
@@ -109,7 +110,7 @@ def _score_in(
             for index in range(batch.num_responses)
         ]
         return join_log_probs(parts, range(batch.num_responses))
-    rows = rows_of(batch, way, router_weights=auxiliary_loss)
+    rows = rows_of(model, batch, way, router_weights=auxiliary_loss)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
     answer = run(
@@ -173,7 +174,8 @@ def restore_attention(model: nn.Module) -> None:
 
 def _expect_other_sizes(rows: ScoringRows) -> None:
     """Tells `torch.compile` that row lengths vary, so that it compiles once and not for each."""
-    for tensor in rows.inputs.values():
+    for entry in rows.inputs.values():
+        tensor = entry.links if isinstance(entry, PackedRow) else entry
         for dimension, size in enumerate(tensor.shape):
             if size > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)

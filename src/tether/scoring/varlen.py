@@ -1,75 +1,19 @@
 """A packed row's attention as one call of torch's variable-length flash attention, on CUDA in half precision.
 
-Each query sequence is a prompt with its first response, or a further response alone, so the queries are the row
-itself. The keys of a sequence are its prompt and response, gathered. Causal attention aligned at the end does the rest.
+The query sequences are the row's chains. The keys of each are those of its sequence, gathered. Causal attention aligned
+at the end does the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from inspect import signature
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from tether.scoring.groups import Group, groups_of
-from tether.types import offsets_of, on_device
-
-
-class VarlenPlan(NamedTuple):
-    """Where the key sequences of a packed row are, and where each sequence ends.
-
-    Attributes:
-        key_places: For every key of every sequence, its place in the row.
-        query_ends, key_ends: Cumulative lengths, from 0, as int32.
-        longest_query, longest_key: Lengths of the longest sequences.
-    """
-
-    key_places: Int[Tensor, " keys"]
-    query_ends: Int[Tensor, " sequences+1"]
-    key_ends: Int[Tensor, " sequences+1"]
-    longest_query: int
-    longest_key: int
-
-
-_plans = WeakTensorKeyDictionary()  # one plan for all layers: planning copies to the device
-
-
-def plan_of(lengths: Int[Tensor, " entries"], device: torch.device) -> VarlenPlan:
-    """The plan of a row, computed once and cached for as long as `lengths` lives.
-
-    Args:
-        lengths: The row's structure, from `lengths_tensor`.
-        device: Where the row is.
-    """
-    plan: VarlenPlan | None = _plans.get(lengths)
-    if plan is None or plan.key_places.device != device:
-        plan = _plans[lengths] = _new_plan(groups_of(lengths), device)
-    return plan
-
-
-def _new_plan(groups: Iterable[Group], device: torch.device) -> VarlenPlan:
-    places: list[Tensor] = []
-    query_lengths: list[int] = []
-    key_lengths: list[int] = []
-    for start, prompt_length, response_lengths in groups:
-        prompt = torch.arange(start, start + prompt_length)
-        ends = accumulate(response_lengths, initial=start + prompt_length)
-        for number, (begin, length) in enumerate(zip(ends, response_lengths, strict=False)):
-            places += [prompt, torch.arange(begin, begin + length)]
-            query_lengths.append(length + (prompt_length if number == 0 else 0))
-            key_lengths.append(prompt_length + length)
-    return VarlenPlan(
-        on_device(torch.cat(places), device),
-        offsets_of(query_lengths, device).int(),
-        offsets_of(key_lengths, device).int(),
-        max(query_lengths),
-        max(key_lengths),
-    )
+from tether.scoring.chains import VarlenPlan
 
 
 def varlen_attention(

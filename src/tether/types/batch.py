@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from tether.types.ragged import flatten, on_device
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
+
+# Fewer tokens save less than attending to them apart costs.
+_WORTH_SHARING = 16
 
 
 class Response(NamedTuple):
@@ -51,6 +55,8 @@ class PairBatch:
         response_group: The group of each response, ascending.
         chosen: Index of each pair's chosen response.
         rejected: Index of each pair's rejected response.
+        prefixes: The groups in an order in which prompts that begin alike are neighbours, each with the number of its
+            first tokens that are those of the prompt before it. Empty if too few are to be worth computing once.
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
             ids. Empty if no keys were requested.
         rows: Index of each pair in its set, for messages. Empty if unknown.
@@ -72,6 +78,7 @@ class PairBatch:
     response_group: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    prefixes: tuple[tuple[int, int], ...] = ()
     keys: tuple[bytes, ...] = ()
     rows: tuple[int, ...] = ()
     reference_sums: tuple[float | None, ...] = ()
@@ -214,8 +221,23 @@ class PairBatch:
             response_group=tuple(group_of[response.prompt] for response in responses),
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
+            prefixes=() if any(shown for _, shown in groups) else _prefixes([ids for ids, _ in groups]),
             keys=tuple(response.key for response in responses if response.key),
             reference_sums=sums if any(known is not None for known in sums) else (),
             margins=None if margins is None else torch.tensor(margins, dtype=torch.float32),
             images=tuple(shown for _, shown in groups) if any(shown for _, shown in groups) else (),
         )
+
+
+def _prefixes(prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
+    """`PairBatch.prefixes` of distinct prompts."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # the most in common is then with a neighbour
+    common = (_num_common(prompts[one], prompts[other]) for one, other in pairwise(order))
+    shared = [0, *(num if num >= _WORTH_SHARING else 0 for num in common)]
+    return tuple(zip(order, shared, strict=True)) if any(shared) else ()
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first entries are the same."""
+    different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))

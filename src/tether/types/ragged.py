@@ -1,10 +1,12 @@
-"""Rows of different lengths, concatenated."""
+"""Rows of different lengths, concatenated, and how integers that are planned on the host get to a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -16,7 +18,7 @@ def flatten(rows: Sequence[Sequence[int]]) -> Int[Tensor, " total"]:
 
 def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[Tensor, " rows_plus_1"]:
     """Start of each of several concatenated rows of `lengths` elements; the last entry is the total."""
-    return on_device(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int64), device)
+    return placed([list(accumulate(lengths, initial=0))], device)[0]
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -28,3 +30,12 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 def places_of(mask: Bool[Tensor, " total"], lengths: Sequence[int]) -> Int[Tensor, " marked"]:
     """Where a mask is true; `lengths`, how often in each row, are known on the host, so that nothing waits for it."""
     return mask.nonzero_static(size=sum(lengths))[:, 0]
+
+
+def placed(
+    parts: Sequence[Sequence[int] | npt.NDArray[np.int64]], device: torch.device | str
+) -> tuple[Int[Tensor, " _"], ...]:
+    """Each part as a tensor on a device, all by one copy."""
+    together = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+    each: tuple[Tensor, ...] = on_device(together, device).split([len(part) for part in parts])
+    return each
