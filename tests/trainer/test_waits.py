@@ -69,6 +69,7 @@ def use_meta_as_a_card(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
 REFERENCES: dict[str, dict[str, Any]] = {
     "explicit": {},
     "implicit": {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
+    "precomputed": {"precompute_ref_log_probs": True},
     "given": {"rows": [row | {"ref_chosen_logps": -9.0, "ref_rejected_logps": -8.0} for row in tiny_pairs(8)]},
     "free": {"reference_free": True},
 }
@@ -81,6 +82,7 @@ STEPS = [("explicit", "pairwise"), *((kind, "varlen") for kind in REFERENCES)]
 def test_a_step_waits_for_nothing(kind: str, kernel: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, **REFERENCES[kind])
     inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.reference.log_probs(inputs["batch"])  # stored, if it is a reference that stores
     trainer.state.global_step = 1  # before, the gap is measured
     trainer.model.to("meta").train()
     if trainer.reference.module is not None:
