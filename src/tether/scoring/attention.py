@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -105,7 +105,8 @@ def _attend(
         # "eager" is not in the registry: each model file has its own.
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         usual: Any = AttentionInterface().get_interface(plain, own)  # type: ignore[arg-type]
-        with _named(module.config, plain):
+        config = getattr(module, "config", None)
+        with nullcontext() if config is None else _named(config, plain):
             result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
         return result
     if kwargs.get("s_aux") is not None:
