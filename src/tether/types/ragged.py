@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -32,10 +31,8 @@ def places_of(mask: Bool[Tensor, " total"], lengths: Sequence[int]) -> Int[Tenso
     return mask.nonzero_static(size=sum(lengths))[:, 0]
 
 
-def placed(
-    parts: Sequence[Sequence[int] | npt.NDArray[np.int64]], device: torch.device | str
-) -> tuple[Int[Tensor, " _"], ...]:
-    """Each part as a tensor on a device, all by one copy."""
-    together = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+def placed(parts: Sequence[Any], device: torch.device | str) -> tuple[Int[Tensor, " _"], ...]:
+    """Each part (integers, or an array of them) as a tensor on a device, all by one copy."""
+    together = torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in parts])
     each: tuple[Tensor, ...] = on_device(together, device).split([len(part) for part in parts])
     return each
