@@ -13,7 +13,7 @@ import harness
 import torch
 
 from tether.scoring import attention
-from tether.scoring.groups import groups_of, lengths_tensor
+from tether.scoring.chains import Link, PackedRow
 
 HEADS, KEY_HEADS, SIZE, BATCH = 12, 6, 128, 8
 
@@ -26,7 +26,7 @@ def main() -> None:
     for shape, rows in harness.each_shape(3 * BATCH):
         seconds: dict[str, list[float]] = {"pairwise": [], "varlen": []}
         for repeat in range(4):
-            runs = {way: lambda item, way=way, rows=rows: _run(way, _lengths(rows, item)) for way in seconds}
+            runs = {way: lambda item, way=way, rows=rows: _run(way, _row(rows, item)) for way in seconds}
             for way, times in harness.in_turns(runs, 3, "cuda").items():
                 seconds[way] += times if repeat else []  # the first time is a warm-up
         result: dict[str, Any] = {
@@ -39,20 +39,21 @@ def main() -> None:
     harness.write_results("attention", results, "cuda")
 
 
-def _lengths(rows: list[dict], item: int) -> torch.Tensor:
-    batch = rows[item * BATCH : (item + 1) * BATCH]
-    return lengths_tensor(
-        [(len(row["prompt_ids"]), [len(row["chosen_ids"]), len(row["rejected_ids"])]) for row in batch]
-    )
+def _row(rows: list[dict], item: int) -> PackedRow:
+    links: list[Link] = []
+    for row in rows[item * BATCH : (item + 1) * BATCH]:
+        prompt, chosen, rejected = (len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        links += [Link(0, 0, prompt + chosen), Link(len(links), prompt, rejected)]
+    return PackedRow(links, "cuda")
 
 
-def _run(way: Any, lengths: torch.Tensor) -> None:
-    row = sum(group.prompt_length + sum(group.response_lengths) for group in groups_of(lengths))
+def _run(way: Any, row: PackedRow) -> None:
+    width = sum(chain.own.stop - chain.own.start for chain in row.chains)
     leaves = [
-        torch.randn(1, heads, row, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(1, heads, width, SIZE, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
-    attention.packed_attention(*leaves, lengths, scale=SIZE**-0.5, kernel=way).sum().backward()
+    attention.packed_attention(*leaves, row, scale=SIZE**-0.5, kernel=way).sum().backward()
 
 
 if __name__ == "__main__":
