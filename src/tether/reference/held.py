@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.distributed import is_sharded, local_shard
+from tether.types import copies_later
 
 ROTATION_STEPS = 500  # in which every byte is read
 _LEAST_BYTES = 1 << 20  # of a part
@@ -192,9 +193,10 @@ class _Sums:
         known = list(sums)
         self._is_known = [total is not None for total in known]
         device = next((t.device for t in known if t is not None and t.device.type != "cpu"), torch.device("cpu"))
-        made = [total.to(device, non_blocking=True) for total in known if total is not None]
-        self._read: Tensor | None = torch.stack(made).to("cpu", non_blocking=True) if made else None
-        self.are_on_host = device.type == "cpu"
+        later = copies_later(device)
+        made = [total.to(device, non_blocking=later) for total in known if total is not None]
+        self._read: Tensor | None = torch.stack(made).to("cpu", non_blocking=later) if made else None
+        self.are_on_host = not later
         self._copied = None if self.are_on_host else torch.Event(device)
         if self._copied is not None:
             self._copied.record()

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
-from tether.types.ragged import flatten, on_device
+from tether.types.ragged import copies_later, flatten, on_device
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
@@ -140,7 +140,7 @@ class PairBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        leaves_host = self.device.type == "cpu"  # what comes back to it is waited for
+        leaves_host = self.device.type == "cpu" and copies_later(device)  # what comes back to it is waited for
         return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking or leaves_host))
 
     def pin_memory(self) -> PairBatch:

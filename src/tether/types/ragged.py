@@ -23,7 +23,12 @@ def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> In
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host, in one copy for which a CUDA device's queue need not be waited for."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(device, non_blocking=copies_later(device))
+
+
+def copies_later(device: torch.device | str) -> bool:
+    """Whether the host may go on while a copy to or from the device is under way; MPS would read freed memory."""
+    return torch.device(device).type not in ("cpu", "mps")
 
 
 def places_of(mask: Bool[Tensor, " total"], lengths: Sequence[int]) -> Int[Tensor, " marked"]:
