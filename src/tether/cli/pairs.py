@@ -289,8 +289,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int, named: PairDataset | No
     kept = sorted(set(range(len(pairs))) - set(held_out))
     if not kept:
         raise DataError(
-            problem=f"Cannot hold out `eval_fraction={fraction:g}` of {len(pairs)} pairs: none would be left to "
-            "train on.",
+            problem=f"Cannot hold out {fraction:g} of {len(pairs)} pairs: none would be left to train on.",
             details="Pairs of one prompt are held out together.",
             instead="Use more pairs, or name others with `eval_data`.",
         )

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
