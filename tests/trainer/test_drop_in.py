@@ -452,6 +452,8 @@ def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: s
         assert getattr(ours, name) == getattr(theirs, name)
     with pytest.raises(AttributeError, match="no attribute 'bta'"):
         _ = ours.bta
+    with pytest.raises(tether.errors.NotHereError, match="loss=function"):  # in a subclass's `compute_loss`, say
+        _ = ours.dpo_loss
 
 
 def test_a_subclass_that_replaces_what_only_trl_calls_is_refused_with_all_of_it(tmp_path: Path) -> None:
@@ -608,6 +610,8 @@ def test_options_of_the_loss_can_be_set_and_are_checked(model_folder: str, tmp_p
         assert getattr(trainer, name) == former
     with pytest.raises(AttributeError, match="reference="):
         trainer.ref_model = tiny_model()
+    trainer.loss_type = "ipo"  # as TRL's trainer once had it
+    assert trainer.loss_types == trainer.loss_type == trainer.args.loss_type == ["ipo"]
     own = tether.DPOTrainer(
         model_folder,
         args=tether.DPOConfig(str(tmp_path), report_to=[]),

@@ -99,7 +99,8 @@ class OptionsAsAttributes:
     reference: Reference
     _objective: Objective
     beta = _LossOption[float]("beta")
-    loss_types = _LossOption[list[str]]("loss_type", lambda trainer: list(trainer.args.loss_type))
+    loss_type = _LossOption[list[str]]("loss_type", lambda trainer: list(trainer.args.loss_type))
+    loss_types = loss_type
     loss_weights = _LossOption[list[float]](
         "loss_weights", lambda t: t.args.loss_weights or [1.0] * len(t.args.loss_type)
     )
@@ -126,8 +127,8 @@ class OptionsAsAttributes:
     if not TYPE_CHECKING:  # or no misspelt name would be seen by a type checker
 
         def __getattr__(self, name: str) -> Any:
-            if name in ELSEWHERE:
-                why, instead = ELSEWHERE[name]
+            if name in ELSEWHERE or name in _NEVER_CALLED:
+                why, instead = ELSEWHERE.get(name) or ("", _NEVER_CALLED[name])
                 raise NotHereError(
                     problem=f"Cannot read `trainer.{name}`: only TRL's trainer has it.", details=why, instead=instead
                 )
