@@ -460,7 +460,7 @@ def test_a_subclass_that_replaces_what_only_trl_calls_is_refused_with_all_of_it(
     replaced = ("_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs")
     assert all(hasattr(trl.DPOTrainer, name) for name in replaced)
     former = ("dpo_loss", "concatenated_forward", "get_batch_loss_metrics", "get_batch_logps", "concatenated_inputs")
-    for name in (*replaced, *former, "tokenize_row", "store_metrics", "_tokenize"):
+    for name in (*replaced, *former, "tokenize_row", "store_metrics", "_tokenize", "_prepare_peft_model"):
         with pytest.raises(ValueError, match=f"`Mine.{name}`: only TRL's trainer calls") as caught:
             type("Mine", (tether.DPOTrainer,), {name: lambda self, *given: None})()
         assert isinstance(caught.value, tether.errors.ConfigurationError) and caught.value.instead
