@@ -35,7 +35,6 @@ _LOSS = (
 _FIGURES = "Log figures of your own with `trainer.log({'name': value})`, or from a callback."
 _ROWS = "Pass rows that are tokenized already: `prompt_ids`, `chosen_ids`, `rejected_ids`."
 _MODEL = "Pass the model as it is to be trained; `peft_config=...` puts an adapter on it."
-_REFERENCE = "Pass the reference, `DPOTrainer(..., ref_model=...)` or `DPOTrainer(..., reference=...)`."
 _SUMS = "Pass rows with `ref_chosen_logps` and `ref_rejected_logps`: nothing is computed then."
 # Methods of TRL's trainer, former ones too, that a subclass may replace there, and that nothing would call here.
 _NEVER_CALLED = {
@@ -45,7 +44,7 @@ _NEVER_CALLED = {
     "_get_batch_logps": _LOSS,
     "_precompute_ref_logps": _SUMS,
     "_prepare_dataset": _ROWS,
-    "_prepare_deepspeed": _REFERENCE,
+    "_prepare_deepspeed": "Pass the reference, `DPOTrainer(..., ref_model=...)`, which is then prepared as it needs.",
     "_prepare_gradient_checkpointing": _MODEL,
     "_prepare_peft_model": _MODEL,
     "_tokenize": _ROWS,
