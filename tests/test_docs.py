@@ -172,7 +172,8 @@ A step is <!-- measured:real-model-cpu least --><!-- end --> to <!-- measured:re
 """
 LINES = """
 A step is 2.5 to 4.0 times.
-| pairs | in a step | threads | dtype | reference | Tether | TRL | times faster | of the limit | peak memory, Tether / TRL |
+| pairs | in a step | threads | dtype | reference | Tether | TRL | times faster | of the limit
+| peak memory, Tether / TRL |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | short | 2 | 2 | float32 | explicit | 1.25 s | 5.00 s | 4.0 | 80% | 2.0 / 3.5 GiB |
 | short | 2 | 1 | bfloat16 | implicit | 2.00 s | 5.00 s | 2.5 |  |  |

@@ -68,4 +68,5 @@ def _has_plain_modes(modules: Iterable[nn.Module]) -> bool:
 
 
 def _is_in_8_bits(module: nn.Module) -> bool:
-    return hasattr(vars(module).get("state"), "is_training")
+    state = module.__dict__.get("state")
+    return state is not None and hasattr(state, "is_training")
