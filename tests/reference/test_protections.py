@@ -973,7 +973,7 @@ def exchange_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def always_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.implicit, "has_zero_delta", lambda policy: True)
+    patch.setattr(tether.reference.implicit, "has_zero_delta", lambda policy, without: True)
 
 
 def plain_disable(patch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Qwen3NextConfig,
+)
 
 from support.tiny import FAMILIES, naive_log_probs, tiny_model
 from tether.scoring import packed_rows, restore_attention, score
@@ -203,6 +211,36 @@ def test_plain_calls_are_the_same_while_packed_attention_stays_on() -> None:
     assert "tether" in model.config._attn_implementation
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_plain_calls_reach_a_flash_attention_under_the_name_that_it_loads_its_kernel_by(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash(query: Tensor, key: Tensor, value: Tensor, mask: Any, *, attn_implementation: str, **_: Any) -> Tensor:
+        assert attn_implementation == name, f"Could not find the flash attention implementation {attn_implementation}"
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        return scaled_dot_product_attention(*parts, is_causal=query.shape[1] > 1, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", flash)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setitem(interface._global_mapping, name, interface()["flash_attention_2"])
+    model, batch = tiny_model("llama").train(), random_batch()
+    values, expected = gradients(model, batch)
+    model.config._attn_implementation = name
+    model.gradient_checkpointing_enable()
+    ids = torch.arange(3, 21)[None]
+    scored = score(model, batch).values
+    assert name != model.config._attn_implementation
+    with torch.no_grad():
+        model.eval().generate(ids, max_new_tokens=2, do_sample=False)
+        logits = model(input_ids=ids).logits
+        torch.testing.assert_close(logits, tiny_model("llama")(input_ids=ids).logits)
+    model.train()
+    weights = torch.linspace(-1, 1, len(values))
+    found = torch.autograd.grad((scored * weights).sum(), list(model.parameters()))  # runs the packed layers again
+    torch.testing.assert_close(scored, values)
+    torch.testing.assert_close(found, tuple(expected))
 
 
 def test_saved_config_does_not_name_our_attention(tmp_path: Path) -> None:

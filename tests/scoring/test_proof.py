@@ -29,9 +29,10 @@ from support import odd_models as odd
 from support.real import loading, needs_real_model, real_model, real_pairs
 from support.tiny import naive_log_probs, tiny_model
 from tether.errors import ConfigurationError
-from tether.scoring import proof, score, trial
+from tether.scoring import attention, proof, score, trial
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of
 from tether.scoring.chains import Link, PackedRow
+from tether.scoring.forward import Way
 from tether.types import PairBatch, Response
 
 pytestmark = pytest.mark.numerics
@@ -136,6 +137,25 @@ def test_a_changed_model_is_scored_as_its_plain_forwards_say(name: str, caplog: 
     assert layout() == expected
     (said,) = [record for record in caplog.records if "is scored" in record.message]
     assert (said.levelno == logging.WARNING and "log-probs" in said.message) or "failed" in said.message
+
+
+@pytest.mark.parametrize(("fault", "expected"), [(1.0, "varlen"), (1.01, "pairwise"), (None, "pairwise")])
+def test_the_first_kernel_of_a_card_is_used_that_gives_the_models_own_answers(
+    fault: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "kernels_for", lambda device, half: ("varlen", "pairwise"))
+    attend = attention.packed_attention
+
+    def on_a_card(*args: Any, kernel: str, **options: Any) -> Any:
+        if kernel == "varlen" and fault is None:
+            raise RuntimeError("no kernel image is available for execution on the device")
+        return attend(*args, **options) * (fault if kernel == "varlen" else 1.0)
+
+    monkeypatch.setattr(attention, "packed_attention", on_a_card)
+    model = tiny_model()
+    torch.testing.assert_close(score(model, BATCH).values.detach(), naive(model), **CLOSE)
+    (found,) = proof._proofs.values()
+    assert found.way == Way("packed", kernel=expected)
 
 
 @pytest.mark.parametrize(

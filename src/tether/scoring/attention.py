@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -40,7 +41,7 @@ class UnsupportedAttentionError(RuntimeError):
 
 def kernels_for(device: torch.device, half: bool) -> tuple[Kernel, ...]:
     """The kernels that may attend to packed rows here, the fastest first."""
-    has_varlen = device.type == "cuda" and half and find_spec("torch.nn.attention.varlen") is not None
+    has_varlen = device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
     return ("varlen", "pairwise") if has_varlen else ("pairwise",)
 
 
@@ -60,16 +61,15 @@ def packed_attention_of(model: nn.Module, kernel: Kernel, keep: bool) -> Iterato
             backward, after scoring. Plain calls then go through to the model's own implementation.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    before = config._attn_implementation
-    plain = own_implementation(before) or "eager"
+    plain = own_implementation(config._attn_implementation) or "eager"
     scoring, kept = (f"{prefix}_{kernel}:{plain}" for prefix in (_SCORING, _KEPT))
     _register(plain, kernel, scoring, kept)
-    # The mask registry does not know this name, so transformers makes no mask.
-    config._attn_implementation = scoring
     try:
-        yield
+        with _named(config, scoring):  # the mask registry does not know it, so transformers makes no mask
+            yield
     finally:
-        config._attn_implementation = kept if keep else before
+        if keep:
+            config._attn_implementation = kept
 
 
 def restore(model: nn.Module) -> None:
@@ -105,7 +105,9 @@ def _attend(
         # "eager" is not in the registry: each model file has its own.
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         usual: Any = AttentionInterface().get_interface(plain, own)  # type: ignore[arg-type]
-        result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
+        config = getattr(module, "config", None)
+        with nullcontext() if config is None else _named(config, plain):
+            result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
         return result
     if kwargs.get("s_aux") is not None:
         raise UnsupportedAttentionError("attention sinks need the padded layout")
@@ -122,6 +124,16 @@ def _attend(
         kernel=kernel,
     )
     return output, None
+
+
+@contextmanager
+def _named(config: Any, name: str) -> Iterator[None]:
+    """While open, the config names an attention; transformers' flash attention loads its kernel by that name."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def packed_attention(
@@ -164,7 +176,9 @@ def packed_attention(
 
 def _fits_varlen(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
+    size = query.shape[-1]
+    has_kernel = size % 8 == 0 and (size <= 192 or 224 < size <= 256)  # between them, some cards have no backward
+    return query.is_cuda and half and softcap is None and dropout == 0.0 and has_kernel and size == value.shape[-1]
 
 
 @torch.compiler.disable
@@ -178,6 +192,7 @@ def _packed_varlen(
 
 
 @torch.compiler.disable
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # cuDNN plans each shape
 def _packed_pairwise(
     query: Tensor,
     key: Tensor,
@@ -189,12 +204,13 @@ def _packed_pairwise(
     dropout: float,
 ) -> Tensor:
     sizes, pieces = row.pieces
+    wide = torch.promote_types(key.dtype, torch.float32)  # for the sum of a token's gradients, one of each chain
     # `split`, not slices: the backward of a slice fills a tensor of the whole row with zeros.
-    keys, values = (tensor.split(sizes, dim=2) for tensor in (key, value))
+    keys, values = (tensor.to(wide).split(sizes, dim=2) for tensor in (key, value))
     queries = query.split([chain.own.stop - chain.own.start for chain in row.chains], dim=2)
     outputs = []
     for q, sequence in zip(queries, pieces, strict=True):
-        k, v = (torch.cat([parts[piece] for piece in sequence], 2) for parts in (keys, values))
+        k, v = (torch.cat([parts[piece] for piece in sequence], 2).to(query.dtype) for parts in (keys, values))
         outputs.append(_attend_at_end(q, k, v, scale, window, softcap, dropout))
     return torch.cat(outputs, 2).transpose(1, 2)
 
@@ -203,23 +219,24 @@ def _attend_at_end(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
 ) -> Tensor:
     """Causal attention of the last `query.shape[2]` positions of a sequence."""
-    grouped = query.shape[1] != key.shape[1]
-    square = query.shape[2] == key.shape[2]
-    if softcap is None and square and (window is None or window >= key.shape[2]):
-        return scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    first = key.shape[2] - query.shape[2]
-    mask = _allowed(first, query.shape[2], 0, key.shape[2], window, query.device)
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
-    if grouped:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if query.shape[1] != key.shape[1]:  # with `enable_gqa`, only flash attention takes them, and it takes no mask
         key, value = (shared.repeat_interleave(query.shape[1] // shared.shape[1], 1) for shared in (key, value))
+    mask: Tensor = _lower_right(num_queries, num_keys)
+    if softcap is not None or (window is not None and window < num_keys):
+        mask = _allowed(num_keys - num_queries, num_queries, 0, num_keys, window, query.device)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
+
+
+def _lower_right(num_queries: int, num_keys: int) -> CausalBias:
+    """`causal_lower_right`, which cannot be called in a dispatch mode (a counter of FLOPs, selective checkpointing)."""
+    bias = torch.empty(0).as_subclass(CausalBias)
+    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, num_queries, num_keys
+    return bias
 
 
 def _allowed(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tether.distributed import full_shape, has_shards, num_processes
+from tether.distributed import device_of, full_shape, has_shards, num_processes
 from tether.refusals import Refusal, refuse
 from tether.scoring.attention import UnsupportedAttentionError, restore
 from tether.scoring.chains import PackedRow
@@ -63,7 +63,7 @@ def score(
         >>> log_probs = score(model, batch)          # doctest: +SKIP
         >>> chosen, rejected = batch.of_responses(log_probs.sums())  # doctest: +SKIP
     """
-    batch = batch.to(next(model.parameters()).device)
+    batch = batch.to(device_of(model))
     limit = rotary_limit(model)
     if limit is not None:
         reset_rotary(model)
@@ -164,7 +164,7 @@ def can_pack(model: nn.Module) -> bool:
     vocabulary, draw = full_shape(embeddings.weight)[0], Random(0)
     prompt, chosen, rejected = (tuple(draw.choices(range(vocabulary), k=num)) for num in (12, 9, 5))
     batch = PairBatch.of_pairs([(Response(prompt, chosen), Response(prompt, rejected))])
-    return _way_of(model, base, batch.to(embeddings.weight.device), False, "auto").layout == "packed"
+    return _way_of(model, base, batch.to(device_of(model)), False, "auto").layout == "packed"
 
 
 def restore_attention(model: nn.Module) -> None:

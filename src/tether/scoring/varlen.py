@@ -6,6 +6,10 @@ at the end does the rest.
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,20 +33,44 @@ def varlen_attention(
         scale: Factor on the scores.
         window: Each query sees at most this many positions, its own included.
     """
-    from torch.nn.attention import varlen  # missing in older versions of torch that this package supports
+    from torch.nn.attention import varlen  # defines operators, which only CUDA needs
 
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    keys, values = (_Gathered.apply(tensor, plan.key_places) for tensor in (keys, values))
+    grouping: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in signature(varlen.varlen_attn).parameters:
+            grouping = {"enable_gqa": True}
+        else:  # torch 2.11
+            keys, values = (shared.repeat_interleave(query.shape[1] // key.shape[1], 1) for shared in (keys, values))
     output = varlen.varlen_attn(
         rows.contiguous(),
-        keys.index_select(0, plan.key_places),
-        values.index_select(0, plan.key_places),
+        keys,
+        values,
         plan.query_ends,
         plan.key_ends,
         plan.longest_query,
         plan.longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouping,
     )
     assert isinstance(output, Tensor)
     return output[None]
+
+
+class _Gathered(torch.autograd.Function):
+    """`tensor[places]`. Its gradient is added up in fp32: a prompt's keys get one from each of its responses."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows = len(tensor)
+        return tensor.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        total = wide.new_zeros((ctx.num_rows, *grad.shape[1:]))
+        return total.index_add_(0, places, wide).to(grad.dtype), None

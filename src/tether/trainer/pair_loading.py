@@ -135,7 +135,7 @@ class PairLoading(Trainer):
         """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""
         if not batch_samples or not self.loss_is_scaled_for_ga:
             return None
-        counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
+        counts = [num_pairs_tensor(inputs).to(device, non_blocking=True) for inputs in batch_samples]
         total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
         return total
 

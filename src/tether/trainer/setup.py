@@ -257,6 +257,8 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
         checked.reader.add_token_ids(int(facts.tokenizer.pad_token_id or 0))
     if checked.reader.image_rows is not None:
         look_for_unused_parameters(args)
-    # A batch is one object; it cannot be cut into slices.
-    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+    loading: Any = args.accelerator_config
+    loading.dispatch_batches = False  # a batch is one object; it cannot be cut into slices
+    # No step waits for its batch. MPS would read memory that is free again.
+    loading.non_blocking |= args.dataloader_pin_memory and args.device.type != "mps"
     return Prepared(policy, activations_of(policy, offloaded=args.activation_offloading))

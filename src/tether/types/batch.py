@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
-from tether.types.ragged import flatten, placed
+from tether.types.ragged import flatten, on_device
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
@@ -139,7 +140,8 @@ class PairBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        leaves_host = self.device.type == "cpu"  # what comes back to it is waited for
+        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking or leaves_host))
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
@@ -158,8 +160,13 @@ class PairBatch:
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
         """Per-response values as (chosen, rejected), one entry per pair each."""
-        chosen, rejected = placed([self.chosen, self.rejected], values.device)
+        chosen, rejected = self._sides.to(values.device)
         return values[chosen], values[rejected]
+
+    @cached_property
+    def _sides(self) -> Int[Tensor, "2 pairs"]:
+        """`chosen` and `rejected` on the device; sent once, and read for every metric."""
+        return on_device(torch.tensor([self.chosen, self.rejected]), self.device)
 
     def responses(self) -> list[Response]:
         """Every response with its prompt, as given to `of_pairs`."""

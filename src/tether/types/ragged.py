@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -21,12 +20,19 @@ def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> In
     return placed([list(accumulate(lengths, initial=0))], device)[0]
 
 
-def placed(
-    parts: Sequence[Sequence[int] | npt.NDArray[np.int64]], device: torch.device | str
-) -> tuple[Int[Tensor, " _"], ...]:
-    """Each part as a tensor on a device, all by one copy that the host does not wait for."""
-    together = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
-    if torch.device(device).type == "cuda":
-        together = together.pin_memory()
-    each: tuple[Tensor, ...] = together.to(device, non_blocking=True).split([len(part) for part in parts])
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host, in one copy for which a CUDA device's queue need not be waited for."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def places_of(mask: Bool[Tensor, " total"], lengths: Sequence[int]) -> Int[Tensor, " marked"]:
+    """Where a mask is true; `lengths`, how often in each row, are known on the host, so that nothing waits for it."""
+    return mask.nonzero_static(size=sum(lengths))[:, 0]
+
+
+def placed(parts: Sequence[Any], device: torch.device | str) -> tuple[Int[Tensor, " _"], ...]:
+    """Each part (integers, or an array of them) as a tensor on a device, all by one copy."""
+    together = torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in parts])
+    each: tuple[Tensor, ...] = on_device(together, device).split([len(part) for part in parts])
     return each
