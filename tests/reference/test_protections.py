@@ -439,6 +439,15 @@ def long_rows() -> PairBatch:
     return PairBatch.of_pairs([(Response(ids[0], ids[1]), Response(ids[0], ids[2][:60]))])
 
 
+def a_last_token_beyond_the_vocabulary(folder: Path) -> float:
+    """It is not fed, so its embedding is not missed; in no tile of the head, it would have a logit of zero."""
+    model = tiny_model()
+    score(model, BATCH)
+    one = BATCH.responses()[0]
+    batch = PairBatch.of_pairs([(one, one._replace(token_ids=(*one.token_ids[:-1], 1 << 20)))])
+    return -float(score(model, batch).values[-1].detach())
+
+
 def prompts_that_begin_alike() -> PairBatch:
     one = long_rows().responses()[0]
     other = one._replace(prompt_ids=one.prompt_ids[:60] + one.token_ids[:9])
@@ -1100,6 +1109,10 @@ def _short(batch: PairBatch, length: int, *args: Any, **options: Any) -> Any:
     return probe_of(batch, longest, *args, **options)._replace(length=10**6)
 
 
+def scan_for_any_token(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "_assert_async", lambda *_: None)
+
+
 def prove_each_prompt_apart(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("tether.scoring.proof._proofs", {})
     patch.setattr("tether.scoring.probe._sharing", lambda batch, num: replace(batch, prefixes=()))
@@ -1227,6 +1240,9 @@ PROTECTIONS: dict[str, Protection] = {
     "a change after the proof is seen": Protection(scores_as(changed_after_it_was_proven), prove_once),
     "an adapter may read its row": Protection(scores_as(trained_activated_adapter), trust_names),
     "rows are proven at their length": Protection(scores_as(longer_rows_than_were_proven, long_rows()), prove_short),
+    "a last token has a row in the head": Protection(
+        a_last_token_beyond_the_vocabulary, scan_for_any_token, RuntimeError, silent=1
+    ),
     "prompts that begin alike are proven": Protection(
         scores_as(odd.lost_in_a_tree, prompts_that_begin_alike()), prove_each_prompt_apart
     ),

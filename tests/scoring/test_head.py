@@ -46,6 +46,14 @@ def naive(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, 
     return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("unknown", [-1, VOCAB])
+def test_a_target_without_a_row_of_the_head_is_refused(unknown: int) -> None:
+    hidden, targets, weight, _ = inputs(torch.float32)
+    targets[3] = unknown
+    with pytest.raises(RuntimeError, match="beyond the rows of the model's output projection"):
+        token_log_probs(hidden, targets, weight)
+
+
 TILES = {
     "all at once": (10**9, 10**9, 10**9),
     "tiles": (7 * TOKENS, 10**9, 10**9),

@@ -74,14 +74,14 @@ class PackedRow:
     to move.
 
     Attributes:
-        links: The chains as they were given, on the host. Operators take tensors only, and `torch.compile` would
-            compile again for other integers.
+        links: The chains as they were given, three entries each, on the host. Operators take tensors only, and
+            `torch.compile` would compile again for other integers, or for a dimension of a single entry.
         chains: The same with places in the row.
     """
 
     def __init__(self, links: Sequence[Link], device: torch.device | str = "cpu") -> None:
         """Makes the row, for tensors on `device`."""
-        self.links: Int[Tensor, "chains 3"] = torch.tensor(links, dtype=torch.int64)
+        self.links: Int[Tensor, " entries"] = torch.tensor(links, dtype=torch.int64).flatten()
         self.chains = _chains(tuple(links))
         self._device = device
 
@@ -107,9 +107,9 @@ class PackedRow:
         return VarlenPlan(places, query_ends.int(), key_ends.int(), max(queries), max(sequences))
 
 
-def chains_of(links: Int[Tensor, "chains 3"]) -> tuple[Chain, ...]:
+def chains_of(links: Int[Tensor, " entries"]) -> tuple[Chain, ...]:
     """The chains of a row, from its `links`."""
-    return _chains(tuple(map(tuple, links.tolist())))
+    return _chains(tuple(map(tuple, links.view(-1, 3).tolist())))
 
 
 @lru_cache(maxsize=16)  # an operator asks for the same ones in every layer

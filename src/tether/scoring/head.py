@@ -97,6 +97,9 @@ def token_scores(
     statistics: bool = False,
 ) -> TokenScores:
     """`token_log_probs`, and in the same sweep the statistics for logging."""
+    # No tile would have such a target, and the embeddings do not see the last token of a response. Waits for no device.
+    known = (targets >= 0) & (targets < weight.shape[0])
+    torch._assert_async(known.all(), "a response has a token id beyond the rows of the model's output projection")
     transform = transform or LogitTransform()
     log_probs, *found = _TokenLogProbs.apply(
         hidden, weight, bias, targets, transform, statistics, torch.is_grad_enabled()
