@@ -1,0 +1,204 @@
+"""Training steps and scoring passes of Llamas with random weights: Tether and TRL in turns on the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import bench_precompute
+import harness
+import sides
+import torch
+from stage import Rows, Stage
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+NAMES = ("trl", "tether")  # with the order turning: B T T B
+
+
+class Setup(NamedTuple):
+    """What is trained: a size of `harness.llama`, whole or an adapter on it, with each of these references."""
+
+    size: str
+    references: tuple[str, ...]
+    adapter: bool = False
+    quantized: bool = False
+
+
+SETUPS = {
+    "step-8b": Setup("8b", ("implicit", "precomputed"), adapter=True),
+    "qlora-8b": Setup("8b", ("implicit", "precomputed"), adapter=True, quantized=True),
+    "step-1b": Setup("1b", ("explicit", "precomputed", "synchronized")),
+}
+WEIGHED = (SETUPS["step-1b"], Setup("1b", ("implicit", "precomputed"), adapter=True))
+
+
+def steps(stage: Stage) -> None:
+    """Steps on batches that are seen once, so that their lengths are new."""
+    setup = SETUPS[stage.name]
+    config = _config(stage, setup)
+    if setup.quantized and find_spec("bitsandbytes") is None:
+        stage.left_out["everything"] = "bitsandbytes is not installed"
+        stage.write()
+        return
+    shapes = dict(stage.each_shape(4 if stage.toy else 8, config.vocab_size))
+    peak = harness.matmul_flops_per_second(stage.device, stage.dtype)
+    for reference in setup.references:
+        rows = [row for batches in shapes.values() for batch in batches for row in batch]
+        contenders = Contenders.of(stage, setup, reference, rows)
+        for shape, batches in shapes.items():
+            what = f"{reference}, {shape}"
+            stage.measure(what, partial(_steps, stage, setup, reference, shape, batches, contenders, peak))
+        del contenders
+    if setup.quantized:
+        rows = [row for batches in shapes.values() for row in batches[0]]
+        stage.measure("gap and drift", partial(_gap_and_drift, stage, setup, rows))
+
+
+def memory(stage: Stage) -> None:
+    """Peak of a step with each kind of reference, one side at a time."""
+    for setup in WEIGHED:
+        rows = dict(stage.each_shape(1, _config(stage, setup).vocab_size))["instructions"][0]
+        for reference in setup.references:
+            for name in NAMES:
+                what = f"{name}, {reference}, {'LoRA' if setup.adapter else 'full'}"
+                stage.measure(what, partial(_memory, stage, setup, reference, name, rows))
+
+
+def precompute(stage: Stage) -> None:
+    """The pass that scores a data set under an explicit reference."""
+    setup = SETUPS["step-1b"]
+    shapes = dict(stage.each_shape(3 if stage.toy else 9, _config(stage, setup).vocab_size))
+    contenders = Contenders.of(stage, setup, "explicit", shapes["chat"][0])
+    for shape, batches in shapes.items():
+        run = partial(bench_precompute.measured, shape, batches, contenders.sides, stage.device, repeats=1)
+        stage.measure(shape, run)
+
+
+@dataclass
+class Contenders:
+    """The sides that could be made, after a first step, and the bytes that each of them holds."""
+
+    sides: dict[str, sides.Side] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stage: Stage, setup: Setup, reference: str, rows: Rows, names: Iterable[str] = NAMES) -> Contenders:
+        """`rows` are those that a precomputed reference answers; the first of them are the first step."""
+        made = cls()
+        for name in names:
+            before = _allocated(stage.device)
+            side = stage.attempt(f"{name}, {reference}", partial(_side, stage, setup, reference, name, rows))
+            if side is not None:
+                side.step(rows[:2])  # the optimizer's state comes with it
+                made.sides[name], made.held[name] = side, _allocated(stage.device) - before
+        return made
+
+    def peak_bytes(self, name: str, run: Callable[[], object], device: str) -> int | None:
+        """Peak of one side during a call, without what the others hold meanwhile."""
+        peak = harness.device_peak_bytes(run, device)
+        return peak and peak - sum(held for other, held in self.held.items() if other != name)
+
+
+def _side(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows, **options: Any) -> sides.Side:
+    return sides.make_side(
+        name,
+        reference,
+        _model(stage, setup),
+        harness.word_tokenizer(_config(stage, setup).vocab_size),
+        stage.device,
+        batch_size=8,
+        rows=rows,
+        adapter=setup.adapter,
+        gradient_checkpointing=setup.size == "8b",
+        **options,
+    )
+
+
+def _steps(
+    stage: Stage, setup: Setup, reference: str, shape: str, batches: list[Rows], contenders: Contenders, peak: float
+) -> dict[str, Any]:
+    (warm_up, counted, *measured), device = batches, stage.device
+    syncs: dict[str, Any] = {}
+    peaks: dict[str, Any] = {}
+    for name, side in contenders.sides.items():
+        peaks[name] = contenders.peak_bytes(name, partial(side.step, warm_up), device)
+        syncs[name] = harness.host_syncs(partial(side.step, counted), device)
+    runs = {name: lambda item, side=side: side.step(measured[item]) for name, side in contenders.sides.items()}
+    seconds = harness.in_turns(runs, len(measured), device)
+    weightless = harness.random_model(_config(stage, setup), "meta", stage.dtype)
+    return {
+        "shape": shape,
+        "reference": reference,
+        "trains": "an adapter" if setup.adapter else "everything",
+        "pairs": len(warm_up),
+        "tokens": [harness.num_tokens(rows) for rows in measured],
+        "rows_sha256": hashlib.sha256(json.dumps(measured).encode()).hexdigest(),
+        "seconds": seconds,
+        **harness.compared(seconds),
+        **harness.rates(measured, seconds),
+        "matmul_gflops_per_second": peak / 1e9,
+        "share_of_matmul_peak": harness.share_of_peak(
+            weightless, measured, reference, seconds["tether"], peak, adapter=setup.adapter
+        ),
+        **({"peak_bytes": peaks, "host_syncs": syncs} if device == "cuda" else {}),
+    }
+
+
+def _memory(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows) -> dict[str, Any]:
+    contenders = Contenders.of(stage, setup, reference, rows, [name])
+    run = partial(contenders.sides[name].step, rows)
+    return {
+        "side": name,
+        "reference": reference,
+        "trains": "an adapter" if setup.adapter else "everything",
+        "pairs": len(rows),
+        "tokens": harness.num_tokens(rows),
+        "held_bytes": contenders.held[name],
+        "step_peak_bytes": contenders.peak_bytes(name, run, stage.device),
+    }
+
+
+def _gap_and_drift(stage: Stage, setup: Setup, rows: Rows) -> dict[str, Any]:
+    """What a short run logs of its reference, and how far the reference's answers are from those before it."""
+    side: Any = _side(stage, setup, "implicit", "tether", rows, max_steps=4, learning_rate=1e-3, save_strategy="no")
+    trainer = side.trainer
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))["batch"]
+    before = trainer.reference.log_probs(batch).values
+    trainer.train()
+    drift = (trainer.reference.log_probs(batch).values - before).abs()
+    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    return {
+        **{name: value for name, value in logged.items() if name.startswith("reference/")},
+        "mean_drift": float(drift.mean()),
+        "largest_drift": float(drift.max()),
+        "margin": logged["rewards/margins"],
+    }
+
+
+def _model(stage: Stage, setup: Setup) -> Any:
+    config = _config(stage, setup)
+    model = harness.random_model(config, stage.device, stage.dtype)
+    if not setup.quantized:
+        return model
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=stage.dtype)
+    return LlamaForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=model.state_dict(),
+        quantization_config=four_bits,
+        dtype=stage.dtype,
+        device_map={"": stage.device},
+    )
+
+
+def _config(stage: Stage, setup: Setup) -> Any:
+    return harness.llama("toy" if stage.toy else setup.size)
+
+
+def _allocated(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
