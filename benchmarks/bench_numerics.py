@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.tiny import tiny_model
-
 from tether.reference import ExplicitReference, ImplicitReference, Placement
 from tether.scoring import score
 from tether.scoring.evaluation import evaluation_mode

@@ -208,7 +208,7 @@ def compared(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def rates(batches: list[list[dict]], seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Medians of every side that went through the batches in turn; tokens are those of the sequences, a prompt twice."""
+    """Medians of every side that went through the batches in turn; a prompt's tokens count with each answer."""
     tokens = [num_tokens(rows) + sum(len(row["prompt_ids"]) for row in rows) for rows in batches]
     counts = {"pairs_per_second": list(map(len, batches)), "tokens_per_second": tokens}
     return {

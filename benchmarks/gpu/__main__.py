@@ -14,10 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[1:1] = [str(HERE.parent), str(HERE.parents[1] / "tests")]
-
-import kernels
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+import parts
 import rounding
 import sides
 import steps
@@ -30,9 +29,9 @@ STAGES = {
     "step-8b": steps.steps,
     "qlora-8b": steps.steps,
     "step-1b": steps.steps,
-    "attention": kernels.attention,
+    "attention": parts.attention,
     "noise": rounding.noise,
-    "head": kernels.head,
+    "head": parts.head,
     "memory": steps.memory,
     "precompute": steps.precompute,
 }
@@ -43,11 +42,14 @@ def main() -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--scale", choices=("full", "toy"), default="full")
     parser.add_argument(
-        "--out", type=Path, default=os.environ.get("OUT") or HERE / "out", help="folder of the JSON (default $OUT)"
+        "--out",
+        type=Path,
+        default=os.environ.get("OUT") or Path(__file__).with_name("out"),
+        help="folder of the JSON (default $OUT, or benchmarks/gpu/out)",
     )
     arguments = parser.parse_args()
     sides.quiet()
-    stage = Stage(arguments.stage, arguments.scale == "toy", Path(arguments.out))
+    stage = Stage(arguments.stage, arguments.scale == "toy", arguments.out)
     if stage.device == "cpu" and not stage.toy:
         parser.error("torch sees no CUDA device here: try the stage with `--scale toy`")
     STAGES[arguments.stage](stage)

@@ -15,7 +15,7 @@ import torch
 from stage import Stage
 
 from tether.reference.base import score_without_gradient
-from tether.types import PairBatch, Response
+from tether.types import Response
 
 # The last is how a GPU multiplies float32 in TF32, where that is switched on.
 DTYPES = {
