@@ -275,11 +275,11 @@ def _peak_resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def device_peak_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Peak bytes allocated on a GPU during a call; None on a CPU, which does not count them."""
+def device_peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Peak bytes allocated on a GPU during a call; 0 on a CPU, which does not count them."""
     if device != "cuda":
         run()
-        return None
+        return 0
     torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -92,16 +92,26 @@ class Contenders:
         made = cls()
         for name in names:
             before = _allocated(stage.device)
-            side = stage.attempt(f"{name}, {reference}", partial(_side, stage, setup, reference, name, rows))
+            side = stage.attempt(f"{name}, {reference}", partial(_started, stage, setup, reference, name, rows))
             if side is not None:
-                side.step(rows[:2])  # the optimizer's state comes with it
                 made.sides[name], made.held[name] = side, _allocated(stage.device) - before
         return made
 
-    def peak_bytes(self, name: str, run: Callable[[], object], device: str) -> int | None:
-        """Peak of one side during a call, without what the others hold meanwhile."""
-        peak = harness.device_peak_bytes(run, device)
-        return peak and peak - sum(held for other, held in self.held.items() if other != name)
+    def peak_bytes(self, stage: Stage, what: str, rows: Rows) -> dict[str, int]:
+        """Of a step of each side that can make it, without what the others hold meanwhile."""
+        found = {}
+        for name, side in self.sides.items():
+            step = partial(side.step, rows)
+            peak = stage.attempt(f"{name}, {what}", partial(harness.device_peak_bytes, step, stage.device))
+            if peak is not None:
+                found[name] = peak - sum(held for other, held in self.held.items() if other != name)
+        return found
+
+
+def _started(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows) -> sides.Side:
+    side = _side(stage, setup, reference, name, rows)
+    side.step(rows[:2])  # the optimizer's state comes with it
+    return side
 
 
 def _side(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows, **options: Any) -> sides.Side:
@@ -123,12 +133,10 @@ def _steps(
     stage: Stage, setup: Setup, reference: str, shape: str, batches: list[Rows], contenders: Contenders, peak: float
 ) -> dict[str, Any]:
     (warm_up, counted, *measured), device = batches, stage.device
-    syncs: dict[str, Any] = {}
-    peaks: dict[str, Any] = {}
-    for name, side in contenders.sides.items():
-        peaks[name] = contenders.peak_bytes(name, partial(side.step, warm_up), device)
-        syncs[name] = harness.host_syncs(partial(side.step, counted), device)
-    runs = {name: lambda item, side=side: side.step(measured[item]) for name, side in contenders.sides.items()}
+    peaks = contenders.peak_bytes(stage, f"{reference}, {shape}", warm_up)
+    steps = {name: contenders.sides[name].step for name in peaks}
+    syncs = {name: harness.host_syncs(partial(step, counted), device) for name, step in steps.items()}
+    runs = {name: lambda item, step=step: step(measured[item]) for name, step in steps.items()}
     seconds = harness.in_turns(runs, len(measured), device)
     weightless = harness.random_model(_config(stage, setup), "meta", stage.dtype)
     return {
@@ -151,7 +159,6 @@ def _steps(
 
 def _memory(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows) -> dict[str, Any]:
     contenders = Contenders.of(stage, setup, reference, rows, [name])
-    run = partial(contenders.sides[name].step, rows)
     return {
         "side": name,
         "reference": reference,
@@ -159,7 +166,7 @@ def _memory(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows) -
         "pairs": len(rows),
         "tokens": harness.num_tokens(rows),
         "held_bytes": contenders.held[name],
-        "step_peak_bytes": contenders.peak_bytes(name, run, stage.device),
+        "step_peak_bytes": contenders.peak_bytes(stage, f"{reference}, a batch", rows)[name],
     }
 
 

@@ -112,12 +112,13 @@ def test_varlen_plan_gives_each_response_its_prompt_and_itself(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("way", ["pairwise", "varlen"])
 def test_packed_attention_on_cuda_is_no_further_from_exact_than_sequence_by_sequence(
-    way: Any, window: int | None
+    way: Any, window: int | None, size: int
 ) -> None:
-    leaves = projections("cuda", torch.bfloat16, size=64)
+    leaves = projections("cuda", torch.bfloat16, size)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = one_by_one(*wide, window)
     exact_grads = gradients(exact, wide)
