@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,8 +42,26 @@ class Side:
         raise NotImplementedError
 
 
-class TetherSide(Side):
-    """`tether.DPOTrainer`: its collator, training step and optimizer."""
+class TrainerSide(Side):
+    """A trainer's collator, training step and optimizer, the last two as its `train` prepares them."""
+
+    trainer: Any
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model under autocast, if there is any, and with activations recomputed, if they are."""
+        if self.trainer.args.gradient_checkpointing:
+            self.trainer.model.gradient_checkpointing_enable()
+        model, _ = self.trainer._prepare_for_training(100, None, None)
+        return model
+
+    def _update(self) -> None:
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+
+
+class TetherSide(TrainerSide):
+    """`tether.DPOTrainer`."""
 
     name = "tether"
 
@@ -59,15 +78,14 @@ class TetherSide(Side):
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-        self._optimizer, self._steps = self.trainer.create_optimizer(), 0
+        self._steps = 0
 
     def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
-        trainer = self.trainer
+        model, trainer = self._model, self.trainer
         inputs = trainer.data_collator(rows)
         pairs = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-        loss = trainer.training_step(trainer.model, inputs, pairs)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        loss = trainer.training_step(model, inputs, pairs)
+        self._update()
         self._steps += 1
         trainer.reference.advance(self._steps)
         return loss
@@ -77,8 +95,8 @@ class TetherSide(Side):
         self.trainer.reference.log_probs(batch)
 
 
-class TRLSide(Side):
-    """`trl.DPOTrainer`: its collator, training step and optimizer."""
+class TRLSide(TrainerSide):
+    """`trl.DPOTrainer`."""
 
     name = "trl"
 
@@ -104,7 +122,6 @@ class TRLSide(Side):
         self.trainer.precompute_ref_logps = self._precomputed
         if self._precomputed:
             self.trainer.ref_model = None
-        self._optimizer = self.trainer.create_optimizer()
 
     def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
         from trl.trainer.callbacks import SyncRefModelCallback
@@ -112,9 +129,8 @@ class TRLSide(Side):
         if self._precomputed:
             rows = [row | {"ref_chosen_logps": -50.0, "ref_rejected_logps": -50.0} for row in rows]
         # Copies: its collator for images writes into the rows.
-        loss = self.trainer.training_step(self.trainer.model, self.trainer.data_collator([dict(row) for row in rows]))
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        loss = self.trainer.training_step(self._model, self.trainer.data_collator([dict(row) for row in rows]))
+        self._update()
         if self.trainer.args.sync_ref_model:
             alpha = self.trainer.args.ref_model_mixup_alpha
             SyncRefModelCallback.sync_target_model(self.trainer.model, self.trainer.ref_model, alpha)
@@ -184,7 +200,7 @@ def make_side(
     """
     if name == "plain":
         return PlainSide(model, device)
-    options["bf16"] = device == "cuda"
+    options.setdefault("bf16", device == "cuda")
     if adapter or reference == "implicit":
         from peft import LoraConfig
 
