@@ -10,6 +10,7 @@ Every stage is done in five minutes, and says in its JSON what it left out and w
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def main() -> int:
     stage = Stage(arguments.stage, arguments.scale == "toy", arguments.out)
     if stage.device == "cpu" and not stage.toy:
         parser.error("torch sees no CUDA device here: try the stage with `--scale toy`")
+    gc.freeze()  # what is imported by now: collecting between results then takes no time
     STAGES[arguments.stage](stage)
     print(stage.write())
     return int(bool(stage.failed))
