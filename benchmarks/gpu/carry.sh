@@ -17,6 +17,6 @@ download=(
 
 rm -rf "$wheels"
 "${download[@]}" multiprocess pydantic # each asks for one version of what is beneath it
-"${download[@]}" --no-deps beartype bitsandbytes datasets jaxtyping liger-kernel peft pytest-timeout pytest-xdist trl \
-    typer wadler-lindig
+"${download[@]}" --no-deps beartype bitsandbytes datasets jaxtyping liger-kernel peft pytest pytest-timeout \
+    pytest-xdist trl typer wadler-lindig
 du --human-readable --apparent-size --total "$wheels"/*.whl

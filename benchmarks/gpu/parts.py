@@ -44,11 +44,11 @@ def _attention(stage: Stage, shape: str, batches: list[Rows]) -> dict[str, Any]:
     ways: dict[str, Run] = {"pairwise": partial(packed, "pairwise")}
     if stage.device == "cuda":
         masks = [_block_mask(row, "cuda") for row in lengths]
-        flex = torch.compile(flex_attention)
+        flex = torch.compile(flex_attention, dynamic=True)  # or it is compiled for each length, and soon no more
         ways["varlen"] = partial(packed, "varlen")
         ways["flex"] = lambda item: flex(*inputs[item], block_mask=masks[item], enable_gqa=True).transpose(1, 2)
     last = len(batches) - 1  # tried first, and not timed
-    differences = _differences(stage, shape, ways, last)
+    differences = _differences(stage, shape, ways, inputs, last)
     rounds = _rounds(stage, {way: ways[way] for way in differences}, inputs[:last])
     return {
         "shape": shape,
@@ -111,7 +111,7 @@ def _head(stage: Stage, shape: str, targets: list[int], vocab_size: int, frozen:
 
         liger = LigerFusedLinearCrossEntropyLoss(reduction="none")
         ways["liger"] = lambda _: -liger(weight, states, labels)
-    differences = _differences(stage, shape, ways, 0)
+    differences = _differences(stage, shape, ways, inputs, 0)
     runs = {way: partial(_forward_and_backward, ways[way], inputs) for way in differences}
     return {
         "shape": shape,
@@ -123,9 +123,14 @@ def _head(stage: Stage, shape: str, targets: list[int], vocab_size: int, frozen:
     }
 
 
-def _differences(stage: Stage, shape: str, ways: dict[str, Run], item: int) -> dict[str, float]:
+def _differences(
+    stage: Stage, shape: str, ways: dict[str, Run], inputs: list[list[Tensor]], item: int
+) -> dict[str, float]:
     """Of every way that works, to the first one."""
-    outputs = {way: stage.attempt(f"{way}, {shape}", lambda run=run: run(item).detach()) for way, run in ways.items()}
+    outputs = {
+        way: stage.attempt(f"{way}, {shape}", partial(_forward_and_backward, run, inputs, item))
+        for way, run in ways.items()
+    }
     done = {way: output for way, output in outputs.items() if output is not None}
     expected = next(iter(done.values()))
     return {way: float((output - expected).abs().max()) for way, output in done.items()}
@@ -137,10 +142,11 @@ def _rounds(stage: Stage, ways: dict[str, Run], inputs: list[list[Tensor]]) -> l
     return [harness.in_turns(runs, len(inputs), stage.device) for _ in range(2 if stage.toy else 6)]
 
 
-def _forward_and_backward(run: Run, inputs: list[list[Tensor]], item: int) -> None:
+def _forward_and_backward(run: Run, inputs: list[list[Tensor]], item: int) -> Tensor:
     output = run(item)
     upstream = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output).to(output.dtype)
     torch.autograd.grad(output, inputs[item], upstream)
+    return output.detach()
 
 
 def _medians(rounds: list[dict[str, list[float]]]) -> dict[str, float]:

@@ -58,7 +58,10 @@ def _companies(stage: Stage, name: str, dtype: torch.dtype, autocast_dtype: torc
 def _ways(stage: Stage, name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> list[dict[str, Any]]:
     models = bench_numerics.MODELS[: 1 if stage.toy else None]
     dtypes = {name: (dtype, autocast_dtype)}
-    rows = [row for model in models for row in bench_numerics.measured(model, dtypes, stage.device)]
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        if stage.seconds_left > 0:
+            rows += bench_numerics.measured(model, dtypes, stage.device)
     return bench_numerics.summary(rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,20 +82,27 @@ def precompute(stage: Stage) -> None:
 
 @dataclass
 class Contenders:
-    """The sides that could be made, after a first step, and the bytes that each of them holds."""
+    """The sides that could be made, after a first step; bytes that each of them holds, and what building it took.
+
+    Building makes the model and the trainer; Tether's scores the rows in it if its reference is precomputed.
+    """
 
     sides: dict[str, sides.Side] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
+    build_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stage: Stage, setup: Setup, reference: str, rows: Rows, names: Iterable[str] = NAMES) -> Contenders:
         """`rows` are those that a precomputed reference answers; the first of them are the first step."""
         made = cls()
         for name in names:
-            before = _allocated(stage.device)
-            side = stage.attempt(f"{name}, {reference}", partial(_started, stage, setup, reference, name, rows))
-            if side is not None:
-                made.sides[name], made.held[name] = side, _allocated(stage.device) - before
+            before, begun = _allocated(stage.device), time.perf_counter()
+            side = stage.attempt(f"{name}, {reference}", partial(_side, stage, setup, reference, name, rows))
+            seconds = time.perf_counter() - begun
+            # The optimizer's state comes with the first step.
+            if side and stage.attempt(f"{name}, {reference}, a step", partial(side.step, rows[:2])) is not None:
+                made.sides[name], made.build_seconds[name] = side, seconds
+                made.held[name] = _allocated(stage.device) - before
         return made
 
     def peak_bytes(self, stage: Stage, what: str, rows: Rows) -> dict[str, int]:
@@ -106,12 +114,6 @@ class Contenders:
             if peak is not None:
                 found[name] = peak - sum(held for other, held in self.held.items() if other != name)
         return found
-
-
-def _started(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows) -> sides.Side:
-    side = _side(stage, setup, reference, name, rows)
-    side.step(rows[:2])  # the optimizer's state comes with it
-    return side
 
 
 def _side(stage: Stage, setup: Setup, reference: str, name: str, rows: Rows, **options: Any) -> sides.Side:
@@ -146,6 +148,7 @@ def _steps(
         "pairs": len(warm_up),
         "tokens": [harness.num_tokens(rows) for rows in measured],
         "rows_sha256": hashlib.sha256(json.dumps(measured).encode()).hexdigest(),
+        "build_seconds": contenders.build_seconds,
         "seconds": seconds,
         **harness.compared(seconds),
         **harness.rates(measured, seconds),
@@ -199,7 +202,7 @@ def _model(stage: Stage, setup: Setup) -> Any:
         state_dict=model.state_dict(),
         quantization_config=four_bits,
         dtype=stage.dtype,
-        device_map={"": stage.device},
+        device_map={"": 0 if stage.device == "cuda" else "cpu"},  # a number, or accelerate takes it for another device
     )
 
 
