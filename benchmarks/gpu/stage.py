@@ -78,8 +78,12 @@ class Stage:
             print(f"{what} failed\n{self.failed[what]}", flush=True)
             return None
         finally:
-            gc.collect()  # trainers are cycles
-            torch.cuda.empty_cache()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Frees what nothing holds any more; trainers are cycles."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def write(self) -> Path:
         return harness.write_results(

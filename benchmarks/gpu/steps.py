@@ -95,6 +95,7 @@ class Contenders:
     def of(cls, stage: Stage, setup: Setup, reference: str, rows: Rows, names: Iterable[str] = NAMES) -> Contenders:
         """`rows` are those that a precomputed reference answers; the first of them are the first step."""
         made = cls()
+        stage.let_go()  # or what is freed while they are made would be taken off what they hold
         for name in names:
             before, begun = _allocated(stage.device), time.perf_counter()
             side = stage.attempt(f"{name}, {reference}", partial(_side, stage, setup, reference, name, rows))
