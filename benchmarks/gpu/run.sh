@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one stage on the machine at hand, with the wheels of `carry.sh` beside what is installed there:
+# Runs one stage on the machine at hand; where datasets and TRL are not installed, with the wheels of `carry.sh`:
 #
 #     bash benchmarks/gpu/run.sh STAGE [--scale toy]   # PYTHON=... for another than python3
 set -euo pipefail
@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
-if [ -d benchmarks/gpu/wheels ]; then
+if ! "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("datasets", "trl")))'; then
     # Not a virtual environment: made from within another one, it would not see the packages of that one.
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
