@@ -238,7 +238,7 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
     try:
         run.on_train_begin(trainer.args, TrainerState(), TrainerControl(), model=policy)
         batch = batch_of(trainer.data_collator([rows[0]]))
-        figures = run.watch.gap_at_start(policy.train(), batch, trainer.reference.log_probs(batch), has_trained=False)
+        figures = run.watch.gap_at_start(policy.train(), batch, trainer.reference.log_probs(batch))
         found["gap"] = figures["reference/initial_gap"]
     except InitialGapError as error:
         found |= {"refused": True, "why": error.problem}

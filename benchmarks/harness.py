@@ -183,10 +183,7 @@ def synchronize(device: str) -> None:
 
 
 def in_turns(sides: dict[str, Callable[[int], object]], count: int, device: str) -> dict[str, list[float]]:
-    """Runs each side on item 0, each on item 1, and so on, so that a drift of the machine meets all alike.
-
-    The order turns with each item: A B, B A, A B.
-    """
+    """Runs each side on item 0, in reverse order on item 1, and so on: a drift of the machine meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for item in range(count):
         for name, run in list(sides.items())[:: -1 if item % 2 else 1]:

@@ -1,18 +1,21 @@
-"""The three sides of every comparison: Tether, TRL, and a plain hand-written loop, on the same rows and weights."""
+"""The sides of every comparison, on the same rows and weights: Tether, TRL, a hand-written loop, bare products."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BETA, LEARNING_RATE = 0.1, 1e-6
 _TEXT = [{"prompt": "a b", "chosen": " c", "rejected": " d"}] * 8
@@ -93,6 +96,26 @@ class TetherSide(TrainerSide):
     def reference_pass(self, rows: list[dict[str, Any]]) -> None:
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))["batch"]
         self.trainer.reference.log_probs(batch)
+
+    def num_fed(self, rows: list[dict[str, Any]]) -> int:
+        """How many tokens its forward is given for some rows."""
+        from tether import score
+
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))["batch"]
+        with torch.no_grad(), _Embedded() as embedded:
+            score(self.trainer.model, batch)
+        return embedded.num
+
+
+class _Embedded(TorchDispatchMode):
+    """Counts the tokens of the last look-up in an embedding."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.num = args[1].numel()
+        return func(*args, **(kwargs or {}))
 
 
 class TRLSide(TrainerSide):
@@ -181,6 +204,91 @@ class PlainSide(Side):
         return (log_probs * responses).sum(-1)
 
 
+class LimitSide(Side):
+    """The matrix products of a step alone, of the same shapes in the same order, and the optimizer.
+
+    Nothing is computed element by element and nothing is learned. Of attention, the causal half.
+
+    Args:
+        model: A model of Llama's kind, with an adapter where the reference is implicit.
+        reference: `explicit` makes a pass of its own over a copy, `implicit` over the base, `precomputed` none.
+        num_fed: How many tokens a forward is given for some rows.
+    """
+
+    name = "limit"
+
+    def __init__(self, model: Any, reference: str, num_fed: Callable[[list[dict[str, Any]]], int]):
+        self._policy = _weights_of(model.train())
+        layers, head = _weights_of(copy.deepcopy(model)) if reference == "explicit" else self._policy
+        if reference == "implicit":
+            layers = [[weight for weight in layer if not weight.requires_grad] for layer in layers]
+        self._reference = None if reference == "precomputed" else (layers, head)
+        self._num_fed, self._config = num_fed, model.config
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+        self._made: dict[Any, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        answers = [(len(row["prompt_ids"]), len(row[side])) for row in rows for side in ("chosen_ids", "rejected_ids")]
+        queries = [(0, len(row["prompt_ids"])) for row in rows] + answers
+        num, num_scored = self._num_fed(rows), sum(length for _, length in answers)
+        for layers, head in filter(None, (self._reference, self._policy)):
+            for layer in layers:
+                for weight in layer:
+                    self._some(weight, num, weight.shape[1]) @ weight.T
+                self._attend(queries, head, times=2)
+            for tile in head.split(2**20 // num_scored):
+                self._some(tile, num_scored, tile.shape[1]) @ tile.T
+        layers, head = self._policy
+        self._backward(head, num_scored, 2**20 // num_scored)
+        for layer in reversed(layers):
+            self._attend(queries, head, times=5)
+            for weight in reversed(layer):
+                self._backward(weight, num, len(weight))
+        self._optimizer.step()
+        return torch.zeros(())
+
+    def _backward(self, weight: Any, num: int, at_once: int) -> None:
+        grads = weight.grad.split(at_once) if weight.requires_grad else itertools.repeat(None)
+        for tile, grad in zip(weight.split(at_once), grads, strict=False):
+            upstream = self._some(tile, num, len(tile))
+            upstream @ tile
+            if grad is not None:
+                torch.mm(upstream.T, self._some(tile, num, tile.shape[1]), out=grad)
+
+    def _attend(self, queries: list[tuple[int, int]], like: torch.Tensor, *, times: int) -> None:
+        heads = self._config.num_attention_heads
+        size = self._config.hidden_size // heads
+        for before, num in queries:
+            keys = self._some(like, heads, size, before + (num + 1) // 2)
+            for _ in range(times):
+                self._some(like, heads, num, size) @ keys
+
+    def _some(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """The same random numbers for a shape each time."""
+        key = like.dtype, shape
+        if key not in self._made:
+            self._made[key] = torch.randn(shape, dtype=like.dtype)
+        return self._made[key]
+
+
+def _weights_of(model: Any) -> tuple[list[list[Any]], Any]:
+    """The weights of each layer's products, those of adapters too, in their order; and the head's."""
+    layers = (model.get_base_model() if hasattr(model, "peft_config") else model).model.layers
+    linear = [[part.weight for part in layer.modules() if isinstance(part, torch.nn.Linear)] for layer in layers]
+    return linear, model.get_output_embeddings().weight
+
+
+def lora() -> Any:
+    """LoRA of rank 16 on all linear layers."""
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+
+
 def make_side(
     name: str,
     reference: str,
@@ -193,18 +301,16 @@ def make_side(
     adapter: bool = False,
     **options: Any,
 ) -> Side:
-    """A side by its name, with this kind of reference; an adapter is LoRA of rank 16 on all linear layers.
+    """A side by its name, with this kind of reference; `implicit` puts an adapter (`lora`) on the model.
 
     `rows` is the training set, of which TRL reads only text; in Tether a precomputed reference answers no others.
     An implicit reference always has an adapter; a synchronized one follows the policy after every step.
     """
     if name == "plain":
         return PlainSide(model, device)
-    options.setdefault("bf16", device == "cuda")
+    options.setdefault("bf16", device == "cuda" or model.dtype == torch.bfloat16)
     if adapter or reference == "implicit":
-        from peft import LoraConfig
-
-        options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+        options["peft_config"] = lora()
     if reference == "precomputed":
         options["precompute_ref_log_probs"] = True
     if reference == "synchronized":

@@ -1,13 +1,14 @@
 """Who may import what: the rules that the contracts of import-linter in pyproject.toml cannot express.
 
-Those know modules of Tether and whole libraries. Here are parts of a library that have one home, and what a few modules
-may import at all.
+Those know modules of Tether and whole libraries. Here are parts of a library that have one home, what a few modules may
+import at all, and a question that has one home.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ HOMES = {
     "transformers.Trainer": ("tether/trainer", "tether/demo/models"),  # trains its tiny model
     "transformers.trainer": ("tether/trainer",),
 }
+# FSDP2 with CPU offload keeps its shards where it does not compute.
+_SHARDS_DEVICE = re.compile(r"next\(.*\bparameters\(\)\)\.device(\.type)?")
 
 
 def within(name: str, package: str) -> bool:
@@ -58,6 +61,8 @@ def broken_rules(place: str, source: str) -> list[str]:
         for part, home in HOMES.items()
         if within(name, part) and not place.startswith(home)
     ]
+    if not place.startswith(("tether/distributed", "tether/testing", "tether/demo")):
+        homeless += ["ask `device_of(model)`, not a shard" for name in names if _SHARDS_DEVICE.fullmatch(name)]
     for subject, allowed in ONLY.items():
         if place.startswith(subject):
             top_levels = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
@@ -97,6 +102,7 @@ def test_the_source_keeps_the_rules() -> None:
         ),
         ("tether/config/dpo_config", "from transformers import Trainer", "has its home in tether/trainer"),
         ("tether/config/dpo_config", "import transformers\ntransformers.Trainer", "has its home in tether/trainer"),
+        ("tether/scoring/score", "batch.to(next(model.parameters()).device)", "ask `device_of(model)`"),
         ("tether/data/rows", "from transformers.trainer import Trainer", "has its home in tether/trainer"),
     ],
 )

@@ -94,6 +94,14 @@ def test_batch_refuses_an_empty_prompt_or_response_by_the_number_of_its_pair() -
         PairBatch.of_pairs([(Response((), (1,)), A)])
 
 
+def test_batch_knows_which_prompts_begin_alike_for_long_enough() -> None:
+    system = tuple(range(100, 120))
+    prompts = [(1, 2), (*system, 5, 6), (1, 3), (*system, 4), (*system, 5, 7, 8)]
+    batch = PairBatch.of_pairs([(Response(prompt, (8,)), Response(prompt, (9,))) for prompt in prompts])
+    assert batch.prefixes == ((0, 0), (2, 0), (3, 0), (1, 20), (4, 21))
+    assert batch.only([0, 4]).prefixes == ()
+
+
 def test_batch_moves_whole_and_is_not_changed_by_it() -> None:
     batch = PairBatch.of_pairs([(A, B)])
     moved = batch.to("meta")

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -149,6 +150,8 @@ def _warm_up() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    tqdm.set_lock(threading.RLock())  # its own is shared by all processes, and a killed one keeps it
+    tqdm.monitor_interval = 0
     os.environ["TETHER_HOME"] = str(runs.HOME)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         for kind in ("lora-sync", "bco", "precomputed"):

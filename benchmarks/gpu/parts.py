@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tether.scoring.attention import packed_attention
-from tether.scoring.groups import groups_of, lengths_tensor
+from tether.scoring.chains import Link, PackedRow
 from tether.scoring.head import token_log_probs
 
 Run = Callable[[int], Tensor]  # the output for an item, of which there are inputs
@@ -31,7 +31,7 @@ def attention(stage: Stage) -> None:
 
 def _attention(stage: Stage, shape: str, batches: list[Rows]) -> dict[str, Any]:
     heads, size = (4, 16) if stage.toy else (32, 128)
-    lengths = [_lengths(rows) for rows in batches]
+    packed_rows = [_packed_row(rows, stage.device) for rows in batches]
     made = partial(torch.randn, device=stage.device, dtype=stage.dtype, requires_grad=True)
     inputs = [
         [made(1, count, harness.num_tokens(rows), size) for count in (heads, heads // 4, heads // 4)]
@@ -39,11 +39,11 @@ def _attention(stage: Stage, shape: str, batches: list[Rows]) -> dict[str, Any]:
     ]
 
     def packed(kernel: Any, item: int) -> Tensor:
-        return packed_attention(*inputs[item], lengths[item], scale=size**-0.5, kernel=kernel)
+        return packed_attention(*inputs[item], packed_rows[item], scale=size**-0.5, kernel=kernel)
 
     ways: dict[str, Run] = {"pairwise": partial(packed, "pairwise")}
     if stage.device == "cuda":
-        masks = [_block_mask(row, "cuda") for row in lengths]
+        masks = [_block_mask(rows, "cuda") for rows in batches]
         flex = torch.compile(flex_attention, dynamic=True)  # or it is compiled for each length, and soon no more
         ways["varlen"] = partial(packed, "varlen")
         ways["flex"] = lambda item: flex(*inputs[item], block_mask=masks[item], enable_gqa=True).transpose(1, 2)
@@ -59,17 +59,22 @@ def _attention(stage: Stage, shape: str, batches: list[Rows]) -> dict[str, Any]:
     }
 
 
-def _lengths(rows: Rows) -> Tensor:
-    return lengths_tensor(
-        [(len(row["prompt_ids"]), [len(row["chosen_ids"]), len(row["rejected_ids"])]) for row in rows]
-    )
+def _lengths(row: dict[str, Any]) -> tuple[int, int, int]:
+    return len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"])
 
 
-def _block_mask(lengths: Tensor, device: str) -> Any:
+def _packed_row(rows: Rows, device: str) -> PackedRow:
+    links: list[Link] = []
+    for prompt, chosen, rejected in map(_lengths, rows):
+        links += [Link(0, 0, prompt + chosen), Link(len(links), prompt, rejected)]
+    return PackedRow(links, device)
+
+
+def _block_mask(rows: Rows, device: str) -> Any:
     """FlexAttention's mask of a packed row: causal within a group, and no response sees another."""
     group, response = [], []
-    for number, (_, prompt, responses) in enumerate(groups_of(lengths)):
-        for place, length in enumerate((prompt, *responses)):
+    for number, lengths in enumerate(map(_lengths, rows)):
+        for place, length in enumerate(lengths):
             group += [number] * length
             response += [place] * length
     groups, parts = torch.tensor(group, device=device), torch.tensor(response, device=device)

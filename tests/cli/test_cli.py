@@ -422,6 +422,11 @@ def test_an_error_of_our_own_or_during_training_keeps_its_traceback() -> None:
         ("broken.jsonl", '{"prompt": "a"', "broken.jsonl is not JSON: "),
         ("cut.jsonl", '{"prompt": "a', "cut.jsonl is not JSON: unterminated string."),
         ("twice.jsonl", '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', "`chosen` comes twice"),
+        (
+            "list.json",
+            '[{"chosen": "a b", "rejected": "a c"},\n{"chosen": [{"role": "a", "role": "b"}]}]',
+            "Row 1 of PATH is not JSON: `role`",
+        ),
         ("twice.csv", "prompt,chosen,rejected,chosen\na,b,c,d\n", "two columns `chosen`"),
         ("fake.parquet", "nothing of the kind", "to_parquet"),
         ("plain.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0), "Rename it to plain.jsonl.gz."),
@@ -448,7 +453,7 @@ def test_bad_data_are_refused_by_name(
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     code, _, err = tether("train", recipe(train_data=str(tmp_path / name), eval_fraction=None))
     assert code == 2
-    assert said in err and len(err.rstrip().splitlines()) > 1
+    assert said.replace("PATH", str(tmp_path / name)) in err and len(err.rstrip().splitlines()) > 1
     assert ". ." not in err and "Failed to" not in caplog.text  # what `datasets` says of the same
 
 
@@ -529,6 +534,10 @@ def test_a_file_may_have_text_in_some_rows_and_messages_in_others(form: str, tmp
     found: Any = load_pairs(str(path), "train_data")
     found = found.remove_columns(ROW_COLUMN)
     assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
+    if form == "json":  # a list is read as a whole
+        streamed = list(load_pairs(str(path), "train_data", streaming=True))
+        assert [{name: value for name, value in row.items() if value is not None} for row in streamed] == rows
+        return
     with pytest.raises(DataError, match="messages in others can only be read from a whole"):
         load_pairs(str(path), "train_data", streaming=True)
 

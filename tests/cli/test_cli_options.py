@@ -56,7 +56,7 @@ GROUPS = {
     "ref_dtype reference_free",
     "when to log, evaluate and save": "logging_steps eval_strategy eval_steps per_device_eval_batch_size save_strategy "
     "save_steps save_total_limit report_to run_name disable_tqdm report_samples "
-    "report_samples_max_new_tokens",
+    "report_samples_max_new_tokens logging_nan_inf_filter",
     REST: "",
 }
 GROUP_OF = {name: title for title, names in GROUPS.items() for name in names.split()}

@@ -163,7 +163,10 @@ OF_OTHER_TOOLS = {
     "val_set_size: 0.1": ("Write `eval_fraction: 0.1`.", "Write `dataset.train_test_split(0.1)`"),
     "max_samples: 9": ("Write `dataset_train_split: train[:9]`.", "load_dataset(..., split='train[:9]')"),
     "micro_batch_size: 2": ("Write `per_device_train_batch_size: 2`.", "Write `per_device_train_batch_size=2`."),
-    "finetuning_type: lora": ("Write `lora_r: 16`.", "LoraConfig(r=16)"),
+    "finetuning_type: lora": (
+        "Write `lora_r`, with the adapter's rank.",
+        "LoraConfig(r=...))`, with the adapter's rank.",
+    ),
     "tuner_type: full": ("Remove it: without `lora_r`", "Remove it: "),
     "base_model: a/b": ("Write `model: a/b`.", "Write `DPOTrainer('a/b')`."),
     "rl: dpo": ("Remove it: it is what Tether does.", "Remove it: it is what Tether does."),

@@ -109,6 +109,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("", "it is a file"), ("sub/folder", "`.*` is a file"), ("link", "it is a link to nowhere, which")],
+)
+def test_an_output_folder_that_cannot_be_one_is_refused_before_anything_is_read(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    (tmp_path / "there").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    path = tmp_path / name if name == "link" else tmp_path / "there" / name
+    with pytest.raises(ConfigurationError, match=rf"Cannot use `output_dir='.*`: {why}"):
+        DPOConfig(str(path), **DEFAULTS)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_out_of_range_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from support.runs import make_trainer
+from support.runs import facts_of, make_trainer
 from support.tiny import tiny_model
 from tether import DPOConfig
 from tether.config.rules.launch import refused_launch
+from tether.config.rules.run import refused_run
 from tether.errors import ConfigurationError
 from tether.refusals import refuse
 
@@ -80,6 +82,28 @@ def test_a_model_whose_weights_were_cut_when_it_was_loaded_is_refused(
     given = get_peft_model(cut, LoraConfig(r=2, target_modules=["q_proj"])) if with_adapter else cut
     with pytest.raises(ConfigurationError, match=f"a `{which}` loaded with `tp_size=2`.*tensor parallelism"):
         make_trainer(tmp_path, **{"model": tiny_model()} | {which: given})
+
+
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+@pytest.mark.parametrize("last", [1, "cpu", "disk"])
+def test_a_model_on_several_devices_is_refused(which: str, last: Any, tmp_path: Path) -> None:
+    spread = tiny_model()
+    spread.hf_device_map = {"model": 0, "lm_head": last}  # as `device_map="auto"` leaves it
+    with pytest.raises(ConfigurationError, match=f"a `{which}` that `device_map` has spread over 0 and {last}"):
+        make_trainer(tmp_path, **{"model": tiny_model()} | {which: spread})
+
+
+def test_a_device_map_of_one_device_is_not_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    make_trainer(tmp_path / "run", str(tmp_path / "model"), **loading(device_map="auto"))
+
+
+def test_activations_are_not_offloaded_with_gathered_weights(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path)
+    facts.args.activation_offloading = True  # refused on a CPU
+    assert not list(refused_run(facts))
+    (sharded,) = refused_run(replace(facts, is_sharded=True))
+    assert "gathered weights" in sharded.problem and sharded.option == "activation_offloading"
 
 
 def test_sharding_and_sizes_of_one_are_not_refused(tmp_path: Path) -> None:

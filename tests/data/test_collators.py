@@ -42,7 +42,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-@pytest.mark.parametrize("further", [{}, {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5, "other": "x"}])
+@pytest.mark.parametrize("further", [{}, {"ref_chosen_logps": 0.1, "ref_rejected_logps": -2.5, "other": "x"}])
 def test_the_padded_batch_is_that_of_trl(options: dict[str, Any], further: Row) -> None:
     rows = drawn_rows(**further)
     ours, theirs = DataCollatorForPreference(3, **options)(rows), TRLCollator(3, **options)(rows)

@@ -252,6 +252,24 @@ def test_what_a_message_lacks_is_named(message: dict[str, Any], fault: str) -> N
         tokens_of([row], tokenizer_of())
 
 
+@pytest.mark.parametrize("role", ["user", "human", "system"])
+def test_an_answer_that_is_not_the_models_is_refused(role: str) -> None:
+    row = {"prompt": ASK, "chosen": [said("Yes.")], "rejected": [said("No."), said("Why?", role)]}
+    with pytest.raises(DataError, match=f"`rejected` response that ends with a message of the role `{role}`"):
+        tokens_of([row], tokenizer_of())
+
+
+@pytest.mark.parametrize("content", ["{{ '' + m.content }}", "{{ m.content }}", "{{ m.content.strip() }}"])
+def test_content_in_parts_is_refused_where_the_template_renders_text_alone(content: str) -> None:
+    """One template fails, the next shows the model the list as Python prints it."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Is it raining?"}]}]
+    row = {"prompt": parts, "chosen": [said("Yes.")], "rejected": [said("No.")]}
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role }}CONTENT{% endfor %}".replace("CONTENT", content)
+    with pytest.raises(DataError, match="`content` is a list of parts, and the tokenizer's chat template renders text"):
+        tokens_of([row], tokenizer_of(template))
+    assert tokens_of([row | {"prompt": ASK}], tokenizer_of(template))
+
+
 def test_a_prompt_with_which_the_responses_begin_again_is_refused() -> None:
     """TRL renders it twice."""
     row = {"prompt": ASK, "chosen": [*ASK, said("No.")], "rejected": [*ASK, said("Yes.")]}

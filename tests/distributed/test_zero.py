@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -23,47 +24,59 @@ KINDS = (
     "hard",
 )
 MEANT_TO_DIFFER = ("named", "synchronized-named")
-# Partitioned at birth, as a model loaded by its path is; or loaded whole, and partitioned when training starts.
-BORN = tuple(f"{kind}/3/born" for kind in KINDS if kind != "hard")
-WHOLE = tuple(f"{kind}/3/whole" for kind in ("explicit", "continued", "precomputed-implicit", "synchronized"))
-# By default small parameters (all of a tiny model) stay whole between passes, where they could hide an exchange.
-PERSISTENT = ("continued/3/born/persistent", "synchronized/3/born/persistent")
-# An adapter follows where it stays whole; partitioned, it is refused.
-ZERO_2 = ("explicit/2/whole", "synchronized/2/whole", "synchronized-implicit/2/whole")
-REFUSED = ("synchronized-implicit/3/born", "synchronized-implicit/3/whole")
-QUICK = (*BORN, *WHOLE, *PERSISTENT, *ZERO_2)
+# <kind>/<stage>/<born or whole>: partitioned at birth, as a model loaded by its path is; or loaded whole, and
+# partitioned when training starts. `persistent`: with DeepSpeed's default, by which small parameters (all of a tiny
+# model) stay whole between passes, where they could hide an exchange.
+QUICK = (
+    *(f"{kind}/3/born" for kind in ("explicit", "implicit", "continued", "precomputed", "synchronized")),
+    "explicit/3/whole",
+    "synchronized/3/born/persistent",
+    "synchronized-implicit/2/whole",  # an adapter follows where it stays whole; partitioned, it is refused
+)
 SLOW = (
-    *(case for kind in KINDS if (case := f"{kind}/3/whole") not in WHOLE),
-    *(case for kind in KINDS if (case := f"{kind}/2/whole") not in ZERO_2),
-    "hard/3/born",
+    *(case for kind in KINDS for case in (f"{kind}/3/born", f"{kind}/3/whole", f"{kind}/2/whole") if case not in QUICK),
     "explicit/3/born/persistent",
+    "continued/3/born/persistent",
     "explicit/3/born/checkpointed",  # activation checkpointing
     "saved/3/whole/checkpointed",
 )
 BF16 = (  # of DeepSpeed's own config
     "explicit/3/born/bf16",
-    "explicit/2/whole/bf16",
-    "continued/2/whole/bf16",
-    "synchronized-implicit/2/whole/bf16",
     "explicit/2/whole/autocast",  # of DeepSpeed's engine, which no option of the trainer's says
 )
-CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
-RESUMED = (
-    "explicit/3/whole",
-    "continued/3/born",
-    "synchronized/3/born",
-    "synchronized/3/born/bf16",  # keeps what bf16 rounds away
-)
-BEST = ("synchronized/3/born", "synchronized-implicit/2/whole", "continued/3/born")
-SEEN_QUICKLY = (*QUICK, *BF16, *(f"{case}:resume" for case in RESUMED), *(f"{case}:best" for case in BEST))
+SLOW_BF16 = ("explicit/2/whole/bf16", "continued/2/whole/bf16", "synchronized-implicit/2/whole/bf16")
+RESUMED = ("synchronized/3/born", "synchronized/3/born/bf16")  # the latter keeps what bf16 rounds away
 SLOW_RESUMED = (
     "explicit/3/born",
+    "explicit/3/whole",
+    "continued/3/born",
     "saved/3/whole",
     "precomputed/3/born",
     "synchronized/2/whole",
     "synchronized-named/3/born",
     "synchronized-implicit/2/whole",
 )
+BEST = ("synchronized/3/born",)
+SLOW_BEST = ("synchronized-implicit/2/whole", "continued/3/born")
+REFUSED = ("synchronized-implicit/3/born",)
+SLOW_REFUSED = ("synchronized-implicit/3/whole",)
+
+
+def runs_of(
+    cases: tuple[str, ...], resumed: tuple[str, ...], best: tuple[str, ...], refused: tuple[str, ...]
+) -> tuple[str, ...]:
+    more = {"resume": resumed, "best": best, "refuse": refused}
+    return (*cases, *(f"{case}:{what}" for what, each in more.items() for case in each))
+
+
+QUICK_RUNS = runs_of((*QUICK, *BF16), RESUMED, BEST, REFUSED)
+SLOW_RUNS = runs_of((*SLOW, *SLOW_BF16), SLOW_RESUMED, SLOW_BEST, SLOW_REFUSED)
+
+
+def each_of(runs: Iterable[str]) -> list[Any]:
+    """The runs as parameters of a test."""
+    return [pytest.param(run, marks=pytest.mark.slow) if run in SLOW_RUNS else run for run in runs]
+
 
 pytestmark = [
     pytest.mark.distributed,
@@ -85,28 +98,33 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = (*SEEN_QUICKLY, *(f"{case}:refuse" for case in REFUSED))
-    return launch("zero_runs.py", tmp_path_factory.mktemp("quick") / "run", *cases, num_processes=2)
+    return launch("zero_runs.py", tmp_path_factory.mktemp("quick") / "run", *QUICK_RUNS, num_processes=2)
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = (*SLOW, *(f"{case}:resume" for case in SLOW_RESUMED))
-    return launch("zero_runs.py", tmp_path_factory.mktemp("slow") / "run", *cases, num_processes=2)
+    return launch("zero_runs.py", tmp_path_factory.mktemp("slow") / "run", *SLOW_RUNS, num_processes=2)
 
 
 @pytest.fixture
 def two(case: str, request: pytest.FixtureRequest) -> list[Any]:
     """What each process saw of the case."""
-    processes = request.getfixturevalue("quick" if case in SEEN_QUICKLY else "slow")
+    processes = request.getfixturevalue("quick" if case in QUICK_RUNS else "slow")
     return [process[case] for process in processes]
+
+
+CASES = (*QUICK, *SLOW)
 
 
 def kind_of(case: str) -> str:
     return case.split("/")[0]
 
 
-@pytest.mark.parametrize("case", [*CASES, *BF16])
+OWN_WEIGHTS = [case for case in CASES if kind_of(case) in ("explicit", "named")]
+MOVING = [case for case in CASES if kind_of(case).startswith("synchronized") or kind_of(case) == "hard"]
+
+
+@pytest.mark.parametrize("case", each_of((*CASES, *BF16, *SLOW_BF16)))
 def test_the_first_loss_is_log_two_and_rewards_are_zero(case: str, two: list[dict[str, Any]]) -> None:
     first = two[0]["steps"][0]
     if kind_of(case) in MEANT_TO_DIFFER:
@@ -118,7 +136,7 @@ def test_the_first_loss_is_log_two_and_rewards_are_zero(case: str, two: list[dic
     assert first["reference/initial_gap"] < 1e-6
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_of(CASES))
 def test_two_processes_have_the_losses_of_one(case: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """In fp32, over four steps of AdamW at a large learning rate."""
     expected, found = one[kind_of(case)], two[0]
@@ -129,13 +147,13 @@ def test_two_processes_have_the_losses_of_one(case: str, one: dict[str, Any], tw
     assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_of(CASES))
 def test_the_identity_is_that_of_the_whole_weights(case: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """A digest of empty or partitioned tensors would be another one, and the same for every model."""
     assert [process["identity"] for process in two] == [one[kind_of(case)]["identity"]] * 2
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_of(CASES))
 def test_weights_are_partitioned_where_they_should_be(case: str, two: list[dict[str, Any]]) -> None:
     kind, stage, loaded = case.split("/")[:3]
     for process in two:
@@ -145,15 +163,12 @@ def test_weights_are_partitioned_where_they_should_be(case: str, two: list[dict[
         assert process["reference_is_sharded"] == (stage == "3" and has_own_weights)
 
 
-@pytest.mark.parametrize("case", [case for case in QUICK if kind_of(case) in ("explicit", "named")])
+@pytest.mark.parametrize("case", each_of(OWN_WEIGHTS))
 def test_training_does_not_move_a_explicit_reference(case: str, two: list[dict[str, Any]]) -> None:
     assert [process["drift"] for process in two] == [0, 0]
 
 
-MOVING = [case for case in QUICK if kind_of(case).startswith("synchronized") or kind_of(case) == "hard"]
-
-
-@pytest.mark.parametrize("case", MOVING)
+@pytest.mark.parametrize("case", each_of(MOVING))
 def test_the_figures_of_a_synchronized_reference_are_those_of_one_process(
     case: str, one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
@@ -165,35 +180,31 @@ def test_the_figures_of_a_synchronized_reference_are_those_of_one_process(
     assert two[0]["steps"][-1]["reference/distance_from_start"] > 1e-4
 
 
-@pytest.mark.parametrize("case", [case for case in QUICK if kind_of(case) in ("explicit", "named") or case in MOVING])
+@pytest.mark.parametrize(
+    "case", each_of(case for case in CASES if kind_of(case) in ("explicit", "named") or case in MOVING)
+)
 def test_an_exported_reference_is_the_whole_one(case: str, two: list[dict[str, Any]]) -> None:
     of_adapter = kind_of(case) == "synchronized-implicit"
     assert [process["export_differs_in"] for process in two] == [None if of_adapter else []] * 2
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_an_adapter_that_would_follow_a_partitioned_policy_is_refused(case: str, quick: list[dict[str, Any]]) -> None:
-    for process in quick:
-        assert "`sync_ref_model=True` with a PEFT model under ZeRO-3" in process[f"{case}:refuse"]
+@pytest.mark.parametrize("case", each_of(f"{case}:refuse" for case in (*REFUSED, *SLOW_REFUSED)))
+def test_an_adapter_that_would_follow_a_partitioned_policy_is_refused(case: str, two: list[str]) -> None:
+    for error in two:
+        assert "`sync_ref_model=True` with a PEFT model under ZeRO-3" in error
 
 
-@pytest.mark.parametrize("case", [case for case in QUICK if case.startswith("precomputed")])
+@pytest.mark.parametrize("case", each_of(case for case in CASES if case.startswith("precomputed")))
 def test_each_row_is_computed_once(case: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert sum(process["num_computed"] for process in two) == one[kind_of(case)]["num_computed"] > 0
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(f"{case}:resume" for case in RESUMED),
-        *(pytest.param(f"{case}:resume", marks=pytest.mark.slow) for case in SLOW_RESUMED),
-    ],
-)
+@pytest.mark.parametrize("case", each_of(f"{case}:resume" for case in (*RESUMED, *SLOW_RESUMED)))
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: str, two: list[bool]) -> None:
     assert two == [True, True]
 
 
-@pytest.mark.parametrize("case", [f"{case}:best" for case in BEST])
+@pytest.mark.parametrize("case", each_of(f"{case}:best" for case in (*BEST, *SLOW_BEST)))
 def test_the_best_checkpoint_comes_with_its_reference(case: str, two: list[list[float]]) -> None:
     for first, last, loaded in two:
         assert loaded == pytest.approx(first, abs=1e-6) and abs(first - last) > 1e-4

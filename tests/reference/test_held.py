@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.tiny import tiny_model
+from tether.reference import held as held_tensors
 from tether.reference.held import ROTATION_STEPS, HeldTensors, slots_of
 from tether.reference.twin import frozen_twin
 
@@ -54,6 +56,34 @@ def test_a_change_that_leaves_a_trace_is_found_at_once() -> None:
         module, watched = held(torch.ones(3 << 20, dtype=torch.int8))
         change(module)
         assert watched.changed_at_step() == ["last"]
+
+
+def test_on_a_device_no_step_waits_for_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read at the next one. Run on the host, where an event would be of no use."""
+
+    class Event:
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+            return func(*args, **(kwargs or {}))
+
+    module, watched = held(torch.ones(3))
+    made = held_tensors._Sums.__init__
+
+    def on_a_device(self: Any, values: Any) -> None:
+        made(self, values)
+        self.are_on_host, self._copied = False, Event()
+
+    monkeypatch.setattr(held_tensors._Sums, "__init__", on_a_device)
+    module.last.data[0] = 0
+    module.last.mul_(1)  # a trace, so that it is looked at now
+    with Watched():
+        assert watched.changed_at_step() == []
+        assert watched.changed_at_step() == ["last"]
+    assert watched.changed() == ["last"]
 
 
 def test_the_same_numbers_are_no_change() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from support.runs import as_dataset, curve, make_trainer, stream, trained
@@ -64,6 +65,24 @@ def damage_records(store: LogProbStore, which: str) -> None:
     """Zeros the values of some records behind the store's back."""
     with closing(sqlite3.connect(store.path)) as db, db:
         db.execute(f"UPDATE records SET log_probs = zeroblob(length(log_probs)) {which}")
+
+
+class CopiesToDevices(TorchDispatchMode):
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stored_answer_is_one_copy_to_the_device_however_many_responses(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "1", rows=ROWS, **PRECOMPUTE)
+    batch = batch_of(trainer.data_collator(list(trainer.train_dataset)))
+    batch = batch.to("meta")
+    with CopiesToDevices() as copies:
+        answer = stored_of(trainer).log_probs(batch)
+    assert answer.num_responses > 2 and answer.values.is_meta
+    assert copies.num == 2  # the values, and where each response starts
 
 
 def test_a_damaged_record_is_scored_again_before_training(tmp_path: Path) -> None:

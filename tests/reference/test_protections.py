@@ -12,7 +12,7 @@ import functools
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ import tether.trainer.run_saving
 from support import odd_models as odd
 from support.kinds import BATCH, adapted, dropping_gpt2, half_frozen_lora, llama_lora, lora, partly_frozen, train
 from support.observe import bits, same_bits
+from support.ropes import LIMIT, ROPES
 from support.runs import as_dataset, curve, make_trainer, trained
 from support.tiny import tiny_model, tiny_pairs
 from tether.data.datasets import REFERENCE_CHECKSUM, TOKEN_COLUMNS, batch_of
@@ -359,6 +360,11 @@ def layers_of_another_model(folder: Path) -> float:
     return differs(score(model, BATCH).values.detach(), naive_log_probs_of(model, BATCH))
 
 
+def rows_of_one_token_above(limit: int) -> PairBatch:
+    one = Response(tuple(range(5, 15)), tuple(range(9, limit)))
+    return PairBatch.of_pairs([(one, one)])
+
+
 def scores_as(make: Callable[[], Any], batch: PairBatch = BATCH) -> Callable[[Path], float]:
     """How far a model's scores are from its plain forwards: policy and reference would both be as far off."""
 
@@ -431,6 +437,12 @@ def brought_back(change: Callable[[Any], None]) -> Callable[[Path], float]:
 def long_rows() -> PairBatch:
     ids = [tuple(torch.randint(5, 250, (120,), generator=torch.Generator().manual_seed(s)).tolist()) for s in range(3)]
     return PairBatch.of_pairs([(Response(ids[0], ids[1]), Response(ids[0], ids[2][:60]))])
+
+
+def prompts_that_begin_alike() -> PairBatch:
+    one = long_rows().responses()[0]
+    other = one._replace(prompt_ids=one.prompt_ids[:60] + one.token_ids[:9])
+    return PairBatch.of_pairs([(one, one._replace(token_ids=one.token_ids[5:])), (other, other)])
 
 
 def changed_after_it_was_proven() -> Any:
@@ -952,7 +964,7 @@ def exchange_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def always_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tether.reference.implicit, "has_zero_delta", lambda policy: True)
+    patch.setattr(tether.reference.implicit, "has_zero_delta", lambda policy, without: True)
 
 
 def plain_disable(patch: pytest.MonkeyPatch) -> None:
@@ -1088,6 +1100,15 @@ def _short(batch: PairBatch, length: int, *args: Any, **options: Any) -> Any:
     return probe_of(batch, longest, *args, **options)._replace(length=10**6)
 
 
+def prove_each_prompt_apart(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tether.scoring.proof._proofs", {})
+    patch.setattr("tether.scoring.probe._sharing", lambda batch, num: replace(batch, prefixes=()))
+
+
+def forget_the_limit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tether.scoring.forward.rotary_limit", lambda model: None)
+
+
 def trust_padding(patch: pytest.MonkeyPatch) -> None:
     """What cannot be packed is padded, without another look."""
     patch.setattr("tether.scoring.proof._proofs", {})
@@ -1206,6 +1227,12 @@ PROTECTIONS: dict[str, Protection] = {
     "a change after the proof is seen": Protection(scores_as(changed_after_it_was_proven), prove_once),
     "an adapter may read its row": Protection(scores_as(trained_activated_adapter), trust_names),
     "rows are proven at their length": Protection(scores_as(longer_rows_than_were_proven, long_rows()), prove_short),
+    "prompts that begin alike are proven": Protection(
+        scores_as(odd.lost_in_a_tree, prompts_that_begin_alike()), prove_each_prompt_apart
+    ),
+    "a row just above a limit of frequencies is fed whole": Protection(
+        scores_as(lambda: tiny_model("llama", **ROPES["longrope"]), rows_of_one_token_above(LIMIT)), forget_the_limit
+    ),
     "padding is proven too": Protection(
         scores_as(lambda: odd.small("glm_moe_dsa", index_topk=8), long_rows()), trust_padding
     ),

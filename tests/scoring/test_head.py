@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tether.scoring import LogitTransform, token_log_probs
+from tether.scoring.head import token_scores
 
 pytestmark = pytest.mark.numerics
 
@@ -144,6 +146,38 @@ def test_token_log_probs_runs_its_products_in_the_autocast_dtype() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     for grad in torch.autograd.grad(found.sum(), (hidden, weight, bias)):
         assert grad.dtype == torch.float32
+
+
+class TensorsMade(TorchDispatchMode):
+    """The tensors that operations make anew: by what, of which shape and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, tuple[int, ...], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(value) for value in (*args, *(kwargs or {}).values())}
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and not found._is_view() and id(found) not in given:
+            self.made.append((func, tuple(found.shape), found.dtype))
+        return found
+
+
+def test_token_log_probs_cast_a_trained_head_once_for_forward_and_backward() -> None:
+    hidden, targets, weight, bias = inputs(torch.float32)
+    with TensorsMade() as tensors:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = token_log_probs(hidden, targets, weight, bias)
+        torch.autograd.grad(found.sum(), (hidden, weight, bias))
+    assert tensors.made.count((torch.ops.aten._to_copy.default, (VOCAB, HIDDEN), torch.bfloat16)) == 1
+
+
+def test_token_scores_sum_the_statistics_in_the_tile_that_is_there() -> None:
+    hidden, targets, weight, bias = inputs(torch.float32)
+    with TensorsMade() as tensors, torch.no_grad():
+        token_scores(hidden, targets, weight, bias, statistics=True)
+    tiles = [made for made in tensors.made if made[1:] == ((TOKENS, VOCAB), torch.float32)]
+    assert len(tiles) == 2  # the logits, and their exponentials
 
 
 def test_token_log_probs_of_no_tokens_is_empty_and_differentiable() -> None:

@@ -7,15 +7,25 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3NextConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Qwen3NextConfig,
+)
 
 from support.tiny import FAMILIES, naive_log_probs, tiny_model
-from tether.scoring import restore_attention, score
+from tether.scoring import packed_rows, restore_attention, score
+from tether.scoring.chains import PackedRow
 from tether.scoring.equality import exact_difference
 from tether.scoring.score import can_pack
 from tether.types import PairBatch, Response
@@ -123,6 +133,53 @@ def test_comparing_ways_does_not_trust_a_model_that_ignores_its_context() -> Non
     assert not exact_difference(plain * float("nan"), plain, effect=1.0).is_rounding
 
 
+# --- what is fed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_last_token_of_a_response_is_not_fed(family: str) -> None:
+    model = tiny_model(family)
+    long, short = tuple(range(5, 13)), (7, 8)
+    batch = PairBatch.of_pairs(
+        [(Response(long, (1, 2, 3)), Response(long, (4,))), (Response(short, (5,)), Response(short, (6,)))]
+    )
+    fed: list[Any] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].tolist()))
+    found = score(model, batch).values
+    assert fed[-1] == [[*long, 1, 2, *short]], "after the rows of the proof"
+    torch.testing.assert_close(found, naive(model, batch), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_token_follows_its_sequence_whatever_prompts_begin_alike(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tether.types.batch._WORTH_SHARING", 1)
+    for seed in range(20):
+        draw = Random(seed)
+        prompts = [tuple(draw.choices((5, 6), k=draw.randint(1, 6))) for _ in range(8)]
+        ids = [tuple(draw.choices((5, 6), k=draw.randint(1, 4))) for _ in range(16)]
+        pairs = [(Response(p, ids[i]), Response(p, ids[i + 8])) for i, p in enumerate(prompts)]
+        batch = PairBatch.of_pairs(pairs)
+        rows = packed_rows(batch, whole=whole)
+        starts = {prompt[: num + 1] for prompt in prompts for num in range(len(prompt))}
+        assert rows.width == len(starts) + sum(batch.response_lengths) - batch.num_responses * (not whole)
+        each = zip(batch.responses(), rows.column.split(list(batch.response_lengths)), strict=True)
+        for response, columns in each:
+            for num, column in enumerate(columns.tolist()):
+                sequence = sequence_until(column, rows.inputs["packed_row"])
+                before = response.prompt_ids + response.token_ids[:num]
+                assert rows.inputs["input_ids"][0, sequence].tolist() == list(before)
+                assert rows.inputs["position_ids"][0, sequence].tolist() == list(range(len(before)))
+
+
+def sequence_until(column: int, row: PackedRow) -> list[int]:
+    """The places that the token in a column attends to."""
+    (chain,) = [chain for chain in row.chains if chain.own.start <= column < chain.own.stop]
+    before = [place for part in chain.before for place in range(part.start, part.stop)]
+    return before + list(range(chain.own.start, column + 1))
+
+
 # --- what training does ----------------------------------------------------------------------------------------------
 
 
@@ -154,6 +211,36 @@ def test_plain_calls_are_the_same_while_packed_attention_stays_on() -> None:
     assert "tether" in model.config._attn_implementation
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_plain_calls_reach_a_flash_attention_under_the_name_that_it_loads_its_kernel_by(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash(query: Tensor, key: Tensor, value: Tensor, mask: Any, *, attn_implementation: str, **_: Any) -> Tensor:
+        assert attn_implementation == name, f"Could not find the flash attention implementation {attn_implementation}"
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        return scaled_dot_product_attention(*parts, is_causal=query.shape[1] > 1, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", flash)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setitem(interface._global_mapping, name, interface()["flash_attention_2"])
+    model, batch = tiny_model("llama").train(), random_batch()
+    values, expected = gradients(model, batch)
+    model.config._attn_implementation = name
+    model.gradient_checkpointing_enable()
+    ids = torch.arange(3, 21)[None]
+    scored = score(model, batch).values
+    assert name != model.config._attn_implementation
+    with torch.no_grad():
+        model.eval().generate(ids, max_new_tokens=2, do_sample=False)
+        logits = model(input_ids=ids).logits
+        torch.testing.assert_close(logits, tiny_model("llama")(input_ids=ids).logits)
+    model.train()
+    weights = torch.linspace(-1, 1, len(values))
+    found = torch.autograd.grad((scored * weights).sum(), list(model.parameters()))  # runs the packed layers again
+    torch.testing.assert_close(scored, values)
+    torch.testing.assert_close(found, tuple(expected))
 
 
 def test_saved_config_does_not_name_our_attention(tmp_path: Path) -> None:

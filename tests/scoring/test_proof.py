@@ -29,8 +29,10 @@ from support import odd_models as odd
 from support.real import loading, needs_real_model, real_model, real_pairs
 from support.tiny import naive_log_probs, tiny_model
 from tether.errors import ConfigurationError
-from tether.scoring import proof, score, trial
+from tether.scoring import attention, proof, score, trial
 from tether.scoring.attention import UnsupportedAttentionError, packed_attention_of
+from tether.scoring.chains import Link, PackedRow
+from tether.scoring.forward import Way
 from tether.types import PairBatch, Response
 
 pytestmark = pytest.mark.numerics
@@ -101,6 +103,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a module that will mix positions": (lambda: odd.mixes_neighbours(0.0), "padded"),
     "a hook on late tokens": (odd.late_tokens_steered, "padded"),
     "a hook that counts columns": (odd.position_added, "padded"),
+    "a hook that is lost where prompts begin alike": (odd.lost_in_a_tree, "padded"),
     "a hook that cools the logits": (odd.cooled_logits, "packed"),
     "a hook that bars a token": (odd.shifted_on_the_head, "packed"),
     "a layer that reads another config": (
@@ -134,6 +137,25 @@ def test_a_changed_model_is_scored_as_its_plain_forwards_say(name: str, caplog: 
     assert layout() == expected
     (said,) = [record for record in caplog.records if "is scored" in record.message]
     assert (said.levelno == logging.WARNING and "log-probs" in said.message) or "failed" in said.message
+
+
+@pytest.mark.parametrize(("fault", "expected"), [(1.0, "varlen"), (1.01, "pairwise"), (None, "pairwise")])
+def test_the_first_kernel_of_a_card_is_used_that_gives_the_models_own_answers(
+    fault: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "kernels_for", lambda device, half: ("varlen", "pairwise"))
+    attend = attention.packed_attention
+
+    def on_a_card(*args: Any, kernel: str, **options: Any) -> Any:
+        if kernel == "varlen" and fault is None:
+            raise RuntimeError("no kernel image is available for execution on the device")
+        return attend(*args, **options) * (fault if kernel == "varlen" else 1.0)
+
+    monkeypatch.setattr(attention, "packed_attention", on_a_card)
+    model = tiny_model()
+    torch.testing.assert_close(score(model, BATCH).values.detach(), naive(model), **CLOSE)
+    (found,) = proof._proofs.values()
+    assert found.way == Way("packed", kernel=expected)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +400,7 @@ def test_a_tower_that_is_handed_packed_rows_keeps_its_own_attention() -> None:
     model.config._attn_implementation = "seen"
     with packed_attention_of(model, "pairwise", keep=False):
         ours = AttentionInterface()[model.config._attn_implementation]
-    ours(Tower(), *torch.zeros(3, 1, 1, 5, 8), None, packed_lengths=torch.tensor([3, 1, 2]), scaling=1.0)
+    ours(Tower(), *torch.zeros(3, 1, 1, 5, 8), None, packed_row=PackedRow([Link(0, 0, 5)]), scaling=1.0)
     assert seen == [{"scaling": 1.0}]
 
 

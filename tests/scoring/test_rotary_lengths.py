@@ -67,6 +67,13 @@ def test_scores_are_those_of_each_row_alone(rope: str, layout: Any) -> None:
 
 
 @pytest.mark.parametrize("rope", ROPES)
+def test_a_row_of_one_token_more_is_fed_whole(rope: str) -> None:
+    one = response(FIRST, ids(7, LIMIT + 1 - len(FIRST)))
+    found = score(model_of(rope), PairBatch.of_pairs([(one, one)]), layout="packed")
+    torch.testing.assert_close(found.values, alone(rope, one), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ROPES)
 def test_gradients_are_those_of_the_rows_alone(rope: str) -> None:
     model, plain = model_of(rope), model_of(rope)
     score(model, BATCH).values.sum().backward()

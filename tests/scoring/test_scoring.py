@@ -35,12 +35,14 @@ def draw(seed: int, count: int) -> tuple[int, ...]:
 
 
 LONG, SHORT = draw(0, 19), draw(1, 1)  # longer than the windows (8) of the tiny models, and a single token
+ALIKE = LONG[:17] + draw(10, 4)  # in a packed row it shares the first 17
 BATCH = PairBatch.of_pairs(
     [
         (Response(LONG, draw(2, 13)), Response(LONG, draw(3, 5))),
         (Response(LONG, draw(4, 1)), Response(LONG, draw(2, 13))),  # four responses to one prompt, one of them twice
         (Response(LONG, draw(4, 1)), Response(LONG, draw(5, 9))),
         (Response(SHORT, draw(6, 17)), Response(SHORT, draw(7, 2))),
+        (Response(ALIKE, draw(8, 3)), Response(ALIKE, draw(9, 6))),
     ]
 )
 
@@ -206,6 +208,7 @@ DISTINCT = PairBatch.of_pairs(
     [
         (Response(LONG, draw(2, 13)), Response(LONG, draw(3, 5))),
         (Response(SHORT, draw(6, 17)), Response(SHORT, draw(7, 2))),
+        (Response(ALIKE, draw(8, 3)), Response(ALIKE, draw(9, 6))),
     ]
 )
 

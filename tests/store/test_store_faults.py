@@ -222,6 +222,9 @@ def test_store_refuses_files_of_others_and_leaves_them_as_they_are(path: Path, r
     with pytest.raises(StoreError, match="isn't an SQLite database"):
         LogProbStore(path, read_only=read_only)
     assert path.read_bytes() == before
+    path.write_bytes(bytes(4096) + before)
+    with pytest.raises(StoreError, match="the start of the file is zeros"):
+        LogProbStore(path, read_only=read_only)
     path.unlink()
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE customers (name TEXT)")

@@ -102,6 +102,23 @@ def position_added() -> Any:
     return model
 
 
+def lost_in_a_tree() -> Any:
+    """Wrong where sequences part at more than one depth, as those of prompts that begin alike."""
+    model = tiny_model()
+
+    def look(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        positions = kwargs["position_ids"][0] if kwargs.get("position_ids") is not None else torch.arange(1)
+        depths: set[int] = set()
+        for depth in positions[1:][positions.diff() != 1].tolist():
+            depths = {*depths, depth} if depth else set()
+            if len(depths) > 1:
+                kwargs["position_ids"] = 2 * kwargs["position_ids"]
+                return (), kwargs
+
+    model.model.register_forward_pre_hook(look, with_kwargs=True)
+    return model
+
+
 def cooled_logits() -> Any:
     model = tiny_model()
     model.lm_head.register_forward_hook(lambda _, __, out: 0.7 * out)

@@ -226,6 +226,58 @@ for options in ({"loss_type": ["ipo", "sigmoid_norm"]}, {"use_weighting": True, 
     trainer.train()
     result += [*trainer.state.log_history, trainer.evaluate()]
 """,
+    "a recipe of the alignment-handbook: templates by hand, everything is saved and evaluated": """
+def as_text(row):
+    said = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    prompt = [{"role": "system", "content": ""}, {"role": "user", "content": row["prompt"]}]
+    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = {side: tokenizer.apply_chat_template(prompt + said[side], tokenize=False) for side in said}
+    return {"prompt": start} | {side: text.removeprefix(start) for side, text in whole.items()}
+
+args = config(beta=0.05, lr_scheduler_type="cosine", warmup_steps=0.1, max_length=120, num_train_epochs=1, max_steps=-1,
+              gradient_checkpointing_kwargs={"use_reentrant": False}, save_strategy="epoch")
+trainer = DPOTrainer(model_folder, ref_model=None, args=args, train_dataset=rows.map(as_text),
+                     eval_dataset=eval_rows.map(as_text), processing_class=tokenizer)
+metrics = trainer.train().metrics
+metrics["train_samples"] = len(rows)
+trainer.log_metrics("train", metrics)
+trainer.save_metrics("train", metrics)
+trainer.save_state()
+trainer.save_model(out)
+trainer.create_model_card(dataset_name="pairs", tags=["alignment-handbook"])
+figures = trainer.evaluate()
+trainer.save_metrics("eval", figures)
+result = [*trainer.state.log_history, metrics, figures]
+""",
+    "a subclass that logs, a collator of a subclass, and a schedule of beta": """
+from dataclasses import dataclass
+from transformers import TrainerCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+class Mine(DPOTrainer):
+    num_batches = 0
+    def training_step(self, *given, **options):
+        self.num_batches += 1
+        return super().training_step(*given, **options)
+    def log(self, logs, *given, **options):
+        logs["batches"] = self.num_batches
+        super().log(logs, *given, **options)
+
+@dataclass
+class Shorter(DataCollatorForPreference):
+    def torch_call(self, examples):
+        return super().torch_call([row | {side: row[side][:9] for side in ("chosen_ids", "rejected_ids")}
+                                   for row in examples])
+
+class Schedule(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        trainer.beta = 0.1 * (1 + state.global_step)
+
+trainer = Mine(model_folder, None, config(max_steps=4), Shorter(pad_token_id=0), rows, eval_rows, tokenizer,
+               callbacks=[Schedule()])
+trainer.train()
+result = [*trainer.state.log_history, trainer.evaluate()]
+""",
     "options of the loss and a collator that are set after construction": """
 from transformers import TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -400,13 +452,15 @@ def test_every_public_attribute_of_trls_trainer_is_here_or_named(model_folder: s
         assert getattr(ours, name) == getattr(theirs, name)
     with pytest.raises(AttributeError, match="no attribute 'bta'"):
         _ = ours.bta
+    with pytest.raises(tether.errors.NotHereError, match="loss=function"):  # in a subclass's `compute_loss`, say
+        _ = ours.dpo_loss
 
 
 def test_a_subclass_that_replaces_what_only_trl_calls_is_refused_with_all_of_it(tmp_path: Path) -> None:
     replaced = ("_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs")
     assert all(hasattr(trl.DPOTrainer, name) for name in replaced)
     former = ("dpo_loss", "concatenated_forward", "get_batch_loss_metrics", "get_batch_logps", "concatenated_inputs")
-    for name in (*replaced, *former, "tokenize_row", "store_metrics", "_tokenize"):
+    for name in (*replaced, *former, "tokenize_row", "store_metrics", "_tokenize", "_prepare_peft_model"):
         with pytest.raises(ValueError, match=f"`Mine.{name}`: only TRL's trainer calls") as caught:
             type("Mine", (tether.DPOTrainer,), {name: lambda self, *given: None})()
         assert isinstance(caught.value, tether.errors.ConfigurationError) and caught.value.instead
@@ -556,6 +610,8 @@ def test_options_of_the_loss_can_be_set_and_are_checked(model_folder: str, tmp_p
         assert getattr(trainer, name) == former
     with pytest.raises(AttributeError, match="reference="):
         trainer.ref_model = tiny_model()
+    trainer.loss_type = "ipo"  # as TRL's trainer once had it
+    assert trainer.loss_types == trainer.loss_type == trainer.args.loss_type == ["ipo"]
     own = tether.DPOTrainer(
         model_folder,
         args=tether.DPOConfig(str(tmp_path), report_to=[]),

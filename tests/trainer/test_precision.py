@@ -14,14 +14,19 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import EvalPrediction
 
 from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, steps, trained
 from support.tiny import tiny_model, tiny_pairs
 from tether import DPOConfig, DPOTrainer
-from tether.distributed import autocast_dtype
+from tether.distributed import autocast_dtype, device_of
 from tether.errors import ConfigurationError, DriftError
+from tether.reference import base
+from tether.types import PairBatch, Response, ResponseLogProbs
 
 # ------------------------------------------------------------------------------------------------- while it trains
 
@@ -70,6 +75,36 @@ def test_autocast_is_asked_of_the_accelerator() -> None:
     assert dtype_of(mixed_precision="bf16", kwargs_handlers=[AutocastKwargs(enabled=False)]) is None
     with torch.autocast("cpu", torch.bfloat16):  # of whoever builds the trainer
         assert dtype_of() is None
+
+
+def with_a_shard_of_cuda_on_the_host(model: nn.Module) -> nn.Module:
+    """As FSDP2 with CPU offload holds it between two passes; without a card, nobody can run it."""
+    name, weight = next(iter(model.named_parameters()))
+    mesh = DeviceMesh("cuda", [0], _init_backend=False, _rank=0)
+    spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(weight.shape, weight.stride(), weight.dtype))
+    owner, _, attribute = name.rpartition(".")
+    sharded = DTensor(weight.detach(), spec, requires_grad=False)
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(sharded, requires_grad=False))
+    return model
+
+
+def test_offloaded_shards_do_not_decide_in_what_precision_a_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_a_shard_of_cuda_on_the_host(tiny_model())
+    assert next(model.parameters()).device.type == "cpu"
+    assert device_of(model).type == "cuda" and device_of(tiny_model()).type == "cpu"
+    asked: list[str] = []
+
+    class Noted(torch.autocast):
+        def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+            asked.append(device_type)
+            super().__init__("cpu", dtype)
+
+    batch = PairBatch.of_pairs([(Response((3, 4), (5, 6)), Response((3, 4), (7,)))])
+    found = ResponseLogProbs(torch.zeros(3), torch.tensor([0, 2, 3]))
+    monkeypatch.setattr(torch, "autocast", Noted)
+    monkeypatch.setattr(base, "score", lambda model, batch: found)
+    base.score_without_gradient(model, batch, torch.bfloat16)
+    assert asked == ["cuda"]
 
 
 @pytest.mark.parametrize(("section", "expected"), [("bf16", None), ("torch_autocast", torch.bfloat16)])

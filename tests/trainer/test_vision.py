@@ -491,7 +491,10 @@ def test_plain_text_has_a_place_for_each_image(text: str, tmp_path: Path) -> Non
 
 
 def test_images_are_refused_without_a_processor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="Row 0 of the train set has images, but the `processing_class`"):
+    with pytest.raises(
+        ConfigurationError,
+        match="Row 0 of the train set is vision-related ",
+    ):
         make_trainer(tmp_path, tiny_model(), tiny_image_pairs(2))
     with pytest.raises(ValueError):  # as TRL raises it
         make_trainer(tmp_path, tiny_model(), stream(tiny_image_pairs(2)), max_steps=1).train()

@@ -21,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from tether.cli import EXIT_DONE
 from tether.data.chat import ChatTemplate
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, said
 from tether.models.answering import answer, ends_of
 from tether.models.loading import load_model, load_processing_class, load_processing_class_of, tokenizer_of
 from tether.reference.adapter_state import adapter_off
@@ -109,10 +109,9 @@ def _loaded(name: str, options: dict[str, Any], trust_remote_code: bool) -> Any:
             warnings.simplefilter("ignore", FutureWarning)  # PEFT (0.21) asks transformers (5.23) by an old name
             return load_model(name, options, trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigurationError(
             problem=f"Cannot ask {name}: it cannot be loaded as a language model.",
-            details=f"transformers reports: {said}",
+            details=f"transformers reports: {said(error)}.",
             instead="Name the output folder of a run, a checkpoint, a model's folder, or its name on the hub.",
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from tether.errors import ConfigurationError, TetherError
+from tether.errors import ConfigurationError, TetherError, said
 
 _LIBRARIES = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "bitsandbytes")
 _REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, OSError)
@@ -37,7 +37,7 @@ def report_library_errors(prog: str, applies: Callable[[], bool] = lambda: True)
         is_refusal = library in _LIBRARIES or (library == "torch" and isinstance(error, ValueError))
         if not is_refusal or not applies():
             raise
-        first, _, rest = (" ".join(str(error).split()) or type(error).__name__).rstrip(".").partition(". ")
+        first, _, rest = said(error, 1000).partition(". ")
         raise ConfigurationError(
             problem=f"Cannot set up the run: {library} refuses an option ({first}).",
             details=rest and f"{rest}.",

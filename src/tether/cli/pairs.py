@@ -12,7 +12,7 @@ import json
 import lzma
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Json, load_dataset
@@ -41,11 +41,7 @@ _FORMATS: Mapping[str, dict[str, Any]] = {
 }
 # How compressed files begin; `datasets` unpacks them.
 _COMPRESSED: Mapping[str, bytes] = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"(\xb5/\xfd"}
-_UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-}
+_OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _WRITE = {
     "json": 'Write one row on each line of a .jsonl file, in UTF-8: {"prompt": ..., "chosen": ..., "rejected": ...}.',
     "csv": "Write a first line with the names of the columns, `prompt,chosen,rejected`, and one row on each line after "
@@ -106,8 +102,9 @@ def _read(name: str, option: str, source: Mapping[str, Any], *, streaming: bool)
     path, split = Path(name).expanduser(), source["split"]
     is_whole = is_file(name) and source["path"] == "json" and split == "train" and path.suffix.lower() != ".zst"
     reads_rows = is_whole and not streaming
-    if reads_rows and not _may_have_rows(path):
-        return as_dataset(_json_rows(path, option))
+    if is_whole and not _has_lines(path):
+        whole = as_dataset(_json_rows(path, option))
+        return whole.to_iterable_dataset() if streaming and isinstance(whole, Dataset) else whole
     try:
         rows = as_dataset(_load(source, streaming))
     except Exception as error:  # whatever `datasets` and the libraries below it make of a file
@@ -155,11 +152,21 @@ def _load(source: Mapping[str, Any], streaming: bool) -> PairDataset:
         hf_logging.set_verbosity(verbosity)
 
 
-def _may_have_rows(path: Path) -> bool:
-    """Whether a JSON file begins as rows do; `datasets` dies of one that begins with `null`."""
-    with path.open("rb") as file:
-        start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return path.suffix.lower() in _COMPRESSED or start[:1] in (b"{", b"[")
+def _has_lines(path: Path) -> bool:
+    """Whether a JSON file begins as a row does.
+
+    `datasets` dies of one that begins with `null`. A list it reads as a whole, also to stream it: of two values of one
+    name it keeps the last, and streamed texts beside messages get quotation marks.
+    """
+    try:
+        with _opened(path) as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+    except Exception:  # of a compressed file; each format has its own
+        return False
+
+
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, _OPEN.get(path.suffix.lower(), open)(path, "rb"))
 
 
 def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
@@ -169,7 +176,8 @@ def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
     text in quotation marks).
     """
     try:
-        content = _UNPACK.get(path.suffix.lower(), bytes)(path.read_bytes()).removeprefix(b"\xef\xbb\xbf")
+        with _opened(path) as file:
+            content = file.read().removeprefix(b"\xef\xbb\xbf")
     except Exception as error:  # of a compressed file; each format has its own
         raise DataError(
             problem=f"Cannot read `{option}: {path}`: it is not a whole {path.suffix} file ({said(error)}).",
@@ -182,10 +190,9 @@ def _json_rows(path: Path, option: str) -> list[dict[str, Any]]:
         )
     try:
         whole = _parsed(content)
+        rows = [_object(row) for row in (whole if isinstance(whole, list) else [whole])]
     except (ValueError, RecursionError):
         rows = [_json_row(line) for line in content.split(b"\n") if line.strip()]
-    else:
-        rows = [_object(row) for row in (whole if isinstance(whole, list) else [whole])]
     if not rows:
         raise DataError(problem=f"Cannot read `{option}: {path}`: it has no rows.", instead=_WRITE["json"])
     return rows
@@ -204,20 +211,29 @@ def _json_row(line: bytes) -> dict[str, Any]:
 
 
 def _parsed(text: bytes) -> Any:
-    return json.loads(text.decode(), object_pairs_hook=_without_repeats)
+    return json.loads(text.decode(), object_pairs_hook=_noting_repeats)
 
 
-def _without_repeats(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+def _noting_repeats(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(entries)
     if len(found) < len(entries):
         names = [name for name, _ in entries]
-        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` comes twice in an object")
+        twice = next(name for name in names if names.count(name) > 1)
+        return {UNREADABLE_COLUMN: f"is not JSON: `{twice}` comes twice in an object"}
     return found
+
+
+def _fault_in(value: Any) -> str:
+    """Why an object inside a row cannot be read; empty if all can."""
+    if isinstance(value, dict):
+        return value.get(UNREADABLE_COLUMN) or _fault_in(list(value.values()))
+    return next(filter(None, map(_fault_in, value)), "") if isinstance(value, list) else ""
 
 
 def _object(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
-        return value
+        fault = _fault_in(value)
+        return {UNREADABLE_COLUMN: fault} if fault else value
     kinds = {type(None): "null", list: "a list", str: "text", bool: "a truth value"}
     found = kinds.get(type(value), "a number")
     return {UNREADABLE_COLUMN: f"is {found}: a row is an object with `prompt`, `chosen` and `rejected`"}
@@ -273,8 +289,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int, named: PairDataset | No
     kept = sorted(set(range(len(pairs))) - set(held_out))
     if not kept:
         raise DataError(
-            problem=f"Cannot hold out `eval_fraction={fraction:g}` of {len(pairs)} pairs: none would be left to "
-            "train on.",
+            problem=f"Cannot hold out {fraction:g} of {len(pairs)} pairs: none would be left to train on.",
             details="Pairs of one prompt are held out together.",
             instead="Use more pairs, or name others with `eval_data`.",
         )

@@ -16,7 +16,7 @@ import yaml
 from tether.cli.mistakes import Mistake
 from tether.cli.options import ALIASES, LAUNCHER, OPTIONS
 from tether.cli.trl_options import REFUSED
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, said
 
 _ONE_PER_LINE = "Write one `option: value` on each line, each option once."
 RECIPE_FIRST = "Write the recipe first, then `--option value`."
@@ -111,7 +111,7 @@ def read_lines(path: Path) -> tuple[list[Written], list[Mistake]]:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigurationError(
-            problem=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}.",
+            problem=f"Cannot read {path}{place}: {getattr(error, 'problem', None) or said(error)}.",
             details=_context_of(error),
             instead=_ONE_PER_LINE,
         ) from None

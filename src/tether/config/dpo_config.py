@@ -84,8 +84,8 @@ class DPOConfig(TrainingArguments):
 
     Four defaults differ from `TrainingArguments`, as they do in TRL: `logging_steps=10`,
     `gradient_checkpointing=True`, `learning_rate=1e-6`, and `bf16=None`, which means: on where an accelerator
-    supports it, off on a CPU. With `bf16_full_eval` or `fp16_full_eval`, every evaluation runs in that dtype; the
-    weights keep theirs.
+    supports it, off on a CPU. `logging_nan_inf_filter` is off: a loss that is NaN or infinite ends the run. With
+    `bf16_full_eval` or `fp16_full_eval`, every evaluation runs in that dtype; the weights keep theirs.
 
     Every option has a help text at its field, which `tether train --help` shows too. These need more words:
 
@@ -109,6 +109,9 @@ class DPOConfig(TrainingArguments):
 
     learning_rate: float = _option(1e-6, "The initial learning rate of the optimizer.")
     logging_steps: float = _option(10, "Log every X optimizer steps; below 1, a share of all steps.")
+    logging_nan_inf_filter: bool = _option(
+        False, "Filter out NaN and Inf losses when logging, for which every micro-batch is waited for."
+    )
     gradient_checkpointing: bool = _option(True, "Recompute activations in the backward pass to save memory.")
     bf16: bool | None = _option(  # type: ignore[assignment]
         None, "bf16 mixed precision. Default: on where an accelerator supports it."

@@ -77,8 +77,15 @@ FORMER_ARGUMENTS: dict[str, str] = {
 
 # Options of LLaMA-Factory, Axolotl, ms-swift and the alignment-handbook, and what to write instead.
 # A key with a value is about that value alone.
-_LENGTH, _ADAPTER, _ALL_WEIGHTS = "`max_length={}`", "`lora_r=16`", "nothing: without `lora_r` all weights are trained"
-_IN_4_BITS, _NOT_HERE = "`load_in_4bit=True` with `lora_r=16`", "nothing: Tether trains the losses of `loss_type`"
+_LENGTH, _ADAPTER, _ALL_WEIGHTS = (
+    "`max_length={}`",
+    "`lora_r`, with the adapter's rank",
+    "nothing: without `lora_r` all weights are trained",
+)
+_IN_4_BITS, _NOT_HERE = (
+    "`load_in_4bit=True`, and `lora_r` with the adapter's rank",
+    "nothing: Tether trains the losses of `loss_type`",
+)
 _IS_DPO = "nothing: it is what Tether does"
 _OF_MODEL, _OF_TOKENIZER = (
     "nothing: the model's own config has it",

@@ -57,6 +57,8 @@ class ChatTemplate:
         Raises:
             DataError: If rendering fails.
         """
+        for one in conversations:
+            self._check_parts(one, **options)
         ids: list[list[int]] = self._render(conversations, tokenize=True, return_dict=True, **options)["input_ids"]
         return ids
 
@@ -78,6 +80,27 @@ class ChatTemplate:
                 problem=f"{self._where} cannot be rendered by the tokenizer's chat template: {said(error)}.",
                 instead="Change the row's messages to what the template accepts, or drop the row.",
             ) from error
+
+    def _check_parts(self, messages: list[Any], **options: Any) -> None:
+        """Refuses content in parts where the template renders text alone, or the list as Python prints it."""
+        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        if not lists:
+            return
+        text = self._tried(messages, **options)
+        as_text = [one | {"content": "."} if one.get("content") in lists else one for one in messages]
+        is_printed = text is not None and any(str(content) in text for content in lists)
+        if is_printed or (text is None and self._tried(as_text, **options) is not None):
+            raise DataError(
+                problem=f"{self._where} has a message whose `content` is a list of parts, and the tokenizer's chat "
+                "template renders text alone.",
+                instead="Write the text of the parts as `content`, or use a template that renders them.",
+            )
+
+    def _tried(self, messages: list[Any], **options: Any) -> str | None:
+        try:
+            return str(self._renderer.apply_chat_template(messages, **self._options, tokenize=False, **options))
+        except Exception:  # of which `_render` says what it is
+            return None
 
     def _tools(self, tools: Any) -> Any:
         if not isinstance(tools, str):

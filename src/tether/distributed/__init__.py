@@ -24,6 +24,7 @@ from tether.distributed.processes import (
     reduced,
 )
 from tether.distributed.shards import (
+    device_of,
     exchanged,
     forget_gathered,
     full_shape,
@@ -46,6 +47,7 @@ __all__ = [
     "cast_as_training_will",
     "check_alike",
     "copy_of_sharded",
+    "device_of",
     "exchanged",
     "forget_gathered",
     "full_shape",

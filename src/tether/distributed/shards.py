@@ -44,6 +44,13 @@ def has_shards(model: nn.Module) -> bool:
     return _has_fsdp(modules) or any(map(is_sharded, _parameters_of(modules)))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes; FSDP2 with CPU offload keeps its shards on the host."""
+    parameter = next(model.parameters())
+    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+    return parameter.device if kind == parameter.device.type else torch.device(kind)
+
+
 def is_fsdp(model: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the model or to some of its modules."""
     return _has_fsdp(modules_of(model))

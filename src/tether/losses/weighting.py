@@ -13,7 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.types import PairBatch, PairScores, PairTokens, ResponseLogProbs, TokenScores, offsets_of
+from tether.types import (
+    PairBatch,
+    PairScores,
+    PairTokens,
+    ResponseLogProbs,
+    TokenScores,
+    offsets_of,
+    on_device,
+    places_of,
+)
 
 
 def pair_scores(
@@ -43,10 +52,14 @@ def pair_scores(
 def pair_tokens(batch: PairBatch, policy: ResponseLogProbs, reference: ResponseLogProbs) -> PairTokens:
     """Every token of the pairs' responses; those of a response in several pairs once for each."""
     device = policy.values.device
-    ids = batch.response_ids if batch.scored is None else batch.response_ids[batch.scored]
+    ids = (
+        batch.response_ids
+        if batch.scored is None
+        else batch.response_ids[places_of(batch.scored, batch.scored_lengths)]
+    )
 
     def tokens(side: tuple[int, ...]) -> TokenScores:
-        places = _places(batch, side).to(device)
+        places = on_device(_places(batch, side), device)
         offsets = offsets_of([batch.counted_lengths()[r] for r in side], device)
         return TokenScores(policy.values[places], reference.values[places], ids[places], offsets)
 
@@ -67,8 +80,8 @@ def _desensitized(batch: PairBatch, log_probs: ResponseLogProbs, alpha: float) -
     def weighted(side: tuple[int, ...]) -> Tensor:
         # A response in several pairs is gathered once per pair, since the length shared with its partner differs.
         beyond = torch.cat([torch.arange(lengths[r]) >= n for r, n in zip(side, public, strict=True)])
-        weights = torch.ones(len(beyond), dtype=log_probs.values.dtype).masked_fill(beyond, alpha).to(device)
-        values = log_probs.values[_places(batch, side).to(device)] * weights
+        weights = torch.ones(len(beyond), dtype=log_probs.values.dtype).masked_fill(beyond, alpha)
+        values = log_probs.values[on_device(_places(batch, side), device)] * on_device(weights, device)
         return torch.segment_reduce(values, "sum", offsets=offsets_of([lengths[r] for r in side], device))
 
     return weighted(batch.chosen), weighted(batch.rejected)
@@ -118,7 +131,7 @@ class RewardShift:
             counts: Whether this process's pairs count.
         """
         rewards = torch.cat([beta * scores.chosen_logratios, beta * scores.rejected_logratios]).detach().double()
-        totals = reduce(torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())]) * counts)
+        totals = reduce(torch.stack([rewards.sum(), rewards.new_full((), rewards.numel())]) * counts)
         self._totals = totals if self._totals is None else self._totals.to(totals) + totals
         return self.mean(scores.policy_chosen)
 

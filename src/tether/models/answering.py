@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from tether.distributed import device_of
 from tether.scoring.evaluation import evaluation_mode
 
 
@@ -40,7 +41,7 @@ def answer(
         seed: Draw the answers at temperature 1 with this seed; by default each token is the most likely one.
         streamer: Gets the tokens as they come; for one prompt.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     width = max(map(len, prompts))
     filling = ends[0] if ends else 0
     rows = [[filling] * (width - len(ids)) + list(ids) for ids in prompts]

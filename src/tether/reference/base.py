@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from tether.distributed import device_of
 from tether.errors import ReferenceModelError
 from tether.reference.held import Slot
 from tether.reference.identity import ReferenceIdentity
 from tether.scoring import Reads, score
 from tether.scoring.at_rest import multiplies_in_tf32
-from tether.scoring.evaluation import evaluation_mode
+from tether.scoring.evaluation import evaluation_mode, running_in
 from tether.types import PairBatch, ResponseLogProbs
 
 BatchSource = Callable[[], Iterable[PairBatch]]
@@ -200,9 +201,7 @@ def score_without_gradient(model: nn.Module, batch: PairBatch, autocast_dtype: t
 
     `no_grad` rather than inference mode: inference tensors break a later training forward of sharded weights.
     """
-    device = next(model.parameters()).device
-    autocast: Any = torch.autocast(device.type, autocast_dtype) if autocast_dtype is not None else nullcontext()
-    with torch.no_grad(), evaluation_mode(model), autocast:
+    with torch.no_grad(), evaluation_mode(model), running_in(autocast_dtype, device_of(model)):
         log_probs = score(model, batch)
     return ResponseLogProbs(log_probs.values.to(batch.device), log_probs.offsets.to(batch.device))
 

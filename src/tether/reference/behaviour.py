@@ -51,9 +51,10 @@ class Behaviour:
         """What has changed since this was last asked, in words; a hook that only looks is a change too.
 
         Args:
-            everything: Look at the numbers on every module, not on some in rotation.
+            everything: Look at the numbers on every module, not on some in rotation, and at buffers on a device, for
+                which a step would have to wait.
         """
-        changed = [*self._changed_ways(), *self._changed_classes(), *self._changed_settings()]
+        changed = [*self._changed_ways(everything), *self._changed_classes(), *self._changed_settings()]
         return [*changed, *self._changed_numbers(everything)]
 
     def lacking(self, slots: Sequence[Slot]) -> list[str]:
@@ -61,8 +62,10 @@ class Behaviour:
         own = {id(module) for module in self._model.modules()}
         return [slot.name for slot in slots if id(slot.module) not in own]
 
-    def _changed_ways(self) -> list[str]:
-        glance, contents = _glance(self._modules.values()), [_content(*place) for place in self._buffers]
+    def _changed_ways(self, everything: bool) -> list[str]:
+        glance, contents = _glance(self._modules.values()), self._contents
+        if everything or all(_is_at_hand(*place) for place in self._buffers):
+            contents = [_content(*place) for place in self._buffers]
         if glance == self._known and contents == self._contents:
             return []
         known, self._ways = self._ways, _ways(self._model)
@@ -136,6 +139,11 @@ def _ways(model: nn.Module) -> Found:
         for holder, name in _buffers([module]):
             found["the buffer", f"{path}.{name}"] = _content(holder, name)
     return found
+
+
+def _is_at_hand(holder: dict[str, Tensor | None], name: str) -> bool:
+    buffer = holder.get(name)
+    return buffer is None or buffer.device.type == "cpu"
 
 
 def _content(holder: dict[str, Tensor | None], name: str) -> int:

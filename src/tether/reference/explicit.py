@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tether.distributed import (
     Sharding,
+    device_of,
     forget_gathered,
     full_shape,
     gather,
@@ -105,7 +106,7 @@ class ExplicitReference(MovableReference):
         # Reading weights again would be collective, and one process alone may need an answer.
         self._origins = () if apart else tuple(origins)
         self._is_apart = apart
-        self._placement = replace(placement, device=next(self._module.parameters()).device)
+        self._placement = replace(placement, device=device_of(self._module))
         self._policy_storages = _storages(policy.parameters()) if policy is not None else set()
         self._given = _storages(model.parameters()) if not apart else set()
         self._num_passes = 0

@@ -10,7 +10,7 @@ import torch
 from tether.errors import MissingLogProbsError
 from tether.reference.base import Kind, Reference, Traits
 from tether.reference.identity import ReferenceIdentity
-from tether.types import PairBatch, ResponseLogProbs, offsets_of
+from tether.types import PairBatch, ResponseLogProbs, offsets_of, on_device
 
 
 class GivenReference(Reference):
@@ -50,5 +50,5 @@ class GivenReference(Reference):
             )
         offsets = offsets_of(batch.response_lengths, batch.device)
         values = torch.zeros(sum(batch.response_lengths), device=batch.device)
-        values[offsets[:-1]] = torch.tensor(sums, device=batch.device)
+        values[offsets[:-1]] = on_device(torch.tensor(sums), batch.device)
         return ResponseLogProbs(values, offsets)

@@ -1,7 +1,8 @@
 """Tensors of a reference that others hold too: a change is seen at the next step, or read in rotation.
 
 An operation in place leaves a trace in a tensor's version, a new storage in its pointer. A fused optimizer and
-`tensor.data` leave neither, so the bytes are summed as well, a part of them at every step. Knows no reference.
+`tensor.data` leave neither, so the bytes are summed as well, a part of them at every step; on a device these sums are
+read a step later, when nothing waits for them. Knows no reference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.distributed import is_sharded, local_shard
+from tether.types import copies_later
 
 ROTATION_STEPS = 500  # in which every byte is read
 _LEAST_BYTES = 1 << 20  # of a part
@@ -75,10 +77,11 @@ class HeldTensors:
         ]
         self._sizes = [_num_bytes(self._own(index)) for index in range(len(self._slots))]
         self._parts = list(self._all_parts())
-        self._sums = [self._sum(part) for part in self._parts]
+        self._sums = _Sums(self._sum(part) for part in self._parts).read()
         self._traces = self._traces_now()
         self._trained = self._training()
         self._next = 0
+        self._late: tuple[list[int], _Sums] | None = None  # of the step before
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -91,14 +94,20 @@ class HeldTensors:
         return sum(self._sizes)
 
     def changed_at_step(self) -> list[str]:
-        """Names of tensors that have changed, as far as a look at all of them and one part of their bytes tell."""
+        """Names of tensors that have changed, as far as a look at all of them and one part of their bytes tell; on a
+        device, as of the step before.
+        """
         traces = self._traces_now()
         due = set(self._turn())
         if traces != self._traces:
             touched = {i for i, (old, new) in enumerate(zip(self._traces, traces, strict=True)) if old != new}
             due |= {i for i, part in enumerate(self._parts) if part[0] in touched}
             self._traces = traces
-        return self._changed(sorted(due))
+        asked = self._ask(sorted(due))
+        if asked[1].are_on_host:
+            return self._told(*asked)
+        before, self._late = self._late, asked
+        return [] if before is None else self._told(*before)
 
     def _turn(self) -> Iterator[int]:
         left = -(-self.num_bytes // ROTATION_STEPS)
@@ -111,7 +120,7 @@ class HeldTensors:
     def changed(self, names: Collection[str] | None = None) -> list[str]:
         """Names of tensors that have changed, by default of all; reads every byte."""
         named = [names is None or slot.name in names for slot in self._slots]
-        return self._changed(i for i, part in enumerate(self._parts) if named[part[0]])
+        return self._told(*self._ask([i for i, part in enumerate(self._parts) if named[part[0]]]))
 
     def trained_by(self, optimizer: Any) -> dict[str, int]:
         """The bytes of the tensors, by name, that an optimizer trains, or that have come to require a gradient."""
@@ -130,10 +139,12 @@ class HeldTensors:
     def _training(self) -> list[bool]:
         return [slot.tensor is not None and slot.tensor.requires_grad for slot in self._slots]
 
-    def _changed(self, parts: Iterable[int]) -> list[str]:
-        names = (
-            self._slots[self._parts[i][0]].name for i in parts if self._sum(self._parts[i]) not in (None, self._sums[i])
-        )
+    def _ask(self, parts: list[int]) -> tuple[list[int], _Sums]:
+        return parts, _Sums(self._sum(self._parts[i]) for i in parts)
+
+    def _told(self, parts: list[int], sums: _Sums) -> list[str]:
+        found = zip(parts, sums.read(), strict=True)
+        names = (self._slots[self._parts[i][0]].name for i, total in found if total not in (None, self._sums[i]))
         return list(dict.fromkeys(names))
 
     def _own(self, index: int) -> Tensor | None:
@@ -152,17 +163,17 @@ class HeldTensors:
             for start in range(0, end, size):
                 yield index, start, min(start + size, end)
 
-    def _sum(self, part: tuple[int, int, int]) -> int | None:
+    def _sum(self, part: tuple[int, int, int]) -> Tensor | None:
         """A sum of a part's bytes; None where it cannot be compared any more, as once the tensor is sharded."""
         index, start, stop = part
         slot, own = self._slots[index], self._own(index)
         if slot.tensor is None:
-            return -1
+            return torch.tensor(-1)
         if own is None:
             return None
         numbers, width = own.contiguous().reshape(-1), own.element_size()
         total = _sum_of(_bytes(numbers[start // width : stop // width]))
-        return total if start > 0 else total + sum(sum_of_bytes(scale) for scale in _scales(slot))
+        return total if start > 0 else total + sum(_sum_of(_bytes(scale)) for scale in _scales(slot))
 
     def _traces_now(self) -> list[tuple[int, ...]]:
         return [self._trace(index) for index in range(len(self._slots))]
@@ -173,6 +184,29 @@ class HeldTensors:
             return ()
         traces = id(slot.tensor), 0 if own.is_inference() else own._version, own.data_ptr()
         return traces if type(slot.tensor) in _PLAIN else (*traces, *_traces_of(_scales(slot)))
+
+
+class _Sums:
+    """Sums on their way to the host."""
+
+    def __init__(self, sums: Iterable[Tensor | None]) -> None:
+        known = list(sums)
+        self._is_known = [total is not None for total in known]
+        device = next((t.device for t in known if t is not None and t.device.type != "cpu"), torch.device("cpu"))
+        later = copies_later(device)
+        made = [total.to(device, non_blocking=later) for total in known if total is not None]
+        self._read: Tensor | None = torch.stack(made).to("cpu", non_blocking=later) if made else None
+        self.are_on_host = not later
+        self._copied = None if self.are_on_host else torch.Event(device)
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> list[int | None]:
+        """The sums, None for what could not be summed."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found = iter([] if self._read is None else self._read.tolist())
+        return [next(found) if known else None for known in self._is_known]
 
 
 def _is_readable(tensor: Tensor | None) -> bool:
@@ -208,18 +242,17 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def sum_of_bytes(tensor: Tensor) -> int:
     """A sum of a tensor's bytes in which each place counts differently."""
-    return _sum_of(_bytes(tensor))
+    return int(_sum_of(_bytes(tensor)))
 
 
-def _sum_of(flat: Tensor) -> int:
-    """The same of bytes; eight are taken at a time."""
+def _sum_of(flat: Tensor) -> Tensor:
+    """The same of bytes, where they are; eight are taken at a time."""
     if flat.storage_offset() % 8:
         flat = flat.clone()
     words = flat[: len(flat) // 8 * 8].view(torch.int64)
-    total = int((words * _factors(len(words), flat.device)).sum())
-    for place, byte in enumerate(flat[len(words) * 8 :].tolist()):
-        total += (place + 1) * byte
-    return total
+    total = (words * _factors(len(words), flat.device)).sum()
+    rest = flat[len(words) * 8 :].long()
+    return total + (rest * torch.arange(1, len(rest) + 1, device=flat.device)).sum() if len(rest) else total
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tether.distributed import gather, is_sharded, local_shard, on_main_process
 from tether.errors import ReferenceModelError
+from tether.models.finite import is_finite
 
 # Entries of a model config that do not change what the model computes.
 _COSMETIC = frozenset(
@@ -162,7 +163,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not is_finite(tensor):
         raise ReferenceModelError(
             problem=f"Cannot use this model: its weight `{name}` has NaN or infinite values.",
             details="Every log-prob computed with it would be NaN, for the policy and for the reference.",

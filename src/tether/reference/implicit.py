@@ -5,8 +5,9 @@ Knows what an adapter changes; `adapter_state` switches it. Holds no second set 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tether.distributed import exchanged, forget_gathered, full_shape, gather, has_shards, local_shard, shard_like
+from tether.distributed import (
+    device_of,
+    exchanged,
+    forget_gathered,
+    full_shape,
+    gather,
+    has_shards,
+    local_shard,
+    modules_of,
+    shard_like,
+)
 from tether.errors import ArgumentTypeError, ConfigurationError, DriftError, ReferenceModelError
 from tether.reference.adapter_state import adapter_off, adapter_on, adapter_settings
 from tether.reference.adapter_tensors import base_tensors, beside_base, is_adapter_model
@@ -65,15 +76,16 @@ class ImplicitReference(MovableReference):
                 instead="Pass a `PeftModel`, or write `ExplicitReference.of_policy(policy)`.",
             )
         self._policy = policy
-        device = next(policy.parameters()).device.type
+        device = device_of(policy).type
         if autocast_dtype is None and torch.is_autocast_enabled(device):
             autocast_dtype = torch.get_autocast_dtype(device)
         self._autocast_dtype = autocast_dtype
         self._num_passes = 0
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self._starts_at_zero = has_zero_delta(policy)
+        without = cache(lambda: _probed_off(policy, trainable))  # one forward for both questions
+        self._starts_at_zero = has_zero_delta(policy, without)
         self._adapter_off = self._starts_at_zero and not moves
-        kept = _reaching_forward(policy, trainable) if self._adapter_off else trainable
+        kept = _reaching_forward(policy, trainable, without) if self._adapter_off else trainable
         # By name: FSDP2 puts other parameter objects into the modules when it shards them.
         self._copies = {name: local_shard(parameter).clone() for name, parameter in kept.items()}
         self._buffers = _written_buffers(policy)
@@ -240,26 +252,23 @@ def _put_in(buffers: list[tuple[Slot, Tensor]]) -> Iterator[None]:
             slot.holder[slot.key] = tensor
 
 
-def has_zero_delta(policy: PeftModel) -> bool:
+def has_zero_delta(policy: PeftModel, without: Callable[[], Tensor]) -> bool:
     """Whether the adapter, as it is now, changes nothing: its logits equal the base's, bit for bit.
 
     Checked in two ways, because a probe may miss what it does not touch (an unrouted expert, a token's embedding): by
     the tensors, for types whose tensors show it, and by a forward with the adapter on against one with it off.
+
+    Args:
+        policy: The policy.
+        without: Gives the probe's logits with the adapter off.
     """
     if any(config.is_prompt_learning for config in policy.peft_config.values()):
         return False
     if has_shards(policy) and not _trains_only_what_is_switched_off(policy):
         return False
-    if not all(_changes_nothing(module) for module in policy.modules()):
+    if not all(map(_changes_nothing, modules_of(policy))):
         return False
-    if has_shards(policy):
-        return True
-    probe = _probe_ids(policy)
-    with torch.no_grad(), evaluation_mode(policy):
-        with_adapter = policy(input_ids=probe, use_cache=False).logits
-        with adapter_off(policy):
-            without = policy(input_ids=probe, use_cache=False).logits
-    return torch.equal(with_adapter, without)
+    return has_shards(policy) or torch.equal(_probed(policy).detach(), without())
 
 
 def _changes_nothing(module: nn.Module) -> bool:
@@ -299,19 +308,31 @@ def _is_zero_pair(layer: BaseTunerLayer) -> bool:
     return True
 
 
-def _reaching_forward(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def _reaching_forward(
+    policy: PeftModel, trainable: Mapping[str, nn.Parameter], without: Callable[[], Tensor]
+) -> dict[str, nn.Parameter]:
     """The trainable tensors that still change the forward with the adapter off; one backward finds them."""
     if has_shards(policy):
         return {}  # see `_trains_only_what_is_switched_off`
-    probe = _probe_ids(policy)
-    with torch.enable_grad(), evaluation_mode(policy), adapter_off(policy):
+    logits = without()
+    if not logits.requires_grad:
+        return {}
+    grads: Any = torch.autograd.grad(logits.float().sum(), list(trainable.values()), allow_unused=True)
+    return {name: p for (name, p), grad in zip(trainable.items(), grads, strict=True) if grad is not None}
+
+
+def _probed_off(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) -> Tensor:
+    with adapter_off(policy):
         for parameter in trainable.values():
             parameter.requires_grad_(True)
-        logits = policy(input_ids=probe, use_cache=False).logits
-        if not logits.requires_grad:
-            return {}
-        grads: Any = torch.autograd.grad(logits.float().sum(), list(trainable.values()), allow_unused=True)
-    return {name: p for (name, p), grad in zip(trainable.items(), grads, strict=True) if grad is not None}
+        return _probed(policy)
+
+
+def _probed(policy: PeftModel) -> Tensor:
+    """The logits of a few random tokens, with their graph: kernels may differ without one."""
+    with torch.enable_grad(), evaluation_mode(policy):
+        logits: Tensor = policy(input_ids=_probe_ids(policy), use_cache=False).logits
+    return logits
 
 
 def _probe_ids(policy: PeftModel) -> Tensor:
@@ -319,4 +340,4 @@ def _probe_ids(policy: PeftModel) -> Tensor:
     vocab_size = int(full_shape(embeddings.weight)[0])
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     ids = torch.randint(vocab_size, (2, 16), generator=generator)
-    return ids.to(next(policy.parameters()).device)
+    return ids.to(device_of(policy))

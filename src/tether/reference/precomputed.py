@@ -28,7 +28,7 @@ from tether.reference.probing import check_probes, write_probes
 from tether.reference.store_checks import StoreChecks
 from tether.reference.wrapping import WrappingReference
 from tether.store import LogProbStore, key_at_length
-from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of
+from tether.types import PairBatch, Response, ResponseLogProbs, offsets_of, on_device
 
 StoreMode = Literal["fill", "lazy", "require"]
 _EXCERPT_TOKENS, _EXCERPT_LETTERS = 40, 80
@@ -180,11 +180,11 @@ class PrecomputedReference(WrappingReference[Reference]):
         lacking = [index for index, value in enumerate(values) if value is None]
         if lacking:
             for index, value in zip(lacking, self._compute_some(batch, lacking), strict=True):
-                values[index] = value
+                values[index] = value.cpu()
         else:
             self._take_part()
-        joined = torch.cat([value.to(batch.device) for value in values if value is not None])
-        return ResponseLogProbs(joined, offsets_of(batch.response_lengths, batch.device))
+        joined = torch.cat([value for value in values if value is not None])
+        return ResponseLogProbs(on_device(joined, batch.device), offsets_of(batch.response_lengths, batch.device))
 
     def stored(self, batch: PairBatch) -> list[Float[Tensor, " length"] | None]:
         """The stored log-probs of each response, on the CPU; None if the store lacks them. Scores nothing."""

@@ -139,17 +139,15 @@ class ReferenceWatch:
         self._gaps_known.clear()
         return True
 
-    def gap_at_start(
-        self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs, *, has_trained: bool
-    ) -> dict[str, float]:
-        """The gap between policy and reference on the first batch; nothing on later ones, or once it has trained.
+    def gap_at_start(self, policy: nn.Module, batch: PairBatch, answer: ResponseLogProbs) -> dict[str, float]:
+        """The gap between a policy that has not trained and the reference on the first batch; nothing on later ones.
 
         The first batch of an evaluation before training counts by itself, and not where the user has the adapter off.
 
         Raises:
             InitialGapError: If the reference is meant to be the initial policy and rounding does not explain the gap.
         """
-        if has_trained or policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
+        if policy.training in self._gaps_known or (not policy.training and has_adapter_off(policy)):
             return {}
         scores = self._scored(policy, batch)
         if self.noise is None and self.has_noise(policy):

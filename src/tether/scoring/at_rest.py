@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tether.distributed import has_shards
+from tether.distributed import device_of, has_shards
 from tether.scoring.evaluation import evaluation_mode
 from tether.scoring.rotary import reset_rotary
 
@@ -27,7 +27,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
     A part that does nothing yet (an adapter's zeros, a gate, a temperature of 1) will do something once it trains.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.no_grad(),
@@ -71,13 +71,12 @@ def _is_constant(parameter: Tensor) -> bool:
 
 def is_rough(model: nn.Module) -> bool:
     """Whether the model computes in less than fp32, so that its plain log-probs have errors of their own."""
-    parameter = next(model.parameters())
-    on_cuda = parameter.device.type == "cuda"
+    device = device_of(model).type
     return (
         any(one.dtype in _HALF or not one.is_floating_point() for one in model.parameters())
-        or torch.is_autocast_enabled(parameter.device.type)
+        or torch.is_autocast_enabled(device)
         or "_original_forward" in vars(model)  # accelerate's autocast
-        or (on_cuda and multiplies_in_tf32())
+        or (device == "cuda" and multiplies_in_tf32())
     )
 
 
@@ -113,7 +112,7 @@ def _without_autocast(model: nn.Module, call: Callable[..., Any], /, **inputs: A
     try:
         if "_original_forward" in own:
             own["forward"] = own["_original_forward"]
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        with torch.autocast(device_of(model).type, enabled=False):
             return call(**inputs)
     finally:
         if wrapped is not None:

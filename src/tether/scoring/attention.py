@@ -1,4 +1,4 @@
-"""Exact attention over a packed row: every response attends to its prompt and to itself, and to nothing else.
+"""Exact attention over a packed row: every token attends to those before it in its sequence, and to nothing else.
 
 Registered with transformers' public attention interfaces; nothing is patched. Knows tensors; knows no pairs, no
 models beyond their config.
@@ -9,19 +9,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tether.scoring.groups import groups_of
-from tether.scoring.varlen import plan_of, varlen_attention
+from tether.scoring.chains import PackedRow, chains_of
+from tether.scoring.varlen import varlen_attention
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -40,7 +41,7 @@ class UnsupportedAttentionError(RuntimeError):
 
 def kernels_for(device: torch.device, half: bool) -> tuple[Kernel, ...]:
     """The kernels that may attend to packed rows here, the fastest first."""
-    has_varlen = device.type == "cuda" and half and find_spec("torch.nn.attention.varlen") is not None
+    has_varlen = device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
     return ("varlen", "pairwise") if has_varlen else ("pairwise",)
 
 
@@ -60,16 +61,15 @@ def packed_attention_of(model: nn.Module, kernel: Kernel, keep: bool) -> Iterato
             backward, after scoring. Plain calls then go through to the model's own implementation.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    before = config._attn_implementation
-    plain = own_implementation(before) or "eager"
+    plain = own_implementation(config._attn_implementation) or "eager"
     scoring, kept = (f"{prefix}_{kernel}:{plain}" for prefix in (_SCORING, _KEPT))
     _register(plain, kernel, scoring, kept)
-    # The mask registry does not know this name, so transformers makes no mask.
-    config._attn_implementation = scoring
     try:
-        yield
+        with _named(config, scoring):  # the mask registry does not know it, so transformers makes no mask
+            yield
     finally:
-        config._attn_implementation = kept if keep else before
+        if keep:
+            config._attn_implementation = kept
 
 
 def restore(model: nn.Module) -> None:
@@ -96,16 +96,18 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_lengths: Tensor | None = None,
+    packed_row: PackedRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Called by transformers in each layer: handles packed rows, and passes everything else to the model's own."""
-    # A vision tower may be handed the lengths too; it attends in both directions, to something that is not the row.
-    if packed_lengths is None or not getattr(module, "is_causal", True):
+    # A vision tower may be handed the row too; it attends in both directions, to something that is not the row.
+    if packed_row is None or not getattr(module, "is_causal", True):
         # "eager" is not in the registry: each model file has its own.
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         usual: Any = AttentionInterface().get_interface(plain, own)  # type: ignore[arg-type]
-        result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
+        config = getattr(module, "config", None)
+        with nullcontext() if config is None else _named(config, plain):
+            result: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **kwargs)
         return result
     if kwargs.get("s_aux") is not None:
         raise UnsupportedAttentionError("attention sinks need the padded layout")
@@ -114,7 +116,7 @@ def _attend(
         query,
         key,
         value,
-        packed_lengths,
+        packed_row,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
@@ -124,11 +126,21 @@ def _attend(
     return output, None
 
 
+@contextmanager
+def _named(config: Any, name: str) -> Iterator[None]:
+    """While open, the config names an attention; transformers' flash attention loads its kernel by that name."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def packed_attention(
     query: Float[Tensor, "1 heads row size"],
     key: Float[Tensor, "1 key_heads row size"],
     value: Float[Tensor, "1 key_heads row value_size"],
-    lengths: Int[Tensor, " entries"],
+    row: PackedRow,
     *,
     scale: float,
     window: int | None = None,
@@ -136,11 +148,11 @@ def packed_attention(
     dropout: float = 0.0,
     kernel: Kernel = "pairwise",
 ) -> Float[Tensor, "1 row heads value_size"]:
-    """Attention over a packed row; for each response, equal to causal attention over `prompt + response`.
+    """Attention over a packed row; for each sequence, equal to causal attention over it alone.
 
     Args:
         query, key, value: Of the whole row; fewer key than query heads share keys (grouped-query attention).
-        lengths: The row's structure, from `lengths_tensor`.
+        row: The row's structure.
         scale: Factor on the scores.
         window: Each query sees at most this many positions, its own included.
         softcap: Scores are `softcap * tanh(score / softcap)`.
@@ -154,53 +166,52 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cpu" and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
-        output: Tensor = _packed_flash(query, key, value, lengths, scale, window or 0)[0]
+        output: Tensor = _packed_flash(query, key, value, row.links, scale, window or 0)[0]
     elif kernel == "varlen" and _fits_varlen(query, value, softcap, dropout):
-        output = _packed_varlen(query, key, value, lengths, scale, window)
+        output = _packed_varlen(query, key, value, row, scale, window)
     else:
-        output = _packed_pairwise(query, key, value, lengths, scale, window, softcap, dropout)
+        output = _packed_pairwise(query, key, value, row, scale, window, softcap, dropout)
     return output
 
 
 def _fits_varlen(query: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
+    size = query.shape[-1]
+    has_kernel = size % 8 == 0 and (size <= 192 or 224 < size <= 256)  # between them, some cards have no backward
+    return query.is_cuda and half and softcap is None and dropout == 0.0 and has_kernel and size == value.shape[-1]
 
 
 @torch.compiler.disable
 def _packed_varlen(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float, window: int | None
 ) -> Tensor:
-    return varlen_attention(query, key, value, plan_of(lengths, query.device), scale=scale, window=window)
+    return varlen_attention(query, key, value, row.varlen_plan, scale=scale, window=window)
 
 
-# --- sequence by sequence, through autograd: any device, softcap and dropout ------------------------------------------
+# --- chain by chain, through autograd: any device, softcap and dropout ------------------------------------------
 
 
 @torch.compiler.disable
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # cuDNN plans each shape
 def _packed_pairwise(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: Tensor,
+    row: PackedRow,
     scale: float,
     window: int | None,
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    sizes = [size for group in groups_of(lengths) for size in (group.prompt_length, *group.response_lengths)]
+    sizes, pieces = row.pieces
+    wide = torch.promote_types(key.dtype, torch.float32)  # for the sum of a token's gradients, one of each chain
     # `split`, not slices: the backward of a slice fills a tensor of the whole row with zeros.
-    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    keys, values = (tensor.to(wide).split(sizes, dim=2) for tensor in (key, value))
+    queries = query.split([chain.own.stop - chain.own.start for chain in row.chains], dim=2)
     outputs = []
-    place = 0
-    for group in groups_of(lengths):
-        prompt, place = place, place + 1
-        for number in range(len(group.response_lengths)):
-            # The prompt's own queries go with the first response.
-            q = torch.cat([queries[prompt], queries[place]], 2) if number == 0 else queries[place]
-            k, v = (torch.cat([parts[prompt], parts[place]], 2) for parts in (keys, values))
-            outputs.append(_attend_at_end(q, k, v, scale, window, softcap, dropout))
-            place += 1
+    for q, sequence in zip(queries, pieces, strict=True):
+        k, v = (torch.cat([parts[piece] for piece in sequence], 2).to(query.dtype) for parts in (keys, values))
+        outputs.append(_attend_at_end(q, k, v, scale, window, softcap, dropout))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
@@ -208,23 +219,24 @@ def _attend_at_end(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
 ) -> Tensor:
     """Causal attention of the last `query.shape[2]` positions of a sequence."""
-    grouped = query.shape[1] != key.shape[1]
-    square = query.shape[2] == key.shape[2]
-    if softcap is None and square and (window is None or window >= key.shape[2]):
-        return scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    first = key.shape[2] - query.shape[2]
-    mask = _allowed(first, query.shape[2], 0, key.shape[2], window, query.device)
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
-    if grouped:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if query.shape[1] != key.shape[1]:  # with `enable_gqa`, only flash attention takes them, and it takes no mask
         key, value = (shared.repeat_interleave(query.shape[1] // shared.shape[1], 1) for shared in (key, value))
+    mask: Tensor = _lower_right(num_queries, num_keys)
+    if softcap is not None or (window is not None and window < num_keys):
+        mask = _allowed(num_keys - num_queries, num_queries, 0, num_keys, window, query.device)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
+
+
+def _lower_right(num_queries: int, num_keys: int) -> CausalBias:
+    """`causal_lower_right`, which cannot be called in a dispatch mode (a counter of FLOPs, selective checkpointing)."""
+    bias = torch.empty(0).as_subclass(CausalBias)
+    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, num_queries, num_keys
+    return bias
 
 
 def _allowed(
@@ -239,10 +251,10 @@ def _allowed(
 
 # --- CPU: flash attention in blocks, as one opaque operator ---------------------------------------------------------
 #
-# A row is covered by square causal blocks (prompt + first response; each further response by itself) and by
-# rectangles (a further response's queries over its prompt's keys). The two blocks of a further response are merged by
-# their log-sum-exps: out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse), lse = logaddexp(lse_a, lse_b). The flash
-# backward needs only the merged out and lse to be exact for each block.
+# A chain's queries attend to its own keys (a causal square), and to the tokens before those in their sequence (a
+# rectangle for each slice of the row). Two blocks of the same queries are merged by their log-sum-exps:
+# out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse), lse = logaddexp(lse_a, lse_b). The flash backward needs only
+# the merged out and lse to be exact for each block.
 
 
 class _Block(NamedTuple):
@@ -250,22 +262,16 @@ class _Block(NamedTuple):
     keys: slice
     causal: bool
     mask: Tensor | None
-    merges: bool  # adds to what an earlier block gave these queries
+    merges: bool  # adds to what the square of these queries gave, and of these keys
 
 
-def _blocks(lengths: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Block]:
-    for start, prompt_length, response_lengths in groups_of(lengths):
-        end = start + prompt_length
-        for number, length in enumerate(response_lengths):
-            if number == 0:
-                whole = slice(start, end + length)
-                yield _block(whole, whole, 0, 0, window, dtype)
-            else:
-                queries = slice(end, end + length)
-                yield _block(queries, queries, prompt_length, prompt_length, window, dtype)
-                prompt = slice(start, start + prompt_length)
-                yield _block(queries, prompt, prompt_length, 0, window, dtype)._replace(merges=True)
-            end += length
+def _blocks(links: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Block]:
+    for start, own, before in chains_of(links):
+        yield _block(own, own, start, start, window, dtype)
+        first_key = 0
+        for keys in before:
+            yield _block(own, keys, start, first_key, window, dtype)._replace(merges=True)
+            first_key += keys.stop - keys.start
 
 
 def _block(queries: slice, keys: slice, first_query: int, first_key: int, window: int, dtype: torch.dtype) -> _Block:
@@ -280,13 +286,13 @@ def _block(queries: slice, keys: slice, first_query: int, first_key: int, window
 
 @torch.library.custom_op("tether::packed_attention", mutates_args=(), device_types="cpu")
 def _packed_flash(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int
+    query: Tensor, key: Tensor, value: Tensor, links: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     """Output (1, row, heads, size) and log-sum-exp (1, row, heads)."""
     _, heads, row, size = query.shape
     output = query.new_empty(1, row, heads, size)
     normalizer = query.new_empty(1, row, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-    for block in _blocks(lengths, window, query.dtype):
+    for block in _blocks(links, window, query.dtype):
         out, lse = _flash(
             query[:, :, block.queries],
             key[:, :, block.keys],
@@ -315,14 +321,18 @@ def _packed_flash_backward(
     value: Tensor,
     output: Tensor,
     normalizer: Tensor,
-    lengths: Tensor,
+    links: Tensor,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = query.dtype
+    # Torch's flash backward takes about five times as long in half precision as in fp32, unlike its forward.
+    wide = (tensor.to(normalizer.dtype) for tensor in (grad.transpose(1, 2), query, key, value, output.transpose(1, 2)))
+    grad, query, key, value, output = wide
+    normalizer = normalizer.transpose(1, 2)
     # The memory layout of transformers' projections, so that later operations need no copy.
     grads = _like_projections(query, key, value)
-    grad, output, normalizer = (tensor.transpose(1, 2) for tensor in (grad, output, normalizer))
-    for block in _blocks(lengths, window, query.dtype):
+    for block in _blocks(links, window, query.dtype):
         pieces = _flash_backward(
             grad[:, :, block.queries],
             query[:, :, block.queries],
@@ -338,9 +348,9 @@ def _packed_flash_backward(
         for total, piece, place in zip(grads, pieces, (block.queries, block.keys, block.keys), strict=True):
             if block.merges:
                 total[:, place] += piece.transpose(1, 2)
-            else:  # the one causal block that covers these positions comes first
+            else:  # the square of these positions comes first
                 total[:, place] = piece.transpose(1, 2)
-    query_grad, key_grad, value_grad = (total.transpose(1, 2) for total in grads)
+    query_grad, key_grad, value_grad = (total.to(dtype).transpose(1, 2) for total in grads)
     return query_grad, key_grad, value_grad
 
 
@@ -352,7 +362,7 @@ def _like_projections(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]
 
 
 @_packed_flash.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, links: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
     _, heads, row, size = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(1, row, heads, size), query.new_empty(1, row, heads, dtype=dtype)
@@ -366,13 +376,13 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, lengths, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, lengths, *output)
+    query, key, value, links, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, links, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, lengths, output, normalizer = ctx.saved_tensors
-    grads = _packed_flash_backward(grad, query, key, value, output, normalizer, lengths, ctx.scale, ctx.window)
+    query, key, value, links, output, normalizer = ctx.saved_tensors
+    grads = _packed_flash_backward(grad, query, key, value, output, normalizer, links, ctx.scale, ctx.window)
     return (*grads, None, None, None)
 
 

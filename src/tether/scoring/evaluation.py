@@ -1,10 +1,12 @@
-"""A model in evaluation mode for a while. Knows modules only."""
+"""A model in evaluation mode, or in another precision, for a while. Knows modules only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,40 +24,40 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     training than in evaluation, so that reference and policy would differ from the first step on.
     """
     modules = modules_of(model)
-    with _modes_as_before(module for module in modules if module.training) as training:
+    training = [module for module in modules if module.training]
+    try:
         if training and not _has_plain_modes(modules):
             model.eval()
-        for module in training:
-            _set_mode(module, _is_in_8_bits(module))
+        _set_mode(training, False)
+        _set_mode(filter(_is_in_8_bits, training), True)
         yield
+    finally:
+        _set_mode(training, True)
+
+
+def running_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """While open, products run in this dtype, whatever the weights are held in; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextmanager
 def products_of_training(model: nn.Module) -> Iterator[None]:
     """While open, layers in 8 bits compute as in training, also under `evaluation_mode`, whatever was run before."""
-    with _modes_as_before(filter(_is_in_8_bits, modules_of(model))) as in_8_bits:
-        for module in in_8_bits:
-            _set_mode(module, True)
-        yield
-
-
-@contextmanager
-def _modes_as_before(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Gives some modules, whose modes are afterwards what they are now."""
-    modes = [(module, module.training) for module in modules]
+    evaluating = [module for module in modules_of(model) if _is_in_8_bits(module) and not module.training]
     try:
-        yield [module for module, _ in modes]
+        _set_mode(evaluating, True)
+        yield
     finally:
-        for module, mode in modes:
-            _set_mode(module, mode)
+        _set_mode(evaluating, False)
 
 
-def _set_mode(module: nn.Module, mode: bool) -> None:
-    state = vars(module)
-    if "training" in state and not hasattr(type(module), "training"):
-        state["training"] = mode  # `nn.Module.__setattr__` takes ten times as long, and does the same
-    else:
-        module.training = mode
+def _set_mode(modules: Iterable[nn.Module], mode: bool) -> None:
+    for module in modules:
+        state = module.__dict__
+        if "training" in state and not hasattr(type(module), "training"):
+            state["training"] = mode  # `nn.Module.__setattr__` takes ten times as long, and does the same
+        else:
+            module.training = mode
 
 
 def _has_plain_modes(modules: Iterable[nn.Module]) -> bool:

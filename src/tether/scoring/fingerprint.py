@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
+from tether.distributed import device_of
 from tether.scoring.attention import own_implementation
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -66,7 +67,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         if children := state["_modules"]:
             waiting.extend([child for child in children.values() if child is not None])
     functions = tuple(_functions_of(kinds))
-    device = next((device.type for _, device in tensors), "cpu")
+    device = device_of(model).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     everywhere = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
     hooks = tuple(_callable(hook) for hooks in everywhere for hook in hooks.values())

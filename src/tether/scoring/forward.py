@@ -18,6 +18,7 @@ from tether.scoring.attention import Kernel, packed_attention_of
 from tether.scoring.head import LOGITS_AT_A_TIME, logits_scores
 from tether.scoring.layout import ScoringRows, packed_rows, padded_rows
 from tether.scoring.projection import scoring_head
+from tether.scoring.rotary import rotary_limit
 from tether.types import PairBatch, TokenStatistics
 
 
@@ -48,9 +49,14 @@ class Answer(NamedTuple):
     outputs: Any
 
 
-def rows_of(batch: PairBatch, way: Way, *, router_weights: bool = False, spare: int = 0) -> ScoringRows:
+def rows_of(
+    model: nn.Module, batch: PairBatch, way: Way, *, router_weights: bool = False, spare: int = 0
+) -> ScoringRows:
     """The rows of a batch in the layout of a way that makes a single forward; `spare` as in `padded_rows`."""
-    return packed_rows(batch, router_weights) if way.layout == "packed" else padded_rows(batch, spare=spare)
+    if way.layout == "packed":
+        # One token less could be below a length at which frequencies change.
+        return packed_rows(batch, router_weights, whole=rotary_limit(model) is not None)
+    return padded_rows(batch, spare=spare)
 
 
 def run(
@@ -105,6 +111,7 @@ def _answer_of_logits(outputs: Any, rows: ScoringRows, statistics: bool) -> Answ
 
 def replays_forward(model: nn.Module) -> bool:
     """Whether activation checkpointing will run layers again during the backward."""
+    # Switching it on puts it into a module's own dict; asking a module for what it lacks takes eight times as long.
     return torch.is_grad_enabled() and any(
-        module.training and getattr(module, "gradient_checkpointing", False) for module in modules_of(model)
+        module.__dict__.get("gradient_checkpointing") and module.training for module in modules_of(model)
     )

@@ -142,11 +142,12 @@ class _TokenLogProbs(torch.autograd.Function):
             for run in _runs(hidden.shape[0], TOKENS_AT_A_TIME)
         ]
         log_probs, normalizer, gradient, *found = (torch.cat(column) for column in zip(*scanned, strict=True))
-        ctx.transform, ctx.dtype = transform, head.weight.dtype
+        ctx.transform, ctx.weight_dtype = transform, weight.dtype
         if ctx.head_is_frozen:
             ctx.save_for_backward(gradient.to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, normalizer, *ctx.kept.give())
+            # The weight as it was cast for the products: it is large, and the backward needs no other.
+            ctx.save_for_backward(hidden, head.weight, bias, targets, normalizer, *ctx.kept.give())
         ctx.mark_non_differentiable(*found)
         return (log_probs, *found)
 
@@ -157,11 +158,11 @@ class _TokenLogProbs(torch.autograd.Function):
             (gradient,) = ctx.saved_tensors
             return (gradient * upstream[:, None]).to(gradient.dtype), *[None] * 6
         hidden, weight, bias, targets, normalizer, *kept = ctx.saved_tensors
-        head = _Head(weight.to(ctx.dtype), bias, ctx.transform)
+        head = _Head(weight, bias, ctx.transform)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        inputs = hidden.to(ctx.dtype)
+        inputs = hidden.to(weight.dtype)
         hidden_grad = torch.zeros_like(hidden, dtype=normalizer.dtype) if wants_hidden else None
-        weight_grad = torch.empty_like(weight) if wants_weight else None
+        weight_grad = torch.empty_like(weight, dtype=ctx.weight_dtype) if wants_weight else None
         bias_grad = torch.empty_like(bias) if wants_bias else None
         runs = list(_runs(hidden.shape[0], TOKENS_AT_A_TIME))
         for tile in head.tiles(min(hidden.shape[0], TOKENS_AT_A_TIME)):
@@ -178,7 +179,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 _add_at_targets(grad, targets[run], tile, upstream[run])
                 if slope is not None:
                     grad *= slope
-                product_grad = grad.to(ctx.dtype)
+                product_grad = grad.to(weight.dtype)
                 if hidden_grad is not None:
                     _add_product(hidden_grad[run], product_grad, head.weight[tile])
                 if weight_grad is not None:
@@ -296,9 +297,12 @@ class _Sums:
         return tile_largest
 
     def add(self, below: Tensor, shares: Tensor, shrink: Tensor, offset: Tensor) -> None:
-        """Takes in `logits - largest` and their exponentials; `offset` is `largest` times the sum of these."""
-        self._weighted = self._weighted * shrink + torch.linalg.vecdot(below, shares) + offset
-        self._squares = self._squares * shrink.square() + torch.linalg.vecdot(shares, shares)
+        """Takes in `logits - largest` and their exponentials; `offset` is `largest` times the sum of these.
+
+        Overwrites `below` with the products it sums, so that no third tile is made.
+        """
+        self._weighted = self._weighted * shrink + below.mul_(shares).sum(-1) + offset
+        self._squares = self._squares * shrink.square() + torch.mul(shares, shares, out=below).sum(-1)
 
     def statistics(self, targets: Tensor, total: Tensor, normalizer: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
         """Entropy, mean logit, top-1 hits and `log sum_v p_v^2`."""

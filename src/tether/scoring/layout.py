@@ -5,9 +5,10 @@ Plans with plain integers on the host and moves the finished index tensors to th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tether.scoring.groups import lengths_tensor
-from tether.types import PairBatch, image_inputs
+from tether.scoring.chains import Link, PackedRow
+from tether.types import PairBatch, image_inputs, placed
 
 _Places: TypeAlias = npt.NDArray[np.int64]
 
@@ -33,63 +34,79 @@ class ScoringRows:
         targets: The response tokens, in the batch's order.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     width: int
     row: Int[Tensor, " tokens"]
     column: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
 
 
-def packed_rows(batch: PairBatch, router_weights: bool = False) -> ScoringRows:
+def packed_rows(batch: PairBatch, router_weights: bool = False, whole: bool = False) -> ScoringRows:
     """One row for the whole batch, each prompt once: `prompt_0 response_0 response_1 prompt_1 response_2 ...`.
 
-    Positions restart after the prompt for each of its responses; `packed_lengths` tells the attention which
-    tokens belong together.
+    What a prompt has in common with the one before it (`PairBatch.prefixes`) is not repeated either. Positions continue
+    those of the tokens before in the same sequence; `packed_row` tells the attention which these are. The last token of
+    a response is only predicted, so it is not in the row.
 
     Args:
         batch: The batch, on the model's device.
         router_weights: Weight each token, in the attention mask, by the number of sequences of the padded layout that
             it stands for: a router's load-balancing loss then equals the padded one.
+        whole: Feed the last token of each response too; as it is with `router_weights`, because that loss counts it.
     """
+    plan = _plan(batch, whole or router_weights)
+    row = PackedRow(plan.links, batch.device)
+    positions = [_run(link.depth, link.length) for link in plan.links]
+    columns = [plan.columns[response] for response in range(batch.num_responses)]
+    planned = [np.concatenate(runs) for runs in (positions, plan.source, columns)]
+    weights = [_sequence_counts(batch, row, plan.chain_of)] if router_weights else []
+    position_ids, places, column, *masks = placed([*planned, *weights], batch.device)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat([batch.prompt_ids, batch.response_ids])[places][None],
+        "position_ids": position_ids[None],
+        "packed_row": row,
+        **image_inputs(batch.images, len(places)),
+    }
+    if masks:
+        inputs["attention_mask"] = masks[0][None]
+    return ScoringRows(inputs, len(places), torch.zeros_like(column), column, batch.response_ids)
+
+
+class _Plan(NamedTuple):
+    """A packed row: its chains, where its tokens come from; for each response, its chain and where it is predicted."""
+
+    links: list[Link]
+    source: list[_Places]
+    chain_of: dict[int, int]
+    columns: dict[int, _Places]
+
+
+def _plan(batch: PairBatch, whole: bool) -> _Plan:
     members: list[list[int]] = [[] for _ in batch.prompt_lengths]
     for response, group in enumerate(batch.response_group):
         members[group].append(response)
     prompt_starts = list(accumulate(batch.prompt_lengths, initial=0))
     response_starts = list(accumulate(batch.response_lengths, initial=batch.prompt_ids.shape[0]))
-    source: list[_Places] = []
-    positions: list[_Places] = []
-    columns: list[_Places] = []
-    start = 0
-    for group, responses in enumerate(members):
-        prompt_length = batch.prompt_lengths[group]
-        source.append(_run(prompt_starts[group], prompt_length))
-        positions.append(_run(0, prompt_length))
-        last_of_prompt, start = start + prompt_length - 1, start + prompt_length
-        for response in responses:
-            length = batch.response_lengths[response]
-            source.append(_run(response_starts[response], length))
-            positions.append(_run(prompt_length, length))
-            column = _run(start - 1, length)
-            column[0] = last_of_prompt
-            columns.append(column)
-            start += length
-    device = batch.device
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])
-    inputs: dict[str, Any] = {
-        "input_ids": tokens[_tensor(source, device)][None],
-        "position_ids": _tensor(positions, device)[None],
-        "packed_lengths": lengths_tensor(
-            [
-                (batch.prompt_lengths[group], [batch.response_lengths[response] for response in responses])
-                for group, responses in enumerate(members)
-            ]
-        ),
-        **image_inputs(batch.images, start),
-    }
-    if router_weights:
-        inputs["attention_mask"] = _sequence_counts(batch, members).to(device)[None]
-    places = _tensor(columns, device)
-    return ScoringRows(inputs, start, torch.zeros_like(places), places, batch.response_ids)
+    links, source, chain_of, columns = plan = _Plan([], [], {}, {})
+    start = before = 0
+    for group, shared in batch.prefixes or [(group, 0) for group in range(batch.num_groups)]:
+        prompt_length, first = batch.prompt_lengths[group], len(links)
+        links.append(Link(before, shared, prompt_length - shared))
+        source.append(_run(prompt_starts[group] + shared, prompt_length - shared))
+        start += prompt_length - shared
+        last_of_prompt, before = start - 1, first
+        for response in members[group]:
+            num = batch.response_lengths[response] - (not whole)
+            if response == members[group][0]:  # goes on in the prompt's chain
+                links[first] = links[first]._replace(length=links[first].length + num)
+            elif num:
+                links.append(Link(first, prompt_length, num))
+            chain_of[response] = len(links) - 1
+            source.append(_run(response_starts[response], num))
+            columns[response] = _run(start - 1, batch.response_lengths[response])
+            columns[response][0] = last_of_prompt
+            start += num
+    return plan
 
 
 def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> ScoringRows:
@@ -114,9 +131,10 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> Scor
         mask[response, : prompt_length + length] = 1
         rows.append(np.full(length, response))
         columns.append(_run(prompt_length - 1, length))
-    device = batch.device
-    attention_mask = torch.from_numpy(mask).to(device)
-    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[torch.from_numpy(source).to(device)]
+    planned = [mask.ravel(), source.ravel(), np.concatenate(rows), np.concatenate(columns)]
+    flat_mask, places, row, column = placed(planned, batch.device)
+    attention_mask = flat_mask.view(mask.shape)
+    tokens = torch.cat([batch.prompt_ids, batch.response_ids])[places.view(mask.shape)]
     return ScoringRows(
         inputs={
             "input_ids": tokens.where(attention_mask.bool(), pad_token_id),
@@ -124,28 +142,20 @@ def padded_rows(batch: PairBatch, pad_token_id: int = 0, spare: int = 0) -> Scor
             **image_inputs([batch.images[group] for group in batch.response_group if batch.images], width),
         },
         width=width,
-        row=_tensor(rows, device),
-        column=_tensor(columns, device),
+        row=row,
+        column=column,
         targets=batch.response_ids,
     )
 
 
-def _sequence_counts(batch: PairBatch, members: list[list[int]]) -> Int[Tensor, " row"]:
+def _sequence_counts(batch: PairBatch, row: PackedRow, chain_of: Mapping[int, int]) -> _Places:
     """How many (pair, side) sequences each token of the packed row stands for."""
-    uses = [0] * batch.num_responses
+    counts: _Places = np.zeros(row.chains[-1].own.stop, dtype=np.int64)
     for response in (*batch.chosen, *batch.rejected):
-        uses[response] += 1
-    counts: list[int] = []
-    for group, responses in enumerate(members):
-        counts += [sum(uses[response] for response in responses)] * batch.prompt_lengths[group]
-        for response in responses:
-            counts += [uses[response]] * batch.response_lengths[response]
-    return torch.tensor(counts)
+        for places in row.chains[chain_of[response]].sequence:
+            counts[places] += 1
+    return counts
 
 
 def _run(start: int, length: int) -> _Places:
     return np.arange(start, start + length)
-
-
-def _tensor(runs: list[_Places], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(runs)).to(device)

@@ -5,6 +5,8 @@ Knows batches; knows no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
@@ -20,8 +22,9 @@ class Probe(NamedTuple):
     """What is scored to compare ways of scoring.
 
     Attributes:
-        batch: A prompt with a response up to the length that is proven and one of half as many tokens, and another
-            prompt, with its images if the run has two such, with two short ones. The last two are equally long.
+        batch: A prompt with a response up to the length that is proven and one of half as many tokens; one that shares
+            the first half of that prompt, where images do not forbid it; and another prompt, with its images if the run
+            has two such, with two short ones. The last two are equally long.
         contexts: One response behind two prompts.
         length: Tokens of the long row.
         spare: Columns of padding behind it in the padded layout: padding that takes part shows most in long rows.
@@ -67,10 +70,6 @@ def probe_of(
         start = draw.randrange(len(pool))
         return tuple((pool[start:] + pool * (num // len(pool) + 1))[:num])
 
-    def other(ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The same ids, but for the first."""
-        return (next(token for token in (*pool, 0, 1) if token != ids[0]), *ids[1:])
-
     shown = [response for response in responses if response.images]  # a sharded tower is used on all processes or none
     first = max(shown or responses, key=lambda response: len(response.prompt_ids) + len(response.token_ids))
     second = next((r for r in responses if r.prompt == first.prompt and r.token_ids != first.token_ids), None)
@@ -80,15 +79,31 @@ def probe_of(
     one = (first.token_ids + some(room))[:room]
     rest = room if alone else max(min(room, _ROOM), room // 2)
     two = ((second.token_ids if second else ()) + some(room))[:rest]
-    two = two if two[0] != one[0] else other(two)  # what one response begins with must not move the other
+    two = _differing(two, one, pool)  # what one response begins with must not move the other
     prompt, three, four = some(_SHORT_PROMPT), some(_ROOM), some(_ROOM)
-    three = three if three[0] != four[0] else other(three)
+    three = _differing(three, four, pool)
     pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
+    shared = 0 if alone or shown else min((len(first.prompt_ids) + 1) // 2, length - _SHORT_PROMPT - _ROOM)
+    if shared > 0:
+        ending = _differing(prompt, first.prompt_ids[shared:], pool)
+        like = first._replace(prompt_ids=first.prompt_ids[:shared] + ending, token_ids=three, key=b"")
+        pairs.append((like, like))
     if not alone:
         others = (r for r in shown if r.prompt != first.prompt and len(r.prompt_ids) + _ROOM <= length)
         behind = Response(prompt, ()) if one_image else next(others, Response(prompt, ()))
         pairs.append((behind._replace(token_ids=three, key=b""), behind._replace(token_ids=four, key=b"")))
-    contexts = Response(prompt, four), Response(other(prompt)[::-1], four)
+    contexts = Response(prompt, four), Response(_differing(prompt, prompt, pool)[::-1], four)
     spare = 0 if alone else _SPARE if limit is None else max(0, min(_SPARE, limit - length))
     made, context = (PairBatch.of_pairs(one).to(batch.device) for one in (pairs, [contexts]))
-    return Probe(made, context, length, spare)
+    return Probe(_sharing(made, shared), context, length, spare)
+
+
+def _differing(ids: tuple[int, ...], others: tuple[int, ...], pool: Sequence[int]) -> tuple[int, ...]:
+    """The ids, with another first one if it is that of the others."""
+    return (next(token for token in (ids[0], *pool, 0, 1) if (token,) != others[:1]), *ids[1:])
+
+
+def _sharing(batch: PairBatch, num: int) -> PairBatch:
+    """The batch, whose second prompt shares its first `num` tokens, whether that is worth it or not."""
+    prefixes = ((group, num if group == 1 else 0) for group in range(batch.num_groups))
+    return replace(batch, prefixes=tuple(prefixes)) if num > 0 else batch

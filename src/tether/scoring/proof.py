@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from tether.distributed import any_process, has_shards, num_processes, reduced
+from tether.distributed import any_process, device_of, has_shards, num_processes, reduced
 from tether.errors import ConfigurationError
 from tether.scoring.at_rest import at_rest, is_rough
 from tether.scoring.attention import kernels_for
@@ -108,8 +108,7 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
 def _agreed(model: nn.Module, wants: bool, longest: int) -> tuple[bool, int]:
     if not _is_collective(model):
         return wants, longest
-    device = next(model.parameters()).device
-    together = reduced(torch.tensor([int(wants), longest], device=device), "max").tolist()
+    together = reduced(torch.tensor([int(wants), longest], device=device_of(model)), "max").tolist()
     return bool(together[0]), together[1]
 
 
@@ -118,7 +117,7 @@ def _is_collective(model: nn.Module) -> bool:
 
 
 def _ways(model: nn.Module, base: nn.Module, layouts: Sequence[str]) -> Iterator[Way]:
-    kernels = kernels_for(next(model.parameters()).device, is_rough(model))
+    kernels = kernels_for(device_of(model), is_rough(model))
     heads = (False, True) if has_projection(base) else (True,)
     for layout in layouts:
         if layout == "packed":

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tether.distributed import full_shape, has_shards, num_processes
+from tether.distributed import device_of, full_shape, has_shards, num_processes
 from tether.refusals import Refusal, refuse
 from tether.scoring.attention import UnsupportedAttentionError, restore
+from tether.scoring.chains import PackedRow
 from tether.scoring.forward import Way, replays_forward, rows_of, run
 from tether.scoring.images import check_even_images
 from tether.scoring.layout import ScoringRows
@@ -62,7 +63,7 @@ def score(
         >>> log_probs = score(model, batch)          # doctest: +SKIP
         >>> chosen, rejected = batch.of_responses(log_probs.sums())  # doctest: +SKIP
     """
-    batch = batch.to(next(model.parameters()).device)
+    batch = batch.to(device_of(model))
     limit = rotary_limit(model)
     if limit is not None:
         reset_rotary(model)
@@ -109,7 +110,7 @@ def _score_in(
             for index in range(batch.num_responses)
         ]
         return join_log_probs(parts, range(batch.num_responses))
-    rows = rows_of(batch, way, router_weights=auxiliary_loss)
+    rows = rows_of(model, batch, way, router_weights=auxiliary_loss)
     if hasattr(model, "_orig_mod"):
         _expect_other_sizes(rows)
     answer = run(
@@ -163,7 +164,7 @@ def can_pack(model: nn.Module) -> bool:
     vocabulary, draw = full_shape(embeddings.weight)[0], Random(0)
     prompt, chosen, rejected = (tuple(draw.choices(range(vocabulary), k=num)) for num in (12, 9, 5))
     batch = PairBatch.of_pairs([(Response(prompt, chosen), Response(prompt, rejected))])
-    return _way_of(model, base, batch.to(embeddings.weight.device), False, "auto").layout == "packed"
+    return _way_of(model, base, batch.to(device_of(model)), False, "auto").layout == "packed"
 
 
 def restore_attention(model: nn.Module) -> None:
@@ -173,7 +174,8 @@ def restore_attention(model: nn.Module) -> None:
 
 def _expect_other_sizes(rows: ScoringRows) -> None:
     """Tells `torch.compile` that row lengths vary, so that it compiles once and not for each."""
-    for tensor in rows.inputs.values():
+    for entry in rows.inputs.values():
+        tensor = entry.links if isinstance(entry, PackedRow) else entry
         for dimension, size in enumerate(tensor.shape):
             if size > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)

@@ -82,7 +82,7 @@ class Trial:
 
     def _values(self, call: Callable[..., Any], way: Way) -> Tensor:
         reset_rotary(self.model)
-        return run(call, self.base, rows_of(self.probe.batch, way, spare=self.probe.spare), way).values
+        return run(call, self.base, rows_of(self.model, self.probe.batch, way, spare=self.probe.spare), way).values
 
 
 def trial_of(model: nn.Module, base: nn.Module, batch: PairBatch, length: int, limit: int | None, seed: int) -> Trial:
@@ -131,14 +131,14 @@ def _plain(call: Callable[..., Any], model: nn.Module, base: nn.Module, probe: P
     for index in range(probe.batch.num_responses):
         reset_rotary(model)
         one = probe.batch.only([index])
-        answer = run(call, base, rows_of(one, PLAIN), PLAIN)
+        answer = run(call, base, rows_of(model, one, PLAIN), PLAIN)
         values.append(answer.values)
         if index >= probe.batch.num_responses - 2:
             end = answer.outputs.logits.shape[1] - one.response_lengths[0]
             logits = answer.outputs.logits[0, end - min(_COMPARED, one.prompt_lengths[0]) : end]
             before.append(logits.float().log_softmax(-1).flatten())
     contexts = [
-        run(call, base, rows_of(probe.contexts.only([index]), PLAIN), PLAIN).values
+        run(call, base, rows_of(model, probe.contexts.only([index]), PLAIN), PLAIN).values
         for index in range(probe.contexts.num_responses)
     ]
     effect = float((contexts[0] - contexts[-1]).abs().nan_to_num().mean())

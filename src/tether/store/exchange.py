@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tether.errors import StoreError
+from tether.errors import StoreError, said
 from tether.store.key import KEY_BYTES
 from tether.store.log_prob_store import LogProbStore
 from tether.store.probe import KeptProbe
@@ -303,7 +303,7 @@ def _not_ours(source: Path, why: str, instead: str) -> StoreError:
 
 
 def _cannot(do: str, path: Path, error: Exception) -> StoreError:
-    first, _, rest = " ".join(str(error).split()).rstrip(".").partition(". ")
+    first, _, rest = said(error).partition(". ")
     return StoreError(
         problem=f"Cannot {do} the Parquet file {path}: {first}.",
         details=rest and f"{rest}.",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tether.errors import StoreError
+from tether.errors import StoreError, said
 
 # Part of SQLite's message -> why it failed, what happened to the data, and what to do instead.
 _CAUSES = {
@@ -60,6 +60,11 @@ for piece, like in (
 ):
     _CAUSES[piece] = _CAUSES[like]
 _FOLDER = ("it is a folder", "", "Name a file, existing or new.")
+_ZEROED = (
+    "the start of the file is zeros, as after a power cut or an interrupted copy",
+    "Without it, no record can be found in the rest. The file was not changed.",
+    "Copy the file again from where it is whole, or move it away: a run then computes its log-probs anew.",
+)
 _ELSE = ("SQLite or the system failed", "", "Check the disk and the file, or choose another path for the store.")
 
 
@@ -75,13 +80,20 @@ def as_store_error(action: str, path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         found = next((parts for piece, parts in _CAUSES.items() if piece in str(error)), _ELSE)
-        why, details, instead = _FOLDER if path.is_dir() else found
-        message = " ".join(str(error).split())
+        why, details, instead = _FOLDER if path.is_dir() else _ZEROED if _begins_with_zeros(path) else found
         raise StoreError(
-            problem=f"Cannot {action} {path}: {why} ({message}).",
+            problem=f"Cannot {action} {path}: {why} ({said(error)}).",
             details=details,
             instead=instead.replace("{salvage}", how_to_salvage(path)),
         ) from error
+
+
+def _begins_with_zeros(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(16) == bytes(16)
+    except OSError:
+        return False
 
 
 def is_busy(error: sqlite3.Error) -> bool:

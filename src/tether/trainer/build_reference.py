@@ -10,7 +10,6 @@ import os
 import shlex
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from tether.config.dpo_config import DPOConfig
 from tether.config.rules.facts import Facts
 from tether.config.rules.model import refused_model
-from tether.distributed import Sharding, has_shards
+from tether.distributed import Sharding, device_of, has_shards
 from tether.errors import ArgumentTypeError, ConfigurationError, ReferenceModelError
 from tether.models.origin import Origin, name_of
 from tether.models.preparing import differing_vocabulary
@@ -38,6 +37,7 @@ from tether.reference.precomputed import PrecomputedReference
 from tether.reference.synchronized import SynchronizedReference
 from tether.reference.wrapping import WrappingReference
 from tether.refusals import Refusal
+from tether.scoring.evaluation import running_in
 from tether.store import LogProbStore
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ def _own(reference: Any, policy: nn.Module, autocast_dtype: torch.dtype | None) 
     """The user's own: the object, or what the function makes of the policy, under the autocast of its passes."""
     if isinstance(reference, Reference):
         return reference
-    device = next(policy.parameters()).device.type
-    with nullcontext() if autocast_dtype is None else torch.autocast(device, autocast_dtype):
+    with running_in(autocast_dtype, device_of(policy)):
         made = reference(policy)
     if not isinstance(made, Reference):
         raise ArgumentTypeError(

@@ -284,10 +284,10 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         batch = batch_of(inputs)
         sums = self._train_sums if self.model.training else self._eval_sums
         reference = self.reference.log_probs(batch)
-        unwrapped, has_trained = self.accelerator.unwrap_model(self.model), self.state.global_step > 0
-        as_it_trains = model if hasattr(model, "_orig_mod") else unwrapped  # compiled, it may compute otherwise
-        gap = self._reference_run.watch.gap_at_start(as_it_trains, batch, reference, has_trained=has_trained)
-        self._train_sums.add_once(gap)
+        if self.state.global_step == 0:
+            is_compiled = hasattr(model, "_orig_mod")  # then it may compute otherwise
+            as_it_trains = model if is_compiled else self.accelerator.unwrap_model(self.model)
+            self._train_sums.add_once(self._reference_run.watch.gap_at_start(as_it_trains, batch, reference))
         with self._precision():
             policy = score(
                 model,

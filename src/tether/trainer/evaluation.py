@@ -7,7 +7,7 @@ for, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,6 @@ def full_evaluation(args: DPOConfig) -> Iterator[torch.dtype | None]:
         yield dtype if args.deepspeed_plugin is None else None
     finally:
         args.bf16_full_eval, args.fp16_full_eval = asked
-
-
-def running_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
-    """While open, products run in this dtype, whatever the weights are held in; None changes nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def padded_logits(model: nn.Module, batch: PairBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:

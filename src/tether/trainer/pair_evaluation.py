@@ -16,7 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from tether.data.datasets import as_dataset, batch_of
 from tether.losses.metrics import MetricSums
-from tether.trainer.evaluation import PairGather, full_evaluation, padded_logits, running_in
+from tether.scoring.evaluation import running_in
+from tether.trainer.evaluation import PairGather, full_evaluation, padded_logits
 from tether.trainer.run_saving import RunSaving
 from tether.trainer.sets import SetReader, check_ids, named_sets
 

@@ -23,6 +23,7 @@ from tether.data.sampling import EvenBatches
 from tether.trainer.batches import counted_loader, even_loader
 from tether.trainer.checkpoints import StreamPlace, load_place
 from tether.trainer.sets import SetReader
+from tether.types import copies_later
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class PairLoading(Trainer):
         """Pairs of the whole optimizer step: all micro-batches of all processes. None where means are taken of each."""
         if not batch_samples or not self.loss_is_scaled_for_ga:
             return None
-        counts = [num_pairs_tensor(inputs).to(device) for inputs in batch_samples]
+        counts = [num_pairs_tensor(inputs).to(device, non_blocking=copies_later(device)) for inputs in batch_samples]
         total: Tensor = self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
         return total
 

@@ -28,7 +28,7 @@ from tether.config.dpo_config import DPOConfig
 from tether.config.rules.options import OBJECTIVE, ROW_ORDER
 from tether.data.datasets import MARGIN_COLUMN, TOKEN_COLUMNS, PairDataset
 from tether.data.tokenizing import arrow_tables
-from tether.errors import ConfigurationError, ResumeError, TetherError
+from tether.errors import ConfigurationError, ResumeError, TetherError, said
 from tether.trainer.manifest import MANIFEST
 from tether.trainer.run_folder import last_checkpoint, passed_over, whole_checkpoints
 
@@ -253,10 +253,9 @@ def reading(checkpoint: str) -> Iterator[None]:
     except TetherError:
         raise
     except Exception as error:  # of many kinds: of torch, safetensors, pickle, json, the file system
-        said = " ".join(str(error).split())
         raise ResumeError(
             problem=f"Cannot resume from {checkpoint}: it cannot be read into this trainer.",
-            details=f"{type(error).__name__}: {said[:300]}",
+            details=f"{type(error).__name__}: {said(error)}.",
             instead="Build the trainer as the checkpoint's run did (model, adapter, optimizer), resume from another "
             "checkpoint, or start a new run.",
         ) from error

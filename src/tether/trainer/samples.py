@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tether.config.dpo_config import DPOConfig
-from tether.distributed import raising_together
+from tether.distributed import device_of, raising_together
 from tether.errors import DataError, MissingLogProbsError, ReferenceModelError
 from tether.models.answering import answer, can_answer, ends_of, same_random_state
 from tether.reference import PrecomputedReference, Reference
 from tether.reference.base import score_without_gradient
+from tether.scoring.evaluation import running_in
 from tether.store import content_key
 from tether.trainer.sets import named_sets
 from tether.types import PairBatch, Response
@@ -135,7 +136,7 @@ class SampleReport(TrainerCallback):
         """For each prompt of a batch, its row in the file and what its figures are made of."""
         ends = ends_of(policy, self._trainer._tokenizer)
         seed = abs(hash((self._args.seed, step, self._args.process_index, number)))  # of integers, so always the same
-        with self._autocast(policy):
+        with running_in(self._autocast_dtype, device_of(policy)):
             greedy = self._answers(policy, prompts, ends)
             drawn = self._answers(policy, prompts, ends, seed)
         batch = _pairs(prompts, greedy, drawn).to(self._args.device)
@@ -181,10 +182,10 @@ class SampleReport(TrainerCallback):
             return self._of_reference[key]
         try:
             if module is not None and can_answer(module):
-                with self._autocast(module):
+                with running_in(self._autocast_dtype, device_of(module)):
                     answers = self._answers(module, prompts, ends)
             else:
-                with self._reference.in_policy(), self._autocast(policy):
+                with self._reference.in_policy(), running_in(self._autocast_dtype, device_of(policy)):
                     answers = self._answers(policy, prompts, ends)
             if not self._reference.traits.moves:
                 self._of_reference[key] = answers
@@ -223,10 +224,6 @@ class SampleReport(TrainerCallback):
         return None
 
     # ---- words and files -----------------------------------------------------------------------------------------
-
-    def _autocast(self, model: nn.Module) -> Any:
-        device = next(model.parameters()).device
-        return nullcontext() if self._autocast_dtype is None else torch.autocast(device.type, self._autocast_dtype)
 
     def _text(self, ids: Sequence[int], *, special: bool = False) -> str:
         return str(self._trainer._tokenizer.decode(list(ids), skip_special_tokens=not special))

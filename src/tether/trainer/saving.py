@@ -17,7 +17,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging as transformers_logging
 
 from tether.distributed import has_shards
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, said
 from tether.reference.adapter_tensors import saves_adapter_alone
 
 
@@ -74,10 +74,9 @@ def try_saving(save: Callable[[str, Any], None], model: nn.Module, output_dir: s
         with TemporaryDirectory(prefix="tried-", dir=output_dir) as folder, _in_silence():
             save(folder, None if is_adapter else {})
     except Exception as error:  # whatever it is, it would end the run at its first checkpoint
-        said = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
             problem=f"Cannot save this model, its tokenizer and the options to `output_dir={output_dir!r}`: "
-            f"{type(error).__name__}: {said}.",
+            f"{type(error).__name__}: {said(error)}.",
             details="Training would run up to its first checkpoint and end with this error.",
             instead="Change what the error names, or write to another `output_dir`.",
         ) from error

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
@@ -108,7 +106,7 @@ def check(asked: Asked) -> Checked:
     """
     if asked.train_dataset is None and asked.eval_dataset is None:
         raise ArgumentTypeError(
-            problem="Cannot train without pairs: `train_dataset` is None.",
+            problem="Cannot train without pairs: `train_dataset` is required, and it is None.",
             instead="Pass rows with `prompt`, `chosen` and `rejected`, or `eval_dataset` alone to evaluate.",
         )
     args = _checked_options(asked)
@@ -202,7 +200,7 @@ def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and str(args.output_dir) in str(error):
-            why = _why_not_a_folder(Path(str(args.output_dir))) or f"it cannot be written ({error.strerror})"
+            why = f"it cannot be written ({error.strerror})"
             instead = "Name a folder that is new, or yours to write to."
             refuse([of_option("output_dir", args.output_dir, why, instead)], cause=error)
         defaults = {entry.name: entry.default for entry in fields(args)}
@@ -213,12 +211,6 @@ def naming_options(args: DPOConfig, *options: str) -> Iterator[None]:
         found = [of_option(name, value, why, f"Correct `{name}`, or leave it out.") for name, value in values.items()]
         refuse(found, cause=error)
         raise
-
-
-def _why_not_a_folder(path: Path) -> str:
-    if path.is_symlink() and not path.exists():
-        return f"it is a link to {os.readlink(path)}, which does not exist"
-    return "it is a file" if path.is_file() else ""
 
 
 @dataclass(frozen=True)
@@ -257,6 +249,8 @@ def prepare(checked: Checked, asked: Asked) -> Prepared:
         checked.reader.add_token_ids(int(facts.tokenizer.pad_token_id or 0))
     if checked.reader.image_rows is not None:
         look_for_unused_parameters(args)
-    # A batch is one object; it cannot be cut into slices.
-    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+    loading: Any = args.accelerator_config
+    loading.dispatch_batches = False  # a batch is one object; it cannot be cut into slices
+    # No step waits for its batch. MPS would read memory that is free again.
+    loading.non_blocking |= args.dataloader_pin_memory and args.device.type != "mps"
     return Prepared(policy, activations_of(policy, offloaded=args.activation_offloading))

@@ -34,14 +34,21 @@ _LOSS = (
 )
 _FIGURES = "Log figures of your own with `trainer.log({'name': value})`, or from a callback."
 _ROWS = "Pass rows that are tokenized already: `prompt_ids`, `chosen_ids`, `rejected_ids`."
+_MODEL = "Pass the model as it is to be trained; `peft_config=...` puts an adapter on it."
 _SUMS = "Pass rows with `ref_chosen_logps` and `ref_rejected_logps`: nothing is computed then."
 # Methods of TRL's trainer, former ones too, that a subclass may replace there, and that nothing would call here.
 _NEVER_CALLED = {
     "_compute_loss": "Override `compute_loss(model, inputs, return_outputs, num_items_in_batch)`. Or: " + _LOSS,
+    "_compute_loss_liger": _LOSS,
+    "_create_model_from_path": _MODEL,
     "_get_batch_logps": _LOSS,
     "_precompute_ref_logps": _SUMS,
     "_prepare_dataset": _ROWS,
+    "_prepare_deepspeed": "Pass the reference, `DPOTrainer(..., ref_model=...)`, which is then prepared as it needs.",
+    "_prepare_gradient_checkpointing": _MODEL,
+    "_prepare_peft_model": _MODEL,
     "_tokenize": _ROWS,
+    "_truncate_inputs": _ROWS,
     "build_tokenized_answer": _ROWS,
     "compute_ref_log_probs": _SUMS,
     "compute_reference_log_probs": _SUMS,
@@ -49,7 +56,9 @@ _NEVER_CALLED = {
     "concatenated_inputs": "Padded ids: `tether.trainer.evaluation.padded_ids(inputs['batch'], pad_token_id)`.",
     "dpo_loss": _LOSS,
     "get_batch_logps": _LOSS,
+    "generate_from_model_and_ref": "Set `report_samples`, the number of held-out prompts to answer.",
     "get_batch_loss_metrics": f"{_LOSS} {_FIGURES}",
+    "get_batch_metrics": f"{_LOSS} {_FIGURES}",
     "process_row": _ROWS,
     "store_metrics": _FIGURES,
     "tokenize_row": _ROWS,
@@ -99,7 +108,8 @@ class OptionsAsAttributes:
     reference: Reference
     _objective: Objective
     beta = _LossOption[float]("beta")
-    loss_types = _LossOption[list[str]]("loss_type", lambda trainer: list(trainer.args.loss_type))
+    loss_type = _LossOption[list[str]]("loss_type", lambda trainer: list(trainer.args.loss_type))
+    loss_types = loss_type
     loss_weights = _LossOption[list[float]](
         "loss_weights", lambda t: t.args.loss_weights or [1.0] * len(t.args.loss_type)
     )
@@ -126,8 +136,8 @@ class OptionsAsAttributes:
     if not TYPE_CHECKING:  # or no misspelt name would be seen by a type checker
 
         def __getattr__(self, name: str) -> Any:
-            if name in ELSEWHERE:
-                why, instead = ELSEWHERE[name]
+            if name in ELSEWHERE or name in _NEVER_CALLED:
+                why, instead = ELSEWHERE.get(name) or ("", _NEVER_CALLED[name])
                 raise NotHereError(
                     problem=f"Cannot read `trainer.{name}`: only TRL's trainer has it.", details=why, instead=instead
                 )

@@ -15,7 +15,7 @@ Log-probabilities are natural logarithms (nats), in fp32 unless a caller asks fo
 from tether.types.batch import PairBatch, Response, TruncationMode
 from tether.types.images import PromptImages, image_inputs
 from tether.types.log_probs import ResponseLogProbs, TokenStatistics, join_log_probs
-from tether.types.ragged import offsets_of
+from tether.types.ragged import copies_later, offsets_of, on_device, placed, places_of
 from tether.types.scores import PairScores, PairTokens, TokenScores, scored_tokens
 
 __all__ = [
@@ -28,8 +28,12 @@ __all__ = [
     "TokenScores",
     "TokenStatistics",
     "TruncationMode",
+    "copies_later",
     "image_inputs",
     "join_log_probs",
     "offsets_of",
+    "on_device",
+    "placed",
+    "places_of",
     "scored_tokens",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,10 +13,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tether.types.images import PromptImages
-from tether.types.ragged import flatten
+from tether.types.ragged import copies_later, flatten, on_device
 
 TruncationMode = Literal["keep_start", "keep_end"]
 """Which end of a sequence stays when it is longer than `max_length`."""
+
+# Fewer tokens save less than attending to them apart costs.
+_WORTH_SHARING = 16
 
 
 class Response(NamedTuple):
@@ -50,6 +55,8 @@ class PairBatch:
         response_group: The group of each response, ascending.
         chosen: Index of each pair's chosen response.
         rejected: Index of each pair's rejected response.
+        prefixes: The groups in an order in which prompts that begin alike are neighbours, each with the number of its
+            first tokens that are those of the prompt before it. Empty if too few are to be worth computing once.
         keys: Content key of each response (16 bytes), by which a store finds it; made from the untruncated token
             ids. Empty if no keys were requested.
         rows: Index of each pair in its set, for messages. Empty if unknown.
@@ -71,6 +78,7 @@ class PairBatch:
     response_group: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    prefixes: tuple[tuple[int, int], ...] = ()
     keys: tuple[bytes, ...] = ()
     rows: tuple[int, ...] = ()
     reference_sums: tuple[float | None, ...] = ()
@@ -132,7 +140,8 @@ class PairBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        leaves_host = self.device.type == "cpu" and copies_later(device)  # what comes back to it is waited for
+        return self._on_each(lambda tensor: tensor.to(device, non_blocking=non_blocking or leaves_host))
 
     def pin_memory(self) -> PairBatch:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
@@ -151,8 +160,13 @@ class PairBatch:
 
     def of_responses(self, values: Shaped[Tensor, " responses"]) -> tuple[Tensor, Tensor]:
         """Per-response values as (chosen, rejected), one entry per pair each."""
-        chosen, rejected = (torch.tensor(index, device=values.device) for index in (self.chosen, self.rejected))
+        chosen, rejected = self._sides.to(values.device)
         return values[chosen], values[rejected]
+
+    @cached_property
+    def _sides(self) -> Int[Tensor, "2 pairs"]:
+        """`chosen` and `rejected` on the device; sent once, and read for every metric."""
+        return on_device(torch.tensor([self.chosen, self.rejected]), self.device)
 
     def responses(self) -> list[Response]:
         """Every response with its prompt, as given to `of_pairs`."""
@@ -207,8 +221,23 @@ class PairBatch:
             response_group=tuple(group_of[response.prompt] for response in responses),
             chosen=tuple(index[chosen] for chosen, _ in pairs),
             rejected=tuple(index[rejected] for _, rejected in pairs),
+            prefixes=() if any(shown for _, shown in groups) else _prefixes([ids for ids, _ in groups]),
             keys=tuple(response.key for response in responses if response.key),
             reference_sums=sums if any(known is not None for known in sums) else (),
             margins=None if margins is None else torch.tensor(margins, dtype=torch.float32),
             images=tuple(shown for _, shown in groups) if any(shown for _, shown in groups) else (),
         )
+
+
+def _prefixes(prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
+    """`PairBatch.prefixes` of distinct prompts."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # the most in common is then with a neighbour
+    common = (_num_common(prompts[one], prompts[other]) for one, other in pairwise(order))
+    shared = [0, *(num if num >= _WORTH_SHARING else 0 for num in common)]
+    return tuple(zip(order, shared, strict=True)) if any(shared) else ()
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first entries are the same."""
+    different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tether.types.ragged import offsets_of
+from tether.types.ragged import offsets_of, places_of
 
 # What remains of a token's rounding scale where the model is sure of it.
 _LEAST_SCALE = 0.03
@@ -70,7 +70,7 @@ class ResponseLogProbs:
         `e`, `log p_y` is off by `e sqrt((1 - p_y)^2 + sum of p_v^2 over all others)`, between 1 and 1.4 times
         `e (1 - p_y)`.
         """
-        return (-torch.expm1(self.values.detach())).hypot(torch.tensor(_LEAST_SCALE, device=self.values.device))
+        return (-torch.expm1(self.values.detach())).hypot(self.values.new_full((), _LEAST_SCALE))
 
     def rounding_scales_of_sums(self) -> Float[Tensor, " responses"]:
         """The same of `sums`, in which the errors of tokens add up as independent ones do."""
@@ -83,7 +83,7 @@ class ResponseLogProbs:
             mask: Which.
             lengths: How many they are of each response; on the host, not to wait for the device.
         """
-        places = mask.nonzero_static(size=sum(lengths))[:, 0]
+        places = places_of(mask, lengths)
         names = [field.name for field in fields(TokenStatistics)]
         return replace(
             self,

@@ -26,6 +26,14 @@ _MAKE_OPTIMIZER = "or let the trainer make it, `optimizer_cls_and_kwargs=(torch.
 def refused_model(name: str, model: Any) -> Iterator[Refusal]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     yield from refused_cut(name, base)
+    places = list(dict.fromkeys(map(str, (getattr(base, "hf_device_map", None) or {}).values())))
+    if len(places) > 1:
+        yield Refusal(
+            f"a `{name}` that `device_map` has spread over {listed(places)}",
+            "it is scored, digested and copied on one device",
+            "Leave `device_map` out, or write `device_map={'': 0}`. Over several GPUs, start one process for each "
+            "(`torchrun`), with FSDP2 or DeepSpeed ZeRO-3 if the model is too large for one (docs/distributed.md).",
+        )
     compiled = next((path for path, module in model.named_modules() if path and hasattr(module, "_orig_mod")), None)
     if compiled is not None:
         yield Refusal(

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -409,6 +410,8 @@ def _samples(args: DPOConfig) -> Iterator[Refusal]:
 
 
 def _saving(args: DPOConfig) -> Iterator[Refusal]:
+    if why := _why_not_a_folder(Path(args.output_dir or ".")):
+        yield of_option("output_dir", args.output_dir, why, "Name a folder that is new, or yours to write to.")
     if args.eval_steps is not None and args.eval_strategy != "steps":
         why = "nothing is evaluated" if args.eval_strategy == "no" else "evaluations come at the ends of epochs"
         yield of_option("eval_steps", args.eval_steps, why, "Set `eval_strategy='steps'`, or leave it out.")
@@ -427,3 +430,14 @@ def _saving(args: DPOConfig) -> Iterator[Refusal]:
             "a checkpoint is written when an evaluation is better than those before, and nothing is evaluated",
             "Set `eval_strategy` too, or `save_strategy='steps'`.",
         )
+
+
+def _why_not_a_folder(path: Path) -> str:
+    """Why a path is no folder and cannot become one; empty if it can."""
+    for place in (path, *path.parents):
+        what = "it" if place == path else f"`{place}`"
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{what} is a link to {os.readlink(place)}, which does not exist"
+        if os.path.exists(place):  # unlike `Path`'s, it is False for a name that is too long
+            return "" if os.path.isdir(place) else f"{what} is a file"
+    return ""

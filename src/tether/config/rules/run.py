@@ -38,6 +38,7 @@ def refused_run(facts: Facts) -> Iterator[Refusal]:
     yield from refused_optimizer(facts)
     yield from refused_reference(facts)
     yield from _layout(facts)
+    yield from _activations(facts)
     yield from _router(facts)
     yield from _rows(facts)
     yield from _best(facts)
@@ -74,6 +75,13 @@ def _layout(facts: Facts) -> Iterator[Refusal]:
                 subject="`ddp_broadcast_buffers=True` with a model whose rotary embeddings depend on the length",
                 instead=f"Leave `ddp_broadcast_buffers` out, or write `max_length={limit}` or less.",
             )
+
+
+def _activations(facts: Facts) -> Iterator[Refusal]:
+    if facts.args.activation_offloading and facts.is_sharded:
+        why = "a layer's gathered weights would be moved to the host with its activations, at every forward"
+        instead = "Leave it out; `gradient_checkpointing=True` keeps no activations but the layers' inputs."
+        yield of_option("activation_offloading", True, why, instead, "with ZeRO-3 or FSDP2")
 
 
 def _router(facts: Facts) -> Iterator[Refusal]:
