@@ -91,7 +91,7 @@ def _tether(model: Any, rows: list[dict]) -> Any:
 
 def _plain(model: Any, rows: list[dict]) -> Any:
     side = sides.PlainSide.__new__(sides.PlainSide)
-    side._device, side._autocast = "cpu", None
+    side._device = "cpu"
     return lambda: side._log_probs(model, rows).sum().backward()
 
 

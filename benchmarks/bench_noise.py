@@ -135,12 +135,16 @@ def _noise(tokenizer: Any, num: int, *, quick: bool) -> Iterator[dict[str, Any]]
             pairs = _pairs(rows, tokenizer)
             for kernels in KERNELS if name == "bfloat16" and not quick else ["this processor"]:
                 with KERNELS[kernels]():
-                    plain = alone(score, pairs)
-                    for way, scored in WAYS.items():
-                        other = scored(score, pairs)
-                        row = {"dtype": name, "rows": rows_name, "kernels": kernels, "way": way}
-                        yield row | _compared(plain, other)
+                    for found in in_company(score, pairs):
+                        yield {"dtype": name, "rows": rows_name, "kernels": kernels} | found
         del model
+
+
+def in_company(score: Score, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
+    """How far the responses are from those of their pair alone, in each company."""
+    plain = alone(score, pairs)
+    for way, scored in WAYS.items():
+        yield {"way": way} | _compared(plain, scored(score, pairs))
 
 
 def _pairs(rows: list[dict[str, Any]], tokenizer: Any) -> list[Pair]:

@@ -12,7 +12,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny import tiny_model
-
+from support.tiny import tiny_model
 from tether.reference import ExplicitReference, ImplicitReference, Placement
 from tether.scoring import score
 from tether.scoring.evaluation import evaluation_mode
@@ -66,9 +64,9 @@ class Scorer(NamedTuple):
             return self.in_its_mode(model, layout, batch)
 
     def in_its_mode(self, model: nn.Module, layout: Any = "auto", batch: PairBatch | None = None) -> Tensor:
-        autocast: Any = torch.autocast("cpu", self.autocast_dtype) if self.autocast_dtype else nullcontext()
+        autocast = torch.autocast(model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
         with torch.no_grad(), autocast:
-            return score(model, batch or self.batch, layout=layout).values
+            return score(model, batch or self.batch, layout=layout).values.cpu()
 
 
 # --- the same reference, scored in other ways: rounding ----------------------------------------------------------
@@ -127,7 +125,7 @@ def disturbed(size: float) -> Callable[[Any, Scorer], Tensor]:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in other.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 parameter.copy_(parameter.float() * (1 + size * noise))
         return scorer(other)
 
@@ -140,7 +138,7 @@ def small_adapter(model: Any, scorer: Scorer) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     for layer in policy.modules():
         for name, factor in getattr(layer, "lora_B", {}).items():
-            factor.weight.data = torch.randn(factor.weight.shape, generator=generator).to(factor.weight.dtype)
+            factor.weight.data = torch.randn(factor.weight.shape, generator=generator).to(factor.weight)
             delta, base = layer.get_delta_weight(name).float().norm(), layer.get_base_layer().weight.float().norm()
             factor.weight.data *= 0.01 * base / delta
     return scorer(policy)
@@ -154,8 +152,8 @@ def other_rope(model: Any, scorer: Scorer) -> Tensor | None:
     kinds = [config.rope_parameters] if "rope_theta" in config.rope_parameters else config.rope_parameters.values()
     for kind in kinds:
         kind["rope_theta"] *= 5
-    other = type(model)(config).to(model.dtype)
-    rotary = {name: b for name, b in type(model)(config).named_buffers() if "inv_freq" in name}
+    other = type(model)(config).to(model.device, model.dtype)
+    rotary = {name: b.to(model.device) for name, b in type(model)(config).named_buffers() if "inv_freq" in name}
     other.load_state_dict(model.state_dict())
     for name, buffer in rotary.items():  # `.to` rounded them
         other.get_buffer(name).data = buffer
@@ -221,12 +219,14 @@ def main() -> None:
     print(write_results("numerics", summary(rows), "cpu"))
 
 
-def measured(shape: Model) -> Iterator[dict[str, Any]]:
+def measured(
+    shape: Model, dtypes: dict[str, tuple[torch.dtype, torch.dtype | None]] = DTYPES, device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
     """Mean and largest difference per token to the plain scoring, for every dtype and every other way."""
-    for name, (dtype, autocast_dtype) in DTYPES.items():
+    for name, (dtype, autocast_dtype) in dtypes.items():
         if dtype == torch.float16 and shape.hidden > 64:
             continue  # a CPU multiplies it without help, a hundred times slower
-        model = make_model(shape, dtype)
+        model = make_model(shape, dtype).to(device)
         scorer = Scorer(make_batch(shape), autocast_dtype)
         plain = scorer(model)
         for kind, ways in (("rounding", ROUNDING), ("fault", FAULTS)):

@@ -12,6 +12,7 @@ from typing import Any
 import bench_step
 import harness
 import sides
+import torch
 from torch.profiler import profile
 
 KINDS = {
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def _measure(shape: str, rows: list[dict]) -> dict[str, Any]:
-    side = bench_step._side("tether", "explicit", "cpu", rows)
+    side = bench_step._side("tether", "explicit", rows)
     side.step(rows)
     with profile() as run:
         side.step(rows)
@@ -50,9 +51,9 @@ def _measure(shape: str, rows: list[dict]) -> dict[str, Any]:
     total = sum(microseconds.values())
     shares = {kind: sum(microseconds.get(name, 0) for name in names) / total for kind, names in KINDS.items()}
     shares["element by element, and the rest"] = 1 - sum(shares.values())
-    peak = harness.matmul_flops_per_second("cpu", bench_step._dtype("cpu"))
-    model = bench_step.harness_model("cpu")
-    whole, passes = harness.useful_flops(model, rows), harness.PASSES["explicit"]
+    peak = harness.matmul_flops_per_second("cpu", torch.float32)
+    model = harness.qwen2()
+    whole, passes = harness.useful_flops(model, rows), 4  # the reference, forward, and a backward worth two
     attention = harness.attention_flops(model, rows)
     return {
         "shape": shape,

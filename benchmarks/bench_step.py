@@ -8,7 +8,6 @@ each prompt once, no padding, response positions in the head, no recomputation.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 from typing import Any
@@ -33,37 +32,35 @@ def main() -> None:
         help="references whose peak memory is measured (a process for each)",
     )
     parser.add_argument("--sides", nargs="*", default=["tether", "tether_bf16", "trl", "plain"], help="only these")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "REFERENCE", "SHAPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sides.quiet()
     if arguments.child:
-        _one_step(*arguments.child, device=arguments.device)
+        _one_step(*arguments.child)
         return
-    results = harness.read_results("step", arguments.device)
+    results = harness.read_results("step", "cpu")
     for shape, rows in harness.each_shape(arguments.batches * BATCH):
         for reference in arguments.references:
             if not arguments.shapes or shape in arguments.shapes:
                 result = _measure(shape, rows, reference, arguments)
                 _print(result)
                 results = [r for r in results if (r["shape"], r["reference"]) != (shape, reference)] + [result]
-                harness.write_results("step", results, arguments.device)
+                harness.write_results("step", results, "cpu")
 
 
 def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    device = arguments.device
     batches = harness.batches_of(rows, BATCH)[: arguments.batches]
-    names = [name for name in _names(reference, device) if name in arguments.sides]
-    contenders = {side: _side(side, reference, device, rows) for side in names}
+    names = [name for name in _names(reference) if name in arguments.sides]
+    contenders = {side: _side(side, reference, rows) for side in names}
     for side in contenders.values():
-        # A released reference answers stored rows only.
-        side.step(rows[:BATCH] if reference == "precomputed" else _warm_up(device))
+        # A released reference answers stored rows only; otherwise short ones, as nothing here is tuned by size.
+        side.step(rows[:BATCH] if reference == "precomputed" else harness.synthetic_rows(8, 8, BATCH, seed=1))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     peaks = []
     for _ in range(arguments.repeats):
-        peaks.append(harness.matmul_flops_per_second(device, _dtype(device)))
+        peaks.append(harness.matmul_flops_per_second("cpu", torch.float32))
         runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
-        for name, times in harness.in_turns(runs, len(batches), device).items():
+        for name, times in harness.in_turns(runs, len(batches), "cpu").items():
             seconds[name] += times
     peak = statistics.median(peaks)
     result = {
@@ -73,60 +70,37 @@ def _measure(shape: str, rows: list[dict], reference: str, arguments: argparse.N
         "tokens": [harness.num_tokens(batch) for batch in batches],
         **harness.compared(seconds),
         "matmul_gflops_per_second": peak / 1e9,
-        "share_of_matmul_peak": harness.share_of_peak(
-            harness_model(device), batches, reference, seconds["tether"], peak
-        ),
+        "share_of_matmul_peak": harness.share_of_peak(harness.qwen2(), batches, reference, seconds["tether"], peak),
     }
     if reference in arguments.memory:
         result["peak_bytes"] = {
-            name: harness.peak_memory_of(__file__, "--device", device, "--child", name, reference, shape)
+            name: harness.peak_memory_of(__file__, "--child", name, reference, shape)
             for name in contenders
             if name != "plain"
         }
     return result
 
 
-def _warm_up(device: str) -> list[dict]:
-    """Short on a CPU, where nothing is tuned by size; of usual size on an accelerator."""
-    prompt, answer = (8, 8) if device == "cpu" else harness.SHAPES["chat"]
-    return harness.synthetic_rows(prompt, answer, BATCH, seed=1)
-
-
-def _names(reference: str, device: str = "cpu") -> tuple[str, ...]:
+def _names(reference: str) -> tuple[str, ...]:
     """Who takes part; `tether_bf16` holds its reference in bf16 beside a policy in fp32 (`ref_dtype`)."""
-    if reference != "explicit":
-        return ("tether", "trl")
-    return ("tether", "tether_bf16", "trl", "plain") if device == "cpu" else ("tether", "trl", "plain")
+    return ("tether", "tether_bf16", "trl", "plain") if reference == "explicit" else ("tether", "trl")
 
 
-def _dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def harness_model(device: str) -> Any:
-    if device not in _models:
-        _models[device] = harness.qwen2("39m" if device == "cpu" else "1.5b")
-    return _models[device]
-
-
-_models: dict[str, Any] = {}
-
-
-def _side(name: str, reference: str, device: str, rows: list[dict]) -> sides.Side:
-    model = copy.deepcopy(harness_model(device))
+def _side(name: str, reference: str, rows: list[dict]) -> sides.Side:
+    model = harness.qwen2()
     if reference == "precomputed":
         tokenizer = harness.word_tokenizer(model.config.vocab_size)
-        return sides.make_side(name, reference, model, tokenizer, device, batch_size=BATCH, rows=rows)
+        return sides.make_side(name, reference, model, tokenizer, "cpu", batch_size=BATCH, rows=rows)
     tokenizer = harness.train_tokenizer(["a b c d"] * 8, 300)
-    return sides.make_side(name, reference, model, tokenizer, device, batch_size=BATCH)
+    return sides.make_side(name, reference, model, tokenizer, "cpu", batch_size=BATCH)
 
 
-def _one_step(name: str, reference: str, shape: str, device: str) -> None:
+def _one_step(name: str, reference: str, shape: str) -> None:
     rows = dict(harness.each_shape(BATCH))[shape]
-    side = _side(name, reference, device, rows)
+    side = _side(name, reference, rows)
     for _ in range(2):  # the optimizer's state comes with the first step
         side.step(rows)
-    harness.report_peak_memory(device)
+    harness.report_peak_memory("cpu")
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -9,15 +9,18 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,26 +31,47 @@ DATA = ROOT.parent / "shared" / "data"
 SHAPES = {"chat": (90, 30), "instructions": (180, 320), "summarisation": (400, 40)}
 SPREAD = 1.0
 MAX_LENGTH = 1024
-# Forwards' worth of operations in a step: policy forward and backward (an adapter's base needs no gradient of its
-# weights), and the reference's forward if it runs.
-PASSES = {"explicit": 4, "implicit": 3, "precomputed": 3}
 
 
-def qwen2(size: str = "39m", *, vocab_size: int = 32_000, dtype: torch.dtype = torch.float32) -> Any:
-    """A Qwen2 with random weights: 39 M parameters for a CPU, 1.5 B for an accelerator."""
-    shape = {
-        "39m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1344},
-        "1.5b": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
-    }[size]
+def qwen2(*, vocab_size: int = 32_000) -> Any:
+    """A Qwen2 of 39 M parameters in fp32, with random weights."""
     config = Qwen2Config(
-        **shape,
-        num_key_value_heads=shape["num_attention_heads"] // 2,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=1344,
         vocab_size=vocab_size,
         tie_word_embeddings=True,
         max_position_embeddings=8192,
     )
+    return random_model(config, "cpu", torch.float32)
+
+
+def llama(size: str) -> LlamaConfig:
+    """The shape of Llama 3 8B, of Llama 3.2 1B (1.2 B parameters), or a toy."""
+    width, layers, heads, intermediate, vocab_size = {
+        "8b": (4096, 32, 32, 14336, 128_256),
+        "1b": (2048, 16, 32, 8192, 128_256),
+        "toy": (64, 2, 4, 128, 512),
+    }[size]
+    return LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        intermediate_size=intermediate,
+        vocab_size=vocab_size,
+        tie_word_embeddings=size == "1b",
+        max_position_embeddings=8192,
+    )
+
+
+def random_model(config: Any, device: str, dtype: torch.dtype) -> Any:
+    """The same random weights each time, made on the device."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def synthetic_rows(prompt: int, answer: int, count: int, *, vocab_size: int = 32_000, seed: int = 0) -> list[dict]:
@@ -180,9 +204,36 @@ def compared(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def share_of_peak(model: Any, batches: list[list[dict]], reference: str, seconds: list[float], peak: float) -> float:
-    """Median rate of steps that went through the batches in turn, useful operations only, as a share of `peak`."""
-    flops = [useful_flops(model, batch) * PASSES[reference] for batch in batches]
+def rates(batches: list[list[dict]], seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of every side that went through the batches in turn; a prompt's tokens count with each answer."""
+    tokens = [num_tokens(rows) + sum(len(row["prompt_ids"]) for row in rows) for rows in batches]
+    counts = {"pairs_per_second": list(map(len, batches)), "tokens_per_second": tokens}
+    return {
+        name: {
+            side: statistics.median(count[i % len(count)] / s for i, s in enumerate(times))
+            for side, times in seconds.items()
+        }
+        for name, count in counts.items()
+    }
+
+
+def share_of_peak(
+    model: Any,
+    batches: list[list[dict]],
+    reference: str,
+    seconds: list[float],
+    peak: float,
+    *,
+    adapter: bool = False,
+) -> float:
+    """Median rate of steps that went through the batches in turn, useful operations only, as a share of `peak`.
+
+    A step is the policy's forward and backward, and the reference's forward if it runs. An adapter's base needs no
+    gradient of its weights, half of a backward; an implicit reference always has one.
+    """
+    backward = 1 if adapter or reference == "implicit" else 2
+    passes = (reference != "precomputed") + 1 + backward
+    flops = [useful_flops(model, batch) * passes for batch in batches]
     return statistics.median(flops[i % len(flops)] / s for i, s in enumerate(seconds)) / peak
 
 
@@ -221,15 +272,41 @@ def _peak_resident_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def write_results(name: str, results: Any, device: str, **more: Any) -> Path:
+def device_peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Peak bytes allocated on a GPU during a call; 0 on a CPU, which does not count them."""
+    if device != "cuda":
+        run()
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated()
+
+
+def host_syncs(run: Callable[[], object], device: str) -> dict[str, int] | None:
+    """How often each line of Python makes the host wait for the GPU during a call; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    syncs = (warning for warning in caught if "synchronizing CUDA operation" in str(warning.message))
+    return dict(Counter(f"{'/'.join(Path(sync.filename).parts[-3:])}:{sync.lineno}" for sync in syncs))
+
+
+def write_results(name: str, results: Any, device: str, *, folder: Path | None = None, **more: Any) -> Path:
     """Keeps the results as data, with date, machine and versions, and what `more` is given."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}-{device}.json"
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{device}.json"
     record = {
         "benchmark": name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(device),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "accelerate", "trl")},
+        "versions": _versions(),
         **more,
         "results": results,
     }
@@ -237,6 +314,14 @@ def write_results(name: str, results: Any, device: str, **more: Any) -> Path:
     new.write_text(json.dumps(record, indent=2) + "\n")
     new.replace(path)  # at once: counts that add up may be stopped at any time
     return path
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "transformers", "peft", "accelerate", "trl"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def read_results(name: str, device: str) -> list[Any]:

@@ -1,7 +1,8 @@
 """Writes the measured tables and numbers of README.md and docs/ anew from benchmarks/results, between their markers.
 
 `<!-- measured:real-model-cpu -->` is followed by the whole table, `<!-- measured:real-model-cpu scoring -->` by a part
-of it or by one number in a sentence (`_PARTS`), up to `<!-- end -->`.
+of it or by one number in a sentence (`_PARTS`), up to `<!-- end -->`. `<!-- measured:gpu -->` stays empty until
+something was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -37,17 +38,23 @@ def _write(page: Path) -> bool:
 
 
 def _section(name: str, part: str | None) -> str:
+    if name == "gpu":
+        return _gpu()
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return "Not measured yet.\n"
     record = json.loads(path.read_text())
     if part is not None:
         return _PARTS[record["benchmark"], part](record["results"])
+    table = _TABLES[record["benchmark"]](record["results"] if "settings" not in record else record)
+    return f"{table}\n{_measured_on(record)}"
+
+
+def _measured_on(record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    table = _TABLES[record["benchmark"]](record["results"] if "settings" not in record else record)
-    return f"{table}\nMeasured {record['date']} on {where}; {versions}.\n"
+    return f"Measured {record['date']} on {where}; {versions}.\n"
 
 
 def _table(head: str, rows: Iterable[Iterable[object]]) -> str:
@@ -135,6 +142,39 @@ def _real_building(results: dict[str, Any]) -> str:
         "reference | loading the model | trainer, Tether | trainer, TRL",
         ([row["reference"], f"{row['load_seconds']:.2f} s", *_seconds(row)[:2]] for row in results["building"]),
     )
+
+
+def _gpu() -> str:
+    """The training steps measured on a GPU, with their title; nothing where there are none."""
+    paths = {what: RESULTS / f"{stage}-cuda.json" for stage, what in _GPU_STAGES.items()}
+    records = {what: json.loads(path.read_text()) for what, path in paths.items() if path.is_file()}
+    rows = [
+        (what, row)
+        for what, record in records.items()
+        for row in record["results"]
+        if "trl" in row.get("times_faster", ())
+    ]
+    if not rows:
+        return ""
+    table = _table(
+        "model | reference | pairs | Tether, tokens/s | TRL | times faster | Tether, pairs/s | share of matmul rate "
+        "| peak memory, Tether / TRL",
+        ([what, row["reference"], row["shape"], *_gpu_rates(row), _share(row), _memory(row)] for what, row in rows),
+    )
+    title = "On a GPU, in bf16, 8 pairs a step, each step on new lengths:"
+    return f"{title}\n\n{table}\n{_measured_on([*records.values()][-1])}"
+
+
+def _gpu_rates(row: dict[str, Any]) -> list[str]:
+    tokens = row["tokens_per_second"]
+    return [
+        *(f"{tokens[side]:,.0f}" for side in ("tether", "trl")),
+        f"{row['times_faster']['trl']:.1f}",
+        f"{row['pairs_per_second']['tether']:.1f}",
+    ]
+
+
+_GPU_STAGES = {"step-8b": "8 B, LoRA", "qlora-8b": "8 B in 4 bits, LoRA", "step-1b": "1.2 B, every weight"}
 
 
 def _factor(choose: Callable[[Iterable[float]], float]) -> Callable[[dict[str, Any]], str]:

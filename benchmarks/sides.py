@@ -7,7 +7,9 @@ import itertools
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for name in ("transformers", "trl", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # options of transformers that are about to be renamed
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -34,15 +37,34 @@ class Side:
 
     name: str
 
-    def step(self, rows: list[dict[str, Any]]) -> float:
+    def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        """The loss, which stays where it is: reading it would be a wait for the device that no trainer has."""
         raise NotImplementedError
 
     def reference_pass(self, rows: list[dict[str, Any]]) -> None:
         raise NotImplementedError
 
 
-class TetherSide(Side):
-    """`tether.DPOTrainer`: its collator, training step and optimizer."""
+class TrainerSide(Side):
+    """A trainer's collator, training step and optimizer, the last two as its `train` prepares them."""
+
+    trainer: Any
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model under autocast, if there is any, and with activations recomputed, if they are."""
+        if self.trainer.args.gradient_checkpointing:
+            self.trainer.model.gradient_checkpointing_enable()
+        model, _ = self.trainer._prepare_for_training(100, None, None)
+        return model
+
+    def _update(self) -> None:
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+
+
+class TetherSide(TrainerSide):
+    """`tether.DPOTrainer`."""
 
     name = "tether"
 
@@ -59,16 +81,17 @@ class TetherSide(Side):
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-        self._optimizer = self.trainer.create_optimizer()
+        self._steps = 0
 
-    def step(self, rows: list[dict[str, Any]]) -> float:
-        trainer = self.trainer
+    def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        model, trainer = self._model, self.trainer
         inputs = trainer.data_collator(rows)
         pairs = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-        loss = trainer.training_step(trainer.model, inputs, pairs)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return float(loss)
+        loss = trainer.training_step(model, inputs, pairs)
+        self._update()
+        self._steps += 1
+        trainer.reference.advance(self._steps)
+        return loss
 
     def reference_pass(self, rows: list[dict[str, Any]]) -> None:
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))["batch"]
@@ -95,8 +118,8 @@ class _Embedded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class TRLSide(Side):
-    """`trl.DPOTrainer`: its collator, training step and optimizer."""
+class TRLSide(TrainerSide):
+    """`trl.DPOTrainer`."""
 
     name = "trl"
 
@@ -106,13 +129,12 @@ class TRLSide(Side):
         peft_config = options.pop("peft_config", None)
         self._precomputed = options.pop("precompute_ref_log_probs", False)
         rows = options.pop("rows", None)
-        if not os.path.isdir(model.config._name_or_path):  # where its reference is loaded from
-            model.config._name_or_path = tempfile.mkdtemp()
-            model.save_pretrained(model.config._name_or_path)
+        loads_reference = peft_config is not None or os.path.isdir(model.config._name_or_path)
         arguments = _options(batch_size, device, options)
         arguments.setdefault("bf16", False)
         self.trainer = DPOTrainer(
             model,
+            ref_model=None if loads_reference else copy.deepcopy(model),
             args=DPOConfig(**arguments, precompute_ref_log_probs=False),
             train_dataset=Dataset.from_list(rows or _TEXT),
             processing_class=tokenizer,
@@ -121,16 +143,21 @@ class TRLSide(Side):
         self.trainer.current_gradient_accumulation_steps = 1
         # With precomputed log-probs TRL reads two columns; what stands in them does not change the time.
         self.trainer.precompute_ref_logps = self._precomputed
-        self._optimizer = self.trainer.create_optimizer()
+        if self._precomputed:
+            self.trainer.ref_model = None
 
-    def step(self, rows: list[dict[str, Any]]) -> float:
+    def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        from trl.trainer.callbacks import SyncRefModelCallback
+
         if self._precomputed:
             rows = [row | {"ref_chosen_logps": -50.0, "ref_rejected_logps": -50.0} for row in rows]
         # Copies: its collator for images writes into the rows.
-        loss = self.trainer.training_step(self.trainer.model, self.trainer.data_collator([dict(row) for row in rows]))
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return float(loss)
+        loss = self.trainer.training_step(self._model, self.trainer.data_collator([dict(row) for row in rows]))
+        self._update()
+        if self.trainer.args.sync_ref_model:
+            alpha = self.trainer.args.ref_model_mixup_alpha
+            SyncRefModelCallback.sync_target_model(self.trainer.model, self.trainer.ref_model, alpha)
+        return loss
 
     def reference_pass(self, rows: list[dict[str, Any]]) -> None:
         inputs = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
@@ -143,12 +170,12 @@ class PlainSide(Side):
 
     name = "plain"
 
-    def __init__(self, model: Any, device: str, *, autocast: torch.dtype | None = None):
+    def __init__(self, model: Any, device: str):
         self._model, self._reference = model.to(device).train(), copy.deepcopy(model).to(device).eval()
-        self._device, self._autocast = device, autocast
+        self._device = device
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def step(self, rows: list[dict[str, Any]]) -> float:
+    def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
         policy = self._log_probs(self._model, rows)
         with torch.no_grad():
             reference = self._log_probs(self._reference, rows)
@@ -157,7 +184,7 @@ class PlainSide(Side):
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     def reference_pass(self, rows: list[dict[str, Any]]) -> None:
         with torch.no_grad():
@@ -171,8 +198,7 @@ class PlainSide(Side):
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=self._device)
         place = torch.arange(width, device=self._device)
         mask = (place < lengths[:, None]).long()
-        with torch.autocast(self._device, self._autocast, enabled=self._autocast is not None):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         responses = (place[1:] >= starts[:, None]) & mask[:, 1:].bool()
         return (log_probs * responses).sum(-1)
@@ -205,7 +231,7 @@ class LimitSide(Side):
         self._made: dict[Any, torch.Tensor] = {}
 
     @torch.no_grad()
-    def step(self, rows: list[dict[str, Any]]) -> float:
+    def step(self, rows: list[dict[str, Any]]) -> torch.Tensor:
         answers = [(len(row["prompt_ids"]), len(row[side])) for row in rows for side in ("chosen_ids", "rejected_ids")]
         queries = [(0, len(row["prompt_ids"])) for row in rows] + answers
         num, num_scored = self._num_fed(rows), sum(length for _, length in answers)
@@ -223,7 +249,7 @@ class LimitSide(Side):
             for weight in reversed(layer):
                 self._backward(weight, num, len(weight))
         self._optimizer.step()
-        return 0.0
+        return torch.zeros(())
 
     def _backward(self, weight: Any, num: int, at_once: int) -> None:
         grads = weight.grad.split(at_once) if weight.requires_grad else itertools.repeat(None)
@@ -272,18 +298,23 @@ def make_side(
     *,
     batch_size: int,
     rows: list[dict[str, Any]] | None = None,
+    adapter: bool = False,
+    **options: Any,
 ) -> Side:
     """A side by its name, with this kind of reference; `implicit` puts an adapter (`lora`) on the model.
 
     `rows` is the training set, of which TRL reads only text; in Tether a precomputed reference answers no others.
+    An implicit reference always has an adapter; a synchronized one follows the policy after every step.
     """
     if name == "plain":
-        return PlainSide(model, device, autocast=torch.bfloat16 if device == "cuda" else None)
-    options: dict[str, Any] = {"bf16": True} if device == "cuda" or model.dtype == torch.bfloat16 else {}
-    if reference == "implicit":
+        return PlainSide(model, device)
+    options.setdefault("bf16", device == "cuda" or model.dtype == torch.bfloat16)
+    if adapter or reference == "implicit":
         options["peft_config"] = lora()
     if reference == "precomputed":
         options["precompute_ref_log_probs"] = True
+    if reference == "synchronized":
+        options |= {"sync_ref_model": True, "ref_model_sync_steps": 1}
     if name == "trl":
         texts = rows if rows and "prompt" in rows[0] else None
         return TRLSide(model, tokenizer, device, batch_size=batch_size, rows=texts, **options)

@@ -35,8 +35,9 @@ def leave(folder: Path, seen: Any) -> NoReturn:
 def launch(script: str, folder: Path, *arguments: str, num_processes: int = 1) -> list[dict[str, Any]]:
     """Runs `script FOLDER *arguments`; returns the `process-N.json` that each process wrote into the folder."""
     folder.mkdir()
+    others = os.environ.get("PYTHONPATH")  # where packages may lie that are installed nowhere
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), *filter(None, [others])]),
         "PYTHONWARNINGS": "ignore",
         "TETHER_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",

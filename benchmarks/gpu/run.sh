@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs one stage on the machine at hand; where datasets and TRL are not installed, with the wheels of `carry.sh`:
+#
+#     bash benchmarks/gpu/run.sh STAGE [--scale toy]   # PYTHON=... for another than python3
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+if ! "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("datasets", "trl")))'; then
+    # Not a virtual environment: made from within another one, it would not see the packages of that one.
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" benchmarks/gpu/wheels/*.whl
+    PYTHONPATH=$PYTHONPATH:$site
+fi
+timeout 300 "$python" benchmarks/gpu "$@"
