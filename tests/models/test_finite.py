@@ -21,6 +21,7 @@ from tether import BEMACallback, LossOptions, PairScores
 from tether.errors import NotFiniteError
 from tether.losses import LOSSES
 from tether.models.finite import LossWatch
+from tether.models.finite import is_finite as all_finite
 
 NUM_STEPS = 5
 LORA: dict[str, Any] = {"peft_config": LoraConfig(r=2)}
@@ -173,3 +174,13 @@ def test_each_run_begins_anew(tmp_path: Path) -> None:
         trainer.train()
     trainer.remove_callback(abort)
     trainer.train()
+
+
+DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_shows_what_is_not_finite(dtype: torch.dtype) -> None:
+    assert all_finite(torch.zeros(0, dtype=dtype)) and all_finite(torch.ones(9).to(dtype))
+    for value in (math.nan, math.inf, -math.inf):
+        assert not all_finite(torch.tensor([1.0] * 7 + [value, 1.0]).to(dtype)), value

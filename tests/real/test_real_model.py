@@ -80,7 +80,9 @@ def curve_of_trl(folder: str, tokenizer: Any, tmp_path_factory: pytest.TempPathF
     return lambda kind: of_kind("explicit" if kind == "precomputed" else kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["explicit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "explicit")]
+)
 def test_losses_equal_those_of_trl(
     kind: str, read_once: Any, tokenizer: Any, curve_of_trl: Callable[[str], Any], tmp_path: Path
 ) -> None:

@@ -150,6 +150,13 @@ def test_the_last_token_of_a_response_is_not_fed(family: str) -> None:
     torch.testing.assert_close(found, naive(model, batch), atol=1e-4, rtol=1e-6)
 
 
+def test_a_prompt_that_the_proof_would_make_up_is_proven_apart() -> None:
+    """Of one token repeated, as many times as the probe's own short prompt has."""
+    batch = PairBatch.of_pairs([(Response((7,) * 6, (7,) * 5), Response((7,) * 6, (7,) * 9))])
+    model = tiny_model()
+    torch.testing.assert_close(score(model, batch).values, naive(model, batch), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_every_token_follows_its_sequence_whatever_prompts_begin_alike(
     whole: bool, monkeypatch: pytest.MonkeyPatch

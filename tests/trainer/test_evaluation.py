@@ -229,5 +229,5 @@ def test_a_trainer_may_only_evaluate(tmp_path: Path) -> None:
     assert found["eval_loss"] == expected["eval_loss"] and found["eval_num_tokens"] == expected["eval_num_tokens"]
     with pytest.raises(ConfigurationError, match="Cannot train without `train_dataset`"):
         alone.train()
-    with pytest.raises(ArgumentTypeError, match="`train_dataset` is None"):
+    with pytest.raises(ArgumentTypeError, match="`train_dataset` is required, and it is None"):
         DPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path), **DEFAULTS), processing_class=tiny_tokenizer())

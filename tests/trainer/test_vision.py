@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -27,6 +27,7 @@ from tether import DataCollatorForVisionPreference
 from tether.data.datasets import PairCollator, as_dataset, batch_of
 from tether.data.image_rows import ImageRows
 from tether.errors import ConfigurationError, DataError
+from tether.reference import ImplicitReference
 from tether.scoring import score
 from tether.trainer.reference_columns import with_reference_columns
 from tether.types import PairBatch, image_inputs
@@ -236,6 +237,36 @@ def test_every_reference_starts_at_log_2_and_learns(name: str, tmp_path: Path) -
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert steps(trainer)[0]["reference/initial_gap"] == pytest.approx(0, abs=1e-5)
     assert trainer.evaluate()["eval_loss"] < losses[0] - 0.005
+
+
+IMPLICIT = {
+    "biases train everywhere": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias="all"),
+    "fresh LoHa in the tower": LoHaConfig(r=4, target_modules=".*vision_tower.*q_proj"),
+    "moved LoHa in the tower": LoHaConfig(r=4, target_modules=".*vision_tower.*q_proj", init_weights=False),
+    "moved bias of LoRA": LoraConfig(r=4, target_modules=".*projector.*linear_1", lora_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_an_implicit_reference_stays_where_only_images_show_what_trains(name: str) -> None:
+    policy = get_peft_model(tiny_vision_model("llava"), IMPLICIT[name]).eval()
+    batch = batch_from(tiny_image_pairs(4))
+
+    def move() -> None:
+        with torch.no_grad():
+            for key, parameter in policy.named_parameters():
+                if parameter.requires_grad and (key.endswith("bias") or "LoHa" in name):
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+
+    if name == "moved bias of LoRA":
+        move()
+    with torch.no_grad():
+        start = score(policy, batch).values
+    reference = ImplicitReference(policy)
+    for _ in range(2):
+        torch.testing.assert_close(reference.log_probs(batch).values, start, atol=1e-5, rtol=0)
+        move()
+    assert (score(policy, batch).values - start).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -291,7 +291,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int, named: PairDataset | No
         raise DataError(
             problem=f"Cannot hold out {fraction:g} of {len(pairs)} pairs: none would be left to train on.",
             details="Pairs of one prompt are held out together.",
-            instead="Use more pairs, or name others with `eval_data`.",
+            instead="Use more pairs, a smaller `eval_fraction`, or name others with `eval_data`.",
         )
     return pairs.select(kept), pairs.select(sorted(held_out))
 

@@ -25,7 +25,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCE_CHECKSUM = "ref_checksum"
 _ROUNDING = 0.01  # nats by which the sum over a response of sure tokens may come out above 0
 RESPONSES = ("chosen", "rejected")
-_NO_ANSWERS = ("user", "human", "system")  # roles of which a response has no last message
+_NO_ANSWERS = ("user", "human", "system", "developer", "tool")  # roles of which a response has no last message
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # Columns of ours: a row's number where the user sees it ("17 of pairs.jsonl"), and why a row cannot be read at all.
 ROW_COLUMN, UNREADABLE_COLUMN = "tether_row", "tether_unreadable"
@@ -231,7 +231,7 @@ def with_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     _check_kinds(row, where)
     for field in RESPONSES:
         role = row[field][-1]["role"] if row[field] and isinstance(row[field], list) else ""
-        if role in _NO_ANSWERS:
+        if str(role).lower() in _NO_ANSWERS:
             raise DataError(
                 problem=f"{where} has a `{field}` response that ends with a message of the role `{role}`: the model "
                 "would be trained to speak for it.",

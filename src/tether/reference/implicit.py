@@ -6,7 +6,7 @@ Knows what an adapter changes; `adapter_state` switches it. Holds no second set 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,9 @@ def _put_in(buffers: list[tuple[Slot, Tensor]]) -> Iterator[None]:
 def has_zero_delta(policy: PeftModel, without: Callable[[], Tensor]) -> bool:
     """Whether the adapter, as it is now, changes nothing: its logits equal the base's, bit for bit.
 
-    Checked in two ways, because a probe may miss what it does not touch (an unrouted expert, a token's embedding): by
-    the tensors, for types whose tensors show it, and by a forward with the adapter on against one with it off.
+    Checked in two ways, because a probe may miss what it does not touch (an unrouted expert, a token's embedding, a
+    vision tower): by the tensors, for types whose tensors show it, and by a forward with the adapter on against one
+    with it off, for all others, which must be called in it.
 
     Args:
         policy: The policy.
@@ -268,7 +269,32 @@ def has_zero_delta(policy: PeftModel, without: Callable[[], Tensor]) -> bool:
         return False
     if not all(map(_changes_nothing, modules_of(policy))):
         return False
-    return has_shards(policy) or torch.equal(_probed(policy).detach(), without())
+    if has_shards(policy):
+        return True
+    untold = {
+        module for module in modules_of(policy) if isinstance(module, BaseTunerLayer) and not _tensors_tell(module)
+    }
+    with _called(untold) as called:
+        logits = _probed(policy).detach()
+    return called == untold and torch.equal(logits, without())
+
+
+@contextmanager
+def _called(modules: Collection[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Those of the modules whose forward is called while open."""
+    called: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
+        yield called
+
+
+def _tensors_tell(layer: BaseTunerLayer) -> bool:
+    """Whether the tensors of an adapter's layer show if it changes anything (`_changes_nothing`)."""
+    if isinstance(layer, TrainableTokensLayer):
+        return True
+    names = {name.split(".")[0] for name, _ in layer.named_parameters()}
+    return names - {"base_layer"} <= _FACTORS
 
 
 def _changes_nothing(module: nn.Module) -> bool:
@@ -293,8 +319,11 @@ def _trains_only_what_is_switched_off(policy: PeftModel) -> bool:
     base can't be probed with a forward and a backward, so this is all there is to go by. Any other adapter is then
     kept as it was, which is also right and only costs its tensors.
     """
-    known = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
+    known = _FACTORS | {"modules_to_save"}
     return all(known & set(name.split(".")) for name, parameter in policy.named_parameters() if parameter.requires_grad)
+
+
+_FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
 
 
 def _is_zero_pair(layer: BaseTunerLayer) -> bool:
@@ -303,6 +332,9 @@ def _is_zero_pair(layer: BaseTunerLayer) -> bool:
             factors = [getattr(layer, name, {}) for name in (first, second)]
             if all(adapter in factor for factor in factors):
                 weights = [getattr(factor[adapter], "weight", factor[adapter]) for factor in factors]
+                bias = getattr(factors[1][adapter], "bias", None)  # `lora_bias`
+                if bias is not None and bool(gather(bias).any()):
+                    return False
                 if all(bool(gather(weight).any()) for weight in weights):
                     return False
     return True
@@ -311,14 +343,19 @@ def _is_zero_pair(layer: BaseTunerLayer) -> bool:
 def _reaching_forward(
     policy: PeftModel, trainable: Mapping[str, nn.Parameter], without: Callable[[], Tensor]
 ) -> dict[str, nn.Parameter]:
-    """The trainable tensors that still change the forward with the adapter off; one backward finds them."""
+    """The trainable tensors that still change a forward with the adapter off.
+
+    Those of the base do, whether the probe uses them (an expert, a vision tower) or not; a backward finds the others.
+    """
     if has_shards(policy):
         return {}  # see `_trains_only_what_is_switched_off`
-    logits = without()
-    if not logits.requires_grad:
-        return {}
-    grads: Any = torch.autograd.grad(logits.float().sum(), list(trainable.values()), allow_unused=True)
-    return {name: p for (name, p), grad in zip(trainable.items(), grads, strict=True) if grad is not None}
+    base = {id(tensor) for tensor in base_tensors(policy.get_base_model()).values()}
+    logits, parameters = without(), list(trainable.values())
+    grads: Any = [None] * len(parameters)
+    if logits.requires_grad:
+        grads = torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True)
+    each = zip(trainable.items(), grads, strict=True)
+    return {name: p for (name, p), grad in each if grad is not None or id(p) in base}
 
 
 def _probed_off(policy: PeftModel, trainable: Mapping[str, nn.Parameter]) -> Tensor:

@@ -80,7 +80,8 @@ def probe_of(
     rest = room if alone else max(min(room, _ROOM), room // 2)
     two = ((second.token_ids if second else ()) + some(room))[:rest]
     two = _differing(two, one, pool)  # what one response begins with must not move the other
-    prompt, three, four = some(_SHORT_PROMPT), some(_ROOM), some(_ROOM)
+    three, four = some(_ROOM), some(_ROOM)
+    prompt = _differing(some(_SHORT_PROMPT), first.prompt_ids, pool)  # or two groups would be one
     three = _differing(three, four, pool)
     pairs = [(first._replace(token_ids=one, key=b""), first._replace(token_ids=two, key=b""))]
     shared = 0 if alone or shown else min((len(first.prompt_ids) + 1) // 2, length - _SHORT_PROMPT - _ROOM)

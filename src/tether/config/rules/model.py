@@ -26,7 +26,8 @@ _MAKE_OPTIMIZER = "or let the trainer make it, `optimizer_cls_and_kwargs=(torch.
 def refused_model(name: str, model: Any) -> Iterator[Refusal]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     yield from refused_cut(name, base)
-    places = list(dict.fromkeys(map(str, (getattr(base, "hf_device_map", None) or {}).values())))
+    devices = (getattr(base, "hf_device_map", None) or {}).values()
+    places = list(dict.fromkeys(str(device).removeprefix("cuda:") for device in devices))
     if len(places) > 1:
         yield Refusal(
             f"a `{name}` that `device_map` has spread over {listed(places)}",
