@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ class TrlParser(HfArgumentParser):
         unknown = self._set_defaults(_read_config(words))
         *parsed, left = self.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
         if not return_remaining_strings:
-            names = [word.lstrip("-").partition("=")[0] for word in left if word.startswith("--")]
-            self._refuse([*(unknown if fail_with_unknown_args else ()), *(names or left)])
+            flags = [word[2:].partition("=")[0] for word in left if word.startswith("--")]
+            refuse([*self._refused(unknown if fail_with_unknown_args else ()), *self._refused(flags or left, "--")])
             return tuple(parsed)
         of_file = [word for name, value in unknown.items() for word in (f"--{name}", str(value))]
         return (*parsed, of_file, left) if separate_remaining_strings else (*parsed, of_file + left)
@@ -170,11 +171,14 @@ class TrlParser(HfArgumentParser):
                 action.default, action.required = config.pop(action.dest), False
         return config
 
-    def _refuse(self, names: Iterable[str]) -> None:
+    def _refused(self, names: Iterable[str], dashes: str = "") -> Iterator[Refusal]:
+        """Names that no field has; with dashes, our options are spelled as flags."""
         known = {action.dest for action in self._actions if action.dest.isidentifier()}
         of = inspect.Parameter.KEYWORD_ONLY
         signature = inspect.Signature([inspect.Parameter(name, of) for name in sorted(known)])
-        refuse(refused_names(dict.fromkeys(names), signature))
+        for one in refused_names(dict.fromkeys(names), signature):
+            flag = re.sub(r"`(\w+)`", lambda found: f"`{dashes * (found[1] in known)}{found[1]}`", one.instead)
+            yield replace(one, instead=flag)
 
 
 def _read_config(words: list[str]) -> dict[str, Any]:
