@@ -82,6 +82,16 @@ def test_unknown_names_of_file_and_command_line_are_refused_together(tmp_path: P
     assert left == ["--max_prompt_length", "5", "--lora_rr", "2", "--rpo_alpha=1"]
 
 
+def test_an_option_that_the_command_line_has_is_named_as_its_flag() -> None:
+    words = ["--torch_dtype", "bfloat16", "--lora_rank", "4", "--bs=2", "--base_model", "m"]
+    with pytest.raises(ValueError) as caught:
+        tether.TrlParser((tether.DPOConfig, tether.ModelConfig)).parse_args_and_config(words)
+    for written in ("`--dtype`", "`--lora_r`", "`--per_device_train_batch_size`", "`DPOTrainer(...)`"):
+        assert f"Write {written}." in str(caught.value)
+    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': ...\}"):
+        tether.TrlParser((tether.DPOConfig,)).parse_args_and_config(words[:2])
+
+
 def test_options_that_no_script_can_use_are_refused() -> None:
     with pytest.raises(ValueError, match="with `load_in_8bit` and `lora_task_type='SEQ_CLS'`"):
         tether.ModelConfig(load_in_4bit=True, load_in_8bit=True, lora_task_type="SEQ_CLS")
