@@ -103,8 +103,8 @@ _ALSO_CALLED = {"dpo": "sigmoid"}  # by other tools
 
 
 def nearest_to(name: str, known: Iterable[str]) -> str:
-    """The known name that was probably meant: one by another name, one with the same start, or a misspelt
-    one; empty if there is none.
+    """The known name that was probably meant: one that others call so, one with the same start, or a misspelt one;
+    empty if there is none.
 
     Every word of a misspelt name is similar to one, at its place: `max_samples` is not `max_steps`, with half its
     letters.

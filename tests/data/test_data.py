@@ -341,7 +341,7 @@ BAD_ROWS = {
 
 
 def test_a_prompt_that_merges_with_a_response_is_told_apart_from_an_empty_one() -> None:
-    with pytest.raises(DataError, match="Row 3 has a prompt that merges with a response: ") as caught:
+    with pytest.raises(DataError, match="Row 3 has a prompt that merges with a response into one token: ") as caught:
         split_responses([1], [2], [3], "Row 3")
     assert "with a space" in caught.value.instead
     with pytest.raises(DataError, match="has no tokens in `prompt`"):

@@ -25,6 +25,7 @@ from tether.cli.options import Part, ScriptOptions, read_values
 from tether.cli.pairs import hold_out, without_row_numbers
 from tether.cli.quantization import quantization_of
 from tether.cli.trl_options import REFUSED
+from tether.config.former_options import SYNONYMS
 from tether.config.rules.options import refused_names
 from tether.errors import ConfigurationError
 from tether.models.preparing import lora_config
@@ -156,9 +157,11 @@ class TrlParser(HfArgumentParser):
         """
         words = list(sys.argv[1:] if args is None else args)
         unknown = self._set_defaults(_read_config(words))
+        if not return_remaining_strings:  # argparse would take a short name for the start of others, and exit
+            refuse(self._refused((flag for flag in _flags_of(words) if flag in SYNONYMS), "--"))
         *parsed, left = self.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
         if not return_remaining_strings:
-            flags = [word[2:].partition("=")[0] for word in left if word.startswith("--")]
+            flags = _flags_of(left)
             refuse([*self._refused(unknown if fail_with_unknown_args else ()), *self._refused(flags or left, "--")])
             return tuple(parsed)
         of_file = [word for name, value in unknown.items() for word in (f"--{name}", str(value))]
@@ -179,6 +182,10 @@ class TrlParser(HfArgumentParser):
         for one in refused_names(dict.fromkeys(names), signature):
             flag = re.sub(r"`(\w+)`", lambda found: f"`{dashes * (found[1] in known)}{found[1]}`", one.instead)
             yield replace(one, instead=flag)
+
+
+def _flags_of(words: Iterable[str]) -> list[str]:
+    return [word[2:].partition("=")[0] for word in words if word.startswith("--")]
 
 
 def _read_config(words: list[str]) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected
     start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
     if prompt_ids and start == 0:
         raise DataError(
-            problem=f"{where} has a prompt that merges with a response: their first token is one, so none of the "
-            "prompt is left to predict the response from.",
+            problem=f"{where} has a prompt that merges with a response into one token: none of the prompt is left to "
+            "predict the response from.",
             instead="End the prompt with a space or a line break, or begin both responses with one, or drop the row.",
         )
     tokens = RowTokens(prompt_ids[:start], full_chosen[start:], full_rejected[start:], prompt_ids[start:])
