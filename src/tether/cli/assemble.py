@@ -168,11 +168,11 @@ def _check_models(recipe: Recipe, quantization: Any) -> None:
     models, sets = [("model", script.model), ("ref_model", script.ref_model)], ("train_data", "eval_data")
     refuse(
         (
+            *refused_gguf(recipe.config, script.model, script.ref_model, quantization),
             *(one for option, name in models if name for one in absent_folder(option, name)),
             *(one for option in sets if (name := getattr(script, option)) for one in absent_file(option, name)),
         )
     )
-    refuse(refused_gguf(recipe.config, script.model, script.ref_model, quantization))
     for option, name in models:
         _check_model(option, name, recipe)
 
