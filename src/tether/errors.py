@@ -57,11 +57,11 @@ class ArgumentTypeError(ConfigurationError, TypeError):
 
 
 class NotHereError(TetherError, AttributeError):
-    """Something that TRL's trainer has under this name, and this one has under another."""
+    """Something that is not under this name: TRL's trainer has it, or it was not asked for."""
 
 
 class NotInBatchError(TetherError, KeyError):
-    """A tensor of a padded batch, which a batch without padding does not have."""
+    """A tensor of a padded batch, or a column of the rows, which a batch does not have."""
 
 
 class DataError(TetherError, ValueError):

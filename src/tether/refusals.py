@@ -99,13 +99,19 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+_ALSO_CALLED = {"dpo": "sigmoid"}  # by other tools
+
+
 def nearest_to(name: str, known: Iterable[str]) -> str:
-    """The known name that was probably meant: one with the same start, or a misspelt one; empty if there is none.
+    """The known name that was probably meant: one that others call so, one with the same start, or a misspelt one;
+    empty if there is none.
 
     Every word of a misspelt name is similar to one, at its place: `max_samples` is not `max_steps`, with half its
     letters.
     """
     names = list(known)
+    if (called := _ALSO_CALLED.get(name)) in names:
+        return str(called)
     begins = [other for other in names if other.startswith(name)]
     similar = [other for other in difflib.get_close_matches(name, names, n=10) if _is_misspelt(name, other)]
     return next(iter(begins or similar), "")

@@ -36,12 +36,14 @@ from tether.cli.library_errors import report_library_errors
 from tether.cli.pairs import hold_out, load_pairs
 from tether.cli.progress import ProgressLines
 from tether.cli.recipe import Recipe, read_recipe
+from tether.cli.summary import _describe_harm
 from tether.cli.verbs import HELP, VERBS
 from tether.config.dpo_config import DPOConfig
 from tether.data.datasets import tokenize_pairs
 from tether.data.rows import ROW_COLUMN
 from tether.errors import ConfigurationError, DataError
 from tether.losses import LossOptions
+from tether.trainer.run_folder import RunFolder
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 Run = Callable[..., tuple[int, str, str]]
@@ -797,6 +799,33 @@ def test_the_speed_leaves_out_evaluations_and_saves(monkeypatch: pytest.MonkeyPa
     lines.on_step_end(args, state, None)  # at 10
     lines.on_log(args, state, None, {"loss": 1.0, "num_tokens": 500.0})
     assert lines.tokens_per_second == 250.0
+
+
+def test_a_held_out_loss_that_is_noisily_above_its_start_is_not_called_worse() -> None:
+    traits = SimpleNamespace(means_policy=True, moves=False)
+    trainer: Any = SimpleNamespace(
+        reference=SimpleNamespace(traits=traits), args=SimpleNamespace(loss_type=["sigmoid"])
+    )
+    assert not _describe_harm(trainer, {"eval_loss": 0.6932}) and not _describe_harm(trainer, {"eval_loss": 0.703})
+    assert _describe_harm(trainer, {"eval_loss": 0.7035})
+
+
+def test_a_folder_in_which_a_process_trains_is_refused_before_anything_is_loaded(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    written = recipe(model="nobody/nothing")  # not asked for
+    with RunFolder(tmp_path / "out").held(None, take_over=False):
+        code, out, err = tether("train", written)
+    assert code == 2 and not out and f"Cannot train in {tmp_path / 'out'}: process " in err
+
+
+def test_a_model_and_data_that_are_not_there_are_named_at_once(
+    tether: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    code, _, err = tether("train", recipe(model=str(tmp_path / "m"), train_data="absent.jsonl"))
+    assert code == 2 and "2 options are wrong" in err and "there is no such folder" in err and "no such file" in err
+    code, _, err = tether("train", recipe(model="nobody/nothing", train_data="absent.jsonl"))
+    assert code == 2 and "absent.jsonl` in line" in err and "there is no such file" in err  # before the hub is asked
 
 
 def test_a_run_that_made_the_model_worse_says_so(tether: Run, recipe: Callable[..., str]) -> None:

@@ -41,7 +41,7 @@ from tether.cli.quantization import quantization_of
 from tether.cli.recipe import Recipe, read_recipe
 from tether.cli.scripts import adapter_of
 from tether.cli.trl_options import REFUSED
-from tether.config.former_options import FORMER, OTHER_TOOLS
+from tether.config.former_options import FORMER, OTHER_TOOLS, SYNONYMS
 from tether.data.rows import ROW_COLUMN
 from tether.errors import ConfigurationError, DataError, MissingPackageError
 from tether.trainer.dpo_trainer import DPOTrainer
@@ -139,12 +139,12 @@ def test_a_refused_flag_may_say_what_is_done_anyway(flag: str) -> None:
     assert read("train_data: d.jsonl", *flags, "--beta", "0.2").config.beta == 0.2
 
 
-@pytest.mark.parametrize("table", [FORMER, OTHER_TOOLS])
+@pytest.mark.parametrize("table", [FORMER, OTHER_TOOLS, SYNONYMS])
 def test_an_option_of_earlier_versions_or_of_another_tool_is_refused_with_what_to_write(table: dict[str, str]) -> None:
     named = {option for text in table.values() for option in re.findall(r"`(\w+)", text)}
-    assert named <= {*OPTIONS, *ALIASES, "env", "tether"}
+    assert named <= {*OPTIONS, *ALIASES, "env"}
     assert not {name.partition("=")[0] for name in table} & {*OPTIONS, *ALIASES}
-    assert not OTHER_TOOLS.keys() & LAUNCHER.keys()
+    assert not {*OTHER_TOOLS, *SYNONYMS} & LAUNCHER.keys()
     lines = "\n".join(f"{name}: 7" for name in table if "=" not in name)
     with pytest.raises(ConfigurationError) as caught:
         read(lines)
@@ -172,6 +172,11 @@ OF_OTHER_TOOLS = {
     "rl: dpo": ("Remove it: it is what Tether does.", "Remove it: it is what Tether does."),
     "double_quantization: true": ("Write `use_bnb_nested_quant: true`.", "bnb_4bit_use_double_quant=True"),
     "lora_model_dir:": ("Write `model`: an adapter", "Write `DPOTrainer(...)`: an adapter"),
+    "lr: 1.0e-6": ("Write `learning_rate: 1.0e-06`.", "Write `learning_rate=1e-06`."),
+    "bs: 2": ("Write `per_device_train_batch_size: 2`.", "Write `per_device_train_batch_size=2`."),
+    "use_lora: true": ("Write `lora_r`, with", "LoraConfig(r=...))`, with the adapter's rank."),
+    "use_lora: false": ("Remove it: without `lora_r`", "Remove it: "),
+    "loss_type: dpo": ("Did you mean `sigmoid`?", "Did you mean `sigmoid`?"),
     "torch_dtype: bfloat16": ("Write `dtype: bfloat16`.", "Write `model_init_kwargs={'dtype': 'bfloat16'}`."),
 }
 

@@ -77,9 +77,22 @@ def test_unknown_names_of_file_and_command_line_are_refused_together(tmp_path: P
     words = ["--config", str(path), "--lora_rr", "2", "--rpo_alpha=1"]
     with pytest.raises(ValueError, match="Cannot use `max_prompt_length`, `lora_rr` and `rpo_alpha`") as caught:
         parser.parse_args_and_config(words)
-    assert "Did you mean `lora_r`?" in str(caught.value) and "loss_weights" in str(caught.value)
+    assert "Did you mean `--lora_r`?" in str(caught.value) and "loss_weights" in str(caught.value)
     *_, left = parser.parse_args_and_config(words, return_remaining_strings=True)
     assert left == ["--max_prompt_length", "5", "--lora_rr", "2", "--rpo_alpha=1"]
+
+
+def test_an_option_that_the_command_line_has_is_named_as_its_flag() -> None:
+    words = ["--torch_dtype", "bfloat16", "--lora_rank", "4", "--base_model", "m"]
+    with pytest.raises(ValueError) as caught:
+        tether.TrlParser((tether.DPOConfig, tether.ModelConfig)).parse_args_and_config(words)
+    for written in ("`--dtype`", "`--lora_r`", "`DPOTrainer(...)`"):
+        assert f"Write {written}." in str(caught.value)
+    with pytest.raises(ValueError, match="`lr`: it has another name here") as caught:
+        tether.TrlParser((tether.DPOConfig,)).parse_args_and_config(["--lr", "1", "--beta", "0.2"])
+    assert "Write `--learning_rate`." in str(caught.value)
+    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': ...\}"):
+        tether.TrlParser((tether.DPOConfig,)).parse_args_and_config(words[:2])
 
 
 def test_options_that_no_script_can_use_are_refused() -> None:

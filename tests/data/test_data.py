@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from support.tiny import CHAT_TEMPLATE, EOS, tiny_pairs, tiny_tokenizer
 from support.trl_oracle import trl_batch, trl_tokens
 from tether.data.datasets import PairCollator, batch_of, tokenize_pairs
-from tether.data.rows import TextRows
+from tether.data.rows import TextRows, split_responses
 from tether.errors import DataError
 from tether.store import content_key
 from tether.types import PairBatch
@@ -263,6 +263,10 @@ def test_cut_responses_are_counted_in_one_line_with_side_amount_and_rows(caplog:
     )
     caplog.clear()
     with caplog.at_level(logging.WARNING, "tether"):
+        tokenize_pairs(Dataset.from_list(ids), tiny_tokenizer(), max_length=10, max_positions=12)
+    assert "The longest has 15 tokens, and the model positions for 12." in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tether"):
         list(tokenize_pairs(IterableDataset.from_generator(lambda: iter(ids[2:])), tiny_tokenizer(), max_length=10))
     assert [record.getMessage() for record in caplog.records if record.name.startswith("tether")] == [
         "Row 0 of the train set loses the end of a response to `max_length=10` (1 of its tokens), and rows after "
@@ -334,6 +338,14 @@ BAD_ROWS = {
         "has no `prompt`, and its responses have",
     ),
 }
+
+
+def test_a_prompt_that_merges_with_a_response_is_told_apart_from_an_empty_one() -> None:
+    with pytest.raises(DataError, match="Row 3 has a prompt that merges with a response into one token: ") as caught:
+        split_responses([1], [2], [3], "Row 3")
+    assert "with a space" in caught.value.instead
+    with pytest.raises(DataError, match="has no tokens in `prompt`"):
+        split_responses([], [2], [3], "Row 3")
 
 
 @pytest.mark.parametrize("row", BAD_ROWS)

@@ -504,6 +504,14 @@ NAMED_OTHERWISE: dict[str, tuple[Row, Row, Row]] = {
 }
 
 
+def test_a_mapping_of_which_a_part_is_known_names_the_rest() -> None:
+    theirs = {"question": "Hi?", "answer_good": "A.", "answer_bad": "B."}
+    with pytest.raises(DataError) as caught:
+        tokenize_pairs(Dataset.from_list([theirs]), tokenizer_of(), max_length=None)
+    whole = {"prompt": "question", "chosen": "...", "rejected": "..."}
+    assert f"Write `columns={json.dumps(whole)}`" in caught.value.instead
+
+
 @pytest.mark.parametrize("name", NAMED_OTHERWISE)
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_columns_under_other_names_are_refused_with_the_mapping_that_reads_them(name: str, is_stream: bool) -> None:

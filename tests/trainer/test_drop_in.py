@@ -529,6 +529,8 @@ def test_a_policy_that_is_made_anew_for_each_run_is_refused(model_folder: str, t
     with pytest.raises(ValueError, match="model_init") as caught:
         trainer.train()
     assert isinstance(caught.value, tether.errors.ConfigurationError) and "each trial" in caught.value.instead
+    with pytest.raises(tether.errors.ConfigurationError, match=r"Cannot call `trainer\.hyperparameter_search`: "):
+        trainer.hyperparameter_search(direction="minimize")  # before a backend is asked for
 
 
 def test_trls_command_line_parser_reads_our_options(tmp_path: Path) -> None:

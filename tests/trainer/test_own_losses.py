@@ -19,7 +19,7 @@ from support.observe import bits, same_bits
 from support.runs import as_dataset, curve, make_trainer, stream, trained
 from support.tiny import naive_log_probs, tiny_model, tiny_pairs
 from tether import DataCollatorForPreference, LossOptions, PairScores
-from tether.errors import ConfigurationError, DataError
+from tether.errors import ConfigurationError, DataError, NotHereError, NotInBatchError
 from tether.reference import ExplicitReference, Traits, WrappingReference
 
 pytestmark = pytest.mark.numerics
@@ -188,6 +188,33 @@ def test_a_column_that_is_no_number_is_refused_by_its_row(name: str, streams: bo
     loss = {"loss": weighted} if "loss_columns" in options else {}
     with pytest.raises(DataError, match=message):
         trained(tmp_path, rows=given, max_steps=2, **loss, **options)
+
+
+def test_a_loss_that_reads_what_it_did_not_ask_for_is_told_how_to_ask(tmp_path: Path) -> None:
+    def forgets(scores: PairScores, options: LossOptions) -> Tensor:
+        assert scores.tokens is not None or options.beta == BETA
+        return scores.delta * scores.tokens.chosen.policy.sum()  # type: ignore[union-attr]
+
+    def misnames(scores: PairScores, options: LossOptions) -> Tensor:
+        return scores.delta * scores.columns["trust"]
+
+    with pytest.raises(NotHereError, match=r"Cannot read `scores\.tokens\.chosen` in the loss 'forgets': ") as caught:
+        trained(tmp_path, rows=rows(), loss=forgets, beta=BETA, max_steps=1)
+    assert "forgets.needs_tokens = True" in caught.value.instead
+    with pytest.raises(NotInBatchError, match=r"Cannot read `scores\.columns\['trust'\]`: ") as missing:
+        trained(tmp_path, rows=rows(), loss=misnames, loss_columns=["confidence"], max_steps=1)
+    assert "loss_columns=['confidence', 'trust']" in missing.value.instead
+
+
+def test_the_columns_of_a_set_are_told_as_the_user_has_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        make_trainer(tmp_path, rows=rows(), loss=weighted, loss_columns=["trust"])
+    assert caught.value.details == "It has prompt, chosen, rejected, confidence, beta."
+
+
+def test_a_loss_beside_named_ones_blames_what_was_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"Cannot use `loss=...` with `loss_type=\['ipo'\]`: your own"):
+        make_trainer(tmp_path, rows=rows(), loss=weighted, loss_type="ipo")
 
 
 def test_columns_without_a_reader_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from tether.cli.mixture import load_mixture
 from tether.cli.options import ScriptOptions
-from tether.cli.pairs import hold_out, is_file, load_pairs, take_shard
+from tether.cli.pairs import absent_file, hold_out, is_file, load_pairs, take_shard
 from tether.cli.quantization import quantization_of
 from tether.cli.quiet import quiet_deepspeed
 from tether.cli.recipe import Recipe, refuse_as_written
@@ -29,7 +29,7 @@ from tether.data.columns import named_as_ours
 from tether.data.datasets import PairDataset
 from tether.errors import ConfigurationError
 from tether.models.gguf import without_absent_file
-from tether.models.loading import load_processing_class_of, naming_model
+from tether.models.loading import absent_folder, load_processing_class_of, naming_model
 from tether.refusals import of_option, refuse
 from tether.trainer.dpo_trainer import DPOTrainer
 
@@ -165,8 +165,15 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 def _check_models(recipe: Recipe, quantization: Any) -> None:
     script = recipe.script
-    refuse(refused_gguf(recipe.config, script.model, script.ref_model, quantization))
-    for option, name in (("model", script.model), ("ref_model", script.ref_model)):
+    models, sets = [("model", script.model), ("ref_model", script.ref_model)], ("train_data", "eval_data")
+    refuse(
+        (
+            *refused_gguf(recipe.config, script.model, script.ref_model, quantization),
+            *(one for option, name in models if name for one in absent_folder(option, name)),
+            *(one for option in sets if (name := getattr(script, option)) for one in absent_file(option, name)),
+        )
+    )
+    for option, name in models:
         _check_model(option, name, recipe)
 
 

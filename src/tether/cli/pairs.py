@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -21,6 +21,7 @@ from datasets import logging as hf_logging
 from tether.data.datasets import REFERENCE_COLUMNS, PairDataset, as_dataset
 from tether.data.rows import MARGIN_COLUMN, RESPONSES, ROW_COLUMN, UNREADABLE_COLUMN
 from tether.errors import DataError, said
+from tether.refusals import Refusal, of_option
 
 # Text is read as it is: pandas would take `NA` or `None` for a missing value, and `4` for a number.
 _CSV: Mapping[str, Any] = {
@@ -307,14 +308,18 @@ def _draw(text: Any, seed: int) -> bytes:
     return hashlib.blake2b(json.dumps([seed, text], sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
+def absent_file(option: str, name: str) -> Iterator[Refusal]:
+    """A name that can only be a file's, where there is none."""
+    if is_file(name) and not Path(name).expanduser().is_file():
+        where = f"Paths start at the current folder, {Path.cwd()}."
+        instead = f"Name a file that ends in {', '.join(_FORMATS)}."
+        yield of_option(option, name, "there is no such file", instead, details=where)
+
+
 def _file_source(path: Path, option: str) -> dict[str, Any]:
     """The arguments of `load_dataset` for a file."""
-    if not path.is_file():
-        raise DataError(
-            problem=f"Cannot read `{option}: {path}`: there is no such file.",
-            details=f"Paths start at the current folder, {Path.cwd()}.",
-            instead=f"Name a file that ends in {', '.join(_FORMATS)}.",
-        )
+    for absent in absent_file(option, str(path)):
+        raise DataError(f"Cannot read `{option}: {path}`: {absent.why}.", absent.instead, absent.details)
     known = _format_of(path)
     if known is None:
         raise DataError(

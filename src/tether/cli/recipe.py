@@ -137,7 +137,9 @@ class _Reading:
         self.given |= values
         for name, why in wrong.items():
             choices = OPTIONS[name].get("enum") or OPTIONS[name].get("items", {}).get("enum") or ()
-            nearest = nearest_to(str(options[name].value), [choice for choice in choices if choice])
+            words = options[name].value if isinstance(options[name].value, list) else [options[name].value]
+            found = (nearest_to(str(word), filter(None, choices)) for word in words if word not in choices)
+            nearest = next(found, "")
             took_recipe = not options[name].line and "boolean" in OPTIONS[name]["type"]
             instead = f"Did you mean `{nearest}`?" if nearest else RECIPE_FIRST if took_recipe else ""
             self._refuse(options[name], why, instead, about=name)

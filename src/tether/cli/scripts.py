@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tether.cli.options import Part, ScriptOptions, read_values
 from tether.cli.pairs import hold_out, without_row_numbers
 from tether.cli.quantization import quantization_of
 from tether.cli.trl_options import REFUSED
+from tether.config.former_options import SYNONYMS
 from tether.config.rules.options import refused_names
 from tether.errors import ConfigurationError
 from tether.models.preparing import lora_config
@@ -155,10 +157,12 @@ class TrlParser(HfArgumentParser):
         """
         words = list(sys.argv[1:] if args is None else args)
         unknown = self._set_defaults(_read_config(words))
+        if not return_remaining_strings:  # argparse would take a short name for the start of others, and exit
+            refuse(self._refused((flag for flag in _flags_of(words) if flag in SYNONYMS), "--"))
         *parsed, left = self.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
         if not return_remaining_strings:
-            names = [word.lstrip("-").partition("=")[0] for word in left if word.startswith("--")]
-            self._refuse([*(unknown if fail_with_unknown_args else ()), *(names or left)])
+            flags = _flags_of(left)
+            refuse([*self._refused(unknown if fail_with_unknown_args else ()), *self._refused(flags or left, "--")])
             return tuple(parsed)
         of_file = [word for name, value in unknown.items() for word in (f"--{name}", str(value))]
         return (*parsed, of_file, left) if separate_remaining_strings else (*parsed, of_file + left)
@@ -170,11 +174,18 @@ class TrlParser(HfArgumentParser):
                 action.default, action.required = config.pop(action.dest), False
         return config
 
-    def _refuse(self, names: Iterable[str]) -> None:
+    def _refused(self, names: Iterable[str], dashes: str = "") -> Iterator[Refusal]:
+        """Names that no field has; with dashes, our options are spelled as flags."""
         known = {action.dest for action in self._actions if action.dest.isidentifier()}
         of = inspect.Parameter.KEYWORD_ONLY
         signature = inspect.Signature([inspect.Parameter(name, of) for name in sorted(known)])
-        refuse(refused_names(dict.fromkeys(names), signature))
+        for one in refused_names(dict.fromkeys(names), signature):
+            flag = re.sub(r"`(\w+)`", lambda found: f"`{dashes * (found[1] in known)}{found[1]}`", one.instead)
+            yield replace(one, instead=flag)
+
+
+def _flags_of(words: Iterable[str]) -> list[str]:
+    return [word[2:].partition("=")[0] for word in words if word.startswith("--")]
 
 
 def _read_config(words: list[str]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from tether.reference import PrecomputedReference
 from tether.trainer.dpo_trainer import DPOTrainer
 from tether.trainer.samples import SAMPLES_FILE
 
+_HARM = 0.01  # nats of held-out loss above its start that are no noise
+
 
 def describe_start(trainer: DPOTrainer, recipe: Recipe) -> str:
     """The policy, the pairs and the reference of a run that is about to start."""
@@ -78,10 +80,10 @@ def _held_out_rows(history: Sequence[Mapping[str, float]], metrics: Mapping[str,
 
 
 def _describe_harm(trainer: DPOTrainer, metrics: Mapping[str, float]) -> list[str]:
-    """Says so if the held-out loss is above that of the model before training, where that is known."""
+    """Says so if the held-out loss is clearly above that of the model before training, where that is known."""
     traits, loss, at_start = trainer.reference.traits, metrics.get("eval_loss", 0.0), math.log(2)
     is_known = trainer.args.loss_type == ["sigmoid"] and traits.means_policy and not traits.moves
-    if not is_known or loss < at_start + 5e-5:
+    if not is_known or loss < at_start + _HARM:
         return []
     return [f"worse      the held-out loss, {loss:.4f}, is above {at_start:.4f}, where it was before training"]
 

@@ -23,7 +23,7 @@ from tether.errors import MissingLogProbsError
 from tether.masking import without_secrets
 from tether.trainer.dpo_trainer import DPOTrainer
 from tether.trainer.resuming import named_checkpoint
-from tether.trainer.run_folder import last_checkpoint, read_last_run, whole_checkpoints
+from tether.trainer.run_folder import check_free, last_checkpoint, read_last_run, whole_checkpoints
 
 
 def run(request: Request) -> int:
@@ -33,6 +33,8 @@ def run(request: Request) -> int:
         with report_library_errors("tether train"):
             print(describe_dry_run(recipe), flush=True)
         return EXIT_DONE
+    if recipe.config.process_index == 0 and not recipe.config.take_over:
+        check_free(Path(str(recipe.config.output_dir)))  # before anything is loaded; training looks again
     stop, progress = StopOnInterrupt(), ProgressLines()
     try:
         with report_library_errors("tether train"):

@@ -6,6 +6,7 @@ For scripts and recipes alike. Loads no torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any
 
 from tether.refusals import shown
@@ -148,7 +149,7 @@ OTHER_TOOLS: dict[str, str] = {
     "overwrite_cache": _OF_ROWS,
     "packing": "nothing: rows have no padding wherever the model allows it",
     "pad_to_sequence_len": "nothing: rows have no padding",
-    "plot_loss": "nothing: `tether report` draws the curves of a run",
+    "plot_loss": "`report_to`, with a tracker that draws the curves, such as tensorboard",
     "pref_beta": "`beta={}`",
     "pref_ftx": "`loss_type=['sigmoid', 'sft']`, with this number as the second of `loss_weights`",
     "pref_loss": "`loss_type={}`",
@@ -214,6 +215,22 @@ OTHER_TOOLS: dict[str, str] = {
     "xformers_attention": "`attn_implementation`",
 }
 
+# Names that people write from memory, and ours.
+SYNONYMS: dict[str, str] = {
+    "accumulation_steps": "`gradient_accumulation_steps={}`",
+    "batch": "`per_device_train_batch_size={}`",
+    "batch_size": "`per_device_train_batch_size={}`",
+    "bs": "`per_device_train_batch_size={}`",
+    "epochs": "`num_train_epochs={}`",
+    "grad_acc_steps": "`gradient_accumulation_steps={}`",
+    "grad_accum": "`gradient_accumulation_steps={}`",
+    "grad_accum_steps": "`gradient_accumulation_steps={}`",
+    "lr": "`learning_rate={}`",
+    "train_batch_size": "`per_device_train_batch_size={}`",
+    "use_lora": _ADAPTER,
+    "use_lora=False": _ALL_WEIGHTS,
+}
+
 # Options of `tether train` that are not `DPOConfig`'s, and what Python has for them; `{}` is the value.
 _SPLIT = "`dataset.train_test_split({})`, and its parts as `train_dataset` and `eval_dataset` of `DPOTrainer`"
 IN_PYTHON: dict[str, str] = {
@@ -246,27 +263,34 @@ IN_PYTHON: dict[str, str] = {
 }
 
 
-def written_today(name: str, value: Any = None, *, in_python: bool = False) -> tuple[str, str] | None:
+def written_today(
+    name: str, value: Any = None, *, in_python: bool = False, known: Container[str] = ()
+) -> tuple[str, str] | None:
     """Why there is no option of this name, and what to write instead; None for a name that nothing is known of.
 
     Args:
         name: The option.
         value: Its value; None if it is not known.
         in_python: Whether it was written for `DPOConfig` or `DPOTrainer`, which have not all options of a recipe.
+        known: The options of a recipe that are known in Python too, such as those of a script's own command line.
     """
     if name in FORMER:
         why, text = "TRL 1.16 and transformers 5 have no such option any more", FORMER[name]
     elif name in OTHER_TOOLS:
         why, text = "it is another tool's option", OTHER_TOOLS.get(f"{name}={value}", OTHER_TOOLS[name])
+    elif name in SYNONYMS:
+        why, text = "it has another name here", SYNONYMS.get(f"{name}={value}", SYNONYMS[name])
     elif in_python and name in IN_PYTHON:
         why, text = "it is an option of `tether train`", f"`{name}={{}}`"
     else:
         return None
     text = text.replace("={}", "") if value is None else text.replace("{}", shown(value))
-    text = re.sub(r"`(\w+)(?:=([^`]*))?`", _as_in_python, text) if in_python else text
+    if in_python:
+        text = re.sub(r"`(\w+)(?:=([^`]*))?`", lambda found: _as_in_python(found, known), text)
     return why, f"Remove it{text.removeprefix('nothing')}." if text.startswith("nothing:") else f"Write {text}."
 
 
-def _as_in_python(found: re.Match[str]) -> str:
+def _as_in_python(found: re.Match[str], known: Container[str]) -> str:
     name, value = found.groups()
-    return IN_PYTHON[name].replace("{}", value or "...") if name in IN_PYTHON else found[0]
+    is_other = name in IN_PYTHON and name not in known
+    return IN_PYTHON[name].replace("{}", value or "...") if is_other else found[0]

@@ -87,7 +87,7 @@ class PairColumns:
             if column not in has:
                 raise DataError(
                     problem=f"Cannot use the {name} set: it has no column `{column}`, which the loss reads.",
-                    details=f"It has {', '.join(has)}.",
+                    details=f"It has {', '.join(one for one in has if one not in (ROW_COLUMN, *TOKEN_COLUMNS))}.",
                     instead=f"Add the column to every set, with a number in each row, or leave `{column}` out of the "
                     "options `loss_columns` and `beta_column`.",
                 )

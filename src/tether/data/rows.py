@@ -134,6 +134,12 @@ def tokenize_row(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokeni
 def split_responses(prompt_ids: list[int], full_chosen: list[int], full_rejected: list[int], where: str) -> RowTokens:
     """Finds where the responses begin, from the ids of the prompt alone and with each of them; see `tokenize_row`."""
     start = min(_common_prefix(prompt_ids, full) for full in (full_chosen, full_rejected))
+    if prompt_ids and start == 0:
+        raise DataError(
+            problem=f"{where} has a prompt that merges with a response into one token: none of the prompt is left to "
+            "predict the response from.",
+            instead="End the prompt with a space or a line break, or begin both responses with one, or drop the row.",
+        )
     tokens = RowTokens(prompt_ids[:start], full_chosen[start:], full_rejected[start:], prompt_ids[start:])
     _check_not_empty(tokens, where)
     return tokens

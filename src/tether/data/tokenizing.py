@@ -28,7 +28,7 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.names import columns_meant, how_to_map
+from tether.data.names import MAPPED, columns_meant, how_to_map
 from tether.data.rows import (
     MARGIN_COLUMN,
     REFERENCE_COLUMNS,
@@ -420,11 +420,16 @@ def _warn_of_cuts(dataset: Dataset, plan: TokenizingPlan) -> None:
         return
     chosen, rejected = (cut > 0).sum(axis=1)
     lost, whole = cut[cut > 0], int((token_lengths(dataset)[0] + token_lengths(dataset)[1:]).max())
+    has_positions = plan.max_positions is None or whole <= plan.max_positions
+    keeps = (
+        f"`max_length={whole}` would keep all."
+        if has_positions
+        else f"The longest has {whole:,} tokens, and the model positions for {plan.max_positions:,}."
+    )
     _warn(
         f"{len(rows)} of {len(dataset)} pairs of the {plan.name} set lose {_lost_part(plan.truncation)} to "
         f"`max_length={plan.truncation.max_length}`, {chosen} of the chosen and {rejected} of the rejected: "
-        f"{lost.mean():,.0f} tokens on average, {lost.max():,} at most ({_rows(rows.tolist(), dataset)}). "
-        f"`max_length={whole}` would keep all."
+        f"{lost.mean():,.0f} tokens on average, {lost.max():,} at most ({_rows(rows.tolist(), dataset)}). {keeps}"
     )
 
 
@@ -470,8 +475,10 @@ def _check_columns(names: Sequence[str], name: str) -> None:
     missing = [column for column in ("chosen", "rejected") if column not in own]
     if not missing or UNREADABLE_COLUMN in own or any(column in own for column in TOKEN_COLUMNS):
         return
-    meant = columns_meant(own)
-    instead = how_to_map(meant) if meant else "Name the columns `prompt`, `chosen` and `rejected`."
+    instead = "Name the columns `prompt`, `chosen` and `rejected`."
+    if meant := columns_meant(own):
+        whole = dict.fromkeys(missing, "...") | meant
+        instead = how_to_map({ours: whole[ours] for ours in MAPPED if ours in whole})
     if len(own) == 1 and (mark := next((mark for mark in ";,\t|" if mark in own[0]), None)):
         instead = f"Its columns seem to be separated by {mark!r}: a .csv file has commas, a .tsv file tabs."
     raise DataError(

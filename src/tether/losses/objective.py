@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.errors import ConfigurationError
+from tether.errors import ConfigurationError, NotHereError
 from tether.losses.checks import refused_margin
 from tether.losses.options import LossOptions, PreferenceLoss
 from tether.losses.table import LOSSES, Loss
 from tether.losses.weighting import RewardShift, pair_scores, pair_tokens, policy_weights
 from tether.refusals import Refusal, refuse
-from tether.types import PairBatch, PairScores, ResponseLogProbs, scored_tokens
+from tether.types import PairBatch, PairScores, PairTokens, ResponseLogProbs, scored_tokens
 
 
 class Objective:
@@ -91,7 +91,7 @@ class Objective:
             scores = replace(
                 scores, reward_shift=self.reward_shift.mean(scores.policy_chosen) if shift is None else shift
             )
-        values = [weight * _checked(loss(scores, options), loss, batch) for weight, loss in self._terms]
+        values = [weight * _checked(_called(loss, scores, options), loss, batch) for weight, loss in self._terms]
         losses = torch.stack(values).sum(0)
         return scores, losses * policy_weights(batch, policy) if self.use_weighting else losses
 
@@ -116,6 +116,19 @@ class Objective:
         named = [loss for _, loss in self._terms if isinstance(loss, Loss)]
         if len(named) == len(self._terms):
             yield from refused_margin(named)
+
+
+def _called(loss: Loss | PreferenceLoss, scores: PairScores, options: LossOptions) -> Any:
+    try:
+        return loss(scores, options)
+    except AttributeError as error:
+        if error.obj is not None or scores.tokens is not None or error.name not in PairTokens._fields:
+            raise
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise NotHereError(
+            problem=f"Cannot read `scores.tokens.{error.name}` in the loss {name!r}: it did not ask for single tokens.",
+            instead=f"Write `{name}.needs_tokens = True` after the function.",
+        ) from error
 
 
 def _checked(losses: Any, loss: PreferenceLoss, batch: PairBatch) -> Tensor:

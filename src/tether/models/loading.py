@@ -30,7 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from tether.errors import ConfigurationError, TetherError, said
 from tether.models.gguf import gguf_option, use_as_plain, without_absent_file
 from tether.models.origin import Origin, absolute, name_of
-from tether.refusals import nearest_to, of_option, refuse
+from tether.refusals import Refusal, nearest_to, of_option, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +97,8 @@ def naming_model(
     if not isinstance(name, str):
         yield
         return
-    path = Path(name)
-    kinds = f"Name a folder written by `save_pretrained` that holds a {what.split()[0]}, or a name on the hub."
-    if is_meant_as_path(name) and not path.exists():
-        near = nearest_to(path.name, sorted(one.name for one in path.parent.iterdir())) if path.parent.is_dir() else ""
-        instead = f"Did you mean `{path.parent / near}`?" if near else kinds
-        where = f"Paths start at the current folder, {Path.cwd()}."
-        refuse([of_option(option, name, "there is no such folder", instead, details=where)])
+    path, kinds = Path(name), _kinds(what)
+    refuse(absent_folder(option, name, what))
     try:
         yield
     except (TetherError, ImportError, MemoryError, torch.OutOfMemoryError):
@@ -118,6 +113,20 @@ def naming_model(
         refuse(
             [of_option(option, name, why, remedy or kinds, details=f"{said(error).partition('. ')[0]}.")], cause=error
         )
+
+
+def _kinds(what: str) -> str:
+    return f"Name a folder written by `save_pretrained` that holds a {what.split()[0]}, or a name on the hub."
+
+
+def absent_folder(option: str, name: str, what: str = "model") -> Iterator[Refusal]:
+    """A name that can only be a folder's, where there is none."""
+    path = Path(name)
+    if is_meant_as_path(name) and not path.exists():
+        near = nearest_to(path.name, sorted(one.name for one in path.parent.iterdir())) if path.parent.is_dir() else ""
+        instead = f"Did you mean `{path.parent / near}`?" if near else _kinds(what)
+        where = f"Paths start at the current folder, {Path.cwd()}."
+        yield of_option(option, name, "there is no such folder", instead, details=where)
 
 
 def is_meant_as_path(name: str) -> bool:

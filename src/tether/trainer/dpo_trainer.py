@@ -348,14 +348,13 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
         with naming_options(self.args, option):
             return super().create_scheduler(*args, **kwargs)
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the reference belongs to one policy."""
+        _refuse_model_init("call `trainer.hyperparameter_search`")
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "model_init", None) is not None:
-            raise ConfigurationError(
-                problem="Cannot train with `trainer.model_init`, as `hyperparameter_search` does: it makes another "
-                "policy for each run, and the reference was made of the first.",
-                instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
-                "reference's answers.",
-            )
+            _refuse_model_init("train with `trainer.model_init`")
         if self.train_dataset is None:
             raise ConfigurationError(
                 problem="Cannot train without `train_dataset`: this trainer was made to evaluate.",
@@ -373,3 +372,11 @@ class DPOTrainer(OptionsAsAttributes, PairLoading, PairEvaluation):
 
 
 _COMPUTE_LOSS = DPOTrainer.compute_loss
+
+
+def _refuse_model_init(what: str) -> NoReturn:
+    raise ConfigurationError(
+        problem=f"Cannot {what}: each trial has another policy, and the reference was made of the first.",
+        instead="Build a new `DPOTrainer` for each trial; with `precompute_ref_log_probs=True` they share the "
+        "reference's answers.",
+    )

@@ -138,8 +138,8 @@ def check_same_run(checkpoint: Path, about: Mapping[str, Any], own: AboutRun, al
         raise ResumeError(
             problem=f"Cannot resume from {checkpoint} as another run: {next(iter(refused.values()))}.",
             details=" ".join(f"{text[0].upper()}{text[1:]}." for text in list(refused.values())[1:]),
-            instead=f"Use that run's, or start a new run. If the change is meant: `resume_changes={names}` "
-            f"(`--resume_changes {' '.join(names)}`).",
+            instead=f"Use that run's {', '.join(refused)}, or start a new run. If the change is meant: "
+            f"`resume_changes={names}` (`--resume_changes {' '.join(names)}`).",
         )
     _list_others(checkpoint, saved, own, differing)
 

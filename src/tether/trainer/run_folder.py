@@ -126,6 +126,17 @@ def read_last_run(folder: Path) -> LastRun | None:
         return None
 
 
+def check_free(folder: Path) -> None:
+    """Refuses a folder in which a process trains.
+
+    Raises:
+        ConfigurationError: Names the process.
+    """
+    last = read_last_run(folder)
+    if last and last.owner and not last.owner.is_dead:
+        raise _held_by(folder, last.owner, (folder / _FILE).stat().st_mtime)
+
+
 class RunFolder:
     """The output folder of a run, which one process holds while it trains.
 
@@ -153,9 +164,9 @@ class RunFolder:
         goes_on = start.resumed_from is not None and start.resumed_from == self._named(last_checkpoint(self.path))
         origin = whole_manifest(resumed_from) if resumed_from and goes_on else None
         with self._alone():
+            if not take_over:
+                check_free(self.path)
             last = read_last_run(self.path)
-            if last and last.owner and not take_over and not last.owner.is_dead:
-                raise _held_by(self.path, last.owner, (self.path / _FILE).stat().st_mtime)
             is_saved = last and origin and last.saved_step == origin.step  # a later model is not what this run makes
             self._write(replace(start, saved_step=origin.step if origin and is_saved else None))
         self.run, self._ended = start.run, threading.Event()

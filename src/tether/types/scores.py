@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tether.errors import NotInBatchError
 from tether.types.batch import PairBatch
 from tether.types.log_probs import ResponseLogProbs
 
@@ -61,6 +62,16 @@ class PairTokens(NamedTuple):
     rejected: TokenScores
 
 
+class _Columns(dict[str, Tensor]):
+    """The named columns of the rows; says how to name one that is not among them."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise NotInBatchError(
+            problem=f"Cannot read `scores.columns[{name!r}]`: `loss_columns` does not name this column.",
+            instead=f"Write `DPOConfig(loss_columns={[*self, name]!r})`, and give each row a number in it.",
+        )
+
+
 @dataclass(frozen=True)
 class PairScores:
     """All a preference loss may look at: sequence log-probabilities of each pair, in nats.
@@ -101,7 +112,7 @@ class PairScores:
             *batch.of_responses(reference.sums()),
             *batch.of_responses(policy.lengths()),
             margins=batch.margins,
-            columns=batch.columns,
+            columns=_Columns(batch.columns),
         )
 
     @property

@@ -270,8 +270,9 @@ def refused_loss(args: DPOConfig, loss: Any) -> Iterator[Refusal]:
             "Pass your own, `DPOTrainer(..., loss=function)`, which finds them in `scores.columns`; or leave it out.",
         )
     if loss is not None and (args.loss_type != ["sigmoid"] or args.loss_weights is not None):
+        weights = "" if args.loss_weights is None else f" and `loss_weights={args.loss_weights!r}`"
         yield Refusal(
-            f"`loss=...` with `loss_type={args.loss_type!r}`, `loss_weights={args.loss_weights!r}`",
+            f"`loss=...` with `loss_type={args.loss_type!r}`{weights}",
             "your own loss takes the place of the named ones",
             "Leave `loss_type` and `loss_weights` out; your function may call `tether.losses.LOSSES[name]` and add "
             "what it gives.",

@@ -150,7 +150,8 @@ def _quantized(policy: Any, *, has_adapter: bool) -> Iterator[Refusal]:
         yield Refusal(
             subject,
             "its weights are integers, which no gradient moves",
-            "Pass `peft_config` to train an adapter on it, or load the model without quantization.",
+            "Pass `peft_config` (`--lora_r` of the command) to train an adapter on it, or load the model without "
+            "quantization.",
         )
     elif not quantizer.is_trainable:
         yield Refusal(

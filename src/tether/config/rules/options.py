@@ -122,7 +122,7 @@ def refused_names(
         nearest = nearest_to(name, known)
         if further and name in further:
             yield Refusal(f"`{name}`", f"there is no such {kind}", f"Write {further[name]}.")
-        elif today := written_today(name, value, in_python=True):
+        elif today := written_today(name, value, in_python=True, known=known):
             yield Refusal(f"`{name}`", *today)
         else:
             instead = f"Did you mean `{nearest}`?" if nearest else "Remove it."
