@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: help demo dev test test-all test-floor test-latest numerics check format bench campaigns docs clean
 
 help: ## show this list
-	@printf 'tether: preference training with a reference model you can hold\n\n'
+	@printf 'tether: preference training with a reference model you can choose, store, check and replace\n\n'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  PYTHON=python3.12 make demo      another interpreter for the first install (now: %s)\n' '$(PYTHON)'
 	@printf '  make test ARGS="-k store -x"     more arguments for pytest\n'

@@ -52,7 +52,8 @@ def _section(name: str, part: str | None) -> str:
 
 def _measured_on(record: dict[str, Any]) -> str:
     machine = record["machine"]
-    where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    where = f"{machine['name']}, {threads}" if machine["device"] == "cpu" else machine["name"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return f"Measured {record['date']} on {where}; {versions}.\n"
 

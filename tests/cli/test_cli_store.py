@@ -54,7 +54,8 @@ def test_info_tells_which_references_a_store_holds(tether: Run, filled: tuple[st
     with LogProbStore(path) as store:
         (identity,) = store.identities()
     assert code == 0 and f"store      {path} (" in out
-    assert f"reference  explicit {identity.digest}: compute dtype float32, scoring version {SCORING_VERSION}" in out
+    about = f"first scored as explicit, compute dtype float32, scoring version {SCORING_VERSION}"
+    assert f"reference  {identity.digest}: {about}\n" in out
     assert f"{identity.num_records} responses, {identity.num_tokens:,} tokens" in out
     assert re.search(r"filled   \d{4}-.* UTC: model \S+; run tether precompute; max_length .*; data \S+; rows 16", out)
     assert tether("store", "info", path)[1] == out

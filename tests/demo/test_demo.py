@@ -18,7 +18,7 @@ from support.real import needs_real_model
 from support.tiny import tiny_model, tiny_tokenizer
 from tether.demo.models import HUB, PACKAGE, TINY, find_model
 from tether.demo.run import LONGEST, NUM_PAIRS, NUM_QUESTIONS, run_demo
-from tether.demo.show import STEPS, Result, Run
+from tether.demo.show import FIGURES, STEPS, Result, Run
 from tether.errors import ConfigurationError
 
 PAIRS = Path(tether.demo.models.__file__).parent
@@ -90,13 +90,15 @@ def test_a_model_that_cannot_be_is_refused_before_anything_is_written(what: str,
 
 
 def test_the_verdict_on_accuracy_and_margin_is_what_they_say() -> None:
-    def result(accuracy: float, margin: float) -> str:
-        log = [{"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}]
-        good = [{"eval_rewards/accuracies": 0.9, "eval_rewards/margins": 2.0}]
+    def result(accuracy: float, margin: float, kl: float = 1.0) -> str:
+        same = dict.fromkeys((metric for _, metric, _ in FIGURES), 0.0)
+        log = [same | {"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin, "samples/kl": kl}]
+        good = [same | {"eval_rewards/accuracies": 0.9, "eval_rewards/margins": 2.0}]
         first, second = (Run("implicit", entries, [], 0, 0, 0, 0, 0.0) for entries in (good, log))
         return Result(Path(), "", "", [], first, second, [], first, 0.0).verdict
 
     assert "as good or better" in result(0.9, 2.5) and "as good or better" not in result(0.8, 2.5) + result(0.9, 1.9)
+    assert "other figures tell" in result(0.9, 2.5) and "other figures tell" not in result(0.9, 2.5, kl=0.0)
 
 
 # ------------------------------------------------------------------------------------------------- the whole line

@@ -66,10 +66,10 @@ counts the same. Two things do not divide like that. `aot` and `aot_unpaired` so
 process. `bco_pair` keeps a running mean of rewards; it is saved with every checkpoint (`reward_shift.json`) and
 restored from it, so an interrupted run goes on bit for bit.
 
-Single tokens are read only for `ld_alpha` (`LossOptions.needs_per_token`) and by a loss of one's own that asks for
+Single tokens are read only for `ld_alpha` (`LossOptions.needs_per_token`) and by a loss of your own that asks for
 them; a sum for each response is enough for everything else.
 
-## A loss of one's own
+## A loss of your own
 
 ```python
 from torch import Tensor
@@ -82,7 +82,7 @@ def squared(scores: PairScores, options: LossOptions) -> Tensor:
 
 `DPOTrainer(..., loss=squared)` takes it instead of `loss_type`. `scores` has the log-probs of both responses under
 policy and reference, their lengths and the rows' margins; `tether.losses.LOSSES[name](scores, options)` is any loss of
-the table, to add to one's own.
+the table, to add to your own.
 
 - **Single tokens.** `squared.needs_tokens = True` gives `scores.tokens.chosen` and `scores.tokens.rejected`. Their
   `policy` and `reference` are the log-probs of every token, one response after another, `ids` the tokens, and
@@ -90,11 +90,10 @@ the table, to add to one's own.
   sums only, and are refused with it.
 - **Columns of the rows.** `loss_columns=["confidence"]` gives `scores.columns["confidence"]`, a number for each pair.
   Every set needs the column.
-- **A beta for each pair.** `beta_column="beta"` reads it from the rows, for the named losses and one's own:
+- **A beta for each pair.** `beta_column="beta"` reads it from the rows, for the named losses and your own:
   `options.beta` is then a tensor. Losses that sort are refused with it.
 
-`examples/own_losses.py` has a token-weighted
-loss, a confidence-weighted one and one with a KL term.
+`examples/own_losses.py` has a token-weighted loss, a confidence-weighted one and one with a KL term.
 """
 
 

@@ -1,4 +1,4 @@
-"""What weighs tokens and pairs: LD-DPO, WPO, margins, BCO's running mean, lists of losses, a loss of one's own."""
+"""What weighs tokens and pairs: LD-DPO, WPO, margins, BCO's running mean, lists of losses, a loss of your own."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_reward_shift_comes_back_bit_for_bit() -> None:
     assert torch.equal(again.update(scores, 0.1), shift.update(scores, 0.1))
 
 
-# ------------------------------------------------------------------------------------------------ a loss of one's own
+# ----------------------------------------------------------------------------------------------- a loss of your own
 
 
 def test_a_loss_of_ones_own_gets_scores_and_options() -> None:

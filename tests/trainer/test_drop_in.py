@@ -52,7 +52,7 @@ trainer = DPOTrainer(model_folder, args=config(), train_dataset=rows)
 trainer.train()
 result = trainer.state.log_history
 """,
-    "every argument by position, an optimizer of one's own": """
+    "every argument by position, an optimizer of your own": """
 from transformers import AutoModelForCausalLM, TrainerCallback
 import torch
 
@@ -131,7 +131,7 @@ trainer = DPOTrainer(model_folder, other, config(precompute_ref_log_probs=True),
 trainer.train()
 result = [*trainer.state.log_history, trainer.evaluate(eval_rows)]
 """,
-    "a collator of one's own": """
+    "a collator of your own": """
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 collator = DataCollatorForPreference(pad_token_id=0, max_length=70, truncation_mode="keep_start")
 trainer = DPOTrainer(model_folder, None, config(), collator, rows, eval_rows)

@@ -315,7 +315,7 @@ def test_a_margin_that_no_loss_reads_is_refused_at_construction(tmp_path: Path) 
             make_trainer(tmp_path, rows=with_margins(tiny_pairs(4), 1.0), loss_type=loss)
 
 
-# --------------------------------------------------------------------------------------------- a loss of one's own
+# -------------------------------------------------------------------------------------------- a loss of your own
 
 
 def squared(scores: PairScores, options: LossOptions) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a loss of one's own can read: single tokens, columns of the rows, a beta for each pair. Oracles are by hand."""
+"""What a loss of your own can read: single tokens, columns of the rows, a beta for each pair. Oracles are by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trains, trains: optimizers of one's own, adapters in another dtype than their base, and checkpointing."""
+"""What trains, trains: optimizers of your own, adapters in another dtype than their base, and checkpointing."""
 
 from __future__ import annotations
 

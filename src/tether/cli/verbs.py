@@ -21,7 +21,7 @@ from tether.errors import ConfigurationError
 
 HELP = """\
 tether: train a language model on preference pairs (DPO and its family), with
-the reference model as an object you can hold, name, store, verify and swap.
+the reference model as an object you can choose, store, check and replace.
 
   tether demo                     a small chat model, well trained and ruined,
                                   with all four references: minutes on a CPU,

@@ -225,7 +225,8 @@ class DPOConfig(TrainingArguments):
         f"Any of: {', '.join(CHANGES_OF_RESUME)} (manifest: the checkpoint has none, so nothing proves it).",
     )
     take_over: bool = _option(
-        False, "Train in output_dir although another process says that it does; that process keeps nothing more."
+        False,
+        "Train in output_dir although another process has marked it as its own; that process can save nothing more.",
     )
 
     report_samples: int = _option(

@@ -123,9 +123,11 @@ class Result:
     def verdict(self) -> str:
         """What accuracy and margin say of the run that went too far."""
         good, too_far = ([run.figure(metric) for _, metric, _ in FIGURES[:2]] for run in (self.good, self.too_far))
-        if all(theirs >= ours for ours, theirs in zip(good, too_far, strict=True)):
-            return "By accuracy and margin, the run that went too far is as good or better. The other figures tell:"
-        return "On held-out pairs and questions:"
+        if not all(theirs >= ours for ours, theirs in zip(good, too_far, strict=True)):
+            return "On held-out pairs and questions:"
+        others_tell = self.good.figures(-1)[3:] != self.too_far.figures(-1)[3:]
+        then = ". The other figures tell:" if others_tell else ":"
+        return f"By accuracy and margin, the run that went too far is as good or better{then}"
 
     @property
     def references(self) -> list[list[str]]:

@@ -23,6 +23,8 @@ from tether.store.location import store_path
 
 _MOST_DAYS = 36_500
 _LATEST_PASSES = 4
+# A full model and an adapter on it can have one reference: what is kept names the kind that scored first.
+_ABOUT = {"kind": "first scored as", "compute_dtype": "compute dtype", "scoring_version": "scoring version"}
 
 
 def info(name: str | None) -> int:
@@ -140,11 +142,9 @@ def size_of(path: Path) -> int:
 
 def _describe(identity: StoredIdentity) -> str:
     about = identity.description or {}
-    what = ", ".join(
-        f"{name.replace('_', ' ')} {about[name]}" for name in ("compute_dtype", "scoring_version") if name in about
-    )
+    what = ", ".join(f"{title} {about[name]}" for name, title in _ABOUT.items() if name in about)
     return (
-        f"reference  {about.get('kind', '(not described)')} {identity.digest}{f': {what}' if what else ''}\n"
+        f"reference  {identity.digest}: {what or '(not described)'}\n"
         f"           {identity.num_records:,} responses, {identity.num_tokens:,} tokens, "
         f"{identity.size_bytes / 1e6:,.1f} MB; since {identity.created:%Y-%m-%d}, "
         f"last used {identity.last_used:%Y-%m-%d}" + _lost(identity)
