@@ -349,7 +349,8 @@ def _reaching_forward(
     """
     if has_shards(policy):
         return {}  # see `_trains_only_what_is_switched_off`
-    base = {id(tensor) for tensor in base_tensors(policy.get_base_model()).values()}
+    with adapter_off(policy):  # which takes some adapters out of the model
+        base = {id(tensor) for tensor in base_tensors(policy.get_base_model()).values()}
     logits, parameters = without(), list(trainable.values())
     grads: Any = [None] * len(parameters)
     if logits.requires_grad:
