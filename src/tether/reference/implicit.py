@@ -289,7 +289,7 @@ def _called(modules: Collection[nn.Module]) -> Iterator[set[nn.Module]]:
         yield called
 
 
-def _tensors_tell(layer: BaseTunerLayer) -> bool:
+def _tensors_tell(layer: nn.Module) -> bool:
     """Whether the tensors of an adapter's layer show if it changes anything (`_changes_nothing`)."""
     if isinstance(layer, TrainableTokensLayer):
         return True
