@@ -51,9 +51,10 @@ def _section(name: str, part: str | None) -> str:
 
 
 def _measured_on(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    threads = "1 thread" if machine.get("threads") == 1 else f"{machine.get('threads', '?')} threads"
-    where = f"{machine['name']}, {threads}" if machine["device"] == "cpu" else machine["name"]
+    where = record["machine"]["name"]
+    if record["machine"]["device"] == "cpu":
+        threads = record["machine"]["threads"]
+        where += f", {threads} thread{'s' * (threads != 1)}"
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return f"Measured {record['date']} on {where}; {versions}.\n"
 

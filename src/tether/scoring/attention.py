@@ -207,7 +207,7 @@ def _packed_pairwise(
     wide = torch.promote_types(key.dtype, torch.float32)  # for the sum of a token's gradients, one of each chain
     # `split`, not slices: the backward of a slice fills a tensor of the whole row with zeros.
     keys, values = (tensor.to(wide).split(sizes, dim=2) for tensor in (key, value))
-    queries = query.split([chain.own.stop - chain.own.start for chain in row.chains], dim=2)
+    queries = query.split([chain.length for chain in row.chains], dim=2)
     outputs = []
     for q, sequence in zip(queries, pieces, strict=True):
         k, v = (torch.cat([parts[piece] for piece in sequence], 2).to(query.dtype) for parts in (keys, values))

@@ -46,6 +46,12 @@ class Chain(NamedTuple):
     before: tuple[slice, ...]
 
     @property
+    def length(self) -> int:
+        """Its own tokens."""
+        length: int = self.own.stop - self.own.start
+        return length
+
+    @property
     def sequence(self) -> tuple[slice, ...]:
         """Places of everything that the last token attends to."""
         return (*self.before, self.own)
@@ -100,8 +106,8 @@ class PackedRow:
     def varlen_plan(self) -> VarlenPlan:
         """The plan of variable-length attention, on the device; one for all layers."""
         keys = [np.arange(part.start, part.stop) for chain in self.chains for part in chain.sequence]
-        queries = [_length(chain.own) for chain in self.chains]
-        sequences = [chain.start + length for chain, length in zip(self.chains, queries, strict=True)]
+        queries = [chain.length for chain in self.chains]
+        sequences = [chain.start + chain.length for chain in self.chains]
         ends = (list(accumulate(lengths, initial=0)) for lengths in (queries, sequences))
         places, query_ends, key_ends = placed([np.concatenate(keys), *ends], self._device)
         return VarlenPlan(places, query_ends.int(), key_ends.int(), max(queries), max(sequences))
@@ -132,8 +138,3 @@ def _first(num: int, parts: Iterable[slice]) -> tuple[slice, ...]:
         elif stop > part.start:
             found.append(slice(part.start, stop))
     return tuple(found)
-
-
-def _length(part: slice) -> int:
-    length: int = part.stop - part.start
-    return length

@@ -6,6 +6,8 @@ at the end does the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -39,7 +41,7 @@ def varlen_attention(
     keys, values = (_Gathered.apply(tensor, plan.key_places) for tensor in (keys, values))
     grouping: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in signature(varlen.varlen_attn).parameters:
+        if _shares_keys(varlen.varlen_attn):
             grouping = {"enable_gqa": True}
         else:  # torch 2.11
             keys, values = (shared.repeat_interleave(query.shape[1] // key.shape[1], 1) for shared in (keys, values))
@@ -57,6 +59,11 @@ def varlen_attention(
     )
     assert isinstance(output, Tensor)
     return output[None]
+
+
+@cache  # it is asked in every layer
+def _shares_keys(attention: Callable[..., Any]) -> bool:
+    return "enable_gqa" in signature(attention).parameters
 
 
 class _Gathered(torch.autograd.Function):
