@@ -20,8 +20,8 @@ def run_stage(stage: str, folder: Path) -> dict[str, Any]:
     sys.argv = ["gpu", stage, "--scale", "toy", "--out", str(folder)]
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "benchmarks" / "gpu"), run_name="__main__")
-    assert ended.value.code == 0
     record: dict[str, Any] = json.loads((folder / f"{stage}-cpu.json").read_text())
+    assert ended.value.code == 0, record["failed"]
     return record
 
 
