@@ -124,9 +124,9 @@ class Result:
         """What accuracy and margin say of the run that went too far."""
         good, too_far = ([run.figure(metric) for _, metric, _ in FIGURES[:2]] for run in (self.good, self.too_far))
         if not all(theirs >= ours for ours, theirs in zip(good, too_far, strict=True)):
-            return "On held-out pairs and questions:"
+            return "On held-out pairs and questions"
         others_tell = self.good.figures(-1)[3:] != self.too_far.figures(-1)[3:]
-        then = ". The other figures tell:" if others_tell else ":"
+        then = ". The other figures tell" if others_tell else ""
         return f"By accuracy and margin, the run that went too far is as good or better{then}"
 
     @property
@@ -194,7 +194,7 @@ def print_result(narrator: Narrator, result: Result) -> None:
         side_by_side.add_row(*(escape(answer) for answer in answers))
         narrator.console.print(f"\n[bold]{escape(question)}")
         show(side_by_side)
-    say(f"\n{result.verdict}")
+    say(f"\n{result.verdict}:")
     show(_aligned(("", *_ANSWERS), result.figures))
     say("\nThe good run's first steps, with each reference:")
     show(_aligned(_REFERENCES, result.references))
@@ -228,7 +228,7 @@ def write_page(result: Result) -> None:
                 "What tells them apart",
                 ("on held-out pairs and questions", *_ANSWERS),
                 result.figures,
-                [result.verdict, _ABOUT_FIGURES],
+                [f"{result.verdict}.", _ABOUT_FIGURES],
             ),
             Table("The good run's first steps with each reference", _REFERENCES, result.references, result.notes),
         ],
