@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.nn.functional import scaled_dot_product_attention
 
-from tether.scoring import attention
+from tether.scoring import attention, flash
 from tether.scoring.attention import kernels_for, packed_attention
 from tether.scoring.chains import Link, PackedRow
 from tether.scoring.varlen import varlen_attention
@@ -101,9 +102,28 @@ def own_varlen(
     return torch.cat(parts)
 
 
+@pytest.fixture(params=[(128, 2048), (128, 16), (3, 0)], ids=["one block", "several", "each chain cut"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU's row in blocks as large as these, which makes one, some, and many of it."""
+    for name, value in zip(("_QUERIES", "_CALL"), request.param, strict=True):
+        monkeypatch.setattr(flash, name, value)
+    flash._planned.cache_clear()
+    yield
+    flash._planned.cache_clear()
+
+
+def test_rows_are_cut_into_blocks_as_large_as_pays() -> None:
+    pair = Link(0, 30, 20), Link(1, 50, 20), Link(1, 50, 20)
+    links = (Link(0, 0, 30), *pair, Link(0, 30, 410))
+    found = [(len(block.mask[0, 0]), block.mask.shape[-1]) for block in flash._planned(links, 0, torch.float32)]
+    assert found == [(90, 90), *((128, 30 + 128 * number) for number in (1, 2, 3)), (26, 440)]
+    found = [block.mask.shape[-1] for block in flash._planned((Link(0, 0, 400),), 100, torch.float32)]
+    assert found == [128, 99 + 128, 99 + 128, 99 + 16], "keys out of the window are not computed"
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("softcap", [None, 0.7], ids=["in blocks", "chain by chain"])
-def test_packed_attention_equals_that_by_a_mask(softcap: float | None, window: int | None) -> None:
+def test_packed_attention_equals_that_by_a_mask(softcap: float | None, window: int | None, blocks: None) -> None:
     leaves = projections()
     found = packed_attention(*leaves, PackedRow(LINKS), scale=0.3, window=window, softcap=softcap)
     expected = by_mask(*leaves, window, softcap)

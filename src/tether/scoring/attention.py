@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,11 +21,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tether.scoring.chains import PackedRow, chains_of
+from tether.scoring.chains import PackedRow
+from tether.scoring.flash import flash_attention
 from tether.scoring.varlen import varlen_attention
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # How packed rows are attended to on CUDA. The CPU has one way, whatever this is.
 Kernel = Literal["varlen", "pairwise"]
@@ -166,7 +164,7 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cpu" and softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
-        output: Tensor = _packed_flash(query, key, value, row.links, scale, window or 0)[0]
+        output = flash_attention(query, key, value, row, scale=scale, window=window)
     elif kernel == "varlen" and _fits_varlen(query, value, softcap, dropout):
         output = _packed_varlen(query, key, value, row, scale, window)
     else:
@@ -247,143 +245,3 @@ def _allowed(
     keys = torch.arange(first_key, first_key + num_keys, device=device)[None, :]
     allowed = keys <= queries
     return allowed if window is None else allowed & (keys > queries - window)
-
-
-# --- CPU: flash attention in blocks, as one opaque operator ---------------------------------------------------------
-#
-# A chain's queries attend to its own keys (a causal square), and to the tokens before those in their sequence (a
-# rectangle for each slice of the row). Two blocks of the same queries are merged by their log-sum-exps:
-# out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse), lse = logaddexp(lse_a, lse_b). The flash backward needs only
-# the merged out and lse to be exact for each block.
-
-
-class _Block(NamedTuple):
-    queries: slice
-    keys: slice
-    causal: bool
-    mask: Tensor | None
-    merges: bool  # adds to what the square of these queries gave, and of these keys
-
-
-def _blocks(links: Tensor, window: int, dtype: torch.dtype) -> Iterator[_Block]:
-    for start, own, before in chains_of(links):
-        yield _block(own, own, start, start, window, dtype)
-        first_key = 0
-        for keys in before:
-            yield _block(own, keys, start, first_key, window, dtype)._replace(merges=True)
-            first_key += keys.stop - keys.start
-
-
-def _block(queries: slice, keys: slice, first_query: int, first_key: int, window: int, dtype: torch.dtype) -> _Block:
-    num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
-    if not window or first_query + num_queries - first_key <= window:
-        return _Block(queries, keys, first_query == first_key, None, False)
-    allowed = _allowed(first_query, num_queries, first_key, num_keys, window, torch.device("cpu"))
-    # Finite, so that a query that sees nothing of a block has a (vanishing) log-sum-exp rather than NaN.
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min / 2)
-    return _Block(queries, keys, False, mask[None, None], False)
-
-
-@torch.library.custom_op("tether::packed_attention", mutates_args=(), device_types="cpu")
-def _packed_flash(
-    query: Tensor, key: Tensor, value: Tensor, links: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor]:
-    """Output (1, row, heads, size) and log-sum-exp (1, row, heads)."""
-    _, heads, row, size = query.shape
-    output = query.new_empty(1, row, heads, size)
-    normalizer = query.new_empty(1, row, heads, dtype=torch.promote_types(query.dtype, torch.float32))
-    for block in _blocks(links, window, query.dtype):
-        out, lse = _flash(
-            query[:, :, block.queries],
-            key[:, :, block.keys],
-            value[:, :, block.keys],
-            0.0,
-            block.causal,
-            attn_mask=block.mask,
-            scale=scale,
-        )
-        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
-        if block.merges:
-            before_out, before = output[:, block.queries], normalizer[:, block.queries]
-            total = torch.logaddexp(before, lse)
-            out = before_out * (before - total).exp()[..., None] + out * (lse - total).exp()[..., None]
-            lse = total
-        output[:, block.queries] = out
-        normalizer[:, block.queries] = lse
-    return output, normalizer
-
-
-@torch.library.custom_op("tether::packed_attention_backward", mutates_args=(), device_types="cpu")
-def _packed_flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    normalizer: Tensor,
-    links: Tensor,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = query.dtype
-    # Torch's flash backward takes about five times as long in half precision as in fp32, unlike its forward.
-    wide = (tensor.to(normalizer.dtype) for tensor in (grad.transpose(1, 2), query, key, value, output.transpose(1, 2)))
-    grad, query, key, value, output = wide
-    normalizer = normalizer.transpose(1, 2)
-    # The memory layout of transformers' projections, so that later operations need no copy.
-    grads = _like_projections(query, key, value)
-    for block in _blocks(links, window, query.dtype):
-        pieces = _flash_backward(
-            grad[:, :, block.queries],
-            query[:, :, block.queries],
-            key[:, :, block.keys],
-            value[:, :, block.keys],
-            output[:, :, block.queries],
-            normalizer[:, :, block.queries],
-            0.0,
-            block.causal,
-            attn_mask=block.mask,
-            scale=scale,
-        )
-        for total, piece, place in zip(grads, pieces, (block.queries, block.keys, block.keys), strict=True):
-            if block.merges:
-                total[:, place] += piece.transpose(1, 2)
-            else:  # the square of these positions comes first
-                total[:, place] = piece.transpose(1, 2)
-    query_grad, key_grad, value_grad = (total.to(dtype).transpose(1, 2) for total in grads)
-    return query_grad, key_grad, value_grad
-
-
-def _like_projections(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    return [
-        torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format)
-        for tensor in (query, key, value)
-    ]
-
-
-@_packed_flash.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, links: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    _, heads, row, size = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(1, row, heads, size), query.new_empty(1, row, heads, dtype=dtype)
-
-
-@_packed_flash_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    empty = _like_projections(query, key, value)
-    query_grad, key_grad, value_grad = (tensor.transpose(1, 2) for tensor in empty)
-    return query_grad, key_grad, value_grad
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, links, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, links, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, links, output, normalizer = ctx.saved_tensors
-    grads = _packed_flash_backward(grad, query, key, value, output, normalizer, links, ctx.scale, ctx.window)
-    return (*grads, None, None, None)
-
-
-_packed_flash.register_autograd(_backward, setup_context=_save)

@@ -6,7 +6,7 @@ Planned once for a batch, in plain integers, and passed through a model's forwar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ class PackedRow:
     def __init__(self, links: Sequence[Link], device: torch.device | str = "cpu") -> None:
         """Makes the row, for tensors on `device`."""
         self.links: Int[Tensor, " entries"] = torch.tensor(links, dtype=torch.int64).flatten()
-        self.chains = _chains(tuple(links))
+        self.chains = chains_of(links)
         self._device = device
 
     @cached_property
@@ -113,17 +113,14 @@ class PackedRow:
         return VarlenPlan(places, query_ends.int(), key_ends.int(), max(queries), max(sequences))
 
 
-def chains_of(links: Int[Tensor, " entries"]) -> tuple[Chain, ...]:
-    """The chains of a row, from its `links`."""
-    return _chains(tuple(map(tuple, links.view(-1, 3).tolist())))
-
-
-@lru_cache(maxsize=16)  # an operator asks for the same ones in every layer
-def _chains(links: tuple[tuple[int, int, int], ...]) -> tuple[Chain, ...]:
+def chains_of(links: Iterable[Link]) -> tuple[Chain, ...]:
+    """The chains of a row, with their places in it."""
     chains: list[Chain] = []
-    for end, (parent, depth, length) in zip(accumulate(length for _, _, length in links), links, strict=True):
+    start = 0
+    for parent, depth, length in links:
         before = _first(depth, chains[parent].sequence) if depth else ()
-        chains.append(Chain(depth, slice(end - length, end), before))
+        chains.append(Chain(depth, slice(start, start + length), before))
+        start += length
     return tuple(chains)
 
 
