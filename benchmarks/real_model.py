@@ -148,17 +148,18 @@ def _timed(case: Case, folder: str, path: Path) -> dict[str, Any]:
     rows = _rows(case, folder, path)
     batches = harness.batches_of(rows, case.batch)
     contenders = {name: _side(name, case, folder, rows) for name in NAMES}
-    fed = {_sizes(rows): contenders["tether"].num_fed(rows) for rows in (*batches, _shortest(rows))}
+    fed = {_sizes(rows): contenders["tether"].num_fed(rows) for rows in batches}
     model = _load(folder, case.dtype)
     adapted = get_peft_model(model, sides.lora()) if case.reference == "implicit" else model
     contenders["limit"] = sides.LimitSide(adapted, case.reference, lambda rows: fed[_sizes(rows)])
-    for side in contenders.values():
-        side.step(_shortest(rows))
+    longest = max(batches, key=lambda rows: max(map(_longest, rows)))
+    first = {name: harness.timed(lambda side=side: side.step(longest), "cpu") for name, side in contenders.items()}
     runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
     seconds = harness.in_turns(runs, len(batches), "cpu")
     result = {
         "tokens": [harness.num_tokens(batch) for batch in batches],
         "fed_tokens": [fed[_sizes(batch)] for batch in batches],
+        "first_step": first,
         **harness.compared(seconds),
     }
     trainers = {name: contenders[name] for name in NAMES}
@@ -223,7 +224,6 @@ def _rows(case: Case, folder: str, path: Path) -> Rows:
 
 
 def _shortest(rows: Rows) -> Rows:
-    """Two pairs to warm up with: a precomputed reference answers none but its own."""
     return sorted(rows, key=_longest)[:2]
 
 

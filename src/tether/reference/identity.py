@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_128
 
 from tether.distributed import gather, is_sharded, local_shard, on_main_process
 from tether.errors import ReferenceModelError
@@ -174,7 +175,8 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
     tensor = gather(tensor)
     _check_finite(name, tensor)
-    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    # Twenty times as fast as blake2b, which saves seconds with 8 B parameters. It guards against mix-ups, not attacks.
+    digest = xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
