@@ -183,6 +183,11 @@ def _factor(choose: Callable[[Iterable[float]], float]) -> Callable[[dict[str, A
     return lambda results: f"{choose(row['times_faster']['trl'] for row in results['steps']):.1f}"
 
 
+def _first_step(results: dict[str, Any]) -> str:
+    """How many times as long as later steps it takes, at most."""
+    return f"{max(row['first_step']['tether'] / row['median_seconds']['tether'] for row in results['steps']):.1f}"
+
+
 def _precompute(results: list[dict[str, Any]]) -> str:
     return _table("pairs | Tether | TRL | times faster", ([row["shape"], *_seconds(row)] for row in results))
 
@@ -343,6 +348,7 @@ _PARTS = {
     ("real-model", "explicit"): _real_explicit_steps,
     ("real-model", "scoring"): _real_scoring,
     ("real-model", "building"): _real_building,
+    ("real-model", "first"): _first_step,
     ("real-model", "least"): _factor(min),
     ("real-model", "most"): _factor(max),
     ("noise", "noise"): _noise,

@@ -117,8 +117,10 @@ def test_rows_are_cut_into_blocks_as_large_as_pays() -> None:
     links = (Link(0, 0, 30), *pair, Link(0, 30, 410))
     found = [(len(block.mask[0, 0]), block.mask.shape[-1]) for block in flash._planned(links, 0, torch.float32)]
     assert found == [(90, 90), *((128, 30 + 128 * number) for number in (1, 2, 3)), (26, 440)]
-    found = [block.mask.shape[-1] for block in flash._planned((Link(0, 0, 400),), 100, torch.float32)]
+    blocks = flash._planned((Link(0, 0, 400),), 100, torch.float32)
+    found = [block.mask.shape[-1] for block in blocks]
     assert found == [128, 99 + 128, 99 + 128, 99 + 16], "keys out of the window are not computed"
+    assert len({block.mask.untyped_storage().data_ptr() for block in blocks}) == 1, "one mask for all"
 
 
 @pytest.mark.parametrize("window", WINDOWS)

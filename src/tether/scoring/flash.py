@@ -5,7 +5,7 @@ A block is some queries that are neighbours in the row, all keys that any of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tether.scoring.chains import Link, PackedRow, chains_of
+from tether.scoring.chains import Chain, Link, PackedRow, chains_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -63,46 +63,57 @@ def _blocks(links: Int[Tensor, " entries"], window: int, dtype: torch.dtype) -> 
 
 @lru_cache(maxsize=2)  # every layer asks for the same ones, in the forward and in the backward
 def _planned(links: tuple[Link, ...], window: int, dtype: torch.dtype) -> list[_Block]:
-    blocks = []
-    for first, allowed in _joined(_allowed(links, window)):
+    chains = chains_of(links)
+    longest = max(chain.start + chain.length for chain in chains)
+    usual = ~_visible(torch.arange(longest - _QUERIES, longest), longest, window)
+    usual_mask = _mask(usual, dtype)
+    blocks, first = [], 0
+    for allowed in _joined(_allowed(chains, window)):
         seen = allowed.any(0)
         hidden = ~allowed[:, seen]
-        # Finite: the kernel takes 512 keys at a time, of which a query may see none.
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2)
-        blocks.append(_Block(slice(first, first + len(allowed)), _slices(seen), mask[None, None]))
+        num_queries, num_keys = hidden.shape
+        end = slice(-num_queries, None), slice(-num_keys, None)
+        # All blocks of single chains share one mask: those of their own would take memory that grows with its square.
+        mask = usual_mask[end] if hidden.equal(usual[end]) else _mask(hidden, dtype)
+        blocks.append(_Block(slice(first, first + num_queries), _slices(seen), mask[None, None]))
+        first += num_queries
     return blocks
 
 
-def _allowed(links: Iterable[Link], window: int) -> Iterator[Bool[Tensor, "queries row"]]:
+def _allowed(chains: Sequence[Chain], window: int) -> Iterator[Bool[Tensor, "queries row"]]:
     """Which places of the row the queries of each chain see, `_QUERIES` queries at a time."""
-    chains = chains_of(links)
-    row = chains[-1].own.stop
     for chain in chains:
         sequence = torch.cat([torch.arange(part.start, part.stop) for part in chain.sequence])
-        for start in range(chain.start, len(sequence), _QUERIES):
-            positions = torch.arange(start, min(start + _QUERIES, len(sequence)))[:, None]
-            ages = positions - torch.arange(len(sequence))
-            allowed = torch.zeros(len(positions), row, dtype=torch.bool)
-            allowed[:, sequence] = (ages >= 0) & (ages < (window or row))
+        for positions in torch.arange(chain.start, len(sequence)).split(_QUERIES):
+            allowed = torch.zeros(len(positions), chains[-1].own.stop, dtype=torch.bool)
+            allowed[:, sequence] = _visible(positions, len(sequence), window)
             yield allowed
 
 
-def _joined(parts: Iterable[Bool[Tensor, "queries row"]]) -> Iterator[tuple[int, Bool[Tensor, "queries row"]]]:
-    """Neighbours in one where that takes less time, and the place of the first query."""
+def _visible(positions: Int[Tensor, " queries"], length: int, window: int) -> Bool[Tensor, "queries length"]:
+    """Which positions of a sequence the queries at some of its positions see."""
+    ages = positions[:, None] - torch.arange(length)
+    return (ages >= 0) & (ages < (window or length))
 
-    def cost(part: Tensor) -> int:
-        return len(part) * int(part.any(0).sum()) + _CALL
 
-    first, *others = parts
-    place, joined = 0, first
-    for part in others:
-        both = torch.cat([joined, part])
-        if cost(both) <= cost(joined) + cost(part):
-            joined = both
-        else:
-            yield place, joined
-            place, joined = place + len(joined), part
-    yield place, joined
+def _joined(parts: Iterable[Bool[Tensor, "queries row"]]) -> Iterator[Bool[Tensor, "queries row"]]:
+    """Neighbours in one where that takes less time."""
+    joined: list[Tensor] = []
+    seen = torch.tensor(False)
+    for part in parts:
+        num_before, seen_by_part = sum(map(len, joined)), part.any(0)
+        apart = num_before * seen.sum() + len(part) * seen_by_part.sum() + _CALL
+        if joined and (num_before + len(part)) * (seen | seen_by_part).sum() > apart:
+            yield torch.cat(joined)
+            joined, seen = [], torch.tensor(False)
+        joined.append(part)
+        seen = seen | seen_by_part
+    yield torch.cat(joined)
+
+
+def _mask(hidden: Bool[Tensor, "queries keys"], dtype: torch.dtype) -> Float[Tensor, "queries keys"]:
+    """To be added to the scores. Finite: the kernel takes 512 keys at a time, of which a query may see none."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2)
 
 
 def _slices(seen: Bool[Tensor, " row"]) -> list[slice]:
