@@ -108,13 +108,17 @@ class ProgressLines(TrainerCallback):
 
 def figures(logs: Mapping[str, float], prefix: str) -> str:
     """The figures of a log under `HEADER`; `-` for those that it lacks."""
-    return "".join(f"{_shown(logs, prefix, name, digits):>{len(title)}}" for title, name, digits in _COLUMNS)
+    return "".join(f"{_shown(logs, prefix, *column):>{len(column[0])}}" for column in _COLUMNS)
 
 
-def _shown(logs: Mapping[str, float], prefix: str, name: str, digits: str) -> str:
+def _shown(logs: Mapping[str, float], prefix: str, title: str, name: str, digits: str) -> str:
     if name == "rewards/accuracies":
         return accuracy_of(logs, prefix, digits)
-    return format(logs[prefix + name], digits) if prefix + name in logs else "-"
+    if prefix + name not in logs:
+        return "-"
+    # With a small beta the loss of IPO is in the thousands, which must not touch the column before.
+    written = (format(logs[prefix + name], digits[:-2] + end) for end in (digits[-2:], "1f", "0e"))
+    return next(text for text in written if len(text) < len(title))
 
 
 def _duration(seconds: float) -> str:
