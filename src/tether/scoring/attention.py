@@ -222,7 +222,7 @@ def _attend_at_end(
         key, value = (shared.repeat_interleave(query.shape[1] // shared.shape[1], 1) for shared in (key, value))
     mask: Tensor = _lower_right(num_queries, num_keys)
     if softcap is not None or (window is not None and window < num_keys):
-        mask = _allowed(num_keys - num_queries, num_queries, 0, num_keys, window, query.device)
+        mask = _allowed(num_queries, num_keys, window, query.device)
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     scores = softcap * torch.tanh((query @ key.mT) * scale / softcap)
@@ -237,11 +237,8 @@ def _lower_right(num_queries: int, num_keys: int) -> CausalBias:
     return bias
 
 
-def _allowed(
-    first_query: int, num_queries: int, first_key: int, num_keys: int, window: int | None, device: torch.device
-) -> Tensor:
-    """Which keys each query may see, by their positions in the sequence."""
-    queries = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
-    keys = torch.arange(first_key, first_key + num_keys, device=device)[None, :]
-    allowed = keys <= queries
-    return allowed if window is None else allowed & (keys > queries - window)
+def _allowed(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each of the last queries of a sequence may see."""
+    keys = torch.arange(num_keys, device=device)
+    ages = keys[num_keys - num_queries :, None] - keys
+    return ages >= 0 if window is None else (ages >= 0) & (ages < window)
