@@ -133,6 +133,24 @@ def test_packed_attention_equals_that_by_a_mask(softcap: float | None, window: i
     torch.testing.assert_close(gradients(found, leaves), gradients(expected, leaves))
 
 
+@pytest.mark.parametrize("strided", range(3), ids=["query", "key", "value"])
+def test_projections_may_have_any_strides(strided: int) -> None:
+    """As after a convolution over positions: the kernel takes the last stride for 1 without looking."""
+    leaves = projections()
+    parts = [leaf.mT.contiguous().mT if number == strided else leaf for number, leaf in enumerate(leaves)]
+    found, expected = packed_attention(*parts, PackedRow(LINKS), scale=0.3), by_mask(*leaves, None)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, leaves), gradients(expected, leaves))
+
+
+def test_links_are_on_the_host_whatever_the_default_device() -> None:
+    """On the meta device the operator would run its fake, and return memory that nothing was written to."""
+    with torch.device("meta"):
+        row = PackedRow(LINKS)
+    leaves = projections()
+    torch.testing.assert_close(packed_attention(*leaves, row, scale=0.3), by_mask(*leaves, None))
+
+
 def varlen_of_torch_2_11(*args: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
     return own_varlen(*args, scale=scale, window_size=window_size)
 

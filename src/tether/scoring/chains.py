@@ -87,7 +87,7 @@ class PackedRow:
 
     def __init__(self, links: Sequence[Link], device: torch.device | str = "cpu") -> None:
         """Makes the row, for tensors on `device`."""
-        self.links: Int[Tensor, " entries"] = torch.tensor(links, dtype=torch.int64).flatten()
+        self.links: Int[Tensor, " entries"] = torch.tensor(links, dtype=torch.int64, device="cpu").flatten()
         self.chains = chains_of(links)
         self._device = device
 

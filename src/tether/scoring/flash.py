@@ -40,6 +40,8 @@ def flash_attention(
         scale: Factor on the scores.
         window: Each query sees at most this many positions, its own included.
     """
+    # The kernel takes the numbers of a head for neighbours in memory, whatever the strides say.
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     output: Tensor = _packed_flash(query, key, value, row.links, scale, window or 0)[0]
     return output
 
@@ -65,17 +67,17 @@ def _blocks(links: Int[Tensor, " entries"], window: int, dtype: torch.dtype) -> 
 def _planned(links: tuple[Link, ...], window: int, dtype: torch.dtype) -> list[_Block]:
     chains = chains_of(links)
     longest = max(chain.start + chain.length for chain in chains)
-    usual = ~_visible(torch.arange(longest - _QUERIES, longest), longest, window)
+    usual = ~_visible(longest - _QUERIES, _QUERIES, longest, window)
     usual_mask = _mask(usual, dtype)
     blocks, first = [], 0
     for allowed in _joined(_allowed(chains, window)):
-        seen = allowed.any(0)
-        hidden = ~allowed[:, seen]
+        keys = _slices(allowed.any(0))
+        hidden = ~torch.cat([allowed[:, places] for places in keys], 1)
         num_queries, num_keys = hidden.shape
         end = slice(-num_queries, None), slice(-num_keys, None)
         # All blocks of single chains share one mask: those of their own would take memory that grows with its square.
         mask = usual_mask[end] if hidden.equal(usual[end]) else _mask(hidden, dtype)
-        blocks.append(_Block(slice(first, first + num_queries), _slices(seen), mask[None, None]))
+        blocks.append(_Block(slice(first, first + num_queries), keys, mask[None, None]))
         first += num_queries
     return blocks
 
@@ -83,17 +85,20 @@ def _planned(links: tuple[Link, ...], window: int, dtype: torch.dtype) -> list[_
 def _allowed(chains: Sequence[Chain], window: int) -> Iterator[Bool[Tensor, "queries row"]]:
     """Which places of the row the queries of each chain see, `_QUERIES` queries at a time."""
     for chain in chains:
-        sequence = torch.cat([torch.arange(part.start, part.stop) for part in chain.sequence])
-        for positions in torch.arange(chain.start, len(sequence)).split(_QUERIES):
-            allowed = torch.zeros(len(positions), chains[-1].own.stop, dtype=torch.bool)
-            allowed[:, sequence] = _visible(positions, len(sequence), window)
+        lengths = [part.stop - part.start for part in chain.sequence]
+        for first in range(chain.start, sum(lengths), _QUERIES):
+            num_queries = min(_QUERIES, sum(lengths) - first)
+            allowed = torch.zeros(num_queries, chains[-1].own.stop, dtype=torch.bool)
+            visible = _visible(first, num_queries, sum(lengths), window)
+            for part, visible_part in zip(chain.sequence, visible.split(lengths, 1), strict=True):
+                allowed[:, part] = visible_part
             yield allowed
 
 
-def _visible(positions: Int[Tensor, " queries"], length: int, window: int) -> Bool[Tensor, "queries length"]:
-    """Which positions of a sequence the queries at some of its positions see."""
-    ages = positions[:, None] - torch.arange(length)
-    return (ages >= 0) & (ages < (window or length))
+def _visible(first: int, num_queries: int, length: int, window: int) -> Bool[Tensor, "queries length"]:
+    """Which positions of a sequence are seen by the queries from its position `first` on."""
+    visible = torch.ones(num_queries, length, dtype=torch.bool).tril_(first)
+    return visible.triu_(first + 1 - window) if window else visible
 
 
 def _joined(parts: Iterable[Bool[Tensor, "queries row"]]) -> Iterator[Bool[Tensor, "queries row"]]:
