@@ -222,6 +222,7 @@ SYNONYMS: dict[str, str] = {
     "batch_size": "`per_device_train_batch_size={}`",
     "bs": "`per_device_train_batch_size={}`",
     "epochs": "`num_train_epochs={}`",
+    "gguf_file": "`model_init_kwargs={'gguf_file': {}}`",
     "grad_acc_steps": "`gradient_accumulation_steps={}`",
     "grad_accum": "`gradient_accumulation_steps={}`",
     "grad_accum_steps": "`gradient_accumulation_steps={}`",
