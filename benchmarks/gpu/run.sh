@@ -8,6 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("datasets", "trl")))'; then
+    compgen -G 'benchmarks/gpu/wheels/*.whl' > /dev/null || {
+        echo 'Not run: datasets or TRL are missing, and so are the wheels. Make them with benchmarks/gpu/carry.sh.' >&2
+        exit 1
+    }
     # Not a virtual environment: made from within another one, it would not see the packages of that one.
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
