@@ -219,7 +219,7 @@ def test_stored_bfloat16_answers_start_a_run_and_a_fiftieth_of_a_nat_beside_them
 ) -> None:
     """With products that round by the size of a batch, as on AMX; `benchmarks/bench_noise.py` has 100 starts."""
     model = deepcopy(read_once).to(torch.bfloat16)
-    stores = {shift: tmp_path / f"{shift}.sqlite" for shift in (0.0, 0.02, -0.02)}
+    stores = {shift: tmp_path / f"{shift}.sqlite" for shift in (0.0, -0.02)}
     run: dict[str, Any] = {"per_device_train_batch_size": 1, "learning_rate": 0.0, "max_steps": 1}
 
     def start(shift: float, seed: int) -> Any:
@@ -232,8 +232,6 @@ def test_stored_bfloat16_answers_start_a_run_and_a_fiftieth_of_a_nat_beside_them
             first = steps(start(0.0, seed))[0]
             assert first["reference/noise"] > 0.01
             if not seed:
-                for shift in (0.02, -0.02):
-                    with_shift(stores[0.0], stores[shift], shift)
-            for shift in (0.02, -0.02):
-                with pytest.raises(InitialGapError, match="shift"):
-                    start(shift, seed)
+                with_shift(stores[0.0], stores[-0.02], -0.02)
+            with pytest.raises(InitialGapError, match="shift"):
+                start(-0.02, seed)
