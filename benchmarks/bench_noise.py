@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, Tr
 
 import tether.reference.watch as watch
 from tether import DPOConfig, DPOTrainer, PairCollator, batch_of, tokenize_pairs
-from tether.errors import InitialGapError
+from tether.errors import InitialGapError, StoreError
 from tether.models.gguf import use_as_plain
 from tether.reference.base import score_without_gradient
 from tether.reference.noise import Noise, unreduced
@@ -183,12 +183,15 @@ def _starts(kernels: str, tokenizer: Any, folder: Path, num: int) -> dict[str, A
     rows = Dataset.from_list(yes_or_no(num + 20))
     model = _load(torch.bfloat16)
     with KERNELS[kernels](), remembered_scores() as forget:
-        trainers = {}
+        trainers, refused_when_built = {}, []
         for shift in SHIFTS:
             path = folder / f"{kernels}{shift}.sqlite"
             if shift:
                 with_shift(folder / f"{kernels}0.0.sqlite", path, shift)
-            trainers[shift] = _trainer(model, rows, tokenizer, path, folder)
+            try:
+                trainers[shift] = _trainer(model, rows, tokenizer, path, folder)
+            except StoreError:  # which any start would meet
+                refused_when_built.append(shift)
         found: list[dict[float, dict[str, Any]]] = []
         for seed in range(num):
             forget()
@@ -197,7 +200,10 @@ def _starts(kernels: str, tokenizer: Any, folder: Path, num: int) -> dict[str, A
     return {
         "kernels": kernels,
         "starts": num,
-        "refused": {str(shift): sum(start[shift]["refused"] for start in found) for shift in SHIFTS},
+        "refused": {
+            **{str(shift): sum(start[shift]["refused"] for start in found) for shift in trainers},
+            **{str(shift): num for shift in refused_when_built},
+        },
         "initial_gap": max(start[0.0]["gap"] for start in found),
         "noise": statistics.median(start[0.0]["noise"] for start in found),
     }
