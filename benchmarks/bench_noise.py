@@ -236,7 +236,7 @@ def _start(trainer: DPOTrainer, seed: int) -> dict[str, Any]:
         trainer.reference,
         trainer.accelerator,
         trainer.args,
-        trainer.data_collator,
+        lambda: trainer.data_collator,
         lambda: {"train": rows},
         policy,
         autocast_dtype=None,
