@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,15 +183,13 @@ def _starts(kernels: str, tokenizer: Any, folder: Path, num: int) -> dict[str, A
     rows = Dataset.from_list(yes_or_no(num + 20))
     model = _load(torch.bfloat16)
     with KERNELS[kernels](), remembered_scores() as forget:
-        trainers, refused_when_built = {}, []
+        trainers = {}
         for shift in SHIFTS:
             path = folder / f"{kernels}{shift}.sqlite"
             if shift:
                 with_shift(folder / f"{kernels}0.0.sqlite", path, shift)
-            try:
+            with suppress(StoreError):  # refused already when built, and so by every start
                 trainers[shift] = _trainer(model, rows, tokenizer, path, folder)
-            except StoreError:  # which any start would meet
-                refused_when_built.append(shift)
         found: list[dict[float, dict[str, Any]]] = []
         for seed in range(num):
             forget()
@@ -201,8 +199,8 @@ def _starts(kernels: str, tokenizer: Any, folder: Path, num: int) -> dict[str, A
         "kernels": kernels,
         "starts": num,
         "refused": {
-            **{str(shift): sum(start[shift]["refused"] for start in found) for shift in trainers},
-            **{str(shift): num for shift in refused_when_built},
+            str(shift): sum(start[shift]["refused"] for start in found) if shift in trainers else num
+            for shift in SHIFTS
         },
         "initial_gap": max(start[0.0]["gap"] for start in found),
         "noise": statistics.median(start[0.0]["noise"] for start in found),

@@ -233,5 +233,8 @@ def test_stored_bfloat16_answers_start_a_run_and_a_fiftieth_of_a_nat_beside_them
             assert first["reference/noise"] > 0.01
             if not seed:
                 with_shift(stores[0.0], stores[-0.02], -0.02)
+                with pytest.raises(StoreError, match="no log-prob is above 0"):
+                    with_shift(stores[0.0], tmp_path / "higher.sqlite", 0.02)
+            # Which rows each looks at decides whether the store's spot check or the sample of the start sees it first.
             with pytest.raises((StoreError, InitialGapError), match="shift"):
                 start(-0.02, seed)

@@ -70,8 +70,8 @@ def _planned(links: tuple[Link, ...], window: int, dtype: torch.dtype) -> list[_
     usual = ~_visible(longest - _QUERIES, _QUERIES, longest, window)
     usual_mask = _mask(usual, dtype)
     blocks, first = [], 0
-    for allowed in _joined(_allowed(chains, window)):
-        keys = _slices(allowed.any(0))
+    for allowed, seen in _joined(_allowed(chains, window)):
+        keys = _slices(seen)
         hidden = ~torch.cat([allowed[:, places] for places in keys], 1)
         num_queries, num_keys = hidden.shape
         end = slice(-num_queries, None), slice(-num_keys, None)
@@ -101,19 +101,19 @@ def _visible(first: int, num_queries: int, length: int, window: int) -> Bool[Ten
     return visible.triu_(first + 1 - window) if window else visible
 
 
-def _joined(parts: Iterable[Bool[Tensor, "queries row"]]) -> Iterator[Bool[Tensor, "queries row"]]:
-    """Neighbours in one where that takes less time."""
+def _joined(parts: Iterable[Bool[Tensor, "queries row"]]) -> Iterator[tuple[Tensor, Bool[Tensor, " row"]]]:
+    """Neighbours in one where that takes less time, and which places any of their queries sees."""
     joined: list[Tensor] = []
     seen = torch.tensor(False)
     for part in parts:
         num_before, seen_by_part = sum(map(len, joined)), part.any(0)
         apart = num_before * seen.sum() + len(part) * seen_by_part.sum() + _CALL
         if joined and (num_before + len(part)) * (seen | seen_by_part).sum() > apart:
-            yield torch.cat(joined)
+            yield torch.cat(joined), seen
             joined, seen = [], torch.tensor(False)
         joined.append(part)
         seen = seen | seen_by_part
-    yield torch.cat(joined)
+    yield torch.cat(joined), seen
 
 
 def _mask(hidden: Bool[Tensor, "queries keys"], dtype: torch.dtype) -> Float[Tensor, "queries keys"]:
@@ -164,9 +164,9 @@ def _packed_flash_backward(
     for total in key_grads:
         total.zero_()
     for block in _blocks(links, window, normalizer.dtype):
-        own = (tensor[:, :, block.queries] for tensor in (grad, query))
         of_query, *of_keys = _flash_backward(
-            *own,
+            grad[:, :, block.queries],
+            query[:, :, block.queries],
             block.part(key),
             block.part(value),
             output[:, :, block.queries],
