@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from support.store_cases import in_fork
 from support.tiny import tiny_model
 from tether.errors import ReferenceModelError
 from tether.reference import ExplicitReference, ImplicitReference, Placement, ReferenceIdentity
@@ -173,6 +174,12 @@ def test_identity_is_the_same_in_every_process() -> None:
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": path}
     output = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=120)
     assert output.split() == [digest_of(tiny_model()), adapter_digest(init_lora_weights=False)]
+
+
+def test_identity_is_the_same_in_a_forked_process() -> None:
+    model = tiny_model()
+    expected = digest_of(model)
+    assert {in_fork(lambda: digest_of(model)) for _ in range(20)} == {expected}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
