@@ -45,6 +45,8 @@ def varlen_attention(
             grouping = {"enable_gqa": True}
         else:  # torch 2.11
             keys, values = (shared.repeat_interleave(query.shape[1] // key.shape[1], 1) for shared in (keys, values))
+    # The ends are two tensors even where they are equal: for one and the same, torch 2.15 takes cuDNN on Hopper, which
+    # makes a plan for each new shape.
     output = varlen.varlen_attn(
         rows.contiguous(),
         keys,
