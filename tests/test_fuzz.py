@@ -193,7 +193,7 @@ def test_odd_recipes_are_read_or_named(
             read_recipe("train", ["recipe.yaml"])
         except ConfigurationError as error:
             spelled = [ALIASES.get(name, name) for name in picked]
-            check_told(error, "recipe.yaml", *picked, *spelled)
+            check_told(error, "recipe.yaml", "`model`", "`train_data`", *picked, *spelled)
 
 
 @seeds(400, 8000)
