@@ -42,6 +42,7 @@ def measured(
     warm_up, *batches = rows
     for side in contenders.values():
         side.reference_pass(warm_up)
+        side.reference_pass(harness.longest_pair([row for batch in batches for row in batch]))
     runs = {name: lambda item, side=side: side.reference_pass(batches[item]) for name, side in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):

@@ -151,6 +151,16 @@ def num_tokens(rows: list[dict]) -> int:
     return sum(len(ids) for row in rows for ids in row.values())
 
 
+def length_of(row: dict) -> int:
+    """Tokens of a pair's longer sequence."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def longest_pair(rows: list[dict]) -> list[dict]:
+    """A batch to warm up with: rows longer than any before are compared with the padded layout, once in a run."""
+    return [max(rows, key=length_of)]
+
+
 def attention_flops(model: Any, rows: list[dict]) -> float:
     """Of these, the scores and the weighted values of the attention, the causal half of each."""
     scores = 0.0

@@ -152,7 +152,7 @@ def _timed(case: Case, folder: str, path: Path) -> dict[str, Any]:
     model = _load(folder, case.dtype)
     adapted = get_peft_model(model, sides.lora()) if case.reference == "implicit" else model
     contenders["limit"] = sides.LimitSide(adapted, case.reference, lambda rows: fed[_sizes(rows)])
-    longest = max(batches, key=lambda rows: max(map(_longest, rows)))
+    longest = max(batches, key=lambda rows: max(map(harness.length_of, rows)))
     first = {name: harness.timed(lambda side=side: side.step(longest), "cpu") for name, side in contenders.items()}
     runs = {name: lambda item, side=side: side.step(batches[item]) for name, side in contenders.items()}
     seconds = harness.in_turns(runs, len(batches), "cpu")
@@ -198,7 +198,7 @@ def _two_steps(name: str, case: Case, folder: str, path: Path) -> None:
     torch.set_num_threads(case.threads)
     rows = _rows(case, folder, path)
     side = _side(name, case, folder, rows)
-    side.step(sorted(rows, key=_longest)[:2])
+    side.step(sorted(rows, key=harness.length_of)[:2])
     side.step(rows[: case.batch])
     harness.report_peak_memory("cpu")
 
@@ -219,12 +219,8 @@ def _rows(case: Case, folder: str, path: Path) -> Rows:
     pairs = tokenize_pairs(Dataset.from_list(texts), AutoTokenizer.from_pretrained(folder), max_length=None)
     rows = [{name: pair[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs]
     least, most = LENGTHS[case.pairs]
-    fitting = (row for row in rows if least <= _longest(row) <= most)
+    fitting = (row for row in rows if least <= harness.length_of(row) <= most)
     return [row for row, _ in zip(fitting, range(case.batch * case.num_batches), strict=False)]
-
-
-def _longest(row: dict[str, Any]) -> int:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def _texts(path: Path) -> Rows:

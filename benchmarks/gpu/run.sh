@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs one stage on the machine at hand; where datasets and TRL are not installed, with the wheels of `carry.sh`:
 #
-#     bash benchmarks/gpu/run.sh STAGE [--scale toy]   # PYTHON=... for another than python3
+#     bash benchmarks/gpu/run.sh STAGE [--scale toy]   # PYTHON=... for another than that of `make dev`, else python3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && own=.venv/bin/python
+python=${PYTHON:-${own:-python3}}
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("datasets", "trl")))'; then
     compgen -G 'benchmarks/gpu/wheels/*.whl' > /dev/null || {

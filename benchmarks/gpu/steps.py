@@ -93,15 +93,15 @@ class Contenders:
 
     @classmethod
     def of(cls, stage: Stage, setup: Setup, reference: str, rows: Rows, names: Iterable[str] = NAMES) -> Contenders:
-        """`rows` are those that a precomputed reference answers; the first of them are the first step."""
-        made = cls()
+        """`rows` are those that a precomputed reference answers; the longest of them is the first step."""
+        made, first = cls(), harness.longest_pair(rows)
         stage.let_go()  # or what is freed while they are made would be taken off what they hold
         for name in names:
             before, begun = _allocated(stage.device), time.perf_counter()
             side = stage.attempt(f"{name}, {reference}", partial(_side, stage, setup, reference, name, rows))
             seconds = time.perf_counter() - begun
             # The optimizer's state comes with the first step.
-            if side and stage.attempt(f"{name}, {reference}, a step", partial(side.step, rows[:2])) is not None:
+            if side and stage.attempt(f"{name}, {reference}, a step", partial(side.step, first)) is not None:
                 made.sides[name], made.build_seconds[name] = side, seconds
                 made.held[name] = _allocated(stage.device) - before
         return made
