@@ -38,7 +38,7 @@ def main() -> None:
 def measured(
     shape: str, rows: list[list[dict]], contenders: dict[str, sides.Side], device: str, repeats: int
 ) -> dict[str, Any]:
-    """Scoring every batch but the first, which warms up."""
+    """Scoring every batch but the first, which warms up, as does the longest pair of the others."""
     warm_up, *batches = rows
     for side in contenders.values():
         side.reference_pass(warm_up)

@@ -5,8 +5,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-[ -x .venv/bin/python ] && own=.venv/bin/python
-python=${PYTHON:-${own:-python3}}
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
+python=${PYTHON:-$python}
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("datasets", "trl")))'; then
     compgen -G 'benchmarks/gpu/wheels/*.whl' > /dev/null || {
